@@ -1,0 +1,153 @@
+"""The whole flow: chunk, encode, index, train, evaluate. Reads a corpus, writes one folder.
+
+    python -m jobs.pipeline --input articles.jsonl.gz --output out/mine
+    ray job submit --working-dir . -- python -m jobs.pipeline --input s3://… --output /shared/out
+
+Each stage is a child process of its own (`python -m jobs.NAME`) on one Ray cluster, which this process starts
+or joins. A stage that is complete for the same inputs and settings is left as it is and says so, so a second
+run does only what is missing. With the bundled sample on two cores: under four minutes.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs._ray import CHECKOUT, Address, address_of_cluster, connect, finish, run, say
+from lvm.errors import InputError, LvmError
+
+STAGES = ("chunk", "encode", "index", "train", "evaluate")
+DEMO_OUTPUT = Path("out/demo")
+
+
+class StageFailedError(LvmError):
+    """A stage ended with an exit code other than 0; its own message stands above."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What one stage's child process said and how long it took."""
+
+    stage: str
+    seconds: float
+    summary: dict[str, Any]
+    answers: list[str] = field(default_factory=list)
+    """Lines on its stdout before the closing JSON."""
+
+
+def run_stage(stage: str, arguments: list[str]) -> StageRun:
+    """Run one job to its end. Its stderr is ours; raises StageFailedError when it fails."""
+    begun = time.perf_counter()
+    command = [sys.executable, "-m", f"jobs.{stage}", *arguments]
+    child = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+    try:
+        stdout, _ = child.communicate()
+    except BaseException:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=30)
+        raise
+    lines = stdout.splitlines()
+    if child.returncode != 0:
+        raise StageFailedError(
+            f"stage {stage} ended with exit code {child.returncode} (see above); what it had finished is kept, "
+            "run the same command again to go on"
+        )
+    try:
+        summary = json.loads(lines[-1])
+    except (IndexError, ValueError) as err:
+        raise StageFailedError(f"stage {stage} did not end with a line of JSON, got {lines[-1:]}") from err
+    return StageRun(stage, time.perf_counter() - begun, summary, lines[:-1])
+
+
+def stage_arguments(
+    stage: str, source: str, output: Path, codec: list[str], limit: int | None, training: list[str]
+) -> list[str]:
+    """Options of one stage's job."""
+    chunks, vectors, index, models = (str(output / d) for d in ("chunks", "vectors", "index", "models"))
+    match stage:
+        case "chunk":
+            limited = [] if limit is None else ["--limit", str(limit)]
+            return ["--input", source, "--output", chunks, *codec, *limited]
+        case "encode":
+            return ["--input", chunks, "--output", vectors, *codec]
+        case "index":
+            return ["--input", vectors, "--output", index]
+        case "train":
+            return ["--vectors", vectors, "--output", models, *training]
+        case _:
+            report = str(output / "evaluation")
+            return ["--vectors", vectors, "--index", index, "--models", models, "--output", report, *codec]
+
+
+def main(
+    input: Annotated[
+        str | None,
+        typer.Option(help="Wikipedia dump (.xml.bz2), JSON lines, Parquet, folder of them or of text; or sample."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; made if it is not there.")] = None,
+    codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
+    codec_path: Annotated[Path | None, typer.Option(help="Folder of a codec of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,
+    model: Annotated[str, typer.Option(help="Architectures, by comma, or all.")] = "all",
+    recipe: Annotated[str, typer.Option(help="Training recipe: fast or classic.")] = "fast",
+    max_minutes: Annotated[float | None, typer.Option(help="Longest training, in minutes.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the article split and of training.")] = 0,
+    allow_non_sequential: Annotated[
+        str | None, typer.Option(help="The sentence that lets text without an order train; the refusal names it.")
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="The bundled sample into out/demo.")] = False,
+    address: Address = None,
+) -> None:
+    """Run every stage, then print the leaderboard, the examples and where the report lies."""
+    if demo:
+        source, output = input or "sample", output or DEMO_OUTPUT
+    elif input is None or output is None:
+        raise InputError("expected --input PATH and --output DIR; for the bundled sample use `latent demo`")
+    else:
+        source = input
+    output = output.absolute()
+    if source != "sample" and "://" not in source:
+        source = str(Path(source).absolute())
+    codec_options = ["--codec", codec, *([] if codec_path is None else ["--codec-path", str(codec_path.absolute())])]
+    training = ["--model", model, "--recipe", recipe, "--seed", str(seed)]
+    if max_minutes is not None:
+        training += ["--max-minutes", str(max_minutes)]
+    if allow_non_sequential is not None:
+        training += ["--allow-non-sequential", allow_non_sequential]
+
+    begun = time.perf_counter()
+    connect(address)
+    cluster = address_of_cluster()
+    seconds = {"ray": round(time.perf_counter() - begun, 1)}
+    runs: dict[str, StageRun] = {}
+    for number, stage in enumerate(STAGES, 1):
+        say(f"[{number}/{len(STAGES)}] {stage}")
+        arguments = stage_arguments(stage, source, output, codec_options, limit, training)
+        done = runs[stage] = run_stage(stage, [*arguments, "--address", cluster])
+        seconds[stage] = round(done.seconds, 1)
+        state = "up to date, nothing redone" if done.summary.get("up_to_date") else "done"
+        say(f"[{number}/{len(STAGES)}] {stage}: {state}, {done.summary.get('rows', 0):,} rows, {done.seconds:.1f} s")
+    for line in runs["evaluate"].answers:
+        print(line)
+    report = output / "evaluation" / "report.html"
+    print(f"\nReport: {report}")
+    finish(
+        {
+            "stage": "pipeline",
+            "rows": {s: r.summary.get("rows") for s, r in runs.items()},
+            "up_to_date": {s: bool(r.summary.get("up_to_date")) for s, r in runs.items()},
+            "seconds": {**seconds, "total": round(time.perf_counter() - begun, 1)},
+            "paths": {"output": str(output), "report": str(report)},
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,98 @@
+"""The command `latent`: starts jobs as child processes, and imports none of them.
+
+Each stage is a job of its own (`python -m jobs.NAME`), which declares its options; what this command does not
+know it passes on unchanged, so `latent encode --help` is the job's own help.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Documents to vectors, a model that predicts the next vector, and the vector back to text.",
+    epilog="Options of a command: latent COMMAND --help. Errors with a traceback: LATENT_TRACEBACK=1.",
+)
+
+JOBS = {
+    "demo": ("pipeline", "The whole flow on the bundled sample, to predicted text and a report."),
+    "run": ("pipeline", "The whole flow on your corpus: --input PATH --output DIR."),
+    "chunk": ("chunk", "Articles to chunks within the codec's token limit."),
+    "encode": ("encode", "Chunks to vectors."),
+    "index": ("index", "Vectors to a FAISS index."),
+    "train": ("train", "Vectors to predictors, all architectures at the same time."),
+    "evaluate": ("evaluate", "Predictors against baselines: leaderboard, examples, report."),
+    "predict": ("predict", "Five texts, or one text on standard input, to the predicted next text."),
+    "check": ("check", "Say what is wrong with an NPZ file of sequences."),
+    "train-codec": ("train_codec", "Fit a codec (encoder and hypothesizer) on chunks."),
+    "codec-eval": ("evaluate_codec", "Read-back and neighbour retrieval of a codec on held-out text."),
+}
+"""Command to the job it runs and its line of help."""
+
+FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+def run_job(job: str, arguments: list[str]) -> int:
+    """Run `python -m jobs.JOB` from the checkout, with its output as ours; its exit code."""
+    if not (CHECKOUT / "jobs" / f"{job}.py").is_file():
+        print(
+            f"error: no jobs/{job}.py beside {CHECKOUT / 'lvm'}; jobs run from a checkout of the repository: "
+            "clone it and install it with `pip install -e .`",
+            file=sys.stderr,
+        )
+        return 1
+    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
+    print("+ " + shlex.join(["python", *command[1:]]), file=sys.stderr, flush=True)
+    python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": python_path})
+    # Ctrl-C reaches the child by itself (same process group); what is sent to us alone is passed on.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    return child.wait()
+
+
+def _add(command: str, job: str, line: str) -> None:
+    def forward(context: typer.Context) -> None:
+        extra = ["--demo"] if command == "demo" else []
+        raise typer.Exit(run_job(job, [*extra, *context.args]))
+
+    app.command(command, help=line, context_settings=FORWARD)(forward)
+
+
+for _command, (_job, _line) in JOBS.items():
+    _add(_command, _job, _line)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(metadata.version("latent-vector-models"))
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

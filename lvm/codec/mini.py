@@ -1,0 +1,245 @@
+"""The `mini` codec's networks: an encoder whose vector keeps topic, words and order, and its hypothesizer.
+
+A vector is 768 numbers of unit norm, in two parts.
+
+- Topic, the first 256: a bag of topic embeddings (started from latent semantic analysis) plus what a small
+  T5 encoder adds, scaled to a fixed norm and trained so that neighbours in an article lie close.
+- Words and order, the last 512: the sum over the text's tokens of their embedding e_i, and of e_i rotated
+  by its position, R_i e_i. R_i turns each coordinate pair by i times a fixed random angle, so rotating the
+  sum back by t makes the token at place t stand out while the others stay noise. This is binding in
+  holographic reduced representations (Plate 1995, IEEE TNN 6:623) in its frequency-domain form, with
+  phases as in rotary embeddings (arXiv:2104.09864).
+
+Because the topic part has a fixed norm before the whole is normalised, its share of a finished vector gives
+back the scale of the other part, and so how much of it a known token explains.
+
+The hypothesizer is a T5 decoder that sees the vector as memory, and at each step t what the words written so
+far leave unexplained: x - sum_{j<t} (e_j + R_j e_j). That residual, rotated back by t, is both an input to
+the decoder and a prior added to its output: logits = (h + gates * priors) E^T + bias, so the prior costs no
+matrix product of its own. Explaining away is how sparse superposition codes are read (Barron & Joseph 2012,
+arXiv:1006.3780).
+
+Letters: B batch, T positions, D = 768, L = 512 (words and order), P = 256 (topic), V vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lvm.codec.t5 import T5Config, T5Stack
+from lvm.errors import InputError
+
+
+@dataclass(frozen=True)
+class MiniConfig:
+    """Sizes of encoder and hypothesizer; they decide the weights' shapes."""
+
+    vocabulary_size: int = 8192
+    """Token ids, V."""
+    max_tokens: int = 32
+    """Tokens a text may have, end of sequence included."""
+    topic_dim: int = 256
+    """Numbers of a vector that hold topic, P."""
+    lexical_dim: int = 512
+    """Numbers of a vector that hold words and order, L; also the networks' width."""
+    topic_share: float = 0.6
+    """Energy of the topic part in the vector of a text of `full_tokens` tokens."""
+    full_tokens: int = 26
+    """Mean tokens of a chunk of Wikipedia under the 32-token limit (measured: 24 to 26)."""
+    word_weight: float = 1.0
+    """Amplitude of a token's place-free part."""
+    order_weight: float = 0.8
+    """Amplitude of a token's rotated part."""
+    encoder_layers: int = 1
+    """Blocks of the contextual encoder."""
+    decoder_layers: int = 2
+    """Blocks of the hypothesizer."""
+    d_ff: int = 1024
+    """Width inside the feed-forward layers."""
+    num_heads: int = 8
+    """Attention heads."""
+    memory_tokens: int = 4
+    """Positions into which the vector is projected for cross-attention."""
+    angle_seed: int = 768
+    """Seed of the fixed random angles."""
+
+    def __post_init__(self) -> None:
+        if self.lexical_dim % (2 * self.num_heads):
+            raise InputError(
+                f"lexical_dim must be a multiple of 2*num_heads = {2 * self.num_heads}, got {self.lexical_dim}"
+            )
+        if not 0.0 < self.topic_share < 1.0:
+            raise InputError(f"topic_share must lie between 0 and 1, got {self.topic_share}")
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector, D."""
+        return self.topic_dim + self.lexical_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return asdict(self)
+
+
+class Rotation(nn.Module):
+    """Turns coordinate pairs by place times a fixed random angle; an orthogonal map for each place."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, dim: int, num_places: int, seed: int) -> None:
+        super().__init__()
+        angles = torch.rand(dim // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        phase = torch.arange(num_places, dtype=torch.float64)[:, None] * (2 * math.pi * angles)[None]
+        self.register_buffer("cos", phase.cos().float(), persistent=False)
+        self.register_buffer("sin", phase.sin().float(), persistent=False)
+
+    def forward(self, x: Tensor, first: int = 0, back: bool = False) -> Tensor:
+        """x (B, T, L) with its t-th row turned by first + t places, or turned back."""
+        T = x.shape[-2]
+        cos, sin = self.cos[first : first + T], self.sin[first : first + T]
+        if back:
+            sin = -sin
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class MiniEncoder(nn.Module):
+    """Token ids to unit vectors."""
+
+    centre: Tensor
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        self.config = config
+        L, P = config.lexical_dim, config.topic_dim
+        self.tokens = nn.Embedding(config.vocabulary_size, L)
+        self.topics = nn.Embedding(config.vocabulary_size, P)
+        self.rotation = Rotation(L, config.max_tokens + 2, config.angle_seed)
+        self.inward = nn.Linear(L, L, bias=False)
+        self.contextual = T5Stack(
+            T5Config(L, L // config.num_heads, config.num_heads, config.d_ff, config.encoder_layers, False)
+        )
+        self.outward = nn.Linear(2 * L, P, bias=False)
+        nn.init.normal_(self.tokens.weight, std=L**-0.5)  # near-orthogonal rows of norm about 1
+        nn.init.normal_(self.topics.weight, std=P**-0.5)
+        # What the contextual part says of every text alike; without it, strangers would look related.
+        self.register_buffer("centre", torch.zeros(P))
+        # Starts near zero: training begins from the bag of topic embeddings and adds context to it.
+        nn.init.normal_(self.outward.weight, std=0.1 * (2 * L) ** -0.5)
+
+    @property
+    def topic_norm(self) -> float:
+        """Norm of the topic part before the whole is normalised, in units of one token's embedding."""
+        c = self.config
+        lexical_energy = c.full_tokens * (c.word_weight**2 + c.order_weight**2)
+        return math.sqrt(lexical_energy * c.topic_share / (1 - c.topic_share))
+
+    def bound(self, embedded: Tensor, mask: Tensor) -> Tensor:
+        """What each token adds to the lexical part, (B, T, L) float32: w e_i + o R_i e_i."""
+        c = self.config
+        e = embedded.float() * mask[..., None]
+        return c.word_weight * e + c.order_weight * self.rotation(e)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids (B, T) int64 and mask (B, T) bool to (B, D) float32 of unit norm."""
+        embedded = self.tokens(ids)
+        lexical = self.bound(embedded, mask).sum(1)
+        hidden = self.contextual(self.inward(embedded) * self.config.lexical_dim**0.5, mask)
+        real = mask[..., None]
+        count = mask.sum(1, keepdim=True).clamp(min=1).float()
+        mean = (hidden * real).float().sum(1) / count
+        peak = hidden.float().masked_fill(~real, float("-inf")).amax(1)
+        bag = (self.topics(ids) * real).float().sum(1) / count.sqrt()
+        topic = bag + self.outward(torch.cat((mean, peak), dim=-1)).float()
+        if self.training:
+            with torch.no_grad():
+                self.centre.lerp_(topic.mean(0), 0.02)
+        topic = F.normalize(topic - self.centre, dim=-1)
+        return F.normalize(torch.cat((topic * self.topic_norm, lexical), dim=-1), dim=-1)
+
+
+class MiniHypothesizer(nn.Module):
+    """Unit vectors to token ids: a T5 decoder with the vector's own lexical prior on its logits.
+
+    The encoder's token table is shared (tied input, output and binding), so it is passed in, not owned.
+    """
+
+    NUM_GATES = 4
+
+    def __init__(self, config: MiniConfig, topic_norm: float) -> None:
+        super().__init__()
+        self.config = config
+        self.topic_norm = topic_norm
+        L = config.lexical_dim
+        self.rotation = Rotation(L, config.max_tokens + 2, config.angle_seed)
+        self.memory = nn.Linear(config.dim, config.memory_tokens * L, bias=False)
+        self.glimpse = nn.Linear(3 * L, L, bias=False)
+        self.decoder = T5Stack(
+            T5Config(L, L // config.num_heads, config.num_heads, config.d_ff, config.decoder_layers, True)
+        )
+        self.gates = nn.Linear(L, self.NUM_GATES)
+        self.bias = nn.Parameter(torch.zeros(config.vocabulary_size))
+        nn.init.normal_(self.memory.weight, std=1.0)  # inputs are of unit norm: memory of about unit variance
+        nn.init.normal_(self.glimpse.weight, std=(3 * L) ** -0.5)
+        nn.init.normal_(self.gates.weight, std=0.01)
+        # Token embeddings have norm about 1, so states of norm sqrt(L) would already give logits of unit
+        # spread; the priors should lead at first.
+        nn.init.constant_(self.decoder.final_layer_norm.weight, 0.3)
+        # Started at the matched filter's order of magnitude, signal over noise squared; see `priors`.
+        with torch.no_grad():
+            self.gates.bias.copy_(torch.tensor([2.0, 8.0, 1.0, 2.0]))
+
+    def unscale(self, vectors: Tensor) -> Tensor:
+        """The lexical part in units of one token's embedding, (B, L) float32.
+
+        The topic part's norm was `topic_norm` before normalisation, so its norm now tells the scale.
+        """
+        topic, lexical = vectors.float().split((self.config.topic_dim, self.config.lexical_dim), dim=-1)
+        scale = topic.norm(dim=-1, keepdim=True).clamp(min=0.05) / self.topic_norm
+        return lexical / scale
+
+    def remember(self, vectors: Tensor) -> Tensor:
+        """Memory for cross-attention, (B, S, L)."""
+        return self.memory(vectors).unflatten(-1, (self.config.memory_tokens, self.config.lexical_dim))  # type: ignore[no-any-return]
+
+    def priors(self, lexical: Tensor, residual: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """The four prior directions (B, T, 4, L), and the decoder's glimpse input (B, T, 3L).
+
+        lexical: (B, T, L), the vector's lexical part; residual: (B, T, L), the same less what the tokens
+        before each position explain. first: place of the first row.
+        """
+        here_all = self.rotation(lexical, first, back=True)
+        here = self.rotation(residual, first, back=True)
+        following = self.rotation(residual, first + 1, back=True)
+        glimpse = torch.cat((here, following, residual), dim=-1)
+        return torch.stack((here_all, here, lexical, residual), dim=-2), glimpse
+
+    def hidden(self, inputs: Tensor, glimpse: Tensor) -> Tensor:
+        """The decoder's input (B, T, L) from the previous tokens' embeddings and the glimpse."""
+        L = self.config.lexical_dim
+        return inputs * L**0.5 + self.glimpse(glimpse)
+
+    def head(self, state: Tensor, priors: Tensor) -> Tensor:
+        """What is multiplied with the token table, (B, T, L) float32: the state plus its gated priors."""
+        gates = self.gates(state).float()
+        return state.float() + (gates[..., None] * priors).sum(-2)
+
+    def forward(self, vectors: Tensor, ids: Tensor, mask: Tensor, encoder: MiniEncoder) -> Tensor:
+        """Teacher-forced states before the output table, (B, T, L) float32.
+
+        vectors (B, D); ids (B, T) the target tokens; mask (B, T) their real places. State t is made from
+        tokens before t alone. Logits are `state @ table.T + bias`.
+        """
+        embedded = encoder.tokens(ids)
+        x = self.unscale(vectors)[:, None, :]
+        explained = encoder.bound(embedded, mask).cumsum(1)
+        residual = x - F.pad(explained, (0, 0, 1, 0))[:, :-1]
+        priors, glimpse = self.priors(x.expand_as(residual), residual)
+        shifted = F.pad(embedded, (0, 0, 1, 0))[:, :-1]  # no token before the first: zeros
+        state = self.decoder(self.hidden(shifted, glimpse), None, self.remember(vectors))
+        return self.head(state, priors)

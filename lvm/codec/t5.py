@@ -1,0 +1,199 @@
+"""T5 blocks in plain torch, with the parameter names of transformers' T5Stack.
+
+Why our own: the decode loop keeps its caches in fixed buffers and computes one position at a time, which
+the general-purpose classes do not offer. Equality with transformers is a test.
+
+Letters: B batch, T positions, S memory positions, D model width, H heads, K width of a head.
+Source: Raffel et al. 2020 (arXiv:1910.10683) and the T5 v1.0/1.1 checkpoints.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lvm.errors import InputError
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes of one stack."""
+
+    d_model: int
+    """Width of a hidden state."""
+    d_kv: int
+    """Width of one attention head."""
+    num_heads: int
+    """Attention heads."""
+    d_ff: int
+    """Width inside the feed-forward layer."""
+    num_layers: int
+    """Blocks."""
+    is_decoder: bool
+    """True for causal self-attention and attention to a memory."""
+    num_buckets: int = 32
+    """Buckets of relative distance (T5's relative_attention_num_buckets)."""
+    max_distance: int = 128
+    """Distance from which all share the last bucket (T5's relative_attention_max_distance)."""
+    epsilon: float = 1e-6
+    """Added to the mean square in the layer norm (T5's layer_norm_epsilon)."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "d_kv", "num_heads", "d_ff", "num_layers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"T5Config.{name} must be at least 1, got {getattr(self, name)}")
+
+
+def relative_buckets(T: int, S: int, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """Bucket of each (query, key) distance, (T, S) int64. T5's `_relative_position_bucket`."""
+    distance = torch.arange(S)[None, :] - torch.arange(T)[:, None]
+    bucket = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket = bucket + (distance > 0).long() * num_buckets
+        distance = distance.abs()
+    else:
+        distance = -distance.clamp(max=0)
+    exact = num_buckets // 2
+    far = exact + (
+        torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)
+    ).long()
+    return bucket + torch.where(distance < exact, distance, far.clamp(max=num_buckets - 1))
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: no mean, no bias."""
+
+    def __init__(self, d_model: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to (…, D), in the dtype of the weight."""
+        return F.rms_norm(x.to(self.weight.dtype), (x.shape[-1],), self.weight, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Unscaled dot-product attention; the first self-attention of a stack owns the position bias."""
+
+    def __init__(self, config: T5Config, has_bias: bool = False) -> None:
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.heads, self.d_kv = config.num_heads, config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        if has_bias:
+            self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
+        nn.init.normal_(self.q.weight, std=(config.d_model * config.d_kv) ** -0.5)
+        nn.init.normal_(self.k.weight, std=config.d_model**-0.5)
+        nn.init.normal_(self.v.weight, std=config.d_model**-0.5)
+        nn.init.normal_(self.o.weight, std=inner**-0.5 / math.sqrt(2 * config.num_layers))
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, T, H*K) to (B, H, T, K)."""
+        return x.unflatten(-1, (self.heads, self.d_kv)).transpose(1, 2)
+
+    def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
+        """x (B, T, D) attends to memory (B, S, D); bias (1 or B, H, T, S) is added to the scores."""
+        q, k, v = self.split(self.q(x)), self.split(self.k(memory)), self.split(self.v(memory))
+        mask = None if bias is None else bias.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        return self.o(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """wo(relu(wi(x))), as in T5 v1.0."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        nn.init.normal_(self.wi.weight, std=config.d_model**-0.5)
+        nn.init.normal_(self.wo.weight, std=config.d_ff**-0.5 / math.sqrt(2 * config.num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to (…, D)."""
+        return self.wo(F.relu(self.wi(x)))  # type: ignore[no-any-return]
+
+
+class _SelfAttentionLayer(nn.Module):
+    def __init__(self, config: T5Config, has_bias: bool) -> None:
+        super().__init__()
+        self.SelfAttention = Attention(config, has_bias)
+        self.layer_norm = RMSNorm(config.d_model, config.epsilon)
+
+
+class _CrossAttentionLayer(nn.Module):
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.EncDecAttention = Attention(config)
+        self.layer_norm = RMSNorm(config.d_model, config.epsilon)
+
+
+class _FeedForwardLayer(nn.Module):
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.DenseReluDense = FeedForward(config)
+        self.layer_norm = RMSNorm(config.d_model, config.epsilon)
+
+
+class Block(nn.Module):
+    """Self-attention, attention to the memory (decoders), feed-forward; each before a residual sum."""
+
+    def __init__(self, config: T5Config, has_bias: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [_SelfAttentionLayer(config, has_bias)]
+        if config.is_decoder:
+            layers.append(_CrossAttentionLayer(config))
+        layers.append(_FeedForwardLayer(config))
+        self.layer = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, bias: Tensor, memory: Tensor | None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        first = self.layer[0]
+        normed = first.layer_norm(x)
+        x = x + first.SelfAttention(normed, normed, bias)
+        if memory is not None:
+            cross = self.layer[1]
+            x = x + cross.EncDecAttention(cross.layer_norm(x), memory, None)
+        last = self.layer[-1]
+        return x + last.DenseReluDense(last.layer_norm(x))  # type: ignore[no-any-return]
+
+
+class T5Stack(nn.Module):
+    """A T5 encoder or decoder without its embedding table and output head."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.block = nn.ModuleList(Block(config, has_bias=i == 0) for i in range(config.num_layers))
+        self.final_layer_norm = RMSNorm(config.d_model, config.epsilon)
+
+    def position_bias(self, T: int) -> Tensor:
+        """Bias of the self-attention scores, (1, H, T, T); a decoder's is -inf above the diagonal."""
+        c = self.config
+        buckets = relative_buckets(T, T, not c.is_decoder, c.num_buckets, c.max_distance)
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        bias = table(buckets.to(table.weight.device)).permute(2, 0, 1)[None]
+        if c.is_decoder:
+            ahead = torch.ones(T, T, dtype=torch.bool, device=bias.device).triu(1)
+            bias = bias.masked_fill(ahead, float("-inf"))
+        return bias  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D).
+
+        mask: (B, T) bool, True on real positions; None when all are real.
+        memory: (B, S, D) for a decoder, all of it real.
+        """
+        bias = self.position_bias(x.shape[1])
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(torch.float32).min)
+        for block in self.block:
+            x = block(x, bias, memory)
+        return self.final_layer_norm(x)  # type: ignore[no-any-return]

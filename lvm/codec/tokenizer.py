@@ -1,0 +1,109 @@
+"""The codec's tokenizer as the chunker and the encoder see it, and how `mini`'s own is made.
+
+No torch here: cutting half a million chunks must not load a model.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from lvm.errors import InputError
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+"""T5's special tokens, in T5's order: ids 0, 1, 2."""
+
+
+class ChunkTokenizer:
+    """Text to token ids under one codec's limit; the end-of-sequence token always counts."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, sha256: str) -> None:
+        self.max_tokens = max_tokens
+        """Tokens a text may have, end of sequence included."""
+        self.sha256 = sha256
+        """Hash of tokenizer.json, 64 hex digits; part of the codec's identity."""
+        self._tokenizer = tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.end_id: int = tokenizer.token_to_id(END)
+        self.pad_id: int = tokenizer.token_to_id(PAD)
+
+    @classmethod
+    def load(cls, path: Path, max_tokens: int) -> "ChunkTokenizer":
+        """The tokenizer of a tokenizer.json. Raises InputError when the file is absent or no tokenizer."""
+        try:
+            raw = path.read_bytes()
+            tokenizer = Tokenizer.from_buffer(raw)
+        except FileNotFoundError as err:
+            raise InputError(f"no tokenizer at {path}; expected the codec's tokenizer.json there") from err
+        except Exception as err:  # the library raises bare Exception on bad JSON
+            raise InputError(f"{path} is not a tokenizer.json: {err}; copy the codec's folder again") from err
+        if tokenizer.token_to_id(END) is None or tokenizer.token_to_id(PAD) is None:
+            raise InputError(f"{path} lacks {PAD} or {END}; expected a tokenizer with T5's special tokens")
+        return cls(tokenizer, max_tokens, hashlib.sha256(raw).hexdigest())
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids."""
+        return self._tokenizer.get_vocab_size()
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, end of sequence included, before any cut."""
+        return [len(e) for e in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        """Token ids of each text, cut to `max_tokens` with the end token kept, and lengths before the cut."""
+        rows: list[list[int]] = []
+        lengths: list[int] = []
+        for encoding in self._tokenizer.encode_batch_fast(list(texts)):
+            ids = encoding.ids
+            lengths.append(len(ids))
+            rows.append([*ids[: self.max_tokens - 1], self.end_id] if len(ids) > self.max_tokens else ids)
+        return rows, lengths
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Character span of each content token (no end token), in order."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of token ids; special tokens are left out."""
+        return list(self._tokenizer.decode_batch([list(r) for r in rows], skip_special_tokens=True))
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: Path) -> None:
+    """Fit a unigram tokenizer with byte fallback and write it to `path` as tokenizer.json.
+
+    Unigram (Kudo 2018, arXiv:1804.10959) as T5 has it; byte fallback so that no text is unreadable.
+    Not NFKC, as T5 has it: only NFC and runs of white space to one space, so that decoded text equals its source.
+    """
+    tokenizer = Tokenizer(models.Unigram(byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary_size - len(byte_tokens),
+        special_tokens=[PAD, END, UNKNOWN],
+        unk_token=UNKNOWN,
+        max_piece_length=16,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # The trainer knows no byte pieces, so they are appended with the lowest score of all: a byte is
+    # taken only where no piece fits.
+    state = json.loads(tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    floor = min(score for _, score in vocab) - 10.0
+    known = {piece for piece, _ in vocab}
+    vocab.extend([t, floor] for t in byte_tokens if t not in known)
+    state["model"]["unk_id"] = next(i for i, (piece, _) in enumerate(vocab) if piece == UNKNOWN)
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, tokenizer.token_to_id(END))]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path), pretty=False)

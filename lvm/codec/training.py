@@ -1,0 +1,525 @@
+"""Fits the `mini` codec: encoder and hypothesizer together, from chunks to weights. Plain torch.
+
+    python -m lvm.codec.training --chunks CHUNKS_DIR --tokenizer tokenizer.json --output RUN_DIR --minutes 60
+
+Reads chunk shards (Parquet with `doc_id`, `position`, `text`, rows in article order). Writes into RUN_DIR:
+`checkpoint.pt` (continues by itself when run again), `curve.jsonl` (one line a minute: throughput, losses,
+held-out score), and at the end `encoder.safetensors`, `hypothesizer.safetensors`, `config.json`.
+
+Two losses, added: cross-entropy of the text given its noised vector (reconstruction), and InfoNCE between the
+topic parts of neighbouring chunks of an article, the other chunks of the batch being the negatives
+(arXiv:1807.03748), so that vectors carry words and topic. Noise makes the hypothesizer forgiving: it must
+write sense from a vector off the manifold, which is what a predictor makes.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lvm.codec.inverter import hypothesize
+from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
+from lvm.codec.tokenizer import ChunkTokenizer
+from lvm.errors import InputError, OutputError
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a codec is fitted; saved with the weights."""
+
+    minutes: float = 60.0
+    """Time of training, all resumed parts together; the learning rate falls to zero at its end."""
+    batch_pairs: int = 160
+    """Neighbour pairs a step; all take part in the contrast."""
+    batch_decoded: int = 96
+    """Chunks a step that are decoded too, each the first of a pair."""
+    learning_rate: float = 1e-3
+    """Peak of AdamW's step size."""
+    warmup_steps: int = 150
+    """Steps of linear rise."""
+    decay_share: float = 0.35
+    """Last share of the time in which the learning rate falls linearly to zero."""
+    contrast_weight: float = 0.5
+    """Weight of InfoNCE beside the cross-entropy in nats a token."""
+    temperature: float = 0.06
+    """Temperature of InfoNCE on cosines."""
+    topic_seconds: float = 60.0
+    """Time of the first phase, topic embeddings alone (at most a tenth of `minutes`, not counted in it)."""
+    topic_batch_pairs: int = 1024
+    """Neighbour pairs a step of the first phase."""
+    topic_rate_share: float = 0.2
+    """Step size of the topic embeddings in the main phase, as a share of `learning_rate`."""
+    reach: int = 2
+    """A neighbour lies at most this many chunks further on in the same article."""
+    noised_share: float = 0.6
+    """Share of rows whose vector is noised before decoding."""
+    lowest_cosine: float = 0.75
+    """Noised rows have a cosine to their true vector drawn from here to 1."""
+    faded_share: float = 0.15
+    """Share of rows whose lexical part is also scaled down, by a factor from 0.3 to 1."""
+    held_out_share: float = 0.01
+    """Share of articles kept from training for the curve (at least 20 articles)."""
+    seed: int = 7
+    """Seed of initial weights, batches and noise."""
+
+    def __post_init__(self) -> None:
+        if self.minutes <= 0:
+            raise InputError(f"minutes must be above 0, got {self.minutes}")
+        if self.batch_pairs < 2:
+            raise InputError(f"batch_pairs must be at least 2 (InfoNCE needs a negative), got {self.batch_pairs}")
+        if not 1 <= self.batch_decoded <= self.batch_pairs:
+            raise InputError(f"batch_decoded must be 1 to batch_pairs = {self.batch_pairs}, got {self.batch_decoded}")
+
+
+class ChunkTokens:
+    """All chunks as token ids in one flat array, in article order."""
+
+    def __init__(self, ids: npt.NDArray[np.int16], ends: npt.NDArray[np.int64], doc_ids: npt.NDArray[np.int32]):
+        self.ids, self.ends, self.doc_ids = ids, ends, doc_ids
+        self.starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @classmethod
+    def read(cls, directory: Path, tokenizer: ChunkTokenizer, limit: int | None = None) -> "ChunkTokens":
+        """Tokenise the chunk shards of a directory. Raises InputError where there are none."""
+        files = sorted(directory.glob("*.parquet"))
+        if not files:
+            raise InputError(f"no *.parquet in {directory}; expected chunk shards, make them with `latent chunk`")
+        flat: list[npt.NDArray[np.int16]] = []
+        lengths: list[npt.NDArray[np.int64]] = []
+        docs: list[npt.NDArray[np.int32]] = []
+        rows = 0
+        for file in files:
+            for batch in pq.ParquetFile(file).iter_batches(16384, columns=["doc_id", "text"]):
+                token_rows, _ = tokenizer.encode(batch.column("text").to_pylist())
+                lengths.append(np.fromiter((len(r) for r in token_rows), np.int64, len(token_rows)))
+                flat.append(np.concatenate([np.asarray(r, np.int16) for r in token_rows]))
+                docs.append(batch.column("doc_id").to_numpy().astype(np.int32))
+                rows += len(token_rows)
+                if limit is not None and rows >= limit:
+                    break
+            if limit is not None and rows >= limit:
+                break
+        return cls(np.concatenate(flat), np.cumsum(np.concatenate(lengths)), np.concatenate(docs))
+
+    def batch(
+        self, rows: npt.NDArray[np.int64], pad_id: int, places: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Ids (B, T) int64 padded to `places` or the longest row, and the mask (B, T) bool of real places."""
+        lengths = self.ends[rows] - self.starts[rows]
+        place = np.arange(places or lengths.max())[None]
+        mask = place < lengths[:, None]
+        flat = np.minimum(self.starts[rows][:, None] + place, len(self.ids) - 1)
+        ids = np.where(mask, self.ids[flat], pad_id)
+        return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(mask)
+
+    def split(self, held_out_share: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Rows of training and of held-out articles; split by article."""
+        docs = np.unique(self.doc_ids)
+        if len(docs) < 40:
+            raise InputError(f"expected chunks of at least 40 articles to hold some out, got {len(docs)}")
+        np.random.default_rng(seed).shuffle(docs)
+        held = docs[: max(20, int(len(docs) * held_out_share))]
+        is_held = np.isin(self.doc_ids, held)
+        return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+def topic_start(data: ChunkTokens, rows: npt.NDArray[np.int64], config: MiniConfig, seed: int) -> npt.NDArray[np.float32]:
+    """Topic embeddings to start from, (V, P): latent semantic analysis of groups of four chunks.
+
+    TF-IDF over the vocabulary, truncated SVD (Deerwester et al. 1990), each token weighted with its inverse
+    document frequency, so that the plain sum over a text is already a usable topic vector.
+    """
+    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
+    from sklearn.decomposition import TruncatedSVD  # type: ignore[import-untyped]
+
+    group = 4
+    firsts = rows[: min(len(rows), 240_000)]
+    lengths = data.ends[firsts] - data.starts[firsts]
+    columns = np.concatenate([data.ids[data.starts[r] : data.ends[r]] for r in firsts]).astype(np.int64)
+    documents = np.repeat(np.arange(len(firsts)) // group, lengths)
+    counts = csr_matrix(
+        (np.ones(len(columns), np.float32), (documents, columns)), shape=(documents.max() + 1, config.vocabulary_size)
+    )
+    counts.sum_duplicates()
+    counts.data = 1 + np.log(counts.data)
+    frequency = np.bincount(counts.indices, minlength=config.vocabulary_size)
+    idf = np.log((1 + counts.shape[0]) / (1 + frequency)).astype(np.float32) + 0.1
+    svd = TruncatedSVD(config.topic_dim, n_iter=3, random_state=seed)
+    weighted = counts.multiply(idf).tocsr()
+    svd.fit(weighted)
+    # Square root of the singular values tempers the first, most common directions.
+    table = (svd.components_.T / np.sqrt(svd.singular_values_ / svd.singular_values_[0])[None]) * idf[:, None]
+    return np.asarray(table / np.linalg.norm(table, axis=1).mean(), np.float32)
+
+
+def start_weights(
+    config: MiniConfig, data: ChunkTokens, rows: npt.NDArray[np.int64], seed: int
+) -> tuple[MiniEncoder, MiniHypothesizer]:
+    """Networks at their starting point: topic table from the data, amplitudes by surprisal."""
+    torch.manual_seed(seed)
+    encoder = MiniEncoder(config)
+    hypothesizer = MiniHypothesizer(config, encoder.topic_norm)
+    frequency = np.bincount(data.ids.astype(np.int64), minlength=config.vocabulary_size) + 1.0
+    surprisal = -np.log(frequency / frequency.sum())
+    # A token the decoder would guess anyway needs less room in the vector. Scaled so that a token of running
+    # text has energy 1 on average, as the topic part's norm assumes.
+    amplitude = np.clip(surprisal / 8.0, 0.3, 1.5)
+    amplitude /= math.sqrt((frequency * amplitude**2).sum() / frequency.sum())
+    with torch.no_grad():
+        encoder.tokens.weight.mul_(torch.from_numpy(amplitude).float()[:, None])
+        encoder.topics.weight.copy_(torch.from_numpy(topic_start(data, rows, config, seed)))
+        # Matched filter: the priors add about 10 <x, e>, whose peak for a token that is there is 10 |e|^2; half of
+        # that is taken off, so that strong tokens do not win where they are absent.
+        hypothesizer.bias.copy_(torch.from_numpy(-0.5 * surprisal - 5.0 * amplitude**2).float())
+    return encoder, hypothesizer
+
+
+def infonce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE in nats, float32: row i of `first` (B, P) belongs to row i of `second`; unit rows."""
+    scores = first @ second.T / temperature
+    labels = torch.arange(first.shape[0], device=first.device)
+    return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
+
+
+def neighbours_of(
+    picked: npt.NDArray[np.int64], doc_ids: npt.NDArray[np.int32], reach: int, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """A row up to `reach` further on in the same article, for rows that have a next one."""
+    further = np.minimum(picked + rng.integers(1, reach + 1, len(picked)), len(doc_ids) - 1)
+    return np.where(doc_ids[further] == doc_ids[picked], further, picked + 1)
+
+
+def fit_topics(
+    encoder: MiniEncoder, data: ChunkTokens, anchors: npt.NDArray[np.int64], settings: TrainingSettings
+) -> float:
+    """First phase: InfoNCE on the bag of topic embeddings alone, in place; returns the last loss in nats.
+
+    A bag needs no matrix product, so this sees thousands of chunks a step and soon passes what latent
+    semantic analysis gives (next chunk among 10,000, R@10: 0.074 before, 0.136 after 30 s on two cores).
+    """
+    table = encoder.topics.weight
+    optimiser = torch.optim.Adam([table], lr=3e-3)
+    rng = np.random.default_rng(settings.seed)
+    limit_s = min(settings.topic_seconds, settings.minutes * 6)
+    begun, loss = time.perf_counter(), torch.tensor(math.nan)
+    while (spent_s := time.perf_counter() - begun) < limit_s:
+        picked = rng.choice(anchors, settings.topic_batch_pairs)
+        rows = np.concatenate((picked, neighbours_of(picked, data.doc_ids, settings.reach + 1, rng)))
+        ids, mask = data.batch(rows, 0)
+        ends = mask.sum(1).cumsum(0)
+        starts = F.pad(ends, (1, 0))[:-1]
+        bags = F.embedding_bag(ids[mask].to(table.device), table, starts.to(table.device), mode="sum")
+        loss = infonce(*F.normalize(bags, dim=-1).chunk(2), settings.temperature)
+        optimiser.param_groups[0]["lr"] = 3e-3 * max(0.02, 1 - spent_s / limit_s)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():  # the contextual part is added to it, so its scale is fixed here
+        table.div_(table.norm(dim=1).mean())
+    return loss.item()
+
+
+def noised(vectors: Tensor, settings: TrainingSettings, topic_dim: int) -> Tensor:
+    """Vectors as a predictor might give them: (B, D) unit norm, some faded, some off by isotropic noise."""
+    B = vectors.shape[0]
+    fade = torch.rand(B, 1, device=vectors.device)
+    factor = torch.where(fade < settings.faded_share, 0.3 + 0.7 * fade / settings.faded_share, torch.ones_like(fade))
+    topic, lexical = vectors[:, :topic_dim], vectors[:, topic_dim:]
+    vectors = F.normalize(torch.cat((topic, lexical * factor), dim=-1), dim=-1)
+    cosine = settings.lowest_cosine + (1 - settings.lowest_cosine) * torch.rand(B, 1, device=vectors.device)
+    tangent = (1 / cosine**2 - 1).sqrt()
+    chosen = torch.rand(B, 1, device=vectors.device) < settings.noised_share
+    noise = F.normalize(torch.randn_like(vectors), dim=-1) * tangent * chosen
+    return F.normalize(vectors + noise, dim=-1)
+
+
+def losses(
+    encoder: MiniEncoder,
+    hypothesizer: MiniHypothesizer,
+    ids: Tensor,
+    mask: Tensor,
+    settings: TrainingSettings,
+) -> tuple[Tensor, Tensor]:
+    """Reconstruction in nats a token, and InfoNCE in nats a chunk; float32 scalars.
+
+    ids, mask: (2B, T); row i + B is the neighbour of row i. The first `batch_decoded` rows are decoded.
+    """
+    vectors = encoder(ids, mask)
+    topic = F.normalize(vectors[:, : encoder.config.topic_dim], dim=-1)
+    contrast = infonce(*topic.chunk(2), settings.temperature)
+    B = settings.batch_decoded
+    states = hypothesizer(noised(vectors[:B], settings, encoder.config.topic_dim), ids[:B], mask[:B], encoder)
+    logits = F.linear(states[mask[:B]], encoder.tokens.weight) + hypothesizer.bias
+    return F.cross_entropy(logits.float(), ids[:B][mask[:B]]), contrast
+
+
+def read_back(sources: Sequence[str], written: Sequence[str]) -> dict[str, float]:
+    """Corpus BLEU (sacrebleu, 0 to 100), mean token F1 (words, 0 to 1) and exact share (0 to 1)."""
+    import sacrebleu
+
+    f1 = []
+    for source, text in zip(sources, written, strict=True):
+        a, b = source.split(), text.split()
+        remaining: dict[str, int] = {}
+        for word in a:
+            remaining[word] = remaining.get(word, 0) + 1
+        shared = 0
+        for word in b:
+            if remaining.get(word, 0):
+                remaining[word] -= 1
+                shared += 1
+        f1.append(2 * shared / (len(a) + len(b)) if a or b else 1.0)
+    return {
+        "bleu": sacrebleu.corpus_bleu(list(written), [list(sources)]).score,
+        "token_f1": float(np.mean(f1)),
+        "exact": float(np.mean([a == b for a, b in zip(sources, written, strict=True)])),
+    }
+
+
+@torch.inference_mode()
+def held_out_score(
+    encoder: MiniEncoder,
+    hypothesizer: MiniHypothesizer,
+    data: ChunkTokens,
+    rows: npt.NDArray[np.int64],
+    tokenizer: ChunkTokenizer,
+    num_decoded: int = 256,
+) -> dict[str, float]:
+    """Read-back of held-out chunks at step 0, and cosines of neighbours against strangers."""
+    rows = rows[np.linspace(0, len(rows) - 2, num_decoded, dtype=np.int64)]
+    device = encoder.tokens.weight.device
+    nexts = np.minimum(rows + 1, len(data) - 1)
+    both = [data.batch(r, tokenizer.pad_id) for r in (rows, nexts)]
+    first, second = (encoder(ids.to(device), mask.to(device)) for ids, mask in both)
+    cosines = (first @ second.T).float().cpu().numpy()
+    adjacent = data.doc_ids[rows] == data.doc_ids[nexts]
+    sources = tokenizer.decode([data.ids[data.starts[r] : data.ends[r]].tolist() for r in rows])
+    written = tokenizer.decode(hypothesize(encoder.tokens.weight, hypothesizer, first, tokenizer.end_id))
+    strangers = cosines[~np.eye(len(rows), dtype=bool)]
+    ranks = (cosines >= np.diag(cosines)[:, None]).sum(1)[adjacent]
+    return {
+        **read_back(sources, written),
+        "neighbour_cosine": float(np.diag(cosines)[adjacent].mean()),
+        "stranger_cosine": float(strangers.mean()),
+        "next_r1_of_256": float((ranks == 1).mean()),
+    }
+
+
+def optimiser_for(
+    encoder: MiniEncoder, hypothesizer: MiniHypothesizer, settings: TrainingSettings
+) -> torch.optim.AdamW:
+    """AdamW that decays matrices alone; tables, norms and biases keep their size."""
+    matrices, others = [], []
+    for module in (encoder, hypothesizer):
+        for name, parameter in module.named_parameters():
+            is_matrix = parameter.ndim == 2 and not name.startswith(("tokens", "topics")) and "bias" not in name
+            if name != "topics.weight":
+                (matrices if is_matrix else others).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": 0.05, "rate": 1.0},
+        {"params": others, "weight_decay": 0.0, "rate": 1.0},
+        {"params": [encoder.topics.weight], "weight_decay": 0.0, "rate": settings.topic_rate_share},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-7)
+
+
+def learning_rate_at(step: int, spent_s: float, settings: TrainingSettings) -> float:
+    """Linear rise by steps, a plateau, then linear fall by time to zero at `minutes`."""
+    rise = min(1.0, (step + 1) / settings.warmup_steps)
+    left = max(0.0, 1.0 - spent_s / (settings.minutes * 60))
+    return settings.learning_rate * rise * min(1.0, left / settings.decay_share)
+
+
+def save_weights(directory: Path, encoder: MiniEncoder, hypothesizer: MiniHypothesizer, record: dict[str, Any]) -> None:
+    """Write bfloat16 safetensors and config.json; each under a temporary name, then renamed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, module in (("encoder", encoder), ("hypothesizer", hypothesizer)):
+        tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in module.state_dict().items()}
+        temporary = directory / f".{name}.safetensors.tmp"
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, directory / f"{name}.safetensors")
+    temporary = directory / ".config.json.tmp"
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, directory / "config.json")
+
+
+def fit(
+    chunks: Path,
+    tokenizer: ChunkTokenizer,
+    output: Path,
+    config: MiniConfig,
+    settings: TrainingSettings,
+    device: str = "cpu",
+    limit: int | None = None,
+    compiled: bool = False,
+    save_every_s: float = 300.0,
+    score_every_s: float = 60.0,
+) -> dict[str, Any]:
+    """Train until `settings.minutes` are spent, going on from `output/checkpoint.pt` if it is there.
+
+    Returns the last held-out score with steps, chunks and seconds. Raises OutputError when the checkpoint
+    there was made with another configuration, and FloatingPointError when a loss is no number.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    data = ChunkTokens.read(chunks, tokenizer, limit)
+    train_rows, held_rows = data.split(settings.held_out_share, settings.seed)
+    print(f"{len(train_rows):,} chunks to train on, {len(held_rows):,} held out", flush=True)
+    has_next = np.zeros(len(data), bool)
+    has_next[:-1] = data.doc_ids[:-1] == data.doc_ids[1:]
+    anchors = train_rows[has_next[train_rows]]
+
+    checkpoint = output / "checkpoint.pt"
+    state: dict[str, Any] | None = None
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if state["config"] != config.to_dict():
+            raise OutputError(f"{checkpoint} was made with {state['config']}, expected {config.to_dict()}; choose another --output")
+        encoder = MiniEncoder(config)
+        hypothesizer = MiniHypothesizer(config, encoder.topic_norm)
+        encoder.load_state_dict(state["encoder"])
+        hypothesizer.load_state_dict(state["hypothesizer"])
+    else:
+        encoder, hypothesizer = start_weights(config, data, train_rows, settings.seed)
+    encoder.to(device)
+    hypothesizer.to(device)
+    if state is None:
+        print(f"topics fitted, InfoNCE {fit_topics(encoder, data, anchors, settings):.3f} nats", flush=True)
+    optimiser = optimiser_for(encoder, hypothesizer, settings)
+    step, spent_s, chunks_seen = 0, 0.0, 0
+    if state is not None:
+        optimiser.load_state_dict(state["optimiser"])
+        step, spent_s, chunks_seen = state["step"], state["spent_s"], state["chunks_seen"]
+        print(f"going on from step {step}, {spent_s / 60:.1f} minutes spent", flush=True)
+
+    if compiled:
+        encoder.compile()
+        hypothesizer.compile()
+    rng = np.random.default_rng((settings.seed, step))
+    torch.manual_seed(settings.seed + step)
+    kind = torch.device(device).type
+    parameters = [*encoder.parameters(), *hypothesizer.parameters()]
+    recent: list[tuple[float, float]] = []
+    last_score = last_save = spent_s
+    score: dict[str, Any] = {}
+
+    def save() -> None:
+        temporary = checkpoint.with_suffix(".tmp")
+        torch.save(
+            {
+                "config": config.to_dict(), "encoder": encoder.state_dict(), "hypothesizer": hypothesizer.state_dict(),
+                "optimiser": optimiser.state_dict(), "step": step, "spent_s": spent_s, "chunks_seen": chunks_seen,
+            },
+            temporary,
+        )
+        os.replace(temporary, checkpoint)
+
+    while True:
+        done = spent_s >= settings.minutes * 60
+        # --- score and log
+        if done or spent_s - last_score >= score_every_s:
+            encoder.eval()
+            hypothesizer.eval()
+            with torch.compiler.set_stance("force_eager"):
+                score = held_out_score(encoder, hypothesizer, data, held_rows, tokenizer)
+            encoder.train()
+            hypothesizer.train()
+            mean = np.mean(recent, axis=0) if recent else (math.nan, math.nan)
+            line = {
+                "step": step, "minutes": round(spent_s / 60, 2), "chunks_seen": chunks_seen,
+                "chunks_per_s": round(chunks_seen / max(spent_s, 1e-9), 1), "nats_a_token": round(float(mean[0]), 4),
+                "contrast_nats": round(float(mean[1]), 4), **{k: round(v, 4) for k, v in score.items()},
+            }
+            with (output / "curve.jsonl").open("a") as curve:
+                curve.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+            recent.clear()
+            last_score = spent_s
+        # --- save
+        if done or spent_s - last_save >= save_every_s:
+            save()
+            last_save = spent_s
+        # --- stop
+        if done:
+            break
+        # --- step; its seconds are the training time, so that scoring and saving do not count
+        begun = time.perf_counter()
+        for group in optimiser.param_groups:
+            group["lr"] = group["rate"] * learning_rate_at(step, spent_s, settings)
+        picked = rng.choice(anchors, settings.batch_pairs)
+        further = neighbours_of(picked, data.doc_ids, settings.reach, rng)
+        ids, mask = data.batch(np.concatenate((picked, further)), tokenizer.pad_id, config.max_tokens)
+        with torch.autocast(kind, torch.bfloat16):
+            reconstruction, contrast = losses(encoder, hypothesizer, ids.to(device), mask.to(device), settings)
+        loss = reconstruction + settings.contrast_weight * contrast
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower --learning-rate and run again")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        recent.append((reconstruction.item(), contrast.item()))
+        step += 1
+        chunks_seen += settings.batch_decoded
+        spent_s += time.perf_counter() - begun
+
+    summary = {"steps": step, "chunks_seen": chunks_seen, "seconds": round(spent_s), **score}
+    save_weights(
+        output, encoder, hypothesizer,
+        {
+            "format": 1, "config": config.to_dict(), "training": asdict(settings), "tokenizer_sha256": tokenizer.sha256,
+            "num_training_chunks": len(train_rows), "held_out": summary,
+        },
+    )
+    return summary
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    defaults = TrainingSettings()
+    parser = argparse.ArgumentParser(description="Fit the mini codec on chunk shards.", allow_abbrev=False)
+    parser.add_argument("--chunks", type=Path, required=True, help="folder of chunk shards (Parquet)")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
+    parser.add_argument("--output", type=Path, required=True, help="run folder; a run there is continued")
+    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="time of training in all")
+    parser.add_argument("--batch-pairs", type=int, default=defaults.batch_pairs)
+    parser.add_argument("--batch-decoded", type=int, default=defaults.batch_decoded)
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--contrast-weight", type=float, default=defaults.contrast_weight)
+    parser.add_argument("--topic-share", type=float, default=MiniConfig().topic_share)
+    parser.add_argument("--decoder-layers", type=int, default=MiniConfig().decoder_layers)
+    parser.add_argument("--limit", type=int, help="use the first chunks only, this many")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--compile", action="store_true", help="compile the step (needs a C++ compiler)")
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = MiniConfig(topic_share=args.topic_share, decoder_layers=args.decoder_layers)
+    settings = TrainingSettings(
+        minutes=args.minutes, batch_pairs=args.batch_pairs, batch_decoded=args.batch_decoded, learning_rate=args.learning_rate,
+        contrast_weight=args.contrast_weight, seed=args.seed,
+    )
+    tokenizer = ChunkTokenizer.load(args.tokenizer, config.max_tokens)
+    summary = fit(args.chunks, tokenizer, args.output, config, settings, args.device, args.limit, args.compile)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What a trained predictor must beat: four predictors without a trained network.
+
+Each is called with (B, T, D) float32 contexts and returns (B, D) float32 unit vectors, as the models do.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lvm.errors import InputError
+from lvm.evaluate.metrics import Predict, cosines, unit
+
+Batches = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
+"""Called once a pass over the data; gives (B, T, D) contexts with their (B, D) targets."""
+
+
+@dataclass(frozen=True)
+class CorpusMean:
+    """The same vector for every context: the best constant."""
+
+    vector: NDArray[np.float32]
+    """(D,) unit vector, the mean of the training targets."""
+
+    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.repeat(self.vector[None], len(contexts), axis=0)
+
+    @classmethod
+    def fit(cls, batches: Batches) -> "CorpusMean":
+        """The mean over one pass of the training batches."""
+        total: NDArray[np.float64] | None = None
+        for _, targets in batches():
+            added = targets.sum(axis=0, dtype=np.float64)
+            total = added if total is None else total + added
+        if total is None:
+            raise InputError("no training windows; the corpus mean needs at least one")
+        return cls(unit(total[None].astype(np.float32))[0])
+
+
+def context_mean(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The mean of the context, scaled to length 1."""
+    return unit(contexts.mean(axis=1))
+
+
+def copy_last(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The last context vector: `passthrough`."""
+    return unit(contexts[:, -1])
+
+
+@dataclass(frozen=True)
+class RidgeSettings:
+    """How the ridge regression is fitted."""
+
+    max_train_windows: int = 50_000
+    """Training windows used. The normal equations cost rows x (T D)^2; 50,000 rows of 5 x 768 are 0.7 T
+    multiplications, some twenty seconds on two cores."""
+    max_val_windows: int = 4_000
+    """Validation windows on which the penalty is chosen."""
+    penalties: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    """Penalties tried, as multiples of the mean eigenvalue of the inputs' scatter matrix (X'X, centred)."""
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Linear regression with an L2 penalty from the whole context, laid end to end, to the next vector."""
+
+    weights: NDArray[np.float32]
+    """(T * D, D)."""
+    bias: NDArray[np.float32]
+    """(D,), not penalised."""
+    penalty: float
+    """The chosen one of RidgeSettings.penalties."""
+    val_cosine: float
+    """Mean cosine on the validation windows with that penalty."""
+    num_windows: int
+    """Training windows it was fitted on."""
+
+    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+        # torch's matrix product is the one whose threads the job sets.
+        flat = torch.from_numpy(contexts.reshape(len(contexts), -1))
+        return unit((flat @ torch.from_numpy(self.weights) + torch.from_numpy(self.bias)).numpy())
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers fitted."""
+        return self.weights.size + self.bias.size
+
+
+class _Wide:
+    """Solver that keeps the rows, for fewer windows than inputs: (n, n) systems."""
+
+    def __init__(self) -> None:
+        self.rows: list[torch.Tensor] = []
+        self.targets: list[torch.Tensor] = []
+        self.count = 0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.rows.append(x)
+        self.targets.append(y)
+        self.count += len(x)
+
+    def finish(self) -> None:
+        x, y = torch.cat(self.rows).double(), torch.cat(self.targets).double()
+        self.mean_x, self.mean_y = x.mean(dim=0), y.mean(dim=0)
+        self.x, self.y = x - self.mean_x, y - self.mean_y
+        self.gram = self.x @ self.x.T
+        self.scale = float(self.gram.diagonal().sum()) / x.shape[1]
+
+    def solve(self, penalty: float) -> torch.Tensor:
+        penalised = self.gram.clone()
+        penalised.diagonal().add_(penalty)
+        return self.x.T @ torch.cholesky_solve(self.y, torch.linalg.cholesky(penalised))
+
+
+class _Tall:
+    """Solver that keeps sums alone, for any number of windows: (T D, T D) systems."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        # float64: with 50,000 rows the centring in finish() subtracts numbers of like size.
+        self.count = 0
+        self.mean_x = torch.zeros(inputs, dtype=torch.float64)
+        self.mean_y = torch.zeros(outputs, dtype=torch.float64)
+        self.scatter = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.count += len(x)
+        self.mean_x += x.sum(dim=0, dtype=torch.float64)
+        self.mean_y += y.sum(dim=0, dtype=torch.float64)
+        self.scatter += x.T @ x
+        self.cross += x.T @ y
+
+    def finish(self) -> None:
+        self.mean_x /= self.count
+        self.mean_y /= self.count
+        self.scatter -= self.count * torch.outer(self.mean_x, self.mean_x)
+        self.cross -= self.count * torch.outer(self.mean_x, self.mean_y)
+        self.scale = float(self.scatter.diagonal().mean())
+
+    def solve(self, penalty: float) -> torch.Tensor:
+        penalised = self.scatter.clone()
+        penalised.diagonal().add_(penalty)
+        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(penalised))
+
+
+def _solver(batches: Batches) -> _Wide | _Tall:
+    """The solver that fits the number of windows, filled and finished; both give the same solution."""
+    solver: _Wide | _Tall = _Wide()
+    for contexts, targets in batches():
+        x = torch.from_numpy(contexts.reshape(len(contexts), -1))
+        y = torch.from_numpy(targets)
+        if isinstance(solver, _Wide) and solver.count + len(x) > x.shape[1]:
+            tall = _Tall(x.shape[1], y.shape[1])
+            for held_x, held_y in zip(solver.rows, solver.targets, strict=True):
+                tall.add(held_x, held_y)
+            solver = tall
+        solver.add(x, y)
+    if solver.count == 0:
+        raise InputError("no training windows; the ridge regression needs at least one")
+    solver.finish()
+    return solver
+
+
+def fit_ridge(train: Batches, val: Batches, settings: RidgeSettings) -> Ridge:
+    """The closed-form solution with the penalty that has the best mean cosine on `val`.
+
+    `train` and `val` must already be cut to the settings' limits. Memory: three float64 matrices of
+    (T D)^2, 354 MB at 5 x 768, whatever the number of windows.
+    """
+    solver = _solver(train)
+    best: Ridge | None = None
+    for penalty in settings.penalties:
+        weights = solver.solve(penalty * max(solver.scale, 1e-12))
+        bias = solver.mean_y - solver.mean_x @ weights
+        fitted = Ridge(weights.float().numpy(), bias.float().numpy(), penalty, 0.0, solver.count)
+        cosine = mean_cosine(fitted, val)
+        if best is None or cosine > best.val_cosine:
+            best = replace(fitted, val_cosine=cosine)
+    if best is None:
+        raise InputError("RidgeSettings.penalties is empty; expected at least one penalty")
+    return best
+
+
+def mean_cosine(predict: Predict, batches: Batches) -> float:
+    """Mean cosine of predictions and targets over one pass. Raises InputError on no windows."""
+    total, count = 0.0, 0
+    for contexts, targets in batches():
+        total += float(cosines(predict(contexts), targets).sum(dtype=np.float64))
+        count += len(targets)
+    if count == 0:
+        raise InputError("no windows to average over; expected at least one")
+    return total / count
+
+
+def describe(predict: Any) -> dict[str, Any]:
+    """Parameters and choices of a baseline, for the report."""
+    if isinstance(predict, Ridge):
+        return {
+            "parameters": predict.num_parameters,
+            "penalty": predict.penalty,
+            "val_cosine": predict.val_cosine,
+            "train_windows": predict.num_windows,
+        }
+    return {"parameters": predict.vector.size if isinstance(predict, CorpusMean) else 0}

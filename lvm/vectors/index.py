@@ -1,0 +1,337 @@
+"""Nearest vectors by inner product: build a faiss index over an array, publish it, search it.
+
+    index/versions/<fingerprint>/index.faiss     one folder a version, made whole and then renamed
+    index/versions/<fingerprint>/manifest.json   codec, vectors it was made from, measured recall
+    index/CURRENT                                name of the version to load, replaced in one step
+
+A reader that opened a version keeps it: the one before CURRENT stays on disk until the next is published.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from lvm.codec.identity import CodecIdentity, require_same_codec
+from lvm.errors import InputError
+from lvm.vectors.sequences import VectorArray
+from lvm.vectors.shards import (
+    Manifest,
+    Shard,
+    file_sha256,
+    fingerprint,
+    publish,
+    sweep_temporaries,
+    sync_directory,
+    temporary_name,
+    write_bytes,
+)
+
+KEPT_VERSIONS = 2
+"""Versions left on disk: the published one and the one before it."""
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """How vectors are grouped and how many groups a search looks into."""
+
+    flat_below: int = 4096
+    """Under this many vectors each search compares all of them: exact, and fast enough."""
+    max_lists: int = 512
+    """Most inverted lists, nlist; the original system's number at 500,000 vectors."""
+    probes: int = 16
+    """Lists a search looks into, nprobe; the original system's number."""
+    training_per_list: int = 64
+    """Vectors per list that k-means sees; faiss warns under 39."""
+    seed: int = 0
+    """Seed of k-means and of the sample recall is measured on."""
+
+    def num_lists(self, num_vectors: int) -> int:
+        """nlist for this many vectors: the power of two below their square root, 0 for no lists at all.
+
+        The square root balances the lists against the vectors in one; 500,000 vectors give 512.
+        """
+        if num_vectors < self.flat_below:
+            return 0
+        return int(min(self.max_lists, 2 ** int(np.log2(num_vectors**0.5))))
+
+
+@dataclass(frozen=True)
+class Index:
+    """One published version, ready to search."""
+
+    directory: Path
+    """The version's folder."""
+    manifest: Manifest
+    """What it was made from and how well it finds."""
+    store: Any
+    """The faiss index."""
+
+    def __len__(self) -> int:
+        return int(self.store.ntotal)
+
+    @property
+    def identity(self) -> CodecIdentity:
+        """Codec of the vectors."""
+        return self.manifest.identity
+
+    def require_array(self, array: VectorArray) -> None:
+        """Return when the rows this index answers with are rows of `array`.
+
+        Raises IdentityError when the codecs differ, InputError when the index is of other vectors.
+        """
+        require_same_codec(self.identity, array.identity, f"index {self.directory}", str(array.directory))
+        made_from = self.manifest.inputs.get("vectors")
+        if made_from != array.fingerprint:
+            raise InputError(
+                f"index {self.directory} was made from vectors {made_from}, but {array.directory} now holds "
+                f"{array.fingerprint}; run `latent index` again"
+            )
+
+    def search(
+        self, queries: NDArray[Any], k: int, probes: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Inner products (B, k) float32, best first, and the rows (B, k) int64 of the array they belong to.
+
+        queries: (B, D) float; with unit vectors the scores are cosines. probes: lists to look into, more finds
+        more and takes longer. A query whose lists hold fewer than k vectors is searched again in all of them.
+        Raises InputError on a wrong shape, NaN, and k outside 1..N.
+        """
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        dim = self.store.d
+        if queries.ndim != 2 or queries.shape[1] != dim:
+            raise InputError(
+                f"queries have shape {queries.shape}, expected (B, {dim}); encode them with {self.identity}"
+            )
+        bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
+        if len(bad):
+            raise InputError(
+                f"query {bad[0]} holds NaN or infinity ({len(bad)} such), expected finite numbers"
+            )
+        if not 1 <= k <= len(self):
+            raise InputError(f"k must be between 1 and the {len(self)} vectors of the index, got {k}")
+        lists = self._num_lists
+        scores, rows = self._search(queries, k, min(probes or self._probes, lists))
+        short = np.flatnonzero(rows[:, -1] < 0)
+        if len(short):
+            scores[short], rows[short] = self._search(queries[short], k, lists)
+        return scores, rows
+
+    def reconstruct(self, rows: Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
+        """The stored vectors (B, D) float32 of these rows; float16 vectors come back as they were stored."""
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise InputError(
+                f"rows must lie between 0 and {len(self) - 1}, got {wanted.min()} to {wanted.max()}"
+            )
+        if self._num_lists and self.store.direct_map.type == faiss.DirectMap.NoMap:
+            self.store.make_direct_map()
+        out = np.empty((len(wanted), self.store.d), np.float32)
+        for i, row in enumerate(wanted):
+            self.store.reconstruct(int(row), out[i])
+        return out
+
+    @property
+    def _num_lists(self) -> int:
+        return int(getattr(self.store, "nlist", 0))
+
+    @property
+    def _probes(self) -> int:
+        return int(self.manifest.settings["probes"])
+
+    def _search(
+        self, queries: NDArray[np.float32], k: int, probes: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        # Parameters go with the call, not into the index: several threads may search one index.
+        params = faiss.SearchParametersIVF(nprobe=probes) if self._num_lists else None
+        scores, rows = self.store.search(queries, k, params=params)
+        return scores, rows
+
+
+def build_index(array: VectorArray, directory: Path, settings: IndexSettings | None = None) -> Index:
+    """Index all vectors of `array`, measure its recall, publish it in `directory`, and return it.
+
+    When the version CURRENT names was made from the same vectors with the same settings, it is returned as it
+    is. Raises InputError when there is no vector.
+    """
+    settings = settings or IndexSettings()
+    if not len(array):
+        raise InputError(
+            f"{array.directory} holds no vector, expected at least one; run `latent encode` first"
+        )
+    current = find_index(array, directory, settings)
+    if current is not None:
+        return current
+
+    store = _fill(array, settings)
+    record = _settings_record(settings, len(array))
+    version = directory / "versions" / _version_name(array, record)
+    temporary = temporary_name(version)
+    temporary.mkdir(parents=True)
+    try:
+        file = temporary / "index.faiss"
+        unnamed = temporary_name(file)
+        faiss.write_index(store, str(unnamed))
+        publish(unnamed, file)
+        shard = Shard(file.name, len(array), file.stat().st_size, file_sha256(file))
+        manifest = Manifest(
+            kind="index",
+            settings=record,
+            inputs={"vectors": array.fingerprint},
+            shards=(shard,),
+            rows=len(array),
+            codec=array.identity.to_dict(),
+        )
+        recall = measure_recall(array, Index(temporary, manifest, store), settings.seed)
+        manifest = manifest.with_report(**recall)
+        manifest.save(temporary)
+        if version.exists():  # one that failed its checks, or that another run has just published
+            shutil.rmtree(version)
+        temporary.rename(version)
+        sync_directory(version.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    write_bytes(directory / "CURRENT", f"{version.name}\n".encode())
+    _drop_old_versions(directory)
+    return load_index(directory)
+
+
+def load_index(directory: Path | str) -> Index:
+    """The version CURRENT names, memory-mapped: replicas on one machine share its pages.
+
+    Raises InputError when none is published, or its file is missing or damaged.
+    """
+    directory = Path(directory)
+    current = directory / "CURRENT"
+    try:
+        name = current.read_text().strip()
+    except FileNotFoundError as err:
+        raise InputError(
+            f"no {current}; expected a published index. Run `latent index` with --output {directory}."
+        ) from err
+    version = directory / "versions" / name
+    manifest = Manifest.load(version, "index")
+    manifest.verify(version)
+    file = version / manifest.shards[0].file
+    try:
+        store = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+    except RuntimeError as err:
+        raise InputError(
+            f"{file} is damaged: {str(err).splitlines()[0]}. Delete {version} and run `latent index` again."
+        ) from err
+    if store.ntotal != manifest.rows or store.d != manifest.identity.dim:
+        raise InputError(
+            f"{file} holds {store.ntotal} vectors of {store.d} numbers, its manifest says {manifest.rows} of "
+            f"{manifest.identity.dim}; delete {version} and run `latent index` again"
+        )
+    return Index(version, manifest, store)
+
+
+def find_index(array: VectorArray, directory: Path, settings: IndexSettings | None = None) -> Index | None:
+    """The published version when it was made from `array` with `settings` and its file is whole; else None."""
+    record = _settings_record(settings or IndexSettings(), len(array))
+    name = _version_name(array, record)
+    try:
+        if (directory / "CURRENT").read_text().strip() != name:
+            return None
+        version = directory / "versions" / name
+        if Manifest.load(version, "index").damaged(version, deep=True):
+            return None
+        return load_index(directory)
+    except (OSError, InputError):
+        return None
+
+
+def measure_recall(
+    array: VectorArray, index: Index, seed: int = 0, num_queries: int = 256, k: int = 16
+) -> dict[str, Any]:
+    """Share of the true k nearest vectors that a search finds, over a sample of queries.
+
+    Two kinds of queries: stored vectors, which lie where the lists are dense, and means of six consecutive
+    vectors, which lie between them, as predictions do. Exact search runs over the whole array in blocks.
+    """
+    random = np.random.default_rng(seed)
+    k = min(k, len(array))
+    num_queries = min(num_queries, len(array))
+    rows = np.sort(random.choice(len(array), num_queries, replace=False))
+    stored = array.vectors[rows].astype(np.float32)
+    around = np.clip(rows[:, None] + np.arange(6), 0, len(array) - 1)
+    blended = array.vectors[around].astype(np.float32).mean(axis=1)
+    blended /= np.maximum(np.linalg.norm(blended, axis=1, keepdims=True), 1e-6)
+    report: dict[str, Any] = {"recall_k": k, "recall_queries": num_queries}
+    for name, queries in (("recall_stored", stored), ("recall_blended", blended)):
+        exact = _exact_search(array, queries, k)
+        _, found = index.search(queries, k)
+        report[name] = round(
+            float(np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)])), 4
+        )
+    return report
+
+
+def _exact_search(array: VectorArray, queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    best_scores = np.full((len(queries), k), -np.inf, np.float32)
+    best_rows = np.full((len(queries), k), -1, np.int64)
+    for low, block in _blocks(array):
+        scores = np.concatenate([best_scores, queries @ block.T], axis=1)
+        candidates = np.broadcast_to(np.arange(low, low + len(block)), (len(queries), len(block)))
+        rows = np.concatenate([best_rows, candidates], axis=1)
+        top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        best_scores = np.take_along_axis(scores, top, axis=1)
+        best_rows = np.take_along_axis(rows, top, axis=1)
+    return best_rows
+
+
+def _blocks(array: VectorArray, rows: int = 16_384) -> Any:
+    for low in range(0, len(array), rows):
+        yield low, np.ascontiguousarray(array.vectors[low : low + rows], dtype=np.float32)
+
+
+def _fill(array: VectorArray, settings: IndexSettings) -> Any:
+    dim = array.identity.dim
+    num_lists = settings.num_lists(len(array))
+    if not num_lists:
+        store: Any = faiss.IndexFlatIP(dim)
+    else:
+        store = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, num_lists, faiss.METRIC_INNER_PRODUCT)
+        store.cp.seed = settings.seed + 1
+        store.cp.spherical = True  # centroids of unit norm, as the vectors: inner product ranks them rightly
+        num_training = min(len(array), num_lists * settings.training_per_list)
+        sample = np.random.default_rng(settings.seed).choice(len(array), num_training, replace=False)
+        store.train(np.ascontiguousarray(array.vectors[np.sort(sample)], dtype=np.float32))
+    for _, block in _blocks(array):
+        store.add(block)
+    return store
+
+
+def _settings_record(settings: IndexSettings, num_vectors: int) -> dict[str, Any]:
+    num_lists = settings.num_lists(num_vectors)
+    return {
+        "type": "IVF_FLAT" if num_lists else "FLAT",
+        "metric": "inner product",
+        "nlist": num_lists,
+        "probes": settings.probes,
+        "training_per_list": settings.training_per_list,
+        "seed": settings.seed,
+    }
+
+
+def _version_name(array: VectorArray, record: dict[str, Any]) -> str:
+    return fingerprint({"vectors": array.fingerprint, "settings": record})
+
+
+def _drop_old_versions(directory: Path) -> None:
+    versions = directory / "versions"
+    sweep_temporaries(directory)
+    current = (directory / "CURRENT").read_text().strip()
+    made = [p for p in versions.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    # CURRENT first, then the newest: a version taken up again after an older one still comes first.
+    made.sort(key=lambda p: (p.name == current, p.stat().st_mtime_ns), reverse=True)
+    for old in made[KEPT_VERSIONS:]:
+        shutil.rmtree(old, ignore_errors=True)
+    for left in versions.glob(".*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,202 @@
+"""A codec and a tokenizer whose answers can be computed by hand, with the API of the real ones.
+
+A word is a token. A word's vector is fixed by its hash, a text's vector is the sum of its words' scaled to
+norm 1: texts that share words lie close, the same text always gives the same vector, in any process.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from lvm.codec.identity import CodecIdentity
+from lvm.vectors.shards import CHUNK_SCHEMA, Manifest, vectors_to_table, with_footer, write_table
+
+DIM = 768
+
+
+class FakeTokenizer:
+    """One token a word (a run of anything but white space), and one for the end of the text."""
+
+    def __init__(self, max_tokens: int = 32, seed: str = "words") -> None:
+        self.max_tokens = max_tokens
+        self.sha256 = hashlib.sha256(f"fake tokenizer {seed}".encode()).hexdigest()
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [len(t.split()) + 1 for t in texts]
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        return [m.span() for m in re.finditer(r"\S+", text)]
+
+
+@lru_cache(maxsize=65_536)
+def word_vector(word: str, seed: str = "") -> np.ndarray:
+    """The (D,) float32 unit vector of one word."""
+    number = int.from_bytes(hashlib.sha256(f"{seed} {word}".encode()).digest()[:8])
+    vector = np.random.default_rng(number).standard_normal(DIM)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    vectors: np.ndarray
+    norms: np.ndarray
+    num_tokens: np.ndarray
+    truncated: np.ndarray
+
+
+@dataclass(frozen=True)
+class Decoded:
+    texts: list[str]
+    cosines: np.ndarray
+    steps_used: np.ndarray
+
+
+class FakeCodec:
+    """Sum of word vectors in, "text of 1f3a9c2b" out. Another `seed` is another encoder."""
+
+    def __init__(self, seed: str = "words", max_tokens: int = 32) -> None:
+        self.seed = seed
+        self.tokenizer = FakeTokenizer(max_tokens)
+        self.identity = CodecIdentity(
+            name="fake",
+            encoder_sha256=hashlib.sha256(f"fake encoder {seed}".encode()).hexdigest(),
+            tokenizer_sha256=self.tokenizer.sha256,
+            pooling="sum",
+            dense=False,
+            normalized=False,
+            max_tokens=max_tokens,
+            dim=DIM,
+        )
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        limit = self.identity.max_tokens - 1
+        raw = np.zeros((len(texts), DIM), np.float32)
+        for row, text in enumerate(texts):
+            raw[row] = word_vector("</s>", self.seed) + sum(
+                word_vector(w.casefold(), self.seed) for w in text.split()[:limit]
+            )
+        norms = np.linalg.norm(raw, axis=1)
+        counts = np.array(self.tokenizer.count(texts), np.int32)
+        return Encoded(raw / norms[:, None], norms, counts, counts > self.identity.max_tokens)
+
+    def decode(self, vectors: np.ndarray, steps: int = 0) -> Decoded:
+        # Three decimals, so that a float16 copy of a vector decodes to the same text nearly always.
+        texts = [
+            "text of " + hashlib.sha256((np.round(v, 3) + 0.0).astype("<f4").tobytes()).hexdigest()[:8]
+            for v in np.asarray(vectors, np.float32)
+        ]
+        cosines = np.einsum("bd,bd->b", self.encode(texts).vectors, vectors).astype(np.float32)
+        return Decoded(texts, cosines, np.full(len(texts), steps, np.int32))
+
+
+def fake_codec() -> FakeCodec:
+    """A codec loader for the jobs' workers."""
+    return FakeCodec()
+
+
+class BrokenCodec(FakeCodec):
+    """Returns NaN for every text that holds the word "poison"."""
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        encoded = super().encode(texts)
+        for row, text in enumerate(texts):
+            if "poison" in text:
+                encoded.vectors[row] = np.nan
+        return encoded
+
+
+def broken_codec() -> FakeCodec:
+    """A codec loader whose codec gives NaN for poisoned texts."""
+    return BrokenCodec()
+
+
+def fake_articles(num_articles: int, num_chunks: int = 12, seed: int = 0) -> list[list[str]]:
+    """Chunk texts of made-up articles: each draws on 40 words of its own, so its chunks share some."""
+    random = np.random.default_rng(seed)
+    articles = []
+    for article in range(num_articles):
+        own = [f"w{article}x{i}" for i in range(40)]
+        articles.append([" ".join(random.choice(own, 12)) for _ in range(num_chunks)])
+    return articles
+
+
+def chunk_table(articles: Sequence[Sequence[str]], first_doc: int = 0, source: str = "double") -> pa.Table:
+    """Rows of CHUNK_SCHEMA, as the chunk job writes them."""
+    count = FakeTokenizer().count
+    rows = [
+        {
+            "chunk_id": hashlib.sha256(f"{source}\0{doc}\0{position}".encode()).hexdigest()[:32],
+            "doc_id": doc,
+            "position": position,
+            "title": f"Article {doc}",
+            "text": text,
+            "source": source,
+            "num_tokens": count([text])[0],
+        }
+        for doc, chunks in enumerate(articles, first_doc)
+        for position, text in enumerate(chunks)
+    ]
+    return pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA)
+
+
+def write_chunks(
+    directory: Path,
+    articles: Sequence[Sequence[str]],
+    articles_per_shard: int = 8,
+    tokenizer: FakeTokenizer | None = None,
+) -> Manifest:
+    """A finished chunk job's folder. `tokenizer` may be any with `sha256` and `max_tokens`."""
+    tokenizer = tokenizer or FakeTokenizer()
+    shards = []
+    for number, low in enumerate(range(0, len(articles), articles_per_shard)):
+        table = chunk_table(articles[low : low + articles_per_shard], low)
+        shards.append(write_table(directory / f"part-{number:05d}.parquet", table))
+    manifest = Manifest(
+        kind="chunks",
+        settings={"tokenizer_sha256": tokenizer.sha256, "max_tokens": tokenizer.max_tokens},
+        inputs={"articles": len(articles)},
+        shards=tuple(shards),
+        rows=sum(s.rows for s in shards),
+        source="made up by tests/doubles.py",
+        licence="CC0-1.0",
+        report={"articles": len(articles)},
+    )
+    manifest.save(directory)
+    return manifest
+
+
+def write_vectors(
+    directory: Path,
+    articles: Sequence[Sequence[str]],
+    codec: FakeCodec | None = None,
+    articles_per_shard: int = 8,
+) -> Manifest:
+    """A finished encode job's folder, in this process and without Ray."""
+    codec = codec or FakeCodec()
+    shards = []
+    for number, low in enumerate(range(0, len(articles), articles_per_shard)):
+        table = chunk_table(articles[low : low + articles_per_shard], low)
+        encoded = codec.encode(table.column("text").to_pylist())
+        vectors = vectors_to_table(
+            table, encoded.vectors, encoded.norms, encoded.num_tokens, encoded.truncated
+        )
+        footer = {"codec": codec.identity.to_dict()}
+        shards.append(write_table(directory / f"part-{number:05d}.parquet", with_footer(vectors, footer)))
+    manifest = Manifest(
+        kind="vectors",
+        settings={"codec": codec.identity.digest, "dtype": "float16"},
+        inputs={"articles": len(articles)},
+        shards=tuple(shards),
+        rows=sum(s.rows for s in shards),
+        codec=codec.identity.to_dict(),
+        source="made up by tests/doubles.py",
+        licence="CC0-1.0",
+    )
+    manifest.save(directory)
+    return manifest
