@@ -89,7 +89,9 @@ def stage_arguments(
 def main(
     input: Annotated[
         str | None,
-        typer.Option(help="Wikipedia dump (.xml.bz2), JSON lines, Parquet, folder of them or of text; or sample."),
+        typer.Option(
+            help="Wikipedia dump (.xml.bz2), JSON lines, Parquet, folder of them or of text; or sample."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; made if it is not there.")] = None,
     codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
@@ -100,7 +102,8 @@ def main(
     max_minutes: Annotated[float | None, typer.Option(help="Longest training, in minutes.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the article split and of training.")] = 0,
     allow_non_sequential: Annotated[
-        str | None, typer.Option(help="The sentence that lets text without an order train; the refusal names it.")
+        str | None,
+        typer.Option(help="The sentence that lets text without an order train; the refusal names it."),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="The bundled sample into out/demo.")] = False,
     address: Address = None,
@@ -115,7 +118,11 @@ def main(
     output = output.absolute()
     if source != "sample" and "://" not in source:
         source = str(Path(source).absolute())
-    codec_options = ["--codec", codec, *([] if codec_path is None else ["--codec-path", str(codec_path.absolute())])]
+    codec_options = [
+        "--codec",
+        codec,
+        *([] if codec_path is None else ["--codec-path", str(codec_path.absolute())]),
+    ]
     training = ["--model", model, "--recipe", recipe, "--seed", str(seed)]
     if max_minutes is not None:
         training += ["--max-minutes", str(max_minutes)]
@@ -133,7 +140,9 @@ def main(
         done = runs[stage] = run_stage(stage, [*arguments, "--address", cluster])
         seconds[stage] = round(done.seconds, 1)
         state = "up to date, nothing redone" if done.summary.get("up_to_date") else "done"
-        say(f"[{number}/{len(STAGES)}] {stage}: {state}, {done.summary.get('rows', 0):,} rows, {done.seconds:.1f} s")
+        say(
+            f"[{number}/{len(STAGES)}] {stage}: {state}, {done.summary.get('rows', 0):,} rows, {done.seconds:.1f} s"
+        )
     for line in runs["evaluate"].answers:
         print(line)
     report = output / "evaluation" / "report.html"

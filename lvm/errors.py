@@ -3,7 +3,8 @@
 LvmError
 ├── InputError      a file, record, option or array is not what it must be
 ├── IdentityError   two artefacts come from different codecs and may not be joined
-└── OutputError     an output directory was made with other settings, or is half written
+├── OutputError     an output directory was made with other settings, or is half written
+└── TrainingError   a loss or a gradient is no longer a number
 
 Messages say what was expected, what came, and what to do. The command line prints them as one line;
 set LATENT_TRACEBACK=1 to see where they came from.
@@ -24,3 +25,7 @@ class IdentityError(LvmError):
 
 class OutputError(LvmError):
     """An output directory was made with other settings, or is half written."""
+
+
+class TrainingError(LvmError):
+    """A loss or a gradient is no longer a number."""

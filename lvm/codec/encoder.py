@@ -36,7 +36,9 @@ def best_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device.type == "cpu":
         capability = torch.cpu.get_capabilities()
-        return torch.bfloat16 if capability.get("avx512_bf16") or capability.get("amx_bf16") else torch.float32
+        return (
+            torch.bfloat16 if capability.get("avx512_bf16") or capability.get("amx_bf16") else torch.float32
+        )
     return torch.float32
 
 
@@ -49,7 +51,9 @@ class TextEncoder:
         self.device = device
         self.dtype = best_dtype(device)
 
-    def pre(self, texts: Sequence[str]) -> tuple[list[list[int]], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    def pre(
+        self, texts: Sequence[str]
+    ) -> tuple[list[list[int]], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Token ids of each text (cut to the limit), whole lengths (N,), and whether each was cut (N,)."""
         for i, text in enumerate(texts):
             if not isinstance(text, str):
@@ -77,14 +81,19 @@ class TextEncoder:
     def core(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Padded ids (B, T) and mask (B, T) to (B, D) float32; the heavy part."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.network(ids, mask)  # type: ignore[no-any-return]
+            vectors: Tensor = self.network(ids, mask)
+        return vectors
 
-    def post(self, vectors: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def post(
+        self, vectors: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Unit vectors and their norms before. Raises InputError on a value that is no number."""
         norms = np.linalg.norm(vectors, axis=1)
         bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
         if bad.size:
-            raise InputError(f"the encoder gave no finite vector for text {bad[0]} ({bad.size} such); check the weights")
+            raise InputError(
+                f"the encoder gave no finite vector for text {bad[0]} ({bad.size} such); check the weights"
+            )
         return vectors / norms[:, None], norms.astype(np.float32)
 
     def encode(self, texts: Sequence[str]) -> Encoded:

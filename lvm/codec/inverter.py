@@ -28,8 +28,8 @@ class StackCache:
         self.values = memory.new_empty(shape)
         self.memory_keys: list[Tensor] = []
         self.memory_values: list[Tensor] = []
-        for block in stack.block:
-            cross = block.layer[1].EncDecAttention
+        for block in stack.blocks:
+            cross = block.attends_memory.EncDecAttention
             self.memory_keys.append(cross.split(cross.k(memory)))
             self.memory_values.append(cross.split(cross.v(memory)))
 
@@ -45,8 +45,8 @@ class StackCache:
         t = self.place
         bias = self.bias[:, :, t : t + 1, : t + 1].to(x.dtype)
         x = x[:, None]
-        for i, block in enumerate(self.stack.block):
-            first, second, last = block.layer
+        for i, block in enumerate(self.stack.blocks):
+            first, second, last = block.attends_itself, block.attends_memory, block.feeds_forward
             attention = first.SelfAttention
             normed = first.layer_norm(x)
             self.keys[i, :, :, t] = attention.split(attention.k(normed))[:, :, 0]
@@ -61,16 +61,22 @@ class StackCache:
             x = x + attention.o(out.transpose(1, 2).flatten(-2))
             cross = second.EncDecAttention
             out = F.scaled_dot_product_attention(
-                cross.split(cross.q(second.layer_norm(x))), self.memory_keys[i], self.memory_values[i], scale=1.0
+                cross.split(cross.q(second.layer_norm(x))),
+                self.memory_keys[i],
+                self.memory_values[i],
+                scale=1.0,
             )
             x = x + cross.o(out.transpose(1, 2).flatten(-2))
             x = x + last.DenseReluDense(last.layer_norm(x))
         self.place += 1
-        return self.stack.final_layer_norm(x)[:, 0]  # type: ignore[no-any-return]
+        last_state: Tensor = self.stack.final_layer_norm(x)[:, 0]
+        return last_state
 
 
 @torch.inference_mode()
-def hypothesize(table: Tensor, hypothesizer: MiniHypothesizer, vectors: Tensor, end_id: int) -> list[list[int]]:
+def hypothesize(
+    table: Tensor, hypothesizer: MiniHypothesizer, vectors: Tensor, end_id: int
+) -> list[list[int]]:
     """Greedy token ids of each vector, end token included where the text ended by itself.
 
     table: (V, L), the encoder's token embeddings, in the dtype to multiply in (the hypothesizer's own).

@@ -103,15 +103,13 @@ class Answer:
 
 _WORD = re.compile(r"\w+")
 _STOP_WORDS = frozenset(
-    w
-    for line in """
+    _WORD.findall("""
     the and for are but not you all any can had her was one our out has him his how its may now two who
     did too she were with that this from they them their have been which when where what will would could
     should there these those then than some such only into over also more most other about after before
     between during through under while each both many much very own same because however does being upon
     among within without against until since though although still yet per via nor off again further once
-    here why few him himself herself itself themselves ours yours theirs whose whom""".splitlines()
-    for w in line.split()
+    here why few him himself herself itself themselves ours yours theirs whose whom""")
 )
 
 
@@ -134,7 +132,7 @@ def bigram_share(text: str) -> float:
 def character_entropy(text: str) -> float:
     """Shannon entropy of the text's characters, bits a character; 0 for an empty text."""
     counts = Counter(text)
-    return -sum(n / len(text) * math.log2(n / len(text)) for n in counts.values())
+    return sum(n / len(text) * math.log2(len(text) / n) for n in counts.values())
 
 
 def faults(text: str, source: str | None, settings: LadderSettings) -> list[str]:

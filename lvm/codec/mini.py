@@ -136,14 +136,15 @@ class MiniEncoder(nn.Module):
     def topic_norm(self) -> float:
         """Norm of the topic part before the whole is normalised, in units of one token's embedding."""
         c = self.config
-        lexical_energy = c.full_tokens * (c.word_weight**2 + c.order_weight**2)
+        lexical_energy: float = c.full_tokens * (c.word_weight**2 + c.order_weight**2)
         return math.sqrt(lexical_energy * c.topic_share / (1 - c.topic_share))
 
     def bound(self, embedded: Tensor, mask: Tensor) -> Tensor:
         """What each token adds to the lexical part, (B, T, L) float32: w e_i + o R_i e_i."""
         c = self.config
         e = embedded.float() * mask[..., None]
-        return c.word_weight * e + c.order_weight * self.rotation(e)
+        out: Tensor = c.word_weight * e + c.order_weight * self.rotation(e)
+        return out
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids (B, T) int64 and mask (B, T) bool to (B, D) float32 of unit norm."""
@@ -199,13 +200,16 @@ class MiniHypothesizer(nn.Module):
 
         The topic part's norm was `topic_norm` before normalisation, so its norm now tells the scale.
         """
-        topic, lexical = vectors.float().split((self.config.topic_dim, self.config.lexical_dim), dim=-1)
+        P = self.config.topic_dim
+        topic, lexical = vectors[:, :P].float(), vectors[:, P:].float()
         scale = topic.norm(dim=-1, keepdim=True).clamp(min=0.05) / self.topic_norm
-        return lexical / scale
+        out: Tensor = lexical / scale
+        return out
 
     def remember(self, vectors: Tensor) -> Tensor:
         """Memory for cross-attention, (B, S, L)."""
-        return self.memory(vectors).unflatten(-1, (self.config.memory_tokens, self.config.lexical_dim))  # type: ignore[no-any-return]
+        memory: Tensor = self.memory(vectors)
+        return memory.view(-1, self.config.memory_tokens, self.config.lexical_dim)
 
     def priors(self, lexical: Tensor, residual: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """The four prior directions (B, T, 4, L), and the decoder's glimpse input (B, T, 3L).
@@ -222,11 +226,12 @@ class MiniHypothesizer(nn.Module):
     def hidden(self, inputs: Tensor, glimpse: Tensor) -> Tensor:
         """The decoder's input (B, T, L) from the previous tokens' embeddings and the glimpse."""
         L = self.config.lexical_dim
-        return inputs * L**0.5 + self.glimpse(glimpse)
+        out: Tensor = inputs * L**0.5 + self.glimpse(glimpse)
+        return out
 
     def head(self, state: Tensor, priors: Tensor) -> Tensor:
         """What is multiplied with the token table, (B, T, L) float32: the state plus its gated priors."""
-        gates = self.gates(state).float()
+        gates: Tensor = self.gates(state).float()
         return state.float() + (gates[..., None] * priors).sum(-2)
 
     def forward(self, vectors: Tensor, ids: Tensor, mask: Tensor, encoder: MiniEncoder) -> Tensor:

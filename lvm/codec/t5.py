@@ -9,6 +9,7 @@ Source: Raffel et al. 2020 (arXiv:1910.10683) and the T5 v1.0/1.1 checkpoints.
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +58,14 @@ def relative_buckets(T: int, S: int, bidirectional: bool, num_buckets: int, max_
     else:
         distance = -distance.clamp(max=0)
     exact = num_buckets // 2
-    far = exact + (
-        torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)
-    ).long()
+    far = (
+        exact
+        + (
+            torch.log(distance.clamp(min=1).float() / exact)
+            / math.log(max_distance / exact)
+            * (num_buckets - exact)
+        ).long()
+    )
     return bucket + torch.where(distance < exact, distance, far.clamp(max=num_buckets - 1))
 
 
@@ -96,14 +102,15 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(B, T, H*K) to (B, H, T, K)."""
-        return x.unflatten(-1, (self.heads, self.d_kv)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.heads, self.d_kv).transpose(1, 2)
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, T, D) attends to memory (B, S, D); bias (1 or B, H, T, S) is added to the scores."""
         q, k, v = self.split(self.q(x)), self.split(self.k(memory)), self.split(self.v(memory))
         mask = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-        return self.o(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        merged: Tensor = self.o(out.transpose(1, 2).flatten(-2))
+        return merged
 
 
 class FeedForward(nn.Module):
@@ -118,7 +125,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, D) to (…, D)."""
-        return self.wo(F.relu(self.wi(x)))  # type: ignore[no-any-return]
+        out: Tensor = self.wo(F.relu(self.wi(x)))
+        return out
 
 
 class _SelfAttentionLayer(nn.Module):
@@ -153,16 +161,31 @@ class Block(nn.Module):
         layers.append(_FeedForwardLayer(config))
         self.layer = nn.ModuleList(layers)
 
+    @property
+    def attends_itself(self) -> _SelfAttentionLayer:
+        """The self-attention layer."""
+        return cast(_SelfAttentionLayer, self.layer[0])
+
+    @property
+    def attends_memory(self) -> _CrossAttentionLayer:
+        """The layer that attends to the memory; decoders alone have one."""
+        return cast(_CrossAttentionLayer, self.layer[1])
+
+    @property
+    def feeds_forward(self) -> _FeedForwardLayer:
+        """The feed-forward layer."""
+        return cast(_FeedForwardLayer, self.layer[-1])
+
     def forward(self, x: Tensor, bias: Tensor, memory: Tensor | None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        first = self.layer[0]
+        first, last = self.attends_itself, self.feeds_forward
         normed = first.layer_norm(x)
         x = x + first.SelfAttention(normed, normed, bias)
         if memory is not None:
-            cross = self.layer[1]
+            cross = self.attends_memory
             x = x + cross.EncDecAttention(cross.layer_norm(x), memory, None)
-        last = self.layer[-1]
-        return x + last.DenseReluDense(last.layer_norm(x))  # type: ignore[no-any-return]
+        out: Tensor = x + last.DenseReluDense(last.layer_norm(x))
+        return out
 
 
 class T5Stack(nn.Module):
@@ -174,16 +197,21 @@ class T5Stack(nn.Module):
         self.block = nn.ModuleList(Block(config, has_bias=i == 0) for i in range(config.num_layers))
         self.final_layer_norm = RMSNorm(config.d_model, config.epsilon)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks, in order."""
+        return [cast(Block, block) for block in self.block]
+
     def position_bias(self, T: int) -> Tensor:
         """Bias of the self-attention scores, (1, H, T, T); a decoder's is -inf above the diagonal."""
         c = self.config
         buckets = relative_buckets(T, T, not c.is_decoder, c.num_buckets, c.max_distance)
-        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        bias = table(buckets.to(table.weight.device)).permute(2, 0, 1)[None]
+        table = self.blocks[0].attends_itself.SelfAttention.relative_attention_bias
+        bias: Tensor = table(buckets.to(table.weight.device)).permute(2, 0, 1)[None]
         if c.is_decoder:
             ahead = torch.ones(T, T, dtype=torch.bool, device=bias.device).triu(1)
             bias = bias.masked_fill(ahead, float("-inf"))
-        return bias  # type: ignore[no-any-return]
+        return bias
 
     def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D).
@@ -194,6 +222,7 @@ class T5Stack(nn.Module):
         bias = self.position_bias(x.shape[1])
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(torch.float32).min)
-        for block in self.block:
+        for block in self.blocks:
             x = block(x, bias, memory)
-        return self.final_layer_norm(x)  # type: ignore[no-any-return]
+        out: Tensor = self.final_layer_norm(x)
+        return out

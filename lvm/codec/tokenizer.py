@@ -27,8 +27,11 @@ class ChunkTokenizer:
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.end_id: int = tokenizer.token_to_id(END)
-        self.pad_id: int = tokenizer.token_to_id(PAD)
+        end_id, pad_id = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
+        if end_id is None or pad_id is None:
+            raise InputError(f"the tokenizer lacks {PAD} or {END}; expected one with T5's special tokens")
+        self.end_id = end_id
+        self.pad_id = pad_id
 
     @classmethod
     def load(cls, path: Path, max_tokens: int) -> "ChunkTokenizer":
@@ -40,8 +43,6 @@ class ChunkTokenizer:
             raise InputError(f"no tokenizer at {path}; expected the codec's tokenizer.json there") from err
         except Exception as err:  # the library raises bare Exception on bad JSON
             raise InputError(f"{path} is not a tokenizer.json: {err}; copy the codec's folder again") from err
-        if tokenizer.token_to_id(END) is None or tokenizer.token_to_id(PAD) is None:
-            raise InputError(f"{path} lacks {PAD} or {END}; expected a tokenizer with T5's special tokens")
         return cls(tokenizer, max_tokens, hashlib.sha256(raw).hexdigest())
 
     @property

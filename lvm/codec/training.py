@@ -17,14 +17,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lvm.codec.inverter import hypothesize
 from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
+from lvm.codec.quality import read_back
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.errors import InputError, OutputError
 
@@ -79,15 +80,21 @@ class TrainingSettings:
         if self.minutes <= 0:
             raise InputError(f"minutes must be above 0, got {self.minutes}")
         if self.batch_pairs < 2:
-            raise InputError(f"batch_pairs must be at least 2 (InfoNCE needs a negative), got {self.batch_pairs}")
+            raise InputError(
+                f"batch_pairs must be at least 2 (InfoNCE needs a negative), got {self.batch_pairs}"
+            )
         if not 1 <= self.batch_decoded <= self.batch_pairs:
-            raise InputError(f"batch_decoded must be 1 to batch_pairs = {self.batch_pairs}, got {self.batch_decoded}")
+            raise InputError(
+                f"batch_decoded must be 1 to batch_pairs = {self.batch_pairs}, got {self.batch_decoded}"
+            )
 
 
 class ChunkTokens:
     """All chunks as token ids in one flat array, in article order."""
 
-    def __init__(self, ids: npt.NDArray[np.int16], ends: npt.NDArray[np.int64], doc_ids: npt.NDArray[np.int32]):
+    def __init__(
+        self, ids: npt.NDArray[np.int16], ends: npt.NDArray[np.int64], doc_ids: npt.NDArray[np.int32]
+    ):
         self.ids, self.ends, self.doc_ids = ids, ends, doc_ids
         self.starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
 
@@ -99,7 +106,9 @@ class ChunkTokens:
         """Tokenise the chunk shards of a directory. Raises InputError where there are none."""
         files = sorted(directory.glob("*.parquet"))
         if not files:
-            raise InputError(f"no *.parquet in {directory}; expected chunk shards, make them with `latent chunk`")
+            raise InputError(
+                f"no *.parquet in {directory}; expected chunk shards, make them with `latent chunk`"
+            )
         flat: list[npt.NDArray[np.int16]] = []
         lengths: list[npt.NDArray[np.int64]] = []
         docs: list[npt.NDArray[np.int32]] = []
@@ -139,14 +148,16 @@ class ChunkTokens:
         return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
-def topic_start(data: ChunkTokens, rows: npt.NDArray[np.int64], config: MiniConfig, seed: int) -> npt.NDArray[np.float32]:
+def topic_start(
+    data: ChunkTokens, rows: npt.NDArray[np.int64], config: MiniConfig, seed: int
+) -> npt.NDArray[np.float32]:
     """Topic embeddings to start from, (V, P): latent semantic analysis of groups of four chunks.
 
     TF-IDF over the vocabulary, truncated SVD (Deerwester et al. 1990), each token weighted with its inverse
     document frequency, so that the plain sum over a text is already a usable topic vector.
     """
-    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
-    from sklearn.decomposition import TruncatedSVD  # type: ignore[import-untyped]
+    from scipy.sparse import csr_matrix
+    from sklearn.decomposition import TruncatedSVD
 
     group = 4
     firsts = rows[: min(len(rows), 240_000)]
@@ -154,7 +165,8 @@ def topic_start(data: ChunkTokens, rows: npt.NDArray[np.int64], config: MiniConf
     columns = np.concatenate([data.ids[data.starts[r] : data.ends[r]] for r in firsts]).astype(np.int64)
     documents = np.repeat(np.arange(len(firsts)) // group, lengths)
     counts = csr_matrix(
-        (np.ones(len(columns), np.float32), (documents, columns)), shape=(documents.max() + 1, config.vocabulary_size)
+        (np.ones(len(columns), np.float32), (documents, columns)),
+        shape=(documents.max() + 1, config.vocabulary_size),
     )
     counts.sum_duplicates()
     counts.data = 1 + np.log(counts.data)
@@ -225,7 +237,8 @@ def fit_topics(
         ends = mask.sum(1).cumsum(0)
         starts = F.pad(ends, (1, 0))[:-1]
         bags = F.embedding_bag(ids[mask].to(table.device), table, starts.to(table.device), mode="sum")
-        loss = infonce(*F.normalize(bags, dim=-1).chunk(2), settings.temperature)
+        first, second = F.normalize(bags, dim=-1).chunk(2)
+        loss = infonce(first, second, settings.temperature)
         optimiser.param_groups[0]["lr"] = 3e-3 * max(0.02, 1 - spent_s / limit_s)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -239,7 +252,9 @@ def noised(vectors: Tensor, settings: TrainingSettings, topic_dim: int) -> Tenso
     """Vectors as a predictor might give them: (B, D) unit norm, some faded, some off by isotropic noise."""
     B = vectors.shape[0]
     fade = torch.rand(B, 1, device=vectors.device)
-    factor = torch.where(fade < settings.faded_share, 0.3 + 0.7 * fade / settings.faded_share, torch.ones_like(fade))
+    factor = torch.where(
+        fade < settings.faded_share, 0.3 + 0.7 * fade / settings.faded_share, torch.ones_like(fade)
+    )
     topic, lexical = vectors[:, :topic_dim], vectors[:, topic_dim:]
     vectors = F.normalize(torch.cat((topic, lexical * factor), dim=-1), dim=-1)
     cosine = settings.lowest_cosine + (1 - settings.lowest_cosine) * torch.rand(B, 1, device=vectors.device)
@@ -262,34 +277,12 @@ def losses(
     """
     vectors = encoder(ids, mask)
     topic = F.normalize(vectors[:, : encoder.config.topic_dim], dim=-1)
-    contrast = infonce(*topic.chunk(2), settings.temperature)
+    first, second = topic.chunk(2)
+    contrast = infonce(first, second, settings.temperature)
     B = settings.batch_decoded
     states = hypothesizer(noised(vectors[:B], settings, encoder.config.topic_dim), ids[:B], mask[:B], encoder)
     logits = F.linear(states[mask[:B]], encoder.tokens.weight) + hypothesizer.bias
     return F.cross_entropy(logits.float(), ids[:B][mask[:B]]), contrast
-
-
-def read_back(sources: Sequence[str], written: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU (sacrebleu, 0 to 100), mean token F1 (words, 0 to 1) and exact share (0 to 1)."""
-    import sacrebleu
-
-    f1 = []
-    for source, text in zip(sources, written, strict=True):
-        a, b = source.split(), text.split()
-        remaining: dict[str, int] = {}
-        for word in a:
-            remaining[word] = remaining.get(word, 0) + 1
-        shared = 0
-        for word in b:
-            if remaining.get(word, 0):
-                remaining[word] -= 1
-                shared += 1
-        f1.append(2 * shared / (len(a) + len(b)) if a or b else 1.0)
-    return {
-        "bleu": sacrebleu.corpus_bleu(list(written), [list(sources)]).score,
-        "token_f1": float(np.mean(f1)),
-        "exact": float(np.mean([a == b for a, b in zip(sources, written, strict=True)])),
-    }
 
 
 @torch.inference_mode()
@@ -325,10 +318,13 @@ def optimiser_for(
     encoder: MiniEncoder, hypothesizer: MiniHypothesizer, settings: TrainingSettings
 ) -> torch.optim.AdamW:
     """AdamW that decays matrices alone; tables, norms and biases keep their size."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for module in (encoder, hypothesizer):
         for name, parameter in module.named_parameters():
-            is_matrix = parameter.ndim == 2 and not name.startswith(("tokens", "topics")) and "bias" not in name
+            is_matrix = (
+                parameter.ndim == 2 and not name.startswith(("tokens", "topics")) and "bias" not in name
+            )
             if name != "topics.weight":
                 (matrices if is_matrix else others).append(parameter)
     groups = [
@@ -346,11 +342,15 @@ def learning_rate_at(step: int, spent_s: float, settings: TrainingSettings) -> f
     return settings.learning_rate * rise * min(1.0, left / settings.decay_share)
 
 
-def save_weights(directory: Path, encoder: MiniEncoder, hypothesizer: MiniHypothesizer, record: dict[str, Any]) -> None:
+def save_weights(
+    directory: Path, encoder: MiniEncoder, hypothesizer: MiniHypothesizer, record: dict[str, Any]
+) -> None:
     """Write bfloat16 safetensors and config.json; each under a temporary name, then renamed."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, module in (("encoder", encoder), ("hypothesizer", hypothesizer)):
-        tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in module.state_dict().items()}
+        tensors = {
+            k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in module.state_dict().items()
+        }
         temporary = directory / f".{name}.safetensors.tmp"
         save_file(tensors, temporary, metadata={"format": "pt"})
         os.replace(temporary, directory / f"{name}.safetensors")
@@ -370,10 +370,11 @@ def fit(
     compiled: bool = False,
     save_every_s: float = 300.0,
     score_every_s: float = 60.0,
+    on_score: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Train until `settings.minutes` are spent, going on from `output/checkpoint.pt` if it is there.
 
-    Returns the last held-out score with steps, chunks and seconds. Raises OutputError when the checkpoint
+    on_score is called with each line of the curve. Returns the last held-out score with steps, chunks and seconds. Raises OutputError when the checkpoint
     there was made with another configuration, and FloatingPointError when a loss is no number.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -389,7 +390,9 @@ def fit(
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if state["config"] != config.to_dict():
-            raise OutputError(f"{checkpoint} was made with {state['config']}, expected {config.to_dict()}; choose another --output")
+            raise OutputError(
+                f"{checkpoint} was made with {state['config']}, expected {config.to_dict()}; choose another --output"
+            )
         encoder = MiniEncoder(config)
         hypothesizer = MiniHypothesizer(config, encoder.topic_norm)
         encoder.load_state_dict(state["encoder"])
@@ -422,8 +425,13 @@ def fit(
         temporary = checkpoint.with_suffix(".tmp")
         torch.save(
             {
-                "config": config.to_dict(), "encoder": encoder.state_dict(), "hypothesizer": hypothesizer.state_dict(),
-                "optimiser": optimiser.state_dict(), "step": step, "spent_s": spent_s, "chunks_seen": chunks_seen,
+                "config": config.to_dict(),
+                "encoder": encoder.state_dict(),
+                "hypothesizer": hypothesizer.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "step": step,
+                "spent_s": spent_s,
+                "chunks_seen": chunks_seen,
             },
             temporary,
         )
@@ -441,13 +449,19 @@ def fit(
             hypothesizer.train()
             mean = np.mean(recent, axis=0) if recent else (math.nan, math.nan)
             line = {
-                "step": step, "minutes": round(spent_s / 60, 2), "chunks_seen": chunks_seen,
-                "chunks_per_s": round(chunks_seen / max(spent_s, 1e-9), 1), "nats_a_token": round(float(mean[0]), 4),
-                "contrast_nats": round(float(mean[1]), 4), **{k: round(v, 4) for k, v in score.items()},
+                "step": step,
+                "minutes": round(spent_s / 60, 2),
+                "chunks_seen": chunks_seen,
+                "chunks_per_s": round(chunks_seen / max(spent_s, 1e-9), 1),
+                "nats_a_token": round(float(mean[0]), 4),
+                "contrast_nats": round(float(mean[1]), 4),
+                **{k: round(v, 4) for k, v in score.items()},
             }
             with (output / "curve.jsonl").open("a") as curve:
                 curve.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
+            if on_score is not None:
+                on_score(line)
             recent.clear()
             last_score = spent_s
         # --- save
@@ -465,10 +479,14 @@ def fit(
         further = neighbours_of(picked, data.doc_ids, settings.reach, rng)
         ids, mask = data.batch(np.concatenate((picked, further)), tokenizer.pad_id, config.max_tokens)
         with torch.autocast(kind, torch.bfloat16):
-            reconstruction, contrast = losses(encoder, hypothesizer, ids.to(device), mask.to(device), settings)
+            reconstruction, contrast = losses(
+                encoder, hypothesizer, ids.to(device), mask.to(device), settings
+            )
         loss = reconstruction + settings.contrast_weight * contrast
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower --learning-rate and run again")
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {step}; lower --learning-rate and run again"
+            )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -480,10 +498,16 @@ def fit(
 
     summary = {"steps": step, "chunks_seen": chunks_seen, "seconds": round(spent_s), **score}
     save_weights(
-        output, encoder, hypothesizer,
+        output,
+        encoder,
+        hypothesizer,
         {
-            "format": 1, "config": config.to_dict(), "training": asdict(settings), "tokenizer_sha256": tokenizer.sha256,
-            "num_training_chunks": len(train_rows), "held_out": summary,
+            "format": 1,
+            "config": config.to_dict(),
+            "training": asdict(settings),
+            "tokenizer_sha256": tokenizer.sha256,
+            "num_training_chunks": len(train_rows),
+            "held_out": summary,
         },
     )
     return summary
@@ -513,11 +537,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     config = MiniConfig(topic_share=args.topic_share, decoder_layers=args.decoder_layers)
     settings = TrainingSettings(
-        minutes=args.minutes, batch_pairs=args.batch_pairs, batch_decoded=args.batch_decoded, learning_rate=args.learning_rate,
-        contrast_weight=args.contrast_weight, seed=args.seed,
+        minutes=args.minutes,
+        batch_pairs=args.batch_pairs,
+        batch_decoded=args.batch_decoded,
+        learning_rate=args.learning_rate,
+        contrast_weight=args.contrast_weight,
+        seed=args.seed,
     )
     tokenizer = ChunkTokenizer.load(args.tokenizer, config.max_tokens)
-    summary = fit(args.chunks, tokenizer, args.output, config, settings, args.device, args.limit, args.compile)
+    summary = fit(
+        args.chunks, tokenizer, args.output, config, settings, args.device, args.limit, args.compile
+    )
     print(json.dumps(summary))
 
 

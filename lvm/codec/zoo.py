@@ -44,7 +44,9 @@ class Codec:
     supported_steps: tuple[int, ...] = (0,)
     """Corrector steps `decode` takes; this codec has a hypothesizer alone."""
 
-    def __init__(self, identity: CodecIdentity, encoder: "TextEncoder", hypothesizer: "MiniHypothesizer") -> None:
+    def __init__(
+        self, identity: CodecIdentity, encoder: "TextEncoder", hypothesizer: "MiniHypothesizer"
+    ) -> None:
         self.identity = identity
         self._encoder = encoder
         self._hypothesizer = hypothesizer.to(encoder.device, encoder.dtype).eval()
@@ -72,7 +74,9 @@ class Codec:
 
         vectors = np.ascontiguousarray(vectors, np.float32)
         if vectors.ndim != 2 or vectors.shape[1] != self.identity.dim:
-            raise InputError(f"vectors have shape {vectors.shape}, expected (B, {self.identity.dim}) for codec {self.identity}")
+            raise InputError(
+                f"vectors have shape {vectors.shape}, expected (B, {self.identity.dim}) for codec {self.identity}"
+            )
         if steps not in self.supported_steps:
             raise InputError(
                 f"codec {self.identity.name} has no corrector: steps must be one of {self.supported_steps}, got {steps}"
@@ -80,10 +84,15 @@ class Codec:
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
         if bad.size:
-            raise InputError(f"vector {bad[0]} is zero or holds NaN or infinity ({bad.size} such); expected unit vectors")
+            raise InputError(
+                f"vector {bad[0]} is zero or holds NaN or infinity ({bad.size} such); expected unit vectors"
+            )
         units = vectors / norms
         rows = hypothesize(
-            self._table, self._hypothesizer, torch.from_numpy(units).to(self._encoder.device), self.tokenizer.end_id
+            self._table,
+            self._hypothesizer,
+            torch.from_numpy(units).to(self._encoder.device),
+            self.tokenizer.end_id,
         )
         texts = self.tokenizer.decode(rows)
         again = self._encoder.encode(texts).vectors if texts else units
@@ -109,7 +118,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / "config.json").read_text())
         fields: dict[str, Any] = record["config"]
     except (ValueError, KeyError, TypeError) as err:
-        raise InputError(f"{folder / 'config.json'} is no codec configuration ({err}); copy the folder again") from err
+        raise InputError(
+            f"{folder / 'config.json'} is no codec configuration ({err}); copy the folder again"
+        ) from err
     return fields
 
 
@@ -137,7 +148,9 @@ def load_codec(name: str, path: str | Path | None = None, device: str = "auto") 
     try:
         config = MiniConfig(**fields)
     except TypeError as err:
-        raise InputError(f"{folder / 'config.json'}: {err}; it was written by another version, train again") from err
+        raise InputError(
+            f"{folder / 'config.json'}: {err}; it was written by another version, train again"
+        ) from err
     tokenizer = ChunkTokenizer.load(folder / "tokenizer.json", config.max_tokens)
     trained_with = json.loads((folder / "config.json").read_text()).get("tokenizer_sha256")
     if trained_with != tokenizer.sha256:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from lvm.errors import InputError
-from lvm.evaluate.metrics import Predict, cosines, unit
+from lvm.evaluate.metrics import Predict, cosines
+from lvm.predict.steer import unit
 
 Batches = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
 """Called once a pass over the data; gives (B, T, D) contexts with their (B, D) targets."""

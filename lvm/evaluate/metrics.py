@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lvm.errors import InputError
+from lvm.predict.steer import unit
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -31,14 +32,6 @@ def cosines(first: Floats, second: Floats) -> NDArray[np.float32]:
     products = np.einsum("bd,bd->b", first, second)
     result: NDArray[np.float32] = np.zeros(len(products), dtype=np.float32)
     np.divide(products, lengths, out=result, where=lengths > 0, casting="same_kind")
-    return result
-
-
-def unit(vectors: Floats) -> NDArray[np.float32]:
-    """Rows of (B, D) scaled to length 1; an all-zero row stays zero."""
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    result: NDArray[np.float32] = np.zeros(vectors.shape, dtype=np.float32)
-    np.divide(vectors, lengths, out=result, where=lengths > 0, casting="same_kind")
     return result
 
 

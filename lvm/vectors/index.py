@@ -98,8 +98,9 @@ class Index:
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Inner products (B, k) float32, best first, and the rows (B, k) int64 of the array they belong to.
 
-        queries: (B, D) float; with unit vectors the scores are cosines. probes: lists to look into, more finds
-        more and takes longer. A query whose lists hold fewer than k vectors is searched again in all of them.
+        queries: (B, D) float; with unit vectors the scores are cosines. probes: lists to look into; more
+        find more and take longer. A query whose lists hold fewer than k vectors is searched again in all
+        of them.
         Raises InputError on a wrong shape, NaN, and k outside 1..N.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
@@ -129,7 +130,7 @@ class Index:
             raise InputError(
                 f"rows must lie between 0 and {len(self) - 1}, got {wanted.min()} to {wanted.max()}"
             )
-        if self._num_lists and self.store.direct_map.type == faiss.DirectMap.NoMap:
+        if self._num_lists and self.store.direct_map.no():
             self.store.make_direct_map()
         out = np.empty((len(wanted), self.store.d), np.float32)
         for i, row in enumerate(wanted):
@@ -148,7 +149,7 @@ class Index:
         self, queries: NDArray[np.float32], k: int, probes: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         # Parameters go with the call, not into the index: several threads may search one index.
-        params = faiss.SearchParametersIVF(nprobe=probes) if self._num_lists else None
+        params = faiss.SearchParametersIVF(nprobe=probes) if self._num_lists else None  # type: ignore[call-arg]
         scores, rows = self.store.search(queries, k, params=params)
         return scores, rows
 
@@ -233,7 +234,7 @@ def load_index(directory: Path | str) -> Index:
 
 
 def find_index(array: VectorArray, directory: Path, settings: IndexSettings | None = None) -> Index | None:
-    """The published version when it was made from `array` with `settings` and its file is whole; else None."""
+    """The published version when it was made from `array` with `settings` and is whole; else None."""
     record = _settings_record(settings or IndexSettings(), len(array))
     name = _version_name(array, record)
     try:

@@ -350,19 +350,26 @@ def claim(directory: Path, kind: str, settings: Mapping[str, Any], overwrite: bo
     """Make `directory` this stage's folder, before any shard is written.
 
     Raises OutputError when other settings made or began what it holds; nothing is touched then. With
-    `overwrite`, what the other settings made is removed first.
+    `overwrite`, what the other settings made is removed first; what another stage made never is.
     """
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"--output {directory} is a file, expected a folder; choose another --output")
     try:
         _require_settings(directory, kind, settings)
     except OutputError:
-        if not overwrite:
+        found = _claimed(directory)
+        if not overwrite or found is None or found[0] != kind:
             raise
         clear(directory)
     sweep_temporaries(directory)
     if _claimed(directory) is None:
         write_json(directory / "settings.json", {"kind": kind, "settings": dict(settings)})
+
+
+def begin(directory: Path, kind: str, settings: Mapping[str, Any]) -> None:
+    """Take the manifest away before shards change: a kill then leaves none of what is half redone."""
+    write_json(directory / "settings.json", {"kind": kind, "settings": dict(settings)})
+    (directory / "manifest.json").unlink(missing_ok=True)
 
 
 def clear(directory: Path) -> None:
@@ -408,14 +415,18 @@ def _require_settings(directory: Path, kind: str, settings: Mapping[str, Any]) -
     found = _claimed(directory)
     if found is None:
         return
-    cure = "Choose another --output or pass --overwrite."
     if found[0] != kind:
-        raise OutputError(f"{directory} holds {found[0]}, expected {kind} or an empty folder. {cure}")
+        raise OutputError(
+            f"{directory} holds {found[0]}, expected {kind} or an empty folder. Choose another --output."
+        )
     asked = _plain(settings)
     names = [n for n in sorted({*asked, *found[1]}) if asked.get(n) != found[1].get(n)]
     if names:
         differs = "; ".join(f"{n} was {found[1].get(n)!r}, now {asked.get(n)!r}" for n in names)
-        raise OutputError(f"{directory} was made with other settings: {differs}. {cure}")
+        raise OutputError(
+            f"{directory} was made with other settings: {differs}. "
+            "Choose another --output or pass --overwrite."
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,56 @@
+"""Say all that is wrong with an NPZ file of training sequences; changes nothing, starts no Ray.
+
+Reads one file block by block: seconds for a gigabyte. Exit code 1 when something is wrong.
+
+    python -m jobs.check sequences.npz
+    ray job submit --working-dir . -- python -m jobs.check sequences.npz
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs._ray import finish, run, say
+from lvm.vectors.npz import check_npz
+from lvm.vectors.shards import DIM
+
+
+def main(
+    file: Annotated[Path, typer.Argument(help="NPZ file: layout sequences, documents or split.")],
+    dim: Annotated[int, typer.Option(help="Numbers a vector must have.")] = DIM,
+) -> None:
+    """Check an NPZ file of training sequences."""
+    started = time.perf_counter()
+    report = check_npz(file, dim)
+    counts = ", ".join(f"{split} {rows:,}" for split, rows in report.rows.items())
+    say(f"{file}: layout {report.layout or 'unknown'}, sequences: {counts or 'none'}")
+    for note in report.notes:
+        say(f"  note: {note}")
+    for problem in report.problems:
+        say(f"  wrong: {problem}")
+    say("nothing is wrong" if report.ok else f"{len(report.problems)} things are wrong")
+    seconds = time.perf_counter() - started
+    rows = sum(report.rows.values())
+    finish(
+        {
+            "stage": "check",
+            "ok": report.ok,
+            "layout": report.layout,
+            "rows": rows,
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(rows / max(seconds, 1e-9), 1),
+            "paths": [str(file)],
+            "codec": None if report.identity is None else report.identity.to_dict(),
+            "problems": [asdict(p) for p in report.problems],
+            "notes": report.notes,
+        }
+    )
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

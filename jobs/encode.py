@@ -1,0 +1,442 @@
+"""Encode chunks: reads the shards of `latent chunk`, writes one vector shard for each, and a manifest last.
+
+    python -m jobs.encode --input out/chunks --output out/vectors --codec mini
+    ray job submit --working-dir . -- python -m jobs.encode --input /shared/chunks --output /shared/vectors
+
+Each chunk shard becomes a vector shard of the same name with the same rows in the same order, the vector as a
+plain fixed-size list. A shard is written under a temporary name and renamed; its footer names the codec and
+the SHA-256 of the chunk shard it was made from. So a job killed at any moment and run again encodes exactly
+what is missing, and the ids that come out are the ids that went in: they are compared before the manifest is
+written.
+"""
+
+import functools
+import logging
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jobs._ray import Address, connect, finish, run, say, versions
+from lvm.codec.identity import CodecIdentity, require_same_codec
+from lvm.errors import IdentityError, InputError, LvmError, OutputError
+from lvm.vectors.shards import (
+    Manifest,
+    Shard,
+    VectorType,
+    begin,
+    claim,
+    file_sha256,
+    find,
+    read_footer,
+    read_table,
+    sweep_temporaries,
+    vectors_to_table,
+    with_footer,
+    write_table,
+)
+
+
+class Encoder(Protocol):
+    """What this job needs of a codec."""
+
+    @property
+    def identity(self) -> CodecIdentity: ...
+
+    def encode(self, texts: list[str]) -> Any:
+        """`.vectors` (N, D) float32 of unit norm, `.norms`, `.num_tokens`, `.truncated` of N texts."""
+
+
+CodecLoader = Callable[[], Encoder]
+"""Makes the codec, once in each worker; pickled on the way there."""
+
+MAX_THREADS = 8
+"""Most threads of one actor; the encoder's matrices are too small to feed more."""
+
+CALLS_PER_ACTOR = 2
+"""Shards an actor works on at once: one is read, tokenised or written while the other's matrices multiply
+(PyTorch, Arrow and the tokenizer all release the GIL)."""
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What decides a vector shard's content."""
+
+    codec: str
+    """Digest of the codec's identity."""
+    dtype: VectorType = "float16"
+    """How a vector's numbers are stored. float16 halves the files; rounding moves a cosine by under 0.001."""
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """All a worker needs; pickled on the way there."""
+
+    source: Path
+    """Folder of the chunks."""
+    target: Path
+    """Folder of the vectors."""
+    settings: EncodeSettings
+    """How vectors are made."""
+    identity: CodecIdentity
+    """Codec the worker must come up with."""
+    load: CodecLoader
+    """Makes the codec."""
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """What `encode_chunks` did."""
+
+    manifest: Manifest
+    """Of the vectors."""
+    encoded: tuple[str, ...]
+    """Shards this run made; empty when all was there."""
+    up_to_date: bool
+    """True when nothing had to be done, not even the manifest."""
+
+
+# ------------------------------------------------------------------------------------------------ one shard
+
+
+def footer_of(chunks: Shard, identity: CodecIdentity, settings: EncodeSettings) -> dict[str, Any]:
+    """What a vector shard's footer says when it was made from this chunk shard in this way."""
+    return {"codec": identity.to_dict(), "chunks_sha256": chunks.sha256, "settings": asdict(settings)}
+
+
+def encode_shard(
+    source: Path, target: Path, chunks: Shard, codec: Encoder, settings: EncodeSettings
+) -> Shard:
+    """Encode one chunk shard into `target`.
+
+    Raises InputError naming the shard when its bytes are not those its manifest lists, or its vectors are no
+    unit vectors.
+    """
+    if (found := file_sha256(source)) != chunks.sha256:
+        raise InputError(
+            f"chunk shard {source} has SHA-256 {found[:16]}…, its manifest says {chunks.sha256[:16]}…: "
+            "it changed or was damaged. Run `latent chunk` again; it redoes only that."
+        )
+    table = read_table(source)
+    try:
+        encoded = codec.encode(table.column("text").to_pylist())
+        vectors = vectors_to_table(
+            table, encoded.vectors, encoded.norms, encoded.num_tokens, encoded.truncated, settings.dtype
+        )
+    except InputError as err:
+        raise InputError(f"shard {source.name}: {err}") from err
+    return write_table(target, with_footer(vectors, footer_of(chunks, codec.identity, settings)))
+
+
+_SHARD = [f.name for f in fields(Shard)]
+
+
+def finished_shard(target: Path, source: Path, footer: dict[str, Any]) -> Shard | None:
+    """The vector shard at `target` when it is whole, made in this way, and holds the ids of `source`.
+
+    None when it has to be made. Every page's checksum is read, so a flipped bit is found as well.
+    """
+    if not target.exists():
+        return None
+    try:
+        if read_footer(target) != footer:
+            return None
+        vectors = read_table(target)
+    except InputError as err:
+        say(f"  {err}")
+        return None
+    ids = read_table(source, ["chunk_id"]).column("chunk_id").to_pylist()
+    if vectors.column("chunk_id").to_pylist() != ids:
+        return None
+    return Shard(target.name, vectors.num_rows, target.stat().st_size, file_sha256(target))
+
+
+class ShardEncoder:
+    """Ray Data's stateful worker: holds the codec, encodes the shards it is handed."""
+
+    def __init__(self, job: "EncodeJob", threads: int) -> None:
+        self.job, self.threads = job, threads
+        self.local = threading.local()
+        self.failure: LvmError | None = None
+        try:
+            self.codec = job.load()
+            worker = f"the worker on {platform.node()}"
+            require_same_codec(job.identity, self.codec.identity, "this job", worker)
+        except LvmError as err:
+            self.failure = err
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        if not hasattr(self.local, "ready"):  # PyTorch's thread count is a setting of each calling thread
+            import torch
+
+            torch.set_num_threads(self.threads)
+            self.local.ready = True
+        rows = [
+            self.encode(Shard(*values)) for values in zip(*(batch[n].tolist() for n in _SHARD), strict=True)
+        ]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def encode(self, chunks: Shard) -> dict[str, Any]:
+        """The finished shard's fields; on a refusal `error` and `refusal`, as an exception that travels
+        through Ray would lose its one-line message."""
+        blank = {**asdict(chunks), "error": "", "refusal": ""}
+        try:
+            if self.failure is not None:
+                raise self.failure
+            source, target = self.job.source / chunks.file, self.job.target / chunks.file
+            return blank | asdict(encode_shard(source, target, chunks, self.codec, self.job.settings))
+        except LvmError as err:
+            return blank | {"error": str(err), "refusal": type(err).__name__}
+
+
+# ------------------------------------------------------------------------------------------------ all shards
+
+
+def encode_chunks(
+    source: Path,
+    target: Path,
+    load: CodecLoader,
+    dtype: VectorType = "float16",
+    overwrite: bool = False,
+    address: str | None = None,
+) -> EncodeResult:
+    """Bring `target` to hold the vectors of `source`, a finished chunk job's folder, and nothing else.
+
+    Raises InputError when chunks are missing or damaged, IdentityError when they were cut for another
+    tokenizer, OutputError when `target` was made with other settings. Finished shards stay in each case.
+    """
+    if source.resolve() == target.resolve():
+        raise OutputError(f"--output {target} is the --input; choose another folder for the vectors")
+    chunks = Manifest.load(source, "chunks")
+    chunks.verify(source)
+    codec = load()
+    identity = codec.identity
+    del codec
+    require_tokenizer(chunks, identity, source)
+    settings = EncodeSettings(identity.digest, dtype)
+    inputs = {"chunks": chunks.fingerprint}
+    claim(target, "vectors", asdict(settings), overwrite)
+    done = find(target, "vectors", asdict(settings), inputs)
+    if done is not None and not done.damaged(target, deep=True):
+        return EncodeResult(done, (), up_to_date=True)
+    begin(target, "vectors", asdict(settings))
+
+    finished: dict[str, Shard] = {}
+    pending: list[Shard] = []
+    for shard in chunks.shards:
+        footer = footer_of(shard, identity, settings)
+        ready = finished_shard(target / shard.file, source / shard.file, footer)
+        if ready is None:
+            pending.append(shard)
+        else:
+            finished[shard.file] = ready
+    if finished:
+        say(f"encode: {len(finished)} of {len(chunks.shards)} shards are finished and stay as they are")
+    if pending:
+        connect(address)
+        job = EncodeJob(source.resolve(), target.resolve(), settings, identity, load)
+        for made in _encode_with_ray(job, pending):
+            finished[made.file] = made
+
+    shards = tuple(finished[s.file] for s in chunks.shards)
+    num_truncated = require_same_ids(source, target, chunks)
+    manifest = Manifest(
+        kind="vectors",
+        settings=asdict(settings),
+        inputs=inputs,
+        shards=shards,
+        rows=sum(s.rows for s in shards),
+        codec=identity.to_dict(),
+        source=chunks.source,
+        licence=chunks.licence,
+        report={**chunks.report, "truncated": num_truncated},
+        versions=versions(),
+    )
+    manifest.save(target)
+    sweep_temporaries(target)
+    _remove_unlisted(target, manifest)
+    return EncodeResult(manifest, tuple(s.file for s in pending), up_to_date=False)
+
+
+def require_tokenizer(chunks: Manifest, identity: CodecIdentity, source: Path) -> None:
+    """Return when the chunks were cut within this codec's limit, counted with its own tokenizer.
+
+    Raises IdentityError naming both tokenizers or both limits.
+    """
+    cut_with = chunks.settings.get("tokenizer_sha256")
+    limit = chunks.settings.get("max_tokens")
+    cure = f"Run `latent chunk` with --codec {identity.name} into another --output, then encode that."
+    if cut_with != identity.tokenizer_sha256:
+        raise IdentityError(
+            f"the chunks in {source} were cut with tokenizer {str(cut_with)[:16]}…, codec {identity} has "
+            f"tokenizer {identity.tokenizer_sha256[:16]}…; their lengths do not agree. {cure}"
+        )
+    if not isinstance(limit, int) or limit > identity.max_tokens:
+        raise IdentityError(
+            f"the chunks in {source} have up to {limit} tokens, codec {identity} takes "
+            f"{identity.max_tokens}; the rest would be cut off. {cure}"
+        )
+
+
+def require_same_ids(source: Path, target: Path, chunks: Manifest) -> int:
+    """The number of truncated chunks, when every shard holds its chunk shard's ids in order and none twice.
+
+    Raises InputError naming the shard and the first id that is missing or too many.
+    """
+    seen: set[str] = set()
+    truncated = 0
+    for shard in chunks.shards:
+        wanted = read_table(source / shard.file, ["chunk_id"]).column("chunk_id").to_pylist()
+        table = read_table(target / shard.file, ["chunk_id", "truncated"])
+        got = table.column("chunk_id").to_pylist()
+        if got != wanted:
+            missing, extra = sorted({*wanted} - {*got}), sorted({*got} - {*wanted})
+            what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}" if extra else "has another order"
+            raise InputError(
+                f"vector shard {target / shard.file} {what}: expected the {len(wanted)} ids of its chunk "
+                f"shard in order, got {len(got)} ({len(missing)} missing, {len(extra)} too many). Delete that "
+                "file and run `latent encode` again."
+            )
+        before = len(seen)
+        seen.update(got)
+        if len(seen) != before + len(got):
+            raise InputError(
+                f"chunk shard {source / shard.file} holds an id twice, or one of an earlier shard; expected "
+                "each once. The input holds an article twice: remove it and run `latent chunk` again."
+            )
+        truncated += int(np.sum(table.column("truncated").to_numpy()))
+    return truncated
+
+
+def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
+    """Encode shards in parallel; each comes back as soon as it is on disk, in any order.
+
+    Raises the first refusal of a worker, after which no further shard is begun.
+    """
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts chunks
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
+    num_actors, resources = _plan(ray.cluster_resources(), len(pending))  # type: ignore[no-untyped-call]
+    rows = [asdict(s) for s in pending]
+    finished = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        ShardEncoder,
+        fn_constructor_args=(job, int(resources["num_cpus"])),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(
+            size=num_actors,
+            max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
+            max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,
+            enable_true_multi_threading=True,
+        ),
+        **resources,
+    )
+    with progress_bar("encode", sum(s.rows for s in pending), "chunks") as advance:
+        for row in finished.iter_rows():
+            error, refusal = row.pop("error"), row.pop("refusal")
+            if error:
+                raise {"IdentityError": IdentityError}.get(refusal, InputError)(error)
+            advance(row["rows"])
+            yield Shard(**row)
+
+
+def _plan(cluster: Mapping[str, float], num_shards: int) -> tuple[int, dict[str, Any]]:
+    """Number of actors, and what each takes: a GPU and a CPU where there are GPUs, else its part of the CPUs.
+
+    On CPUs an actor a core with one thread each beats fewer with more, as texts are short and matrices small;
+    with fewer shards than cores, each gets the cores the others leave.
+    """
+    num_gpus, num_cpus = int(cluster.get("GPU", 0)), max(1, int(cluster.get("CPU", 1)))
+    if num_gpus:
+        return min(num_gpus, num_shards), {"num_gpus": 1, "num_cpus": 1}
+    num_actors = min(num_cpus, num_shards)
+    return num_actors, {"num_cpus": min(num_cpus // num_actors, MAX_THREADS)}
+
+
+def _remove_unlisted(target: Path, manifest: Manifest) -> None:
+    """Remove vector shards of chunks that are no longer there; readers of the folder would take them in."""
+    listed = {s.file for s in manifest.shards}
+    for path in sorted(target.glob("part-*.parquet")):
+        if path.name not in listed:
+            path.unlink()
+            say(f"encode: removed {path.name}, whose chunks are no longer in the input")
+
+
+@contextmanager
+def progress_bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; the function that comes back moves it on."""
+    columns = (
+        TextColumn(f"{stage}:"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(stage, total=total)
+        yield lambda steps: progress.advance(task, steps)
+
+
+# --------------------------------------------------------------------------------------------------- command
+
+
+def main(
+    input: Annotated[Path, typer.Option(help="Folder that `latent chunk` wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder for the vector shards.")],
+    codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
+    codec_path: Annotated[
+        Path | None, typer.Option(help="Folder with a codec's weights, instead of the shipped ones.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float16", "float32"], typer.Option(help="How a vector's numbers are stored.")
+    ] = "float16",
+    overwrite: Annotated[bool, typer.Option(help="Replace vectors made with other settings.")] = False,
+    address: Address = None,
+) -> None:
+    """Encode chunks to vectors; a second run encodes only what is missing."""
+    from lvm.codec.zoo import load_codec
+
+    started = time.perf_counter()
+    path = None if codec_path is None else codec_path.resolve()
+    result = encode_chunks(
+        input, output, functools.partial(load_codec, codec, path), dtype, overwrite, address
+    )
+    seconds = time.perf_counter() - started
+    made = {s.file: s.rows for s in result.manifest.shards if s.file in result.encoded}
+    rows = sum(made.values())
+    report = result.manifest.report
+    if result.up_to_date:
+        say(f"encode: {output} is up to date ({result.manifest.rows:,} vectors)")
+    else:
+        say(
+            f"encode: {rows:,} chunks in {len(made)} shards encoded with {result.manifest.identity}, "
+            f"{result.manifest.rows:,} in all, {report['truncated']:,} truncated"
+        )
+    finish(
+        {
+            "stage": "encode",
+            "rows": result.manifest.rows,
+            "encoded_rows": rows,
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(rows / max(seconds, 1e-9), 1),
+            "paths": [str(output)],
+            "up_to_date": result.up_to_date,
+            "redone": len(made),
+            "shards": len(result.manifest.shards),
+            "truncated": report["truncated"],
+            "codec": result.manifest.codec,
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(main)

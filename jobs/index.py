@@ -1,0 +1,105 @@
+"""Index vectors for search: reads the shards of `latent encode`, publishes a faiss index and its recall.
+
+    python -m jobs.index --input out/vectors --output out/index
+    ray job submit --working-dir . -- python -m jobs.index --input /shared/vectors --output /shared/index
+
+The index is built in one Ray task, on a node that has CPUs to spare, and appears under its name when it is
+whole and measured; the version before it stays on disk. When the published index was made from these vectors,
+the job changes nothing.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs._ray import Address, connect, finish, run, say
+from lvm.errors import InputError, LvmError, OutputError
+from lvm.vectors.index import IndexSettings, build_index, find_index
+from lvm.vectors.sequences import open_vectors
+from lvm.vectors.shards import Manifest
+
+
+def build(source: Path, target: Path, settings: IndexSettings, threads: int) -> str:
+    """Build and publish; the text of the refusal where there is one (an exception that travels through Ray
+    would lose its one-line message), else ""."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    try:
+        build_index(open_vectors(source), target, settings)
+    except LvmError as err:
+        return str(err)
+    return ""
+
+
+def build_with_ray(source: Path, target: Path, settings: IndexSettings, address: str | None) -> None:
+    """Run `build` in one task on the cluster. Raises InputError with the task's refusal."""
+    import ray
+
+    connect(address)
+    # All CPUs of the smallest node: k-means and adding vectors use every thread there is.
+    cpus = [int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    threads = max(1, min((c for c in cpus if c), default=1))
+    task = ray.remote(num_cpus=threads)(build)
+    if refusal := ray.get(task.remote(source.resolve(), target.resolve(), settings, threads)):
+        raise InputError(refusal)
+
+
+def main(
+    input: Annotated[Path, typer.Option(help="Folder that `latent encode` wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder for the index and its versions.")],
+    probes: Annotated[int, typer.Option(min=1, help="Lists a search looks into.")] = IndexSettings.probes,
+    address: Address = None,
+) -> None:
+    """Build and publish the search index; a second run on the same vectors changes nothing."""
+    started = time.perf_counter()
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"--output {output} is a file, expected a folder; choose another --output")
+    if (output / "manifest.json").exists():
+        kind = Manifest.load(output).kind
+        raise OutputError(
+            f"{output} holds {kind}, expected an index or an empty folder; choose another --output"
+        )
+    settings = IndexSettings(probes=probes)
+    array = open_vectors(input)
+    index = find_index(array, output, settings)
+    up_to_date = index is not None
+    if index is None:
+        say(f"index: building over {len(array):,} vectors of {array.identity}")
+        build_with_ray(input, output, settings, address)
+        index = find_index(array, output, settings)
+        if index is None:
+            raise OutputError(f"{output} holds no index of {input} after building; is it on a shared disk?")
+    record: dict[str, Any] = index.manifest.settings
+    recall = index.manifest.report
+    kind = (
+        f"{record['type']}, {record['nlist']} lists, {record['probes']} probed" if record["nlist"] else "FLAT"
+    )
+    say(
+        f"index: {'up to date' if up_to_date else 'published'} {index.directory.name}: {len(index):,} "
+        f"vectors, {kind}; recall@{recall['recall_k']} {recall['recall_stored']:.3f} for stored vectors, "
+        f"{recall['recall_blended']:.3f} between them"
+    )
+    seconds = time.perf_counter() - started
+    finish(
+        {
+            "stage": "index",
+            "rows": len(index),
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(len(index) / max(seconds, 1e-9), 1),
+            "paths": [str(output)],
+            "up_to_date": up_to_date,
+            "redone": 0 if up_to_date else 1,
+            "version": index.directory.name,
+            "settings": asdict(settings) | record,
+            "recall": recall,
+            "codec": index.identity.to_dict(),
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,80 @@
+"""How well a codec reads back, and how near its vectors put what belongs together."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvm.errors import InputError
+
+
+def token_f1(source: str, written: str) -> float:
+    """F1 of the words (split at white space) of two texts, counted with multiplicity, 0 to 1."""
+    wanted, got = Counter(source.split()), Counter(written.split())
+    total = wanted.total() + got.total()
+    return 2 * (wanted & got).total() / total if total else 1.0
+
+
+def read_back(sources: Sequence[str], written: Sequence[str]) -> dict[str, float]:
+    """Corpus BLEU (sacrebleu's default, 0 to 100), mean token F1 and share of exact texts (0 to 1)."""
+    import sacrebleu
+
+    if len(sources) != len(written) or not sources:
+        raise InputError(
+            f"expected as many written texts as sources, at least 1, got {len(written)} for {len(sources)}"
+        )
+    pairs = list(zip(sources, written, strict=True))
+    return {
+        "bleu": float(sacrebleu.corpus_bleu(list(written), [list(sources)]).score),
+        "token_f1": float(np.mean([token_f1(a, b) for a, b in pairs])),
+        "exact": float(np.mean([" ".join(a.split()) == " ".join(b.split()) for a, b in pairs])),
+    }
+
+
+def next_chunk_retrieval(
+    vectors: NDArray[np.float32], doc_ids: NDArray[np.int32], seed: int = 0
+) -> dict[str, float]:
+    """R@1 and R@10 of the next chunk of the same article among all N, the chunk itself left out.
+
+    vectors: (N, D) unit rows in article order; doc_ids: (N,). Also the mean cosine of neighbours, and of
+    strangers (chunks of different articles, a sample). Ties count against the next chunk.
+    Raises InputError when no chunk has a next one.
+    """
+    has_next = np.flatnonzero(doc_ids[:-1] == doc_ids[1:])
+    if not has_next.size:
+        raise InputError(
+            f"no chunk of {len(doc_ids)} is followed by one of its article; expected whole articles"
+        )
+    ranks = np.empty(len(has_next), np.int64)
+    nearness = np.empty(len(has_next), np.float32)
+    for low in range(0, len(has_next), 1024):
+        rows = has_next[low : low + 1024]
+        cosines = vectors[rows] @ vectors.T
+        here = np.arange(len(rows))
+        target = cosines[here, rows + 1]
+        cosines[here, rows] = -np.inf
+        nearness[low : low + 1024] = target
+        ranks[low : low + 1024] = (cosines >= target[:, None]).sum(1)
+    first, second = np.random.default_rng(seed).integers(0, len(vectors), (2, 20_000))
+    strangers = doc_ids[first] != doc_ids[second]
+    first, second = first[strangers], second[strangers]
+    return {
+        "next_r1": float((ranks <= 1).mean()),
+        "next_r10": float((ranks <= 10).mean()),
+        "neighbour_cosine": float(nearness.mean()),
+        "stranger_cosine": float((vectors[first] * vectors[second]).sum(1).mean())
+        if strangers.any()
+        else float("nan"),
+    }
+
+
+def tfidf_svd_vectors(texts: Sequence[str], dim: int, seed: int = 0) -> NDArray[np.float32]:
+    """Unit TF-IDF + truncated SVD vectors (N, dim) fitted on the texts themselves: the baseline to beat."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    weighted = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
+    rank = min(dim, weighted.shape[1] - 1, weighted.shape[0] - 1)
+    vectors = TruncatedSVD(rank, random_state=seed).fit_transform(weighted).astype(np.float32)
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9))

@@ -1,0 +1,70 @@
+"""Attention mixture network: the context's mean, plus a correction read from an attention mixture.
+
+The mean of the context is already a fair guess, so the network predicts only what to add to it. One attention
+head, asked by the mean, says which of the context vectors matter; its weights can be shown to a person. The
+order of the context takes no part: a permuted context gives the same prediction.
+
+Parameter names are the original's, so its checkpoints load by name.
+
+Letters: B batch, T context vectors, D vector length.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AMNConfig:
+    """Sizes of the network."""
+
+    dim: int = 768
+    """Length of a vector, D."""
+    key_dim: int = 256
+    """Length of the attention's query and keys."""
+    hidden: int = 512
+    """Width of the correction's first layer; the second has half of it."""
+
+
+TOY = AMNConfig(key_dim=16, hidden=32)
+
+
+class AMN(nn.Module):
+    """normalize(mean + correction), the correction from the mean and the mixture laid end to end."""
+
+    causal = False
+
+    def __init__(self, config: AMNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.context_encoder = nn.Linear(config.dim, config.key_dim)
+        self.query_encoder = nn.Linear(config.dim, config.key_dim)
+        self.residual_net = nn.Sequential(
+            nn.Linear(2 * config.dim, config.hidden),
+            nn.GELU(),
+            nn.LayerNorm(config.hidden),
+            nn.Linear(config.hidden, config.hidden // 2),
+            nn.GELU(),
+            nn.LayerNorm(config.hidden // 2),
+            nn.Linear(config.hidden // 2, config.dim),
+        )
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        """(B, D) unit vectors from contexts (B, T, D)."""
+        mean = contexts.mean(dim=1)
+        mixture = torch.einsum("bt,btd->bd", self._weights(contexts, mean), contexts)
+        correction = self.residual_net(torch.cat((mean, mixture), dim=-1))
+        return F.normalize((mean + correction).float(), dim=-1)
+
+    def attention(self, contexts: Tensor) -> Tensor:
+        """(B, T) weights of the mixture over contexts (B, T, D); each row sums to 1."""
+        return self._weights(contexts, contexts.mean(dim=1))
+
+    def _weights(self, contexts: Tensor, mean: Tensor) -> Tensor:
+        keys = self.context_encoder(contexts)
+        query = self.query_encoder(mean)
+        scores = torch.einsum("bk,btk->bt", query, keys) / math.sqrt(self.config.key_dim)
+        return scores.float().softmax(dim=-1)

@@ -1,0 +1,72 @@
+"""Four GRU layers, each with a residual path and LayerNorm; the last state, projected, is the prediction.
+
+Parameter names are the original's, so its checkpoints load by name. GRU: Cho et al. 2014, as in
+`torch.nn.GRU`; LayerNorm comes after the sum, as in the first Transformer.
+
+Letters: B batch, T context vectors, D vector length.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GRUConfig:
+    """Sizes of the network."""
+
+    dim: int = 768
+    """Length of a vector, D."""
+    hidden: int = 512
+    """Length of a state."""
+    num_layers: int = 4
+    """Blocks of GRU, residual and LayerNorm."""
+    dropout: float = 0.0
+    """Share of a GRU's outputs zeroed before the residual sum while training."""
+
+
+TOY = GRUConfig(hidden=32, num_layers=2)
+
+
+class Block(nn.Module):
+    """norm(x + GRU(x)) over (B, T, hidden)."""
+
+    def __init__(self, config: GRUConfig) -> None:
+        super().__init__()
+        self.gru = nn.GRU(config.hidden, config.hidden, batch_first=True)
+        self.norm = nn.LayerNorm(config.hidden)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, T, hidden) from (B, T, hidden)."""
+        out, _ = self.gru(states)
+        normed: Tensor = self.norm(states + self.dropout(out))
+        return normed
+
+
+class GRU(nn.Module):
+    """Next vector from the state after the last context vector."""
+
+    causal = True
+
+    def __init__(self, config: GRUConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_proj = nn.Linear(config.dim, config.hidden)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.output_proj = nn.Linear(config.hidden, config.dim)
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        """(B, D) unit vectors from contexts (B, T, D)."""
+        return F.normalize(self.output_proj(self._states(contexts)[:, -1]).float(), dim=-1)
+
+    def each_step(self, contexts: Tensor) -> Tensor:
+        """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
+        return F.normalize(self.output_proj(self._states(contexts)).float(), dim=-1)
+
+    def _states(self, contexts: Tensor) -> Tensor:
+        states: Tensor = self.input_proj(contexts)
+        for block in self.blocks:
+            states = block(states)
+        return states

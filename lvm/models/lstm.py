@@ -1,0 +1,52 @@
+"""Two LSTM layers over the context; the last state, projected, is the prediction.
+
+The original documents call it bidirectional; 5,120,768 parameters say one direction. Parameter names are the
+original's, so its checkpoints load by name. LSTM: Hochreiter and Schmidhuber 1997, as in `torch.nn.LSTM`.
+
+Letters: B batch, T context vectors, D vector length.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LSTMConfig:
+    """Sizes of the network."""
+
+    dim: int = 768
+    """Length of a vector, D."""
+    hidden: int = 512
+    """Length of a state."""
+    num_layers: int = 2
+    """LSTM layers on top of each other."""
+    dropout: float = 0.2
+    """Share of the numbers zeroed between layers while training."""
+
+
+TOY = LSTMConfig(hidden=32)
+
+
+class LSTM(nn.Module):
+    """Next vector from the state after the last context vector."""
+
+    causal = True
+
+    def __init__(self, config: LSTMConfig) -> None:
+        super().__init__()
+        self.config = config
+        dropout = config.dropout if config.num_layers > 1 else 0.0
+        self.lstm = nn.LSTM(config.dim, config.hidden, config.num_layers, dropout=dropout, batch_first=True)
+        self.output_proj = nn.Linear(config.hidden, config.dim)
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        """(B, D) unit vectors from contexts (B, T, D)."""
+        states, _ = self.lstm(contexts)
+        return F.normalize(self.output_proj(states[:, -1]).float(), dim=-1)
+
+    def each_step(self, contexts: Tensor) -> Tensor:
+        """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
+        states, _ = self.lstm(contexts)
+        return F.normalize(self.output_proj(states).float(), dim=-1)

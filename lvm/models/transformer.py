@@ -1,0 +1,86 @@
+"""Four causal decoder layers over the context; the last place, through a small head, is the prediction.
+
+Each layer attends to the places so far of its own input and, in a second attention, to the projected context
+itself (the "memory" of a decoder), both causal. The original documents call it an encoder; 17,867,520
+parameters say decoder layers with cross-attention. LayerNorm comes after each sum, ReLU in the feed-forward,
+as in `torch.nn.TransformerDecoderLayer`'s defaults. Vaswani et al. 2017, positions by sine and cosine.
+Parameter names are the original's, so its checkpoints load by name.
+
+Letters: B batch, T context vectors, D vector length, W width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the network."""
+
+    dim: int = 768
+    """Length of a vector, D."""
+    width: int = 512
+    """Length of a state, W."""
+    num_layers: int = 4
+    """Decoder layers."""
+    num_heads: int = 8
+    """Attention heads; they share the width."""
+    feed_forward: int = 2048
+    """Inner width of the feed-forward part."""
+    dropout: float = 0.1
+    """Share of the numbers zeroed after each part of a layer, and in the attention, while training."""
+
+
+TOY = TransformerConfig(width=32, num_layers=2, num_heads=4, feed_forward=64)
+
+
+def sinusoidal_positions(length: int, width: int, like: Tensor) -> Tensor:
+    """(length, width) position codes of `like`'s device and dtype: sine in even places, cosine in odd ones."""
+    position = torch.arange(length, device=like.device, dtype=torch.float32)[:, None]
+    rate = torch.exp(
+        torch.arange(0, width, 2, device=like.device, dtype=torch.float32) * (-math.log(10_000.0) / width)
+    )
+    angles = position * rate
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).to(like.dtype)
+
+
+class Transformer(nn.Module):
+    """Next vector from the last place of the last layer."""
+
+    causal = True
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_proj = nn.Linear(config.dim, config.width)
+        layer = nn.TransformerDecoderLayer(
+            config.width, config.num_heads, config.feed_forward, config.dropout, batch_first=True
+        )
+        self.transformer_decoder = nn.TransformerDecoder(layer, config.num_layers)
+        self.head = nn.Sequential(
+            nn.Linear(config.width, config.width),
+            nn.GELU(),
+            nn.LayerNorm(config.width),
+            nn.Linear(config.width, config.dim),
+        )
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        """(B, D) unit vectors from contexts (B, T, D)."""
+        return F.normalize(self.head(self._states(contexts)[:, -1]).float(), dim=-1)
+
+    def each_step(self, contexts: Tensor) -> Tensor:
+        """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
+        return F.normalize(self.head(self._states(contexts)).float(), dim=-1)
+
+    def _states(self, contexts: Tensor) -> Tensor:
+        length = contexts.shape[1]
+        inputs: Tensor = self.input_proj(contexts)
+        inputs = inputs + sinusoidal_positions(length, self.config.width, inputs)
+        # Place t sees the places up to t: what comes later is what the predictor is to find.
+        later = torch.ones(length, length, dtype=torch.bool, device=contexts.device).triu(1)
+        states: Tensor = self.transformer_decoder(inputs, inputs, tgt_mask=later, memory_mask=later)
+        return states

@@ -1,0 +1,732 @@
+"""Training sequences as NPZ files: written, read, and checked. Pickles are never opened.
+
+Three layouts, each with float vectors of unit norm; T is the context length, usually 5, D = 768:
+
+    sequences   context_vectors (N, T, D), target_vectors (N, D), context_texts (N, T) and target_texts (N,)
+                unicode, sequence_ids (N,), article_ids (N,)
+    documents   context_vectors (N, T, D), target_vectors (N, D), doc_ids (N,) int32, positions (N,) int32:
+                the target's place in its article
+    split       for train, val and test each: train_contexts (n, T, D), train_targets (n, D), train_masks
+                (n, T) bool, True where a context vector is real and not padding
+
+Any of them may hold `codec`: the codec identity as one JSON string; files of other makers lack it. Our own
+split files also hold train_doc_ids and so on, so that a check sees an article in two splits.
+"""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvm.codec.identity import CodecIdentity, require_same_codec
+from lvm.errors import InputError
+from lvm.vectors.sequences import SPLITS, Windows, split_articles
+from lvm.vectors.shards import DIM, NORM_TOLERANCE, publish, temporary_name
+
+Layout = Literal["sequences", "documents", "split"]
+LAYOUTS: tuple[Layout, ...] = ("sequences", "documents", "split")
+
+BLOCK_ROWS = 2048
+"""Sequences written or checked at a time: 36 MiB at T = 5."""
+
+KEYS: dict[Layout, tuple[str, ...]] = {
+    "sequences": (
+        "context_vectors",
+        "target_vectors",
+        "context_texts",
+        "target_texts",
+        "sequence_ids",
+        "article_ids",
+    ),
+    "documents": ("context_vectors", "target_vectors", "doc_ids", "positions"),
+    "split": tuple(f"{s}_{n}" for s in SPLITS for n in ("contexts", "targets", "masks")),
+}
+"""Arrays each layout must hold."""
+
+
+# --------------------------------------------------------------------------------------------------- export
+
+
+def export_npz(
+    windows: Windows | Mapping[str, Windows], path: Path | str, layout: Layout = "sequences", seed: int = 0
+) -> None:
+    """Write windows to `path` as float32, block by block, so that memory stays small; texts are deflated.
+
+    windows: one set, or for layout "split" the three of `Windows.split`; one set is split by `seed` then.
+    The file appears under its name when it is whole. Raises InputError on an unknown layout.
+    """
+    path = Path(path)
+    if layout not in LAYOUTS:
+        raise InputError(f"unknown NPZ layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    if layout == "split":
+        parts = windows.split(seed) if isinstance(windows, Windows) else dict(windows)
+        if missing := [s for s in SPLITS if s not in parts]:
+            raise InputError(
+                f"layout split needs windows for {', '.join(SPLITS)}; {', '.join(missing)} is missing"
+            )
+        members = [m for s in SPLITS for m in _split_members(s, parts[s])]
+        identity = parts["train"].identity
+    else:
+        if not isinstance(windows, Windows):
+            raise InputError(
+                f"layout {layout} takes one set of windows, got {', '.join(windows)}; export each alone"
+            )
+        members = _sequence_members(windows) if layout == "sequences" else _document_members(windows)
+        identity = windows.identity
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+            for member in members:
+                _write_member(archive, member)
+            _write_member(archive, _codec_member(identity))
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    blocks: Callable[[], Iterator[NDArray[Any]]]
+    deflate: bool = False
+
+
+def _write_member(archive: zipfile.ZipFile, member: _Member) -> None:
+    info = zipfile.ZipInfo(f"{member.name}.npy", date_time=(1980, 1, 1, 0, 0, 0))  # same windows, same bytes
+    info.compress_type = zipfile.ZIP_DEFLATED if member.deflate else zipfile.ZIP_STORED
+    header = {
+        "descr": np.lib.format.dtype_to_descr(member.dtype),
+        "fortran_order": False,
+        "shape": member.shape,
+    }
+    with archive.open(info, "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_2_0(file, header)
+        for block in member.blocks():
+            file.write(np.ascontiguousarray(block, member.dtype).tobytes())
+
+
+def _vector_members(windows: Windows, contexts: str, targets: str) -> list[_Member]:
+    num, dim = len(windows), windows.identity.dim
+    return [
+        _Member(
+            contexts,
+            (num, windows.context, dim),
+            np.dtype("<f4"),
+            lambda: (c for c, _ in windows.batches(BLOCK_ROWS)),
+        ),
+        _Member(targets, (num, dim), np.dtype("<f4"), lambda: (t for _, t in windows.batches(BLOCK_ROWS))),
+    ]
+
+
+def _array_member(name: str, values: NDArray[Any], deflate: bool = False) -> _Member:
+    return _Member(name, values.shape, values.dtype, lambda: iter([values]), deflate)
+
+
+def _codec_member(identity: CodecIdentity) -> _Member:
+    return _array_member("codec", np.array(json.dumps(identity.to_dict())))
+
+
+def _text_member(windows: Windows, name: str, rows: NDArray[np.int64]) -> _Member:
+    """Texts of `rows` as one fixed-width unicode array; an object array would need pickle to be read."""
+    flat = rows.reshape(-1)
+    longest = 1
+    for low in range(0, len(flat), BLOCK_ROWS):
+        longest = max(longest, *(len(t) for t in windows.array.texts(flat[low : low + BLOCK_ROWS])))
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        for low in range(0, len(flat), BLOCK_ROWS):
+            yield np.array(windows.array.texts(flat[low : low + BLOCK_ROWS]), f"<U{longest}")
+
+    return _Member(name, rows.shape, np.dtype(f"<U{longest}"), blocks, deflate=True)
+
+
+def _sequence_members(windows: Windows) -> list[_Member]:
+    return [
+        *_vector_members(windows, "context_vectors", "target_vectors"),
+        _text_member(windows, "context_texts", windows.rows_of_context),
+        _text_member(windows, "target_texts", windows.rows_of_target),
+        # A sequence is named after the chunk it predicts: stable, and it leads back to the shards.
+        _array_member(
+            "sequence_ids", np.asarray(windows.array.chunk_ids[windows.rows_of_target]), deflate=True
+        ),
+        _array_member("article_ids", np.asarray(windows.doc_ids, np.int32)),
+    ]
+
+
+def _document_members(windows: Windows) -> list[_Member]:
+    return [
+        *_vector_members(windows, "context_vectors", "target_vectors"),
+        _array_member("doc_ids", np.asarray(windows.doc_ids, np.int32)),
+        _array_member("positions", np.asarray(windows.array.positions[windows.rows_of_target], np.int32)),
+    ]
+
+
+def _split_members(split: str, windows: Windows) -> list[_Member]:
+    return [
+        *_vector_members(windows, f"{split}_contexts", f"{split}_targets"),
+        _array_member(f"{split}_masks", np.ones((len(windows), windows.context), np.bool_)),
+        _array_member(f"{split}_doc_ids", np.asarray(windows.doc_ids, np.int32)),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- import
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of an NPZ file; `batch`, `batches`, `split` and `doc_ids` work as those of Windows."""
+
+    contexts: NDArray[np.float32]
+    """(N, T, D)."""
+    targets: NDArray[np.float32]
+    """(N, D)."""
+    masks: NDArray[np.bool_]
+    """(N, T) True where a context vector is real."""
+    doc_ids: NDArray[Any] | None
+    """(N,) article of each sequence; None where the file does not tell."""
+    identity: CodecIdentity | None
+    """Codec of the vectors; None where the file does not tell."""
+    extras: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """What else the layout holds: texts, ids, positions."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batch(self, indices: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Contexts (B, T, D) and targets (B, D) of these sequences, float32."""
+        return self.contexts[indices], self.targets[indices]
+
+    def batches(self, batch_rows: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """All sequences in order, `batch_rows` at a time."""
+        for low in range(0, len(self), batch_rows):
+            yield self.batch(slice(low, low + batch_rows))
+
+    def subset(self, indices: Any) -> "Sequences":
+        """These sequences only: integers, or a mask of N booleans."""
+        return Sequences(
+            self.contexts[indices],
+            self.targets[indices],
+            self.masks[indices],
+            None if self.doc_ids is None else self.doc_ids[indices],
+            self.identity,
+            {k: v[indices] for k, v in self.extras.items()},
+        )
+
+    def split(self, seed: int = 0) -> dict[str, "Sequences"]:
+        """Train, val and test by article. Raises InputError where the file names no articles, or too few."""
+        if self.doc_ids is None:
+            raise InputError(
+                "these sequences name no articles, so they cannot be split by article; expected article_ids "
+                "or doc_ids in the file, or the layout split"
+            )
+        # Article ids may be any integers or strings; their rank stands for them.
+        names, ranks = np.unique(self.doc_ids, return_inverse=True)
+        parts = split_articles(np.arange(len(names)), seed)
+        return {split: self.subset(np.isin(ranks, chosen)) for split, chosen in parts.items()}
+
+
+def import_npz(path: Path | str, identity: CodecIdentity | None = None) -> dict[str, Sequences]:
+    """Sequences of an NPZ file in any of the three layouts: {"all": …}, or train, val and test.
+
+    identity: codec the vectors must come from. Raises InputError listing all that `check_npz` finds wrong,
+    and IdentityError when the file names another codec.
+    """
+    path = Path(path)
+    report = check_npz(path)
+    if not report.ok:
+        raise InputError(f"{path} cannot be imported:\n" + "\n".join(f"  {p}" for p in report.problems))
+    found = report.identity
+    if found is not None and identity is not None:
+        require_same_codec(identity, found, "the codec asked for", str(path))
+    with np.load(path, allow_pickle=False) as arrays:
+        if report.layout == "split":
+            return {s: _read_split(arrays, s, found or identity) for s in SPLITS}
+        contexts = arrays["context_vectors"].astype(np.float32, copy=False)
+        extras = {
+            k: arrays[k]
+            for k in ("context_texts", "target_texts", "sequence_ids", "positions")
+            if k in arrays.files
+        }
+        ids = next((arrays[k] for k in ("article_ids", "doc_ids") if k in arrays.files), None)
+        return {
+            "all": Sequences(
+                contexts,
+                arrays["target_vectors"].astype(np.float32, copy=False),
+                np.ones(contexts.shape[:2], np.bool_),
+                ids,
+                found or identity,
+                extras,
+            )
+        }
+
+
+def _read_split(arrays: Any, split: str, identity: CodecIdentity | None) -> Sequences:
+    ids = f"{split}_doc_ids"
+    return Sequences(
+        arrays[f"{split}_contexts"].astype(np.float32, copy=False),
+        arrays[f"{split}_targets"].astype(np.float32, copy=False),
+        arrays[f"{split}_masks"].astype(np.bool_, copy=False),
+        arrays[ids] if ids in arrays.files else None,
+        identity,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- check
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that keeps a file from being used."""
+
+    where: str
+    """Array, and row where it is one row."""
+    expected: str
+    got: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: expected {self.expected}, got {self.got}. {self.cure}"
+
+
+@dataclass
+class NpzReport:
+    """What a check found."""
+
+    path: Path
+    layout: Layout | None = None
+    """None where the arrays fit no layout."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Sequences, by split; "all" where there are none."""
+    context: int | None = None
+    """T."""
+    dim: int | None = None
+    """D."""
+    identity: CodecIdentity | None = None
+    """Codec the file names."""
+    problems: list[Problem] = field(default_factory=list)
+    """Every one that was found."""
+    notes: list[str] = field(default_factory=list)
+    """Worth knowing, but no obstacle."""
+
+    @property
+    def ok(self) -> bool:
+        """True where the file can be imported."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class _Header:
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+OTHER_NAMES = {
+    "context_sequences": "context_vectors",
+    "contexts": "context_vectors",
+    "targets": "target_vectors",
+    "train_context_sequences": "train_contexts",
+    "val_context_sequences": "val_contexts",
+    "val_target_vectors": "val_targets",
+}
+"""What other tools call these arrays."""
+
+_UNREADABLE = (
+    ValueError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What zipfile and numpy raise on damaged, encrypted or strangely compressed members."""
+
+REWRITE = "Write the file again with numpy.savez"
+UNICODE = 'Store text as a unicode array, np.array(texts, dtype="U"), and save again.'
+
+
+def check_npz(path: Path | str, dim: int = DIM) -> NpzReport:
+    """All that is wrong with an NPZ file of sequences. Reads it block by block and opens no pickle.
+
+    dim: length the vectors must have. Raises InputError only where there is no such file.
+    """
+    report = NpzReport(Path(path))
+    if not report.path.is_file():
+        raise InputError(f"no file {report.path}; expected an NPZ file of training sequences")
+    try:
+        archive = zipfile.ZipFile(report.path)
+    except (zipfile.BadZipFile, OSError) as err:
+        report.problems.append(
+            Problem(
+                "file",
+                "a zip archive of .npy arrays",
+                str(err),
+                "It is no NPZ, or cut off: copy or write it again.",
+            )
+        )
+        return report
+    with archive:
+        _Check(report, archive, dim).run()
+    return report
+
+
+class _Check:
+    """One pass over an archive: headers first, then the arrays whose headers are right."""
+
+    def __init__(self, report: NpzReport, archive: zipfile.ZipFile, dim: int) -> None:
+        self.report = report
+        self.archive = archive
+        self.dim = dim
+        self.headers: dict[str, _Header] = {}
+        self.unreadable: set[str] = set()
+
+    def run(self) -> None:
+        self.read_headers()
+        self.choose_layout()
+        self.read_codec()
+        if self.report.layout == "split":
+            for split in SPLITS:
+                self.check_sequences(split, f"{split}_contexts", f"{split}_targets")
+                self.check_masks(split)
+            self.check_same("contexts")
+            self.check_articles()
+        elif self.report.layout is not None:
+            self.check_sequences("all", "context_vectors", "target_vectors")
+            if self.report.layout == "sequences":
+                self.check_texts()
+                self.check_ids()
+            else:
+                self.check_documents()
+
+    def problem(self, where: str, expected: str, got: str, cure: str) -> None:
+        self.report.problems.append(Problem(where, expected, got, cure))
+
+    # ---- headers
+
+    def read_headers(self) -> None:
+        for info in self.archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if name == info.filename:
+                self.report.notes.append(f"{info.filename} is no .npy array and is ignored")
+                continue
+            try:
+                with self.archive.open(info) as file:
+                    header = _read_header(file)
+            except _UNREADABLE as err:
+                self.unreadable.add(name)
+                self.problem(name, "a .npy array", f"something unreadable ({err})", f"{REWRITE}.")
+                continue
+            if header.dtype.hasobject:
+                self.unreadable.add(name)
+                self.problem(
+                    name,
+                    "numbers or unicode text",
+                    f"an object array {header.shape}, which is a pickle and could run code when opened",
+                    UNICODE,
+                )
+                continue
+            self.headers[name] = header
+
+    def choose_layout(self) -> None:
+        present = {*self.headers, *self.unreadable}
+
+        def share(layout: Layout) -> tuple[float, int]:
+            return sum(k in present for k in KEYS[layout]) / len(KEYS[layout]), len(KEYS[layout])
+
+        # Both layouts with context_vectors share two arrays; what lies beside them decides.
+        layout = max(LAYOUTS, key=share)
+        if not any(k in present for k in KEYS[layout]):
+            known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in KEYS.items())
+            self.problem(
+                "file",
+                f"the arrays of one layout ({known})",
+                ", ".join(sorted(present)) or "no array",
+                "Rename the arrays.",
+            )
+            return
+        self.report.layout = layout
+        for key in KEYS[layout]:
+            if key not in present:
+                others = ", ".join(sorted(present))
+                alias = next((a for a, ours in OTHER_NAMES.items() if ours == key and a in present), None)
+                cure = f"Rename {alias} to {key}." if alias else "Add it and save again."
+                self.problem(key, f"this array in layout {layout}", f"only {others}", cure)
+        known_keys = {*KEYS[layout], "codec", *(f"{s}_doc_ids" for s in SPLITS)}
+        if extra := sorted(present - known_keys):
+            self.report.notes.append(f"not part of layout {layout}, ignored: {', '.join(extra)}")
+
+    def read_codec(self) -> None:
+        if "codec" not in self.headers:
+            if "codec" not in self.unreadable:
+                self.report.notes.append(
+                    "names no codec: make sure its vectors come from the codec you use them with"
+                )
+            return
+        try:
+            self.report.identity = CodecIdentity.from_dict(json.loads(str(self.array("codec"))))
+        except (ValueError, TypeError, InputError) as err:
+            self.problem("codec", "a codec identity as JSON", str(err), "Remove the array or export again.")
+            return
+        if self.report.identity.dim != self.dim:
+            self.problem(
+                "codec",
+                f"a codec of {self.dim} dimensions",
+                str(self.report.identity.dim),
+                "Use that codec's size.",
+            )
+
+    # ---- vectors
+
+    def check_sequences(self, split: str, contexts: str, targets: str) -> None:
+        shapes = {}
+        for name, axes in ((contexts, 3), (targets, 2)):
+            header = self.headers.get(name)
+            if header is None:
+                continue
+            wanted = "(N, T, D)" if axes == 3 else "(N, D)"
+            if len(header.shape) != axes:
+                cure = f"Reshape it to {wanted.replace('D', str(self.dim))}."
+                self.problem(name, f"shape {wanted}", f"shape {header.shape}", cure)
+                continue
+            shapes[name] = header.shape
+            if header.shape[-1] != self.dim:
+                self.problem(
+                    name,
+                    f"vectors of {self.dim} numbers",
+                    f"{header.shape[-1]}",
+                    f"They come from another encoder: encode the texts with a {self.dim}-d codec.",
+                )
+            if header.dtype.kind != "f" or header.dtype.itemsize not in (2, 4, 8):
+                self.problem(
+                    name,
+                    "float16, float32 or float64",
+                    str(header.dtype),
+                    "Convert with .astype(np.float32).",
+                )
+            elif header.shape[-1] == self.dim:
+                self.check_values(name)
+        if contexts in shapes:
+            self.report.context = shapes[contexts][1]
+            self.report.dim = shapes[contexts][2]
+            if shapes[contexts][1] < 1:
+                self.problem(contexts, "at least one context vector", "T = 0", "Export with a context of 5.")
+        if contexts in shapes and targets in shapes and shapes[contexts][0] != shapes[targets][0]:
+            self.problem(
+                targets,
+                f"{shapes[contexts][0]} rows as {contexts} has",
+                f"{shapes[targets][0]}",
+                "Each sequence needs one context and one target, in the same order.",
+            )
+        rows = next((shapes[n][0] for n in (contexts, targets) if n in shapes), None)
+        if rows is not None:
+            self.report.rows[split] = rows
+            if rows == 0:
+                self.problem(
+                    contexts, "at least one sequence", "none", "Export from more, or longer, articles."
+                )
+
+    def check_values(self, name: str) -> None:
+        """Finite and of unit norm, every vector; padded context vectors may be zero."""
+        mask_name = name.removesuffix("_contexts") + "_masks" if name.endswith("_contexts") else ""
+        masks = None
+        if mask_name in self.headers and self.headers[mask_name].shape == self.headers[name].shape[:2]:
+            masks = self.array(mask_name)
+        not_finite, off, first_bad, first_off, row = 0, 0, "", "", 0
+        try:
+            for block in self.blocks(name):
+                norms = np.linalg.norm(block.astype(np.float32, copy=False), axis=-1)
+                finite = np.isfinite(norms)
+                wrong = finite & (np.abs(norms - 1.0) > NORM_TOLERANCE)
+                if masks is not None:
+                    wrong &= masks[row : row + len(block)].astype(bool)
+                if not finite.all():
+                    first_bad = first_bad or _place(np.argwhere(~finite)[0], row)
+                    not_finite += int((~finite).sum())
+                if wrong.any():
+                    at = np.argwhere(wrong)[0]
+                    first_off = first_off or f"norm {norms[tuple(at)]:.4f} in {_place(at, row)}"
+                    off += int(wrong.sum())
+                row += len(block)
+        except _UNREADABLE as err:
+            self.problem(
+                name, "readable data to its end", str(err), "The file is damaged: copy or write it again."
+            )
+            return
+        if not_finite:
+            self.problem(
+                name,
+                "finite numbers",
+                f"NaN or infinity in {not_finite} vectors, the first in {first_bad}",
+                "Remove those sequences, or encode their texts again.",
+            )
+        if off:
+            self.problem(
+                name,
+                "vectors of norm 1",
+                f"{off} of another norm, the first: {first_off}",
+                "Divide each vector by its norm: v / np.linalg.norm(v, axis=-1, keepdims=True).",
+            )
+
+    def check_masks(self, split: str) -> None:
+        name = f"{split}_masks"
+        header, contexts = self.headers.get(name), self.headers.get(f"{split}_contexts")
+        if header is None:
+            return
+        if contexts is not None and len(contexts.shape) == 3 and header.shape != contexts.shape[:2]:
+            self.problem(
+                name, f"shape {contexts.shape[:2]}", f"shape {header.shape}", "One flag a context vector."
+            )
+            return
+        values = self.array(name)
+        if header.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
+            self.problem(name, "bool, or 0 and 1", f"{header.dtype}", "Convert with .astype(bool).")
+        elif values.ndim == 2 and len(values) and not values.astype(bool).any(axis=1).all():
+            row = int(np.flatnonzero(~values.astype(bool).any(axis=1))[0])
+            self.problem(
+                name, "a real context vector in each row", f"none in row {row}", "Remove that sequence."
+            )
+
+    def check_same(self, what: str) -> None:
+        lengths = {
+            s: self.headers[f"{s}_{what}"].shape[1]
+            for s in SPLITS
+            if len(self.headers.get(f"{s}_{what}", _Header((), np.dtype("f4"))).shape) == 3
+        }
+        if len(set(lengths.values())) > 1:
+            got = ", ".join(f"{s} {n}" for s, n in lengths.items())
+            self.problem(what, "one context length in all splits", got, "Pad or cut them to one length.")
+
+    def check_articles(self) -> None:
+        ids = {s: self.array(f"{s}_doc_ids") for s in SPLITS if f"{s}_doc_ids" in self.headers}
+        for split, values in ids.items():
+            if split in self.report.rows and values.shape != (self.report.rows[split],):
+                self.problem(
+                    f"{split}_doc_ids",
+                    f"shape ({self.report.rows[split]},)",
+                    f"{values.shape}",
+                    "One a sequence.",
+                )
+        for i, first in enumerate(ids):
+            for second in list(ids)[i + 1 :]:
+                shared = np.intersect1d(ids[first], ids[second])
+                if len(shared):
+                    self.problem(
+                        f"{first}_doc_ids and {second}_doc_ids",
+                        "no article in two splits",
+                        f"{len(shared)} in both, the first {shared[0]}",
+                        "Split by article, not by sequence: a model would be tested on text it has seen.",
+                    )
+        if not ids:
+            self.report.notes.append("names no articles: whether one is in two splits cannot be checked")
+
+    # ---- texts and ids
+
+    def check_texts(self) -> None:
+        contexts = self.headers.get("context_vectors")
+        targets = self.headers.get("target_vectors")
+        for name, vectors in (("context_texts", contexts), ("target_texts", targets)):
+            header = self.headers.get(name)
+            if header is None:
+                continue
+            if header.dtype.kind != "U":
+                self.problem(name, "unicode text", str(header.dtype), UNICODE)
+            if vectors is not None and header.shape != vectors.shape[:-1]:
+                self.problem(
+                    name, f"shape {vectors.shape[:-1]}", f"shape {header.shape}", "One text a vector."
+                )
+
+    def check_ids(self) -> None:
+        rows = self.report.rows.get("all")
+        for name in ("sequence_ids", "article_ids"):
+            header = self.headers.get(name)
+            if header is None:
+                continue
+            if rows is not None and header.shape != (rows,):
+                self.problem(name, f"shape ({rows},)", f"shape {header.shape}", "One id a sequence.")
+            if header.dtype.kind not in "iuU":
+                self.problem(
+                    name, "integers or unicode text", str(header.dtype), "Convert with .astype(str)."
+                )
+            elif name == "sequence_ids":
+                values, counts = np.unique(self.array(name), return_counts=True)
+                if (counts > 1).any():
+                    twice = values[counts > 1]
+                    got = f"{twice[0]} {counts[counts > 1][0]} times ({len(twice)} such ids)"
+                    self.problem(name, "each id once", got, "Remove the repeated sequences.")
+
+    def check_documents(self) -> None:
+        rows = self.report.rows.get("all")
+        right = True
+        for name in ("doc_ids", "positions"):
+            header = self.headers.get(name)
+            if header is None:
+                right = False
+                continue
+            if header.dtype != np.dtype("int32"):
+                self.problem(name, "int32", str(header.dtype), "Convert with .astype(np.int32).")
+            if rows is not None and header.shape != (rows,):
+                right = False
+                self.problem(name, f"shape ({rows},)", f"shape {header.shape}", "One number a sequence.")
+            elif header.dtype.kind in "iu" and (self.array(name) < 0).any():
+                row = int(np.flatnonzero(self.array(name) < 0)[0])
+                self.problem(name, "numbers from 0", f"{self.array(name)[row]} in row {row}", "Count from 0.")
+        if not right or any(self.headers[n].dtype.kind not in "iu" for n in ("doc_ids", "positions")):
+            return
+        places = np.stack(
+            [self.array("doc_ids").astype(np.int64), self.array("positions").astype(np.int64)], axis=1
+        )
+        values, counts = np.unique(places, axis=0, return_counts=True)
+        if (counts > 1).any():
+            doc, position = values[counts > 1][0]
+            got = f"article {doc}, position {position}, {counts[counts > 1][0]} times"
+            self.problem("positions", "each target once", got, "Remove the repeated sequences.")
+
+    # ---- reading
+
+    def array(self, name: str) -> NDArray[Any]:
+        with self.archive.open(f"{name}.npy") as file:
+            values: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        return values
+
+    def blocks(self, name: str) -> Iterator[NDArray[Any]]:
+        header = self.headers[name]
+        with self.archive.open(f"{name}.npy") as file:
+            fortran = _read_header_fields(file)[1]
+            if fortran:  # columns first: no rows to read block by block
+                yield self.array(name)
+                return
+            row_bytes = int(np.prod(header.shape[1:])) * header.dtype.itemsize
+            for low in range(0, header.shape[0], BLOCK_ROWS):
+                num = min(BLOCK_ROWS, header.shape[0] - low)
+                data = file.read(num * row_bytes)
+                if len(data) != num * row_bytes:
+                    raise EOFError(f"the data end in row {low + len(data) // max(row_bytes, 1)}")
+                yield np.frombuffer(data, header.dtype).reshape(num, *header.shape[1:])
+            file.read(1)  # the end of the member is where zipfile compares its checksum
+
+
+def _read_header_fields(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    return shape, fortran, dtype
+
+
+def _read_header(file: Any) -> _Header:
+    shape, _, dtype = _read_header_fields(file)
+    return _Header(shape, dtype)
+
+
+def _place(at: NDArray[np.int64], first_row: int) -> str:
+    row = f"row {first_row + int(at[0])}"
+    return row if len(at) == 1 else f"{row}, position {int(at[1])}"

@@ -1,0 +1,143 @@
+"""The weights in the repository, on text they were never trained on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lvm.codec.quality import next_chunk_retrieval, read_back
+from lvm.codec.zoo import CODECS, Codec, codec_folder, load_codec, load_tokenizer
+from lvm.corpus.chunker import chunk_article
+from lvm.corpus.readers import read_articles
+from lvm.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return load_codec("mini", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def sample(codec: Codec) -> tuple[list[str], np.ndarray]:
+    texts: list[str] = []
+    docs: list[int] = []
+    for number, article in enumerate(read_articles("sample", limit=40)):
+        chunks = chunk_article(article, codec.tokenizer)
+        texts += [c.text for c in chunks]
+        docs += [number] * len(chunks)
+    return texts, np.asarray(docs, np.int32)
+
+
+def test_files_stay_within_forty_megabytes() -> None:
+    assert sum(f.stat().st_size for f in CODECS["mini"].iterdir()) <= 40_000_000
+
+
+def test_it_reads_back_the_sample(codec: Codec, sample: tuple[list[str], np.ndarray]) -> None:
+    texts = sample[0][::4]
+    decoded = codec.decode(codec.encode(texts).vectors)
+    figures = read_back(texts, decoded.texts)
+    assert figures["bleu"] >= 45
+    assert figures["token_f1"] >= 0.7
+    assert decoded.cosines.mean() > 0.8
+
+
+def test_neighbours_lie_nearer_than_strangers(codec: Codec, sample: tuple[list[str], np.ndarray]) -> None:
+    texts, docs = sample
+    nearness = next_chunk_retrieval(codec.encode(texts).vectors, docs)
+    assert nearness["neighbour_cosine"] > nearness["stranger_cosine"] + 0.08
+    assert nearness["next_r10"] > 0.2
+
+
+def test_a_vector_off_the_manifold_still_gives_words(
+    codec: Codec, sample: tuple[list[str], np.ndarray]
+) -> None:
+    texts = sample[0][:64]
+    vectors = codec.encode(texts).vectors
+    noise = np.random.default_rng(0).standard_normal(vectors.shape).astype(np.float32)
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    off = 0.9 * vectors + np.sqrt(1 - 0.9**2) * noise
+    assert read_back(texts, codec.decode(off).texts)["token_f1"] > 0.4
+
+
+def test_a_batch_encodes_as_its_singles_and_keeps_the_order(
+    codec: Codec, sample: tuple[list[str], np.ndarray]
+) -> None:
+    texts = sample[0][:40]
+    together = codec.encode(texts).vectors
+    alone = np.concatenate([codec.encode([t]).vectors for t in texts])
+    # bfloat16 products may round differently in another batch shape: 8 bits of mantissa.
+    assert (together * alone).sum(1).min() > 0.9995
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+
+
+def test_long_texts_are_cut_counted_and_said(codec: Codec) -> None:
+    encoded = codec.encode(["short text", "word " * 60])
+    assert encoded.truncated.tolist() == [False, True]
+    assert encoded.num_tokens[1] > 32 >= encoded.num_tokens[0]
+
+
+def test_texts_survive_the_tokenizer() -> None:
+    tokenizer = load_tokenizer("mini")
+    texts = ["In 1815, Napoleon was defeated at Waterloo.", "Łódź — 日本, ½ of 3.50 (e.g. naïve)"]
+    ids, lengths = tokenizer.encode(texts)
+    assert tokenizer.decode(ids) == texts
+    assert lengths == tokenizer.count(texts)
+
+
+def test_empty_text_and_no_text_are_no_error(codec: Codec) -> None:
+    assert codec.encode([]).vectors.shape == (0, 768)
+    assert codec.encode([""]).vectors.shape == (1, 768)
+    assert codec.decode(np.empty((0, 768), np.float32)).texts == []
+
+
+@pytest.mark.parametrize(
+    ("vectors", "steps", "message"),
+    [
+        (np.zeros((2, 5), np.float32), 0, r"shape \(2, 5\), expected \(B, 768\)"),
+        (np.zeros((1, 768), np.float32), 0, "vector 0 is zero or holds NaN"),
+        (np.full((1, 768), np.nan, np.float32), 0, "vector 0 is zero or holds NaN"),
+        (np.ones((1, 768), np.float32), 3, "has no corrector"),
+    ],
+)
+def test_bad_vectors_and_steps_are_refused(
+    codec: Codec, vectors: np.ndarray, steps: int, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        codec.decode(vectors, steps)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"unknown codec 'mimi'; expected one of mini"):
+        load_codec("mimi")
+
+
+def test_a_folder_without_weights_names_what_it_lacks(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"lacks tokenizer\.json, encoder\.safetensors"):
+        codec_folder("own", tmp_path)
+
+
+def test_damaged_weights_are_refused(tmp_path) -> None:
+    for file in CODECS["mini"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    damaged = tmp_path / "encoder.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"encoder\.safetensors does not fit"):
+        load_codec("own", tmp_path)
+
+
+def test_one_changed_weight_changes_the_identity(tmp_path, codec: Codec) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in CODECS["mini"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "encoder.safetensors")
+    tensors["topics.weight"][5, 5] += 1
+    save_file(tensors, tmp_path / "encoder.safetensors")
+    assert load_codec("own", tmp_path, device="cpu").identity.digest != codec.identity.digest
+
+
+def test_the_card_quotes_the_weights_it_lies_beside() -> None:
+    folder = CODECS["mini"]
+    held_out = json.loads((folder / "config.json").read_text())["held_out"]
+    assert f"{held_out['bleu']:.1f}" in (folder / "MODEL_CARD.md").read_text()
