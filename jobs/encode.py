@@ -13,7 +13,6 @@ written.
 import functools
 import logging
 import platform
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -151,8 +150,8 @@ def finished_shard(target: Path, source: Path, footer: dict[str, Any]) -> Shard 
         if read_footer(target) != footer:
             return None
         vectors = read_table(target)
-    except InputError as err:
-        say(f"  {err}")
+    except InputError:
+        say(f"encode: {target} is damaged and is made again")
         return None
     ids = read_table(source, ["chunk_id"]).column("chunk_id").to_pylist()
     if vectors.column("chunk_id").to_pylist() != ids:
@@ -163,9 +162,9 @@ def finished_shard(target: Path, source: Path, footer: dict[str, Any]) -> Shard 
 class ShardEncoder:
     """Ray Data's stateful worker: holds the codec, encodes the shards it is handed."""
 
-    def __init__(self, job: "EncodeJob", threads: int) -> None:
-        self.job, self.threads = job, threads
-        self.local = threading.local()
+    def __init__(self, job: "EncodeJob") -> None:
+        # How many threads PyTorch takes is Ray's doing: it sets OMP_NUM_THREADS to the actor's num_cpus.
+        self.job = job
         self.failure: LvmError | None = None
         try:
             self.codec = job.load()
@@ -175,11 +174,6 @@ class ShardEncoder:
             self.failure = err
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        if not hasattr(self.local, "ready"):  # PyTorch's thread count is a setting of each calling thread
-            import torch
-
-            torch.set_num_threads(self.threads)
-            self.local.ready = True
         rows = [
             self.encode(Shard(*values)) for values in zip(*(batch[n].tolist() for n in _SHARD), strict=True)
         ]
@@ -303,8 +297,8 @@ def require_same_ids(source: Path, target: Path, chunks: Manifest) -> int:
             what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}" if extra else "has another order"
             raise InputError(
                 f"vector shard {target / shard.file} {what}: expected the {len(wanted)} ids of its chunk "
-                f"shard in order, got {len(got)} ({len(missing)} missing, {len(extra)} too many). Delete that "
-                "file and run `latent encode` again."
+                f"shard in order, got {len(got)} ({len(missing)} missing, {len(extra)} too many). Delete "
+                "that file and run `latent encode` again."
             )
         before = len(seen)
         seen.update(got)
@@ -320,7 +314,8 @@ def require_same_ids(source: Path, target: Path, chunks: Manifest) -> int:
 def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
     """Encode shards in parallel; each comes back as soon as it is on disk, in any order.
 
-    Raises the first refusal of a worker, after which no further shard is begun.
+    A shard that a worker refuses does not keep the others from being finished; the first refusal is raised
+    then.
     """
     import ray
 
@@ -331,7 +326,7 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
     rows = [asdict(s) for s in pending]
     finished = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardEncoder,
-        fn_constructor_args=(job, int(resources["num_cpus"])),
+        fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             size=num_actors,
@@ -341,13 +336,18 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
         ),
         **resources,
     )
+    refused: list[LvmError] = []
     with progress_bar("encode", sum(s.rows for s in pending), "chunks") as advance:
         for row in finished.iter_rows():
             error, refusal = row.pop("error"), row.pop("refusal")
-            if error:
-                raise {"IdentityError": IdentityError}.get(refusal, InputError)(error)
             advance(row["rows"])
+            if error:
+                refused.append({"IdentityError": IdentityError}.get(refusal, InputError)(error))
+                continue
             yield Shard(**row)
+    if refused:
+        say(f"encode: {len(refused)} of {len(pending)} shards were refused; the others are finished and kept")
+        raise refused[0]
 
 
 def _plan(cluster: Mapping[str, float], num_shards: int) -> tuple[int, dict[str, Any]]:

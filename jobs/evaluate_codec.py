@@ -26,7 +26,7 @@ NUM_CANDIDATES = 10_000
 
 
 def main(
-    input: Annotated[Path, typer.Option(help="Articles the codec was not trained on.")],
+    input: Annotated[str, typer.Option(help="Articles the codec was not trained on; or sample.")],
     codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
     codec_path: Annotated[Path | None, typer.Option(help="Folder of a codec of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,

@@ -146,21 +146,27 @@ class MiniEncoder(nn.Module):
         out: Tensor = c.word_weight * e + c.order_weight * self.rotation(e)
         return out
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B, T) int64 and mask (B, T) bool to (B, D) float32 of unit norm."""
-        embedded = self.tokens(ids)
-        lexical = self.bound(embedded, mask).sum(1)
+    def topic(self, ids: Tensor, embedded: Tensor, mask: Tensor) -> Tensor:
+        """The topic part before centring and scaling, (B, P) float32."""
         hidden = self.contextual(self.inward(embedded) * self.config.lexical_dim**0.5, mask)
         real = mask[..., None]
         count = mask.sum(1, keepdim=True).clamp(min=1).float()
         mean = (hidden * real).float().sum(1) / count
         peak = hidden.float().masked_fill(~real, float("-inf")).amax(1)
         bag = (self.topics(ids) * real).float().sum(1) / count.sqrt()
-        topic = bag + self.outward(torch.cat((mean, peak), dim=-1)).float()
-        if self.training:
-            with torch.no_grad():
-                self.centre.lerp_(topic.mean(0), 0.02)
-        topic = F.normalize(topic - self.centre, dim=-1)
+        out: Tensor = bag + self.outward(torch.cat((mean, peak), dim=-1)).float()
+        return out
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids (B, T) int64 and mask (B, T) bool to (B, D) float32 of unit norm.
+
+        In training mode the topic part is centred by the batch's own mean, as in batch normalisation; else by
+        `centre`, which the training sets from many chunks.
+        """
+        embedded = self.tokens(ids)
+        lexical = self.bound(embedded, mask).sum(1)
+        topic = self.topic(ids, embedded, mask)
+        topic = F.normalize(topic - (topic.mean(0) if self.training else self.centre), dim=-1)
         return F.normalize(torch.cat((topic * self.topic_norm, lexical), dim=-1), dim=-1)
 
 

@@ -57,8 +57,8 @@ class TrainingSettings:
     """Weight of InfoNCE beside the cross-entropy in nats a token."""
     temperature: float = 0.06
     """Temperature of InfoNCE on cosines."""
-    topic_seconds: float = 60.0
-    """Time of the first phase, topic embeddings alone (at most a tenth of `minutes`, not counted in it)."""
+    topic_steps: int = 1500
+    """Steps of the first phase, topic embeddings alone; under a minute on two cores, not counted in `minutes`."""
     topic_batch_pairs: int = 1024
     """Neighbour pairs a step of the first phase."""
     topic_rate_share: float = 0.2
@@ -228,9 +228,8 @@ def fit_topics(
     table = encoder.topics.weight
     optimiser = torch.optim.Adam([table], lr=3e-3)
     rng = np.random.default_rng(settings.seed)
-    limit_s = min(settings.topic_seconds, settings.minutes * 6)
-    begun, loss = time.perf_counter(), torch.tensor(math.nan)
-    while (spent_s := time.perf_counter() - begun) < limit_s:
+    loss = torch.tensor(math.nan)
+    for step in range(settings.topic_steps):
         picked = rng.choice(anchors, settings.topic_batch_pairs)
         rows = np.concatenate((picked, neighbours_of(picked, data.doc_ids, settings.reach + 1, rng)))
         ids, mask = data.batch(rows, 0)
@@ -239,7 +238,7 @@ def fit_topics(
         bags = F.embedding_bag(ids[mask].to(table.device), table, starts.to(table.device), mode="sum")
         first, second = F.normalize(bags, dim=-1).chunk(2)
         loss = infonce(first, second, settings.temperature)
-        optimiser.param_groups[0]["lr"] = 3e-3 * max(0.02, 1 - spent_s / limit_s)
+        optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / settings.topic_steps)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -283,6 +282,21 @@ def losses(
     states = hypothesizer(noised(vectors[:B], settings, encoder.config.topic_dim), ids[:B], mask[:B], encoder)
     logits = F.linear(states[mask[:B]], encoder.tokens.weight) + hypothesizer.bias
     return F.cross_entropy(logits.float(), ids[:B][mask[:B]]), contrast
+
+
+@torch.inference_mode()
+def recentre(encoder: MiniEncoder, data: ChunkTokens, rows: npt.NDArray[np.int64], pad_id: int) -> None:
+    """Set the encoder's `centre` to the mean topic of 2,048 of these chunks, in place.
+
+    A running mean would lag behind weights that still move, and leave strangers looking alike.
+    """
+    device = encoder.tokens.weight.device
+    total = torch.zeros_like(encoder.centre)
+    picked = rows[np.linspace(0, len(rows) - 1, min(2048, len(rows)), dtype=np.int64)]
+    for part in np.array_split(picked, max(1, len(picked) // 256)):
+        ids, mask = (t.to(device) for t in data.batch(part, pad_id))
+        total += encoder.topic(ids, encoder.tokens(ids), mask).sum(0)
+    encoder.centre.copy_(total / len(picked))
 
 
 @torch.inference_mode()
@@ -444,6 +458,7 @@ def fit(
             encoder.eval()
             hypothesizer.eval()
             with torch.compiler.set_stance("force_eager"):
+                recentre(encoder, data, train_rows, tokenizer.pad_id)
                 score = held_out_score(encoder, hypothesizer, data, held_rows, tokenizer)
             encoder.train()
             hypothesizer.train()

@@ -421,8 +421,8 @@ def _read_parquet(
                 on_position(size * number // rows)
     except (pa.ArrowException, OSError) as err:
         raise InputError(
-            f"{path} is no whole Parquet file: {str(err).strip()}, last read: row {number}. Fetch the file again; "
-            "finished work is kept."
+            f"{path} is no whole Parquet file: {str(err).strip()}, last read: row {number}. "
+            "Fetch the file again; finished work is kept."
         ) from err
 
 

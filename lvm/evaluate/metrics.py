@@ -83,7 +83,8 @@ class Pool:
     rows: NDArray[np.int64]
     """(P,) rows of the vector array, ascending, no row twice."""
     vectors: NDArray[np.float32]
-    """(P, D) their vectors."""
+    """(P, D) their vectors, scaled to length 1: stored as float16 they are off by up to 2e-4, which would
+    decide between near-duplicates."""
 
     @classmethod
     def draw(cls, vectors: Floats, size: int, seed: int) -> "Pool":
@@ -91,7 +92,7 @@ class Pool:
         rng = np.random.default_rng(seed)
         chosen = rng.choice(len(vectors), size=min(size, len(vectors)), replace=False)
         rows = np.sort(chosen.astype(np.int64))
-        return cls(rows, np.asarray(vectors[rows], dtype=np.float32))
+        return cls(rows, unit(np.asarray(vectors[rows], dtype=np.float32)))
 
     def columns_of(self, rows: Ints) -> NDArray[np.int64]:
         """Where each of `rows` (any shape) sits in the pool, -1 where it does not."""
@@ -149,7 +150,7 @@ def ranks_in_article(
     for doc in np.unique(docs):
         windows = np.nonzero(docs == doc)[0]
         first, last = np.searchsorted(doc_ids, [doc, doc + 1])
-        scores = predicted[windows] @ np.asarray(vectors[first:last], dtype=np.float32).T
+        scores = predicted[windows] @ unit(np.asarray(vectors[first:last], dtype=np.float32)).T
         own = np.concatenate([context_rows[windows], target_rows[windows, None]], axis=1) - first
         np.put_along_axis(scores, own, -np.inf, axis=1)
         ranks[windows] = 1 + (scores >= true_scores[windows, None] - TIE).sum(axis=1)
@@ -280,7 +281,7 @@ def text_scores(decoded: Sequence[str], truths: Sequence[str]) -> dict[str, floa
         raise InputError(f"got {len(decoded)} decoded texts for {len(truths)} true ones; expected as many")
     # Both libraries take about a second to load, and only decoded text needs them.
     import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+    from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     scored = [scorer.score(truth, text) for text, truth in zip(decoded, truths, strict=True)]

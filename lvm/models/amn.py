@@ -59,6 +59,17 @@ class AMN(nn.Module):
         correction = self.residual_net(torch.cat((mean, mixture), dim=-1))
         return F.normalize((mean + correction).float(), dim=-1)
 
+    @torch.no_grad()
+    def start_at_mean(self, directions: Tensor) -> None:
+        """Set the weights so that the untrained network returns the context's mean: no correction.
+
+        directions: as in the other models; not needed here.
+        """
+        last = self.residual_net[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.zero_()
+        last.bias.zero_()
+
     def attention(self, contexts: Tensor) -> Tensor:
         """(B, T) weights of the mixture over contexts (B, T, D); each row sums to 1."""
         return self._weights(contexts, contexts.mean(dim=1))

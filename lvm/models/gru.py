@@ -6,8 +6,10 @@ Parameter names are the original's, so its checkpoints load by name. GRU: Cho et
 Letters: B batch, T context vectors, D vector length.
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,3 +72,25 @@ class GRU(nn.Module):
         for block in self.blocks:
             states = block(states)
         return states
+
+    @torch.no_grad()
+    def start_at_mean(self, directions: Tensor) -> None:
+        """Set the weights so that the untrained network returns nearly the context's mean, later ones first.
+
+        directions: (hidden, D) orthonormal rows along which the vectors vary most. The first GRU sums the
+        inputs along them and forgets slowly; its input is made small, so that the sum outweighs the residual
+        path of the last vector, and LayerNorm restores the size. The other blocks hand on what comes. A tenth
+        of the random weights stays, so that the units differ. Gates are in torch's order r, z, n.
+        """
+        hidden, small = self.config.hidden, 0.01
+        self.input_proj.weight.copy_(directions * math.sqrt(hidden) * small)
+        self.input_proj.bias.zero_()
+        grus = [block.gru for block in self.blocks if isinstance(block, Block)]
+        for gru in grus:
+            for tensor in gru.parameters():
+                tensor.mul_(0.1)
+        inputs, bias = grus[0].get_parameter("weight_ih_l0"), grus[0].get_parameter("bias_ih_l0")
+        inputs[2 * hidden :].add_(torch.eye(hidden).to(inputs) * 15.0)
+        bias[hidden : 2 * hidden].add_(2.0)  # update gate: 0.88 of the state is kept
+        self.output_proj.weight.copy_(directions.T / math.sqrt(hidden))
+        self.output_proj.bias.zero_()

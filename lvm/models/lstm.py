@@ -8,6 +8,7 @@ Letters: B batch, T context vectors, D vector length.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,3 +51,25 @@ class LSTM(nn.Module):
         """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
         states, _ = self.lstm(contexts)
         return F.normalize(self.output_proj(states).float(), dim=-1)
+
+    @torch.no_grad()
+    def start_at_mean(self, directions: Tensor) -> None:
+        """Set the weights so that the untrained network returns nearly the context's mean, later ones first.
+
+        directions: (hidden, D) orthonormal rows along which the vectors vary most. The first layer's cell
+        sums its inputs along them and forgets slowly, the others hand on what comes, the output turns it
+        back. A tenth of the random weights stays, so that the units differ. Gates are in torch's order
+        i, f, g, o.
+        """
+        hidden = self.config.hidden
+        for tensor in self.lstm.parameters():
+            tensor.mul_(0.1)
+        for layer in range(self.config.num_layers):
+            inputs = self.lstm.get_parameter(f"weight_ih_l{layer}")
+            bias = self.lstm.get_parameter(f"bias_ih_l{layer}")
+            passed = directions if layer == 0 else torch.eye(hidden).to(inputs)
+            inputs[2 * hidden : 3 * hidden].add_(passed)
+            bias[hidden : 2 * hidden].add_(2.0 if layer == 0 else -2.0)  # forget gate: 0.88, 0.12
+            bias[3 * hidden :].add_(1.0)
+        self.output_proj.weight.copy_(directions.T)
+        self.output_proj.bias.zero_()

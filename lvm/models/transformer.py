@@ -39,7 +39,7 @@ TOY = TransformerConfig(width=32, num_layers=2, num_heads=4, feed_forward=64)
 
 
 def sinusoidal_positions(length: int, width: int, like: Tensor) -> Tensor:
-    """(length, width) position codes of `like`'s device and dtype: sine in even places, cosine in odd ones."""
+    """(length, width) position codes in `like`'s dtype: sine in even places, cosine in odd ones."""
     position = torch.arange(length, device=like.device, dtype=torch.float32)[:, None]
     rate = torch.exp(
         torch.arange(0, width, 2, device=like.device, dtype=torch.float32) * (-math.log(10_000.0) / width)
@@ -84,3 +84,34 @@ class Transformer(nn.Module):
         later = torch.ones(length, length, dtype=torch.bool, device=contexts.device).triu(1)
         states: Tensor = self.transformer_decoder(inputs, inputs, tgt_mask=later, memory_mask=later)
         return states
+
+    @torch.no_grad()
+    def start_at_mean(self, directions: Tensor) -> None:
+        """Set the weights so that the untrained network returns nearly the context's mean.
+
+        directions: (width, D) orthonormal rows along which the vectors vary most. Both attentions of the
+        first layer add four times the mean of the places so far to the residual path; what the other parts
+        add is cut to a tenth. The head's GELU works where it is a straight line, and its LayerNorm takes the
+        shift out again. The input's bias takes out what the position codes of five places have in common.
+        """
+        width = self.config.width
+        eye = torch.eye(width).to(directions)
+        self.input_proj.weight.copy_(directions * math.sqrt(width))
+        self.input_proj.bias.copy_(-sinusoidal_positions(5, width, directions).mean(dim=0))
+        for number, layer in enumerate(self.transformer_decoder.layers):
+            assert isinstance(layer, nn.TransformerDecoderLayer)
+            layer.linear2.weight.mul_(0.1)
+            layer.linear2.bias.mul_(0.1)
+            for attention in (layer.self_attn, layer.multihead_attn):
+                attention.out_proj.weight.mul_(0.1)
+                if number == 0:
+                    assert attention.in_proj_weight is not None
+                    attention.in_proj_weight[2 * width :].copy_(eye)  # after queries and keys: the values
+                    attention.out_proj.weight.copy_(4.0 * eye)
+        first, _, _, last = self.head
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        first.weight.mul_(0.1).add_(0.5 * eye)
+        first.bias.fill_(3.0)
+        last.weight.copy_(directions.T / math.sqrt(width))
+        last.bias.zero_()

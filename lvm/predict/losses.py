@@ -58,8 +58,8 @@ class LossReport:
 def mse(predicted: Tensor, targets: Tensor) -> Tensor:
     """Mean over the batch of the squared distance, a float32 scalar.
 
-    predicted, targets: (B, D) unit vectors, for which it is 2 - 2 cosine. It is D times torch's `mse_loss`: the
-    same minimum, with gradients well above the epsilon of Adam.
+    predicted, targets: (B, D) unit vectors, for which it is 2 - 2 cosine. It is D times torch's `mse_loss`:
+    the same minimum, with gradients well above the epsilon of Adam.
     """
     return (predicted.float() - targets.float()).square().sum(dim=-1).mean()
 
@@ -82,7 +82,7 @@ def backward(
     """
     distance = mse(predicted, targets)
     if settings.info_nce_share == 0.0:
-        distance.backward()  # type: ignore[no-untyped-call]
+        distance.backward()
         return LossReport(float(distance))
     used = [p for p in parameters if p.requires_grad]
     contrast = info_nce(predicted, targets, settings.temperature)

@@ -88,7 +88,7 @@ def snap(
     article it holds out, whose true next chunk would otherwise be found in the index.
     """
     settings = settings or SnapSettings()
-    scores, rows = _allowed_neighbours(predictions, index, settings.neighbours, len(vectors), barred)
+    scores, rows = allowed_neighbours(predictions, index, settings.neighbours, len(vectors), barred)
     weights = np.where(rows >= 0, np.maximum(scores, 0.0), 0.0).astype(np.float32)
     mixed = np.empty(predictions.shape, dtype=np.float32)
     for first in range(0, len(rows), 256):  # 256 x 16 x 768 float32 is 13 MB
@@ -106,14 +106,15 @@ def snap(
     return Snapped(unit(blended), rows, drifted)
 
 
-def _allowed_neighbours(
+def allowed_neighbours(
     predictions: NDArray[np.float32],
     index: Neighbours,
     wanted: int,
     num_vectors: int,
     barred: Callable[[Rows], NDArray[np.bool_]] | None,
 ) -> tuple[NDArray[np.float32], Rows]:
-    """Scores and rows (B, wanted) of the best neighbours that are not barred; -1 where there are no more."""
+    """Cosines and rows (B, wanted) of the nearest of `num_vectors` that are not barred, best first; row -1
+    where there are no more. `barred` as in `snap`."""
     k = wanted if barred is None else wanted * 4
     while True:
         k = min(k, num_vectors)
@@ -121,8 +122,7 @@ def _allowed_neighbours(
         usable = rows >= 0
         if barred is not None:
             usable &= ~barred(rows)
-        # 4,096 bounds the search when one article is most of the corpus.
-        if k >= min(num_vectors, 4096) or (usable.sum(axis=1) >= wanted).all():
+        if k == num_vectors or (usable.sum(axis=1) >= wanted).all():
             break
         k *= 4
     # A stable sort on "not usable" brings the usable to the front and keeps their order.

@@ -14,7 +14,6 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ Rows = Sequence[int] | NDArray[Any]
 # ---------------------------------------------------------------------------------------------------- array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VectorArray:
     """All chunks of one encode job by article and position. Every array is memory-mapped and read-only."""
 
@@ -64,24 +63,27 @@ class VectorArray:
     """Fingerprint of its manifest: another array, another fingerprint."""
     identity: CodecIdentity
     """Codec of the vectors."""
-    vectors: NDArray[Any]
+    vectors: NDArray[Any] = field(repr=False)
     """(N, D) float16 or float32, as stored; norm 1."""
-    doc_ids: NDArray[np.int32]
+    doc_ids: NDArray[np.int32] = field(repr=False)
     """(N,) the chunk's article, ascending."""
-    positions: NDArray[np.int32]
+    positions: NDArray[np.int32] = field(repr=False)
     """(N,) its place in the article, ascending within one."""
-    chunk_ids: NDArray[np.str_]
+    chunk_ids: NDArray[np.str_] = field(repr=False)
     """(N,) unicode."""
-    num_tokens: NDArray[np.int32]
+    num_tokens: NDArray[np.int32] = field(repr=False)
     """(N,) before any cut, end of sequence included."""
-    truncated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_] = field(repr=False)
     """(N,) True where the codec cut the text."""
-    norms: NDArray[np.float32]
+    norms: NDArray[np.float32] = field(repr=False)
     """(N,) norm of the encoder's output."""
-    neighbour_cosines: NDArray[np.float32]
+    neighbour_cosines: NDArray[np.float32] = field(repr=False)
     """(N,) cosine of row i and row i + 1, of whatever articles; the last is 0."""
-    text_keys: NDArray[np.uint64]
+    text_keys: NDArray[np.uint64] = field(repr=False)
     """(N,) hash of the text without case and white space: equal key, equal text."""
+    table: pa.Table = field(repr=False)
+    """N rows of chunk_id, title, text and source; opened with the rest, so that an array which is made again
+    meanwhile takes nothing away."""
 
     def __len__(self) -> int:
         return len(self.doc_ids)
@@ -106,13 +108,8 @@ class VectorArray:
         """Return when `what`, of this identity, may be used with these vectors; else raise IdentityError."""
         require_same_codec(self.identity, identity, str(self.directory), what)
 
-    @cached_property
-    def _table(self) -> pa.Table:
-        with pa.memory_map(str(_array_folder(self.directory, self.fingerprint) / "texts.arrow")) as file:
-            return pa.ipc.open_file(file).read_all()
-
     def _column(self, name: str, rows: Rows) -> list[str]:
-        values: list[str] = self._table.column(name).take(pa.array(np.asarray(rows, np.int64))).to_pylist()
+        values: list[str] = self.table.column(name).take(pa.array(np.asarray(rows, np.int64))).to_pylist()
         return values
 
 
@@ -164,7 +161,14 @@ def _map_array(directory: Path, manifest: Manifest, folder: Path) -> VectorArray
 
     names = ("vectors", "doc_ids", "positions", "chunk_ids", "num_tokens", "truncated", "norms")
     arrays = {n: load(n) for n in (*names, "neighbour_cosines", "text_keys")}
-    return VectorArray(directory, manifest.fingerprint, manifest.identity, **arrays)
+    try:
+        with pa.memory_map(str(folder / "texts.arrow")) as file:
+            table = pa.ipc.open_file(file).read_all()
+    except (pa.ArrowException, OSError) as err:
+        raise InputError(
+            f"{folder / 'texts.arrow'} is damaged ({err}); delete {folder}, it is made again"
+        ) from err
+    return VectorArray(directory, manifest.fingerprint, manifest.identity, **arrays, table=table)
 
 
 def _make_array(directory: Path, manifest: Manifest, folder: Path) -> None:
@@ -333,7 +337,7 @@ class WindowSettings:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Windows:
     """M pairs of T context vectors and the next one, as row numbers into one array."""
 
@@ -432,7 +436,7 @@ def split_articles(doc_ids: Rows, seed: int = 0) -> dict[str, NDArray[Any]]:
 
 def _hash(values: NDArray[Any], seed: int) -> NDArray[np.uint64]:
     """splitmix64 (Steele, Lea, Flood 2014) of value and seed."""
-    mixed = values.astype(np.uint64) + np.uint64(seed % 2**32) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = values.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return mixed ^ (mixed >> np.uint64(31))

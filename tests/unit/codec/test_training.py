@@ -18,7 +18,7 @@ from lvm.errors import InputError, OutputError
 from tests.doubles import fake_articles
 
 TOY = MiniConfig(topic_dim=32, lexical_dim=64, d_ff=64, num_heads=4, decoder_layers=1)
-QUICK = TrainingSettings(minutes=0.1, batch_pairs=16, batch_decoded=16, learning_rate=3e-3, warmup_steps=5)
+QUICK = TrainingSettings(minutes=0.1, batch_pairs=16, batch_decoded=16, learning_rate=3e-3, warmup_steps=5, topic_steps=20)
 TOKENIZER = CODECS["mini"] / "tokenizer.json"
 
 

@@ -1,0 +1,472 @@
+"""Fitting a predictor: plain PyTorch on batches from anywhere. Ray, disks and logs come in as functions.
+
+`fit` reads in the order evaluate, log, save, stop?, step. Its state is the weights, the optimiser and a
+`Progress`; learning rate, batches and dropout follow from the settings, the seed and the epoch alone. So a
+run that is killed and goes on from its last checkpoint does what it would have done.
+
+Letters: B batch, T context vectors, D vector length.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lvm.errors import InputError, TrainingError
+from lvm.models import MODELS, Predictor
+from lvm.predict.losses import LossReport, LossSettings, backward, mse
+
+Batch = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""(B, T, D) contexts with their (B, D) targets, unit vectors."""
+
+
+class WindowSource(Protocol):
+    """What training needs of windows; `lvm.vectors.sequences.Windows` has it."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Any) -> Batch:
+        """Contexts and targets of these windows."""
+
+
+# ------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How predictors are trained."""
+
+    name: str
+    """Shown in records."""
+    learning_rates: Mapping[str, float]
+    """Peak learning rate of each architecture."""
+    optimiser: Literal["adam", "adamw"]
+    """AdamW decays weights (not biases, not LayerNorm) beside the gradient."""
+    epochs: int
+    """Passes over the training windows, or over max_windows_per_epoch of them."""
+    batch_windows: int
+    """Windows a step; fewer on small sets where small_sets is on."""
+    weight_decay: float = 0.0
+    """AdamW's decay a step, times the learning rate."""
+    warmup_share: float = 0.0
+    """Part of the run in which the learning rate rises from 0 to its peak."""
+    final_rate_share: float = 0.0
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    max_gradient_norm: float | None = None
+    """Longer gradients are scaled down to this; None leaves them."""
+    max_windows_per_epoch: int | None = None
+    """An epoch ends after so many windows; the next goes on where it ended."""
+    max_val_windows: int = 8192
+    """Validation windows scored after each epoch, evenly spaced over all."""
+    patience: int | None = None
+    """Epochs without a better val cosine after which training stops."""
+    max_minutes: float | None = None
+    """Longest training time; the learning rate falls in time for it."""
+    small_sets: bool = False
+    """Under 50,000 windows: smaller batches, and a learning rate that falls with the root of their number."""
+    start_at_mean: bool = False
+    """Start as the mean of the context instead of at random."""
+    bfloat16: bool = False
+    """Multiply in bfloat16 where the device is faster with it; weights and loss stay float32."""
+    loss: LossSettings = field(default_factory=LossSettings)
+    """What is minimised."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_windows", "max_val_windows"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise InputError(f"max_minutes must be above 0, got {self.max_minutes}")
+        if missing := set(MODELS) - set(self.learning_rates):
+            raise InputError(f"recipe {self.name} has no learning rate for {', '.join(sorted(missing))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Recipe":
+        """The recipe `to_dict` gave."""
+        return cls(**{**record, "loss": LossSettings(**record["loss"])})
+
+    def batch_size(self, num_windows: int) -> int:
+        """Windows a step for a training set of this size."""
+        if not self.small_sets:
+            return self.batch_windows
+        # About 24 steps an epoch or more, down to 64 windows a step.
+        fitting: int = 2 ** int(math.log2(max(num_windows / 24, 1)))
+        return max(min(self.batch_windows, fitting), min(64, self.batch_windows))
+
+    def peak_rate(self, model: str, num_windows: int) -> float:
+        """Highest learning rate for this architecture on a training set of this size."""
+        shrink = min(1.0, math.sqrt(num_windows / 50_000)) if self.small_sets else 1.0
+        return self.learning_rates[model] * shrink
+
+    def windows_per_epoch(self, num_windows: int) -> int:
+        """Windows seen in one epoch."""
+        return min(num_windows, self.max_windows_per_epoch or num_windows)
+
+    def steps_per_epoch(self, num_windows: int) -> int:
+        """Batches in one epoch."""
+        return math.ceil(self.windows_per_epoch(num_windows) / self.batch_size(num_windows))
+
+
+CLASSIC = Recipe(
+    name="classic",
+    learning_rates=dict.fromkeys(MODELS, 5e-4),
+    optimiser="adam",
+    epochs=20,
+    batch_windows=32,
+)
+"""The original system's recipe (SPEC: MSE on unit vectors, Adam, cosine schedule)."""
+
+FAST = Recipe(
+    name="fast",
+    learning_rates={"amn": 3e-4, "lstm": 1e-3, "gru": 3e-4, "transformer": 3e-4},
+    optimiser="adamw",
+    epochs=8,
+    batch_windows=256,
+    weight_decay=0.05,
+    warmup_share=0.1,
+    final_rate_share=0.02,
+    max_gradient_norm=1.0,
+    max_windows_per_epoch=40_000,
+    max_val_windows=4096,
+    patience=2,
+    max_minutes=20.0,
+    small_sets=True,
+    start_at_mean=True,
+    bfloat16=True,
+)
+"""The default."""
+
+RECIPES = {r.name: r for r in (FAST, CLASSIC)}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of this name. Raises InputError listing the names."""
+    if name not in RECIPES:
+        raise InputError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+# ------------------------------------------------------------------------------------------------- progress
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimiser, all it needs to go on."""
+
+    epoch: int = 0
+    """Epochs trained."""
+    seconds: float = 0.0
+    """Time trained and evaluated, over all attempts."""
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    """One entry an epoch: epoch, train_loss, learning_rate, val_loss, val_cosine, seconds, and with InfoNCE
+    what `LossReport` measured, each a mean over the epoch's steps."""
+    start_val_cosine: float | None = None
+    """Before the first step."""
+    stopped: str | None = None
+    """Why training ended, None while it goes on."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return asdict(self)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The curve's entry with the highest val cosine, the earlier of two equal ones."""
+        return max(self.curve, key=lambda row: (row["val_cosine"], -row["epoch"]))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over the validation windows."""
+
+    loss: float
+    """Squared distance, 2 - 2 cosine."""
+    cosine: float
+
+
+# ----------------------------------------------------------------------------------------------- data order
+
+
+def shuffled_batches(windows: WindowSource, recipe: Recipe, seed: int, epoch: int) -> Iterator[Batch]:
+    """The batches of one epoch, counted from 1, in an order that seed and epoch decide.
+
+    With max_windows_per_epoch, epochs walk on through one shuffled order, so that every window is seen before
+    one comes again.
+    """
+    total, wanted = len(windows), recipe.windows_per_epoch(len(windows))
+    place = (epoch - 1) * wanted
+    chosen: list[NDArray[np.int64]] = []
+    while wanted:
+        turn, start = divmod(place, total)
+        order = np.random.default_rng((seed, turn)).permutation(total)
+        chosen.append(order[start : start + wanted])
+        place += len(chosen[-1])
+        wanted -= len(chosen[-1])
+    indices = np.concatenate(chosen)
+    size = recipe.batch_size(total)
+    for low in range(0, len(indices), size):
+        yield windows.batch(indices[low : low + size])
+
+
+def spread_batches(windows: WindowSource, most: int, batch_windows: int = 512) -> Iterator[Batch]:
+    """At most `most` windows, evenly spaced over all, in order."""
+    indices = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(np.int64)
+    for low in range(0, len(indices), batch_windows):
+        yield windows.batch(indices[low : low + batch_windows])
+
+
+def principal_directions(batches: Iterable[Batch], count: int) -> Tensor:
+    """(count, D) float32 orthonormal rows along which the targets vary most, the mean's direction included.
+
+    Eigenvectors of the D x D matrix of second moments, largest first. Raises InputError when count exceeds D.
+    """
+    moments: Tensor | None = None
+    for _, targets in batches:
+        rows = torch.from_numpy(targets).double()
+        added = rows.T @ rows
+        moments = added if moments is None else moments + added
+    if moments is None:
+        raise InputError("no training windows; the start at the mean needs at least one")
+    if count > len(moments):
+        raise InputError(
+            f"expected at most {len(moments)} directions of {len(moments)}-d vectors, got {count}"
+        )
+    # Unseen directions (fewer windows than D) come last, orthonormal all the same.
+    _, vectors = torch.linalg.eigh(moments)
+    return vectors.flip(1)[:, :count].T.float().contiguous()
+
+
+# --------------------------------------------------------------------------------------------- device, dtype
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def bfloat16_is_faster(device: torch.device) -> bool:
+    """Whether this device has bfloat16 multiplication of its own.
+
+    On a CPU with AVX-512 BF16 a training step takes 0.5 to 0.6 of its float32 time (measured on AMD Zen 4,
+    one thread, batch 256, all four models); without it, bfloat16 is emulated and slower.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, bool)() for name in checks)
+    return False
+
+
+# --------------------------------------------------------------------------------------------------- the loop
+
+
+def learning_rate(recipe: Recipe, peak: float, done: float) -> float:
+    """The rate when this share of the run (0 to 1) is done: a straight rise, then half a cosine."""
+    if done < recipe.warmup_share:
+        return peak * done / recipe.warmup_share
+    rest = (done - recipe.warmup_share) / max(1.0 - recipe.warmup_share, 1e-9)
+    low = peak * recipe.final_rate_share
+    return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * min(rest, 1.0)))
+
+
+def make_optimiser(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's optimiser over all parameters; the learning rate is set before each step."""
+    parameters = list(model.parameters())
+    fused = device.type in ("cpu", "cuda")  # one pass over the weights: 12 ms instead of 60 for 18 million
+    if recipe.optimiser == "adam":
+        return torch.optim.Adam(parameters, lr=0.0, fused=fused)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+
+
+def train_step(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    contexts: Tensor,
+    targets: Tensor,
+    recipe: Recipe,
+    bfloat16: bool,
+) -> LossReport:
+    """One step on one batch; what its loss and gradients were.
+
+    contexts: (B, T, D), targets: (B, D), on the model's device. A loss that is no number leaves the weights
+    as they were.
+    """
+    optimiser.zero_grad(set_to_none=True)
+    with torch.autocast(contexts.device.type, torch.bfloat16, enabled=bfloat16):
+        predicted = model(contexts)
+    report = backward(recipe.loss, predicted, targets, model.parameters())
+    if not math.isfinite(report.mse):
+        return report
+    if recipe.max_gradient_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
+    optimiser.step()
+    return report
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Batch], bfloat16: bool = False) -> Score:
+    """Loss and cosine, means over all windows; the model is left in evaluation mode.
+
+    Raises InputError where there is no window.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    count, loss, cosine = 0, 0.0, 0.0
+    for contexts, targets in batches:
+        truth = torch.from_numpy(targets).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            predicted = model(torch.from_numpy(contexts).to(device)).float()
+        loss += float(mse(predicted, truth)) * len(targets)
+        cosine += float(F.cosine_similarity(predicted, truth).sum())
+        count += len(targets)
+    if not count:
+        raise InputError("expected at least one window to evaluate on, got none")
+    return Score(loss / count, cosine / count)
+
+
+def fit(
+    model: Predictor,
+    name: str,
+    train: WindowSource,
+    val: WindowSource,
+    recipe: Recipe,
+    seed: int,
+    *,
+    progress: Progress | None = None,
+    optimiser_state: dict[str, Any] | None = None,
+    save: Callable[[nn.Module, torch.optim.Optimizer, Progress], None] | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Progress:
+    """Train `model` in place, on the device it is on, until the recipe or the val cosine says stop.
+
+    name: key of MODELS. `save` is called once an epoch, with a state from which another call goes on
+    (`progress`, `optimiser_state` and the weights, loaded by the caller); `log` once an epoch with the
+    curve's new entry. The weights are the last epoch's: the best epoch's are what `save` got then.
+
+    Raises TrainingError naming epoch and batch when the loss is no longer a number; what was saved stays
+    good.
+    """
+    device = next(model.parameters()).device
+    bfloat16 = recipe.bfloat16 and bfloat16_is_faster(device)
+    peak = recipe.peak_rate(name, len(train))
+    steps_per_epoch = recipe.steps_per_epoch(len(train))
+    optimiser = make_optimiser(model, recipe, device)
+    if optimiser_state is not None:
+        optimiser.load_state_dict(optimiser_state)
+    progress = progress or Progress()
+    begun = clock() - progress.seconds
+    trained: dict[str, float] = {}
+    while True:
+        # Evaluate: whoever compares models, or picks a checkpoint, reads this. A resumed run has it already.
+        resumed = bool(progress.curve) and progress.curve[-1]["epoch"] == progress.epoch
+        if not resumed:
+            score = _validate(model, val, recipe, bfloat16)
+            if not math.isfinite(score.loss):
+                raise TrainingError(
+                    f"{name}: the validation loss is {score.loss} after epoch {progress.epoch}; expected a "
+                    f"number. Training of {name} ends here. Take a lower learning rate."
+                )
+            progress.seconds = clock() - begun
+            if progress.epoch == 0:
+                progress.start_val_cosine = score.cosine
+            else:
+                row = {
+                    "epoch": progress.epoch,
+                    **trained,
+                    "val_loss": score.loss,
+                    "val_cosine": score.cosine,
+                    "seconds": round(progress.seconds, 3),
+                }
+                progress.curve.append(row)
+                # Log, then save: a kill between the two costs the epoch, a line too many costs nothing.
+                if log is not None:
+                    log(row)
+                if save is not None:
+                    save(model, optimiser, progress)
+
+        # Stop?
+        progress.stopped = _reason_to_stop(progress, recipe)
+        if progress.stopped is not None:
+            return progress
+
+        # Step through one epoch. Dropout draws from the epoch's own seed, so resuming changes nothing.
+        progress.epoch += 1
+        torch.manual_seed(seed * 1_000_003 + progress.epoch)
+        model.train()
+        reports: list[LossReport] = []
+        rate = 0.0
+        for number, (contexts, targets) in enumerate(
+            shuffled_batches(train, recipe, seed, progress.epoch), start=1
+        ):
+            steps_done = (progress.epoch - 1) * steps_per_epoch + number - 0.5
+            done = steps_done / (recipe.epochs * steps_per_epoch)
+            if recipe.max_minutes is not None:
+                done = max(done, (clock() - begun) / (60.0 * recipe.max_minutes))
+            rate = learning_rate(recipe, peak, done)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            report = train_step(
+                model,
+                optimiser,
+                torch.from_numpy(contexts).to(device),
+                torch.from_numpy(targets).to(device),
+                recipe,
+                bfloat16,
+            )
+            if not math.isfinite(report.mse):
+                raise TrainingError(
+                    f"{name}: the loss is {report.mse} at epoch {progress.epoch}, batch {number} of "
+                    f"{steps_per_epoch} (learning rate {rate:.2g}); expected a number. Training of {name} "
+                    "ends here. Take a lower learning rate."
+                )
+            reports.append(report)
+            if done >= 1.0:
+                break  # out of minutes
+        trained = {**_means(reports), "learning_rate": rate}
+
+
+def _validate(model: nn.Module, val: WindowSource, recipe: Recipe, bfloat16: bool) -> Score:
+    return evaluate(model, spread_batches(val, recipe.max_val_windows), bfloat16)
+
+
+def _reason_to_stop(progress: Progress, recipe: Recipe) -> str | None:
+    if progress.epoch >= recipe.epochs:
+        return f"all {recipe.epochs} epochs are done"
+    if progress.curve and recipe.patience is not None:
+        since = progress.epoch - progress.best["epoch"]
+        if since >= recipe.patience:
+            return f"val cosine did not rise for {since} epochs"
+    if recipe.max_minutes is not None and progress.seconds >= 60.0 * recipe.max_minutes:
+        return f"{recipe.max_minutes:g} minutes are over"
+    return None
+
+
+def _means(reports: list[LossReport]) -> dict[str, float]:
+    """Means over an epoch's steps, of what was measured."""
+    row = {"train_loss": float(np.mean([r.mse for r in reports]))}
+    for name in ("info_nce", "mse_gradient_norm", "info_nce_gradient_norm", "info_nce_scale"):
+        values = [getattr(r, name) for r in reports]
+        if values[0] is not None:
+            row[name] = float(np.mean(values))
+    return row

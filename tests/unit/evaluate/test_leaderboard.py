@@ -1,0 +1,154 @@
+"""The promotion gate, and the tables as text and Markdown."""
+
+import copy
+import json
+
+import pytest
+
+from lvm.evaluate.leaderboard import (
+    Evaluation,
+    Table,
+    as_markdown,
+    as_text,
+    efficiency,
+    example_text,
+    gate_word,
+    judge,
+    leaderboard,
+    markdown_page,
+    ranking,
+    tables,
+)
+from tests.unit.evaluate.conftest import made_entry
+
+BASELINES = [made_entry("passthrough", 0.40, "baseline"), made_entry("ridge", 0.55, "baseline")]
+
+
+def results(cosine: float = 0.58, **changes: object) -> dict[str, bool | None]:
+    gate = judge(made_entry("amn", cosine, **changes), BASELINES)
+    return {c["name"]: c["passed"] for c in gate["checks"]}
+
+
+def test_gate_passes_what_meets_all_four_conditions() -> None:
+    gate = judge(made_entry("amn", 0.58, ood_cosine={"recipes": 0.2}), BASELINES)
+    assert gate["passed"]
+    assert [c["passed"] for c in gate["checks"]] == [True] * 4
+    assert gate_word(gate) == "pass"
+
+
+def test_gate_says_not_measured_where_there_was_no_foreign_text() -> None:
+    gate = judge(made_entry("amn", 0.58), BASELINES)
+    assert gate["passed"]
+    assert gate_word(gate) == "pass (out-of-domain cosine not measured)"
+
+
+def test_gate_fails_each_condition_by_itself() -> None:
+    slow = [{"batch": 1, "mean_ms": 50.0}]
+    assert results(val_cosine=0.40)["validation cosine"] is False
+    assert results(ood_cosine={"recipes": 0.9, "dialogue": 0.15})["out-of-domain cosine"] is False
+    assert results(latency=slow)["inference"] is False
+    assert results(cosine=0.55)["every baseline"] is False
+
+
+def test_gate_names_the_baselines_that_were_not_beaten() -> None:
+    gate = judge(made_entry("lstm", 0.52), BASELINES)
+    assert not gate["passed"]
+    assert gate_word(gate) == "fail: every baseline"
+    assert gate["checks"][-1]["reason"] == "0.5200 on test articles does not beat ridge (0.5500)"
+
+
+def test_gate_says_when_the_lead_may_be_chance() -> None:
+    entry = made_entry("amn", 0.58, gain={"mean": 0.03, "low": -0.01, "high": 0.07})
+    assert judge(entry, BASELINES)["checks"][-1]["reason"] == (
+        "0.5800 on test articles beats all 2; ahead of the best by +0.0300 [-0.0100, +0.0700], "
+        "an interval that reaches zero"
+    )
+
+
+def test_leaderboard_is_ordered_by_cosine_and_marks_models(evaluation: Evaluation) -> None:
+    assert [e["name"] for e in ranking(evaluation)] == ["amn", "ridge", "lstm", "passthrough"]
+    board = leaderboard(evaluation)
+    assert [row[1] for row in board.rows] == ["amn", "ridge", "lstm", "passthrough"]
+    assert [row[-1] for row in board.rows] == ["pass", "baseline", "fail", "baseline"]
+    assert board.emphasised == {0, 2}
+    assert board.rows[0][2:5] == ("0.5800", "[0.5600, 0.6000]", "-0.0500")
+
+
+def test_printed_leaderboard_fits_a_terminal(evaluation: Evaluation) -> None:
+    evaluation["entries"][0]["name"] = "transformer-optimized"
+    table = as_text(leaderboard(evaluation)).splitlines()[1:-1]
+    assert max(len(line) for line in table) <= 110
+
+
+def test_every_table_has_as_many_cells_as_headers(evaluation: Evaluation) -> None:
+    for entry in evaluation["entries"]:
+        entry["ood_cosine"] = {"recipes": 0.3, "stories": 0.4}
+    made = tables(evaluation)
+    assert [t.title for t in made] == [
+        "Leaderboard",
+        "Predicted vectors",
+        "Finding the true next chunk",
+        "Decoded text",
+        "Out of domain",
+        "Latency",
+        "Size and efficiency",
+        "Promotion gate",
+    ]
+    for table in made:
+        assert {len(row) for row in table.rows} == {len(table.headers)}
+    assert made[2].rows[-1][:3] == ("(random order)", "0.080", "0.400")
+
+
+def test_what_was_not_measured_is_a_dash(evaluation: Evaluation) -> None:
+    for entry in evaluation["entries"]:
+        entry["in_article"] = dict.fromkeys(entry["in_article"]) | {"windows": 0}
+        entry["peak_bytes"] = None
+    titles = [t.title for t in tables(evaluation)]
+    assert "Out of domain" not in titles
+    assert leaderboard(evaluation).rows[0][5] == "-"
+    assert "0 windows have more than one candidate, none on average" in tables(evaluation)[2].note
+
+
+def test_efficiency_is_cosine_per_millisecond_times_a_thousand() -> None:
+    assert efficiency(made_entry("amn", 0.58)) == pytest.approx(0.58 / 0.5 * 1000)
+
+
+def test_text_table_is_aligned_with_numbers_to_the_right() -> None:
+    table = Table("T", ("name", "count"), (("a", "1"), ("long name", "1,000")), "note")
+    assert as_text(table).splitlines() == [
+        "T",
+        "name       count",
+        "a              1",
+        "long name  1,000",
+        "note",
+    ]
+
+
+def test_markdown_table_escapes_bars_and_bolds_models() -> None:
+    table = Table("T", ("name", "value"), (("a|b", "1.5"), ("c", "2")), emphasised=frozenset({0}))
+    assert as_markdown(table).splitlines() == [
+        "## T",
+        "",
+        "| name | value |",
+        "| --- | ---: |",
+        "| **a\\|b** | 1.5 |",
+        "| c | 2 |",
+    ]
+
+
+def test_markdown_page_holds_every_table_and_survives_json(evaluation: Evaluation) -> None:
+    page = markdown_page(json.loads(json.dumps(evaluation)))
+    assert page == markdown_page(copy.deepcopy(evaluation))
+    assert page.count("\n## ") == len(tables(evaluation))
+    assert "codec fake (feedfacefeedface)" in page.casefold()
+
+
+def test_example_shows_context_truth_and_every_text_with_cosine_and_rung(evaluation: Evaluation) -> None:
+    lines = example_text(evaluation["examples"][0], 1).splitlines()
+    assert lines[0] == "Example 1: Bridges & <b>fords</b>"
+    assert lines[1:6] == [f"  context {i + 1}: context chunk {i} <script>" for i in range(5)]
+    assert lines[6] == "  true next: the true next chunk | with a bar"
+    assert lines[7] == "  amn            cosine +0.5812, of the text +0.4444  [steps=1]"
+    assert lines[8].strip() == "said by amn <i>"
+    assert lines[9].startswith("  lstm, snapped  ")
+    assert lines[9].endswith("[extractive; steps=1: no keyword shared with the source]")

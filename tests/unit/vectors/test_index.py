@@ -1,0 +1,248 @@
+"""The search index: right neighbours, one codec, published in one step."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lvm.errors import IdentityError, InputError
+from lvm.vectors.index import (
+    Index,
+    IndexSettings,
+    build_index,
+    find_index,
+    load_index,
+    measure_recall,
+)
+from lvm.vectors.sequences import VectorArray, open_vectors
+from lvm.vectors.shards import Manifest
+from tests.doubles import FakeCodec, fake_articles, write_vectors
+
+LISTS = IndexSettings(flat_below=100)
+"""Lists even for a small array."""
+
+
+def exact(array: VectorArray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    scores = queries.astype(np.float32) @ np.asarray(array.vectors, np.float32).T
+    rows = np.argsort(-scores, axis=1)[:, :k]
+    return np.take_along_axis(scores, rows, axis=1), rows
+
+
+@pytest.fixture(scope="module")
+def flat(array: VectorArray, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return build_index(array, tmp_path_factory.mktemp("flat"))
+
+
+@pytest.fixture(scope="module")
+def lists(large_array: VectorArray, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return build_index(large_array, tmp_path_factory.mktemp("lists"))
+
+
+@pytest.mark.parametrize(
+    ("num_vectors", "num_lists"),
+    [
+        (1, 0),
+        (4095, 0),
+        (4096, 64),
+        (16_000, 64),
+        (100_000, 256),
+        (300_000, 512),
+        (500_000, 512),
+        (10**7, 512),
+    ],
+)
+def test_the_number_of_lists_follows_the_size_up_to_512(num_vectors: int, num_lists: int) -> None:
+    assert IndexSettings().num_lists(num_vectors) == num_lists
+
+
+def test_a_small_index_is_exact(array: VectorArray, flat: Index) -> None:
+    queries = array.vectors[::50].astype(np.float32)
+    scores, rows = flat.search(queries, 5)
+    wanted_scores, wanted_rows = exact(array, queries, 5)
+    np.testing.assert_allclose(scores, wanted_scores, atol=1e-5)
+    np.testing.assert_array_equal(rows[:, 0], wanted_rows[:, 0])
+    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
+    assert flat.manifest.settings["type"] == "FLAT"
+    assert flat.manifest.report["recall_stored"] == flat.manifest.report["recall_blended"] == 1.0
+
+
+def test_a_stored_vector_finds_itself_first(large_array: VectorArray, lists: Index) -> None:
+    rows = np.arange(0, 5000, 97)
+    scores, found = lists.search(large_array.vectors[rows], 3)
+    np.testing.assert_array_equal(found[:, 0], rows)
+    np.testing.assert_allclose(scores[:, 0], 1.0, atol=1e-3)
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_a_large_index_has_lists_and_says_how_much_it_finds(large_array: VectorArray, lists: Index) -> None:
+    assert lists.manifest.settings["type"] == "IVF_FLAT"
+    assert lists.manifest.settings["nlist"] == lists.store.nlist == 64
+    assert lists.manifest.settings["probes"] == 16
+    report = lists.manifest.report
+    assert 0.5 < report["recall_stored"] < 1.0
+    assert 0.5 < report["recall_blended"] <= 1.0
+
+
+def test_the_recorded_recall_is_the_share_of_true_neighbours_found(
+    large_array: VectorArray, lists: Index
+) -> None:
+    random = np.random.default_rng(0)
+    rows = np.sort(random.choice(5000, 256, replace=False))
+    queries = large_array.vectors[rows].astype(np.float32)
+    _, wanted = exact(large_array, queries, 16)
+    _, found = lists.search(queries, 16)
+    share = np.mean([len({*w} & {*f}) / 16 for w, f in zip(wanted.tolist(), found.tolist(), strict=True)])
+    assert lists.manifest.report["recall_stored"] == pytest.approx(share, abs=0.005)
+
+
+def test_looking_into_all_lists_finds_everything(large_array: VectorArray, lists: Index) -> None:
+    queries = large_array.vectors[:20].astype(np.float32)
+    scores, _ = lists.search(queries, 16, probes=64)
+    np.testing.assert_allclose(scores, exact(large_array, queries, 16)[0], atol=1e-5)
+
+
+def test_a_query_whose_lists_are_too_short_still_gets_k_rows(large_array: VectorArray, lists: Index) -> None:
+    _, rows = lists.search(large_array.vectors[:3], 3000, probes=1)
+    assert (rows >= 0).all()
+    assert all(len(set(r)) == 3000 for r in rows.tolist())
+
+
+def test_vectors_come_back_as_they_were_stored(large_array: VectorArray, lists: Index, flat: Index) -> None:
+    np.testing.assert_array_equal(lists.reconstruct([7, 4999]), large_array.vectors[[7, 4999]])
+    assert flat.reconstruct([3]).shape == (1, 768)
+    with pytest.raises(InputError, match="between 0 and 359, got 360"):
+        flat.reconstruct([360])
+
+
+def test_an_index_finds_the_same_after_loading(large_array: VectorArray, lists: Index) -> None:
+    again = load_index(lists.directory.parent.parent)
+    for a, b in zip(
+        again.search(large_array.vectors[:9], 4), lists.search(large_array.vectors[:9], 4), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert again.identity == FakeCodec().identity
+
+
+@pytest.mark.parametrize("shape", [(768,), (2, 384), (1, 1, 768)])
+def test_a_query_of_another_shape_is_refused(flat: Index, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"expected \(B, 768\)"):
+        flat.search(np.zeros(shape, np.float32), 1)
+
+
+def test_a_query_with_nan_is_refused_with_its_number(flat: Index) -> None:
+    queries = np.ones((3, 768), np.float32)
+    queries[2, 5] = np.nan
+    with pytest.raises(InputError, match="query 2 holds NaN"):
+        flat.search(queries, 1)
+
+
+@pytest.mark.parametrize("k", [0, 361])
+def test_k_outside_the_index_is_refused(array: VectorArray, flat: Index, k: int) -> None:
+    with pytest.raises(InputError, match=f"between 1 and the 360 vectors of the index, got {k}"):
+        flat.search(array.vectors[:1], k)
+
+
+def test_an_index_is_refused_for_vectors_of_another_codec_or_another_job(
+    tmp_path: Path, array: VectorArray, flat: Index
+) -> None:
+    flat.require_array(array)
+    write_vectors(tmp_path / "other", fake_articles(3), FakeCodec("other"))
+    with pytest.raises(IdentityError, match="cannot be joined"):
+        flat.require_array(open_vectors(tmp_path / "other"))
+    write_vectors(tmp_path / "later", fake_articles(3))
+    with pytest.raises(InputError, match="run `latent index` again"):
+        flat.require_array(open_vectors(tmp_path / "later"))
+
+
+# ---- publishing
+
+
+def test_a_second_build_changes_nothing(array: VectorArray, tmp_path: Path) -> None:
+    first = build_index(array, tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert build_index(array, tmp_path).directory == first.directory
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_other_vectors_give_a_new_version_and_the_last_two_are_kept(tmp_path: Path) -> None:
+    names = []
+    for seed in range(4):
+        write_vectors(tmp_path / "vectors", fake_articles(3, seed=seed))
+        names.append(build_index(open_vectors(tmp_path / "vectors"), tmp_path / "index").directory.name)
+        assert (tmp_path / "index" / "CURRENT").read_text().strip() == names[-1]
+    assert {p.name for p in (tmp_path / "index" / "versions").iterdir()} == set(names[-2:])
+
+
+def test_a_reader_keeps_its_version_while_the_next_two_are_published(tmp_path: Path) -> None:
+    write_vectors(tmp_path / "vectors", fake_articles(10))
+    index = build_index(open_vectors(tmp_path / "vectors"), tmp_path / "index", LISTS)
+    query = open_vectors(tmp_path / "vectors").vectors[:1].astype(np.float32)
+    before = index.search(query, 3)
+    for seed in (1, 2):
+        write_vectors(tmp_path / "vectors", fake_articles(10, seed=seed))
+        build_index(open_vectors(tmp_path / "vectors"), tmp_path / "index", LISTS)
+    np.testing.assert_array_equal(index.search(query, 3)[1], before[1])
+
+
+def test_a_kill_before_publishing_leaves_the_old_version_current(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_vectors(tmp_path / "vectors", fake_articles(3))
+    first = build_index(open_vectors(tmp_path / "vectors"), tmp_path / "index")
+    write_vectors(tmp_path / "vectors", fake_articles(3, seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build_index(open_vectors(tmp_path / "vectors"), tmp_path / "index")
+    assert load_index(tmp_path / "index").directory == first.directory
+    second = build_index(open_vectors(tmp_path / "vectors"), tmp_path / "index")
+    assert second.directory != first.directory
+    assert {p.name for p in (tmp_path / "index" / "versions").iterdir()} == {
+        first.directory.name,
+        second.directory.name,
+    }
+
+
+def test_other_settings_give_another_version(array: VectorArray, tmp_path: Path) -> None:
+    build_index(array, tmp_path)
+    assert find_index(array, tmp_path) is not None
+    assert find_index(array, tmp_path, LISTS) is None
+    assert build_index(array, tmp_path, LISTS).manifest.settings["nlist"] == 16
+
+
+def test_a_damaged_index_is_refused_and_built_again(array: VectorArray, tmp_path: Path) -> None:
+    index = build_index(array, tmp_path)
+    file = index.directory / "index.faiss"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert find_index(array, tmp_path) is None
+    file.write_bytes(data[:-100])
+    with pytest.raises(InputError, match=r"index\.faiss has"):
+        load_index(tmp_path)
+    build_index(array, tmp_path)
+    assert find_index(array, tmp_path) is not None
+
+
+def test_a_folder_without_an_index_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Run `latent index`"):
+        load_index(tmp_path)
+    (tmp_path / "CURRENT").write_text("gone\n")
+    with pytest.raises(InputError, match=r"no .*gone/manifest\.json"):
+        load_index(tmp_path)
+
+
+def test_recall_of_an_index_that_finds_nothing_right_is_near_zero(array: VectorArray, tmp_path: Path) -> None:
+    index = build_index(array, tmp_path)
+
+    class Backwards:
+        ntotal, d = 360, 768
+
+        def search(self, queries: np.ndarray, k: int, params: object) -> tuple[np.ndarray, np.ndarray]:
+            scores, rows = index.store.search(queries, 360)
+            return scores[:, ::-1][:, :k].copy(), rows[:, ::-1][:, :k].copy()
+
+    assert measure_recall(array, dataclasses.replace(index, store=Backwards()))["recall_stored"] < 0.1
+    shutil.rmtree(tmp_path)
