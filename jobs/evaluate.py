@@ -1,6 +1,6 @@
 """Evaluate predictors on held-out articles: reads vectors, index and models, writes one folder.
 
-    python -m jobs.evaluate --vectors out/vectors --index out/index --models out/models --output out/evaluation
+    python -m jobs.evaluate --vectors out/vectors --index out/index --models out/models --output out/eval
     ray job submit --working-dir . -- python -m jobs.evaluate --vectors /shared/vectors …
 
 Writes evaluation.json (everything, one versioned record), leaderboard.md and report.html (one file, opens
@@ -15,68 +15,472 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs._ray import Address, connect, finish, run, say, versions
-from lvm.codec.identity import CodecIdentity, require_same_codec
-from lvm.codec.ladder import Answer, Decoder, Ladder, Nearest
 from lvm.codec.zoo import load_codec, pick_device
 from lvm.errors import InputError, LvmError, OutputError
-from lvm.evaluate.baselines import (
-    Batches,
-    CorpusMean,
-    RidgeSettings,
-    context_mean,
-    copy_last,
-    describe,
-    fit_ridge,
-    mean_cosine,
+from lvm.evaluate.baselines import context_mean, copy_last
+from lvm.evaluate.contest import (
+    CodecLoader,
+    Contest,
+    EvaluateSettings,
+    Said,
+    Scored,
+    TextPlan,
+    at_most,
+    decode_block,
+    fit_corpus_mean,
+    fit_ridge_regression,
+    make_entries,
+    measure_texts,
+    model_predictor,
+    part_of,
+    plan_texts,
+    score_baseline,
+    score_model,
+    text_sample,
 )
 from lvm.evaluate.leaderboard import (
     RULES,
     SCHEMA,
-    Entry,
     Evaluation,
-    Example,
-    TextRow,
     as_text,
     example_text,
     gate_word,
-    judge,
     leaderboard,
     markdown_page,
     ranking,
 )
-from lvm.evaluate.metrics import (
-    LATENCY_BATCHES,
-    Ints,
-    Pool,
-    Predict,
-    WindowScores,
-    clustered_interval,
-    cosines,
-    histogram,
-    measure_latency,
-    peak_bytes,
-    score_windows,
-    summarise_attention,
-    summarise_ranks,
-    text_scores,
-)
+from lvm.evaluate.metrics import LATENCY_BATCHES, Predict, measure_latency
 from lvm.evaluate.report import html_page
-from lvm.predict.record import Record, load_record
-from lvm.predict.steer import allowed_neighbours, snap, unit
-from lvm.vectors.index import Index, load_index
-from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
-from lvm.vectors.shards import Manifest, fingerprint, write_bytes, write_json
+from lvm.predict.record import Record, load_record, read_aliases
+from lvm.vectors.index import load_index
+from lvm.vectors.sequences import VectorArray, WindowSettings, make_windows, open_vectors
+from lvm.vectors.shards import Manifest, write_bytes, write_json
+
+MAX_THREADS = 8
+"""Most threads of one scoring task; predictors are too small to feed more."""
+
+NUM_BASELINES = 4
+
+FILES = ("evaluation.json", "leaderboard.md", "report.html")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Folders the job reads and the one it writes."""
+
+    vectors: Path
+    index: Path
+    models: Path
+    output: Path
+    ood: tuple[Path, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------ what the job does
+
+
+def evaluate(
+    paths: Paths,
+    load: CodecLoader,
+    settings: EvaluateSettings,
+    overwrite: bool = False,
+    address: str | None = None,
+) -> tuple[Evaluation, bool]:
+    """The evaluation in `paths.output`, and whether it was there already.
+
+    Models that were trained on other vectors, or on another split than the newest, are left out and named.
+    Raises IdentityError when vectors, index, models and codec are not of one codec; InputError when no model
+    is left; OutputError when the folder holds an evaluation with other settings.
+    """
+    began = time.perf_counter()
+    array = open_vectors(paths.vectors)
+    index = load_index(paths.index)
+    index.require_array(array)
+    entrants = choose_field(current_records(paths.models), array)
+    records = entrants.records
+    ood = {_ood_name(p): open_vectors(p) for p in paths.ood}
+    if len(ood) < len(paths.ood):
+        raise InputError(
+            f"--ood folders {', '.join(map(str, paths.ood))} do not have different names; rename one"
+        )
+    identity = load().identity
+    array.require_codec(identity, "the loaded codec")
+    for name, foreign in ood.items():
+        array.require_codec(foreign.identity, f"--ood {name}")
+    chosen = json.loads(json.dumps(asdict(settings)))
+    inputs = {
+        "schema": SCHEMA,
+        "codec": identity.digest,
+        "vectors": array.fingerprint,
+        "index": index.directory.name,
+        "models": {name: record.folder.name for name, record in records.items()},
+        "left_out": list(entrants.left_out),
+        "ood": {name: foreign.fingerprint for name, foreign in ood.items()},
+    }
+    for name, reason in entrants.left_out.items():
+        say(f"evaluate: {name} is left out: {reason}")
+    found = find_evaluation(paths.output, chosen, inputs, overwrite)
+    if found is not None:
+        return found, True
+
+    windows = make_windows(array, entrants.windows)
+    parts = windows.split(entrants.seed)
+    test = at_most(parts["test"], settings.max_test_windows, settings.seed)
+    connect(address)
+    cpus, gpus = cluster_size()
+    contest = Contest(
+        train=at_most(parts["train"], settings.ridge.max_train_windows, settings.seed),
+        val=at_most(parts["val"], settings.max_val_windows, settings.seed),
+        test=test,
+        ood={
+            name: at_most(make_windows(foreign, entrants.windows), settings.max_ood_windows, settings.seed)
+            for name, foreign in ood.items()
+        },
+        sample=text_sample(test, settings.text_windows, settings.seed),
+        settings=settings,
+        threads=max(1, min(MAX_THREADS, cpus // (len(records) + NUM_BASELINES))),
+    )
+    seconds = {"prepare": time.perf_counter() - began}
+
+    began = time.perf_counter()
+    say(
+        f"evaluate: {len(test):,} test windows of {len(np.unique(test.doc_ids)):,} articles, "
+        f"{len(records)} models, {NUM_BASELINES} baselines"
+    )
+    scored, baselines = score_all(contest, {n: r.folder.name for n, r in records.items()}, paths.models)
+    seconds["score"] = time.perf_counter() - began
+
+    began = time.perf_counter()
+    plan = plan_texts(contest, list(scored.values()), index)
+    said = decode_all(array, plan, load, paths.index, cpus, gpus)
+    text, examples = measure_texts(contest, plan, said)
+    seconds["decode"] = time.perf_counter() - began
+
+    began = time.perf_counter()
+    say("evaluate: measuring latency, one predictor at a time")
+    device = pick_device("auto")
+    predictors = baselines | {n: model_predictor(r.model, device) for n, r in records.items()}
+    latency = {
+        name: [
+            measure_latency(
+                predict, test.context, identity.dim, b, budget_s=settings.latency_budget_s
+            ).to_dict()
+            for b in LATENCY_BATCHES
+        ]
+        for name, predict in predictors.items()
+    }
+    seconds["latency"] = time.perf_counter() - began
+
+    manifest = Manifest.load(paths.vectors, "vectors")
+    evaluation: Evaluation = {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": chosen,
+        "inputs": inputs,
+        "provenance": {
+            "codec": identity.to_dict(),
+            "vectors": {
+                "directory": str(paths.vectors),
+                "fingerprint": array.fingerprint,
+                "chunks": len(array),
+                "articles": len(np.unique(array.doc_ids)),
+                "source": manifest.source,
+                "licence": manifest.licence,
+            },
+            "index": {"version": index.directory.name, "settings": index.manifest.settings},
+            "machine": machine(device),
+            "versions": versions(),
+        },
+        "split": {
+            "seed": entrants.seed,
+            "left_out": entrants.left_out,
+            "windows": {name: len(part) for name, part in parts.items()},
+            "articles": {name: len(np.unique(part.doc_ids)) for name, part in parts.items()},
+            "test_windows": len(test),
+            "test_articles": len(np.unique(test.doc_ids)),
+            "ridge_windows": len(contest.train),
+            "report": windows.report,
+        },
+        "rules": dict(RULES),
+        "entries": make_entries(scored, latency, test.doc_ids, settings),
+        "text_windows": len(contest.sample),
+        "text": text,
+        "examples": examples,
+        "seconds": {name: round(s, 3) for name, s in seconds.items()},
+    }
+    # The page and the table first: the record, written last, says that all three are there.
+    write(paths.output, evaluation)
+    return evaluation, False
+
+
+def find_evaluation(
+    output: Path, settings: dict[str, Any], inputs: dict[str, Any], overwrite: bool
+) -> Evaluation | None:
+    """The evaluation in `output` when it is of these inputs and settings, else None.
+
+    Raises OutputError when it was made with other settings and `overwrite` is off.
+    """
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"--output {output} is a file, expected a folder; choose another --output")
+    path = output / FILES[0]
+    if not path.exists():
+        return None
+    try:
+        found: Evaluation = json.loads(path.read_text())
+        known, made_from = found["settings"], found["inputs"]
+    except (ValueError, KeyError, TypeError) as err:
+        if overwrite:
+            return None
+        raise OutputError(
+            f"{path} is no evaluation ({err!r}); choose another --output or pass --overwrite"
+        ) from err
+    differ = [k for k in sorted({*known, *settings}) if known.get(k) != settings.get(k)]
+    if differ and not overwrite and found.get("schema") == SCHEMA:
+        named = "; ".join(f"{k} was {known.get(k)}, now {settings.get(k)}" for k in differ)
+        raise OutputError(
+            f"{output} holds an evaluation with other settings ({named}); "
+            "choose another --output or pass --overwrite"
+        )
+    whole = all((output / name).exists() for name in FILES)
+    return found if whole and not differ and made_from == inputs else None
+
+
+def write(output: Path, evaluation: Evaluation) -> None:
+    """Put the three files in place; evaluation.json last."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / FILES[0]).unlink(missing_ok=True)
+    write_bytes(output / FILES[1], markdown_page(evaluation).encode())
+    write_bytes(output / FILES[2], html_page(evaluation).encode())
+    write_json(output / FILES[0], evaluation)
+
+
+def current_records(models: Path) -> dict[str, Record]:
+    """Every model an alias points to, by alias. Raises InputError when there is none."""
+    names = read_aliases(models)
+    if not names:
+        raise InputError(f"no trained model in {models}; expected at least one, run `latent train` first")
+    return {name: load_record(models, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Field:
+    """Who takes part, and on which split."""
+
+    records: dict[str, Record]
+    windows: WindowSettings
+    """Filters the models' windows went through."""
+    seed: int
+    """Of the split by article."""
+    left_out: dict[str, str]
+    """Alias to the reason why that model takes no part."""
+
+
+def choose_field(records: dict[str, Record], array: VectorArray) -> Field:
+    """The models that were trained on these vectors, with the newest one's split.
+
+    A model of other vectors or of another split may have been trained on what are test articles here: it is
+    left out. Raises IdentityError when a model is of another codec, InputError when none is left.
+    """
+    left_out: dict[str, str] = {}
+    split: tuple[WindowSettings, int] | None = None
+    fitting: dict[str, Record] = {}
+    for name, record in sorted(records.items(), key=lambda item: item[1].config["created"], reverse=True):
+        array.require_codec(record.identity, f"model {record.folder.name}")
+        config = record.config
+        made_from = config.get("vectors", {}).get("fingerprint")
+        if made_from != array.fingerprint:
+            left_out[name] = f"{record.folder.name} is of vectors {made_from}, these are {array.fingerprint}"
+            continue
+        own = WindowSettings(**config["windows"]), int(config["seed"])
+        split = split or own
+        if own != split:
+            left_out[name] = f"{record.folder.name} was trained on another split: seed {own[1]}, {own[0]}"
+            continue
+        fitting[name] = record
+    if split is None:
+        raise InputError(
+            f"no model fits the vectors in {array.directory}: {'; '.join(left_out.values())}. "
+            "Run `latent train` on these vectors."
+        )
+    return Field({name: fitting[name] for name in records if name in fitting}, *split, left_out)
+
+
+def cluster_size() -> tuple[int, int]:
+    """CPUs and GPUs of the Ray cluster."""
+    import ray
+
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
+
+
+def as_they_finish(references: Sequence[Any]) -> Iterator[Any]:
+    """Results of Ray tasks, first finished first. A refusal of ours comes back as it was raised."""
+    import ray
+
+    pending = list(references)
+    while pending:
+        done, pending = ray.wait(pending)
+        try:
+            yield ray.get(done[0])
+        except ray.exceptions.RayTaskError as err:
+            for left in pending:
+                ray.cancel(left)
+            if isinstance(err.cause, LvmError):
+                raise err.cause from err
+            raise
+
+
+def score_all(
+    contest: Contest, folders: dict[str, str], models: Path
+) -> tuple[dict[str, Scored], dict[str, Predict]]:
+    """Every predictor scored, by name, and the baselines as fitted. All are in flight at once."""
+    import ray
+
+    def task(function: Callable[..., Any], *arguments: Any) -> Any:
+        remote = ray.remote(num_cpus=contest.threads)(function)
+        return remote.remote(*arguments)
+
+    shared = ray.put(contest)
+    models = models.resolve()
+    # The ridge regression takes longest, and its scoring waits for its fit: first come, first served.
+    ridge, mean = task(fit_ridge_regression, shared), task(fit_corpus_mean, shared)
+    baselines: dict[str, Any] = {
+        "passthrough": copy_last,
+        "context mean": context_mean,
+        "corpus mean": mean,
+        "ridge": ridge,
+    }
+    assert len(baselines) == NUM_BASELINES
+    tasks = [task(score_model, shared, name, models, folder) for name, folder in folders.items()]
+    tasks += [task(score_baseline, shared, name, predict) for name, predict in baselines.items()]
+    with progress_bar("score", len(tasks), "predictors") as advance:
+        scored = {}
+        for one in as_they_finish(tasks):
+            scored[one.name] = one
+            advance(1)
+    fitted = baselines | {"corpus mean": ray.get(mean), "ridge": ray.get(ridge)}
+    return {name: scored[name] for name in (*folders, *baselines)}, fitted
+
+
+def decode_all(
+    array: VectorArray, plan: TextPlan, load: CodecLoader, index: Path, cpus: int, gpus: int
+) -> list[Said]:
+    """Every vector of the plan decoded, in order: a task a GPU, or a task a CPU where there are none."""
+    import ray
+
+    parts = np.array_split(np.arange(len(plan.block.vectors)), gpus or cpus)
+    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(decode_block)
+    shared = ray.put(array)
+    tasks = [
+        remote.remote(load, index.resolve(), shared, number, part_of(plan.block, part))
+        for number, part in enumerate(parts)
+        if len(part)
+    ]
+    said: dict[int, list[Said]] = {}
+    with progress_bar("decode", len(plan.block.vectors), "texts") as advance:
+        for number, answers in as_they_finish(tasks):
+            said[number] = answers
+            advance(len(answers))
+    return [one for number in sorted(said) for one in said[number]]
+
+
+def machine(device: torch.device) -> str:
+    """What the latency was measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return (
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, "
+        f"{torch.get_num_threads()} threads, latency on {name}"
+    )
+
+
+def _ood_name(folder: Path) -> str:
+    """The folder's own name, or its parent's where it is the `vectors` of a run."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "vectors" else folder.name
+
+
+@contextmanager
+def progress_bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; the function that comes back moves it on."""
+    columns = (
+        TextColumn(f"{stage}:"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(stage, total=total)
+        yield lambda steps: progress.advance(bar, steps)
+
+
+# --------------------------------------------------------------------------------------------------- command
+
+
+def main(
+    vectors: Annotated[Path, typer.Option(help="Folder that `latent encode` wrote.")],
+    index: Annotated[Path, typer.Option(help="Folder that `latent index` wrote, of the same vectors.")],
+    models: Annotated[Path, typer.Option(help="Folder that `latent train` wrote, on the same vectors.")],
+    output: Annotated[Path, typer.Option(help="Folder for the record, the table and the page.")],
+    ood: Annotated[
+        list[Path] | None, typer.Option(help="Vectors of a foreign kind of text; may be given several times.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Windows shown with all their texts.")] = 3,
+    codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
+    codec_path: Annotated[
+        Path | None, typer.Option(help="Folder with a codec's weights, instead of the shipped ones.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an evaluation made with other settings.")] = False,
+    address: Address = None,
+) -> None:
+    """Score models and baselines on the test articles; write and print the leaderboard and examples."""
+    started = time.perf_counter()
+    settings = EvaluateSettings(examples=examples)
+    paths = Paths(vectors, index, models, output, tuple(ood or ()))
+    load = partial(load_codec, codec, None if codec_path is None else codec_path.resolve())
+    evaluation, up_to_date = evaluate(paths, load, settings, overwrite, address)
+    if up_to_date:
+        say(f"evaluate: {output} is up to date, nothing computed again")
+    print_result(evaluation)
+    seconds = time.perf_counter() - started
+    rows = evaluation["split"]["test_windows"]
+    best = ranking(evaluation)[0]
+    finish(
+        {
+            "stage": "evaluate",
+            "rows": rows,
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(rows / max(seconds, 1e-9), 1),
+            "paths": [str(output / name) for name in FILES],
+            "up_to_date": up_to_date,
+            "redone": 0 if up_to_date else 1,
+            "cosine": {e["name"]: round(e["cosine"]["mean"], 4) for e in ranking(evaluation)},
+            "best": best["name"],
+            "gate": {e["name"]: gate_word(e["gate"]) for e in evaluation["entries"] if "gate" in e},
+            "codec": evaluation["provenance"]["codec"],
+        }
+    )
+
+
+def print_result(evaluation: Evaluation) -> None:
+    """The leaderboard and the examples, on stdout."""
+    print(as_text(leaderboard(evaluation)))
+    for number, example in enumerate(evaluation["examples"], 1):
+        print()
+        print(example_text(example, number))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -99,6 +99,8 @@ class Answer:
     """What this vector waited for on each rung it met; vectors of one batch wait together."""
     cached: bool = False
     """True when the answering rung's text came from the cache."""
+    refused: tuple[str, ...] = ()
+    """The texts of the earlier rungs, in order."""
 
 
 _WORD = re.compile(r"\w+")
@@ -240,6 +242,7 @@ class Ladder:
             raise InputError(f"got {len(sources)} source texts for {len(vectors)} vectors; expected as many")
         answers: list[Answer | None] = [None] * len(vectors)
         reasons: list[list[str]] = [[] for _ in range(len(vectors))]
+        refused: list[list[str]] = [[] for _ in range(len(vectors))]
         waited: list[dict[str, float]] = [{} for _ in range(len(vectors))]
         open_rows = list(range(len(vectors)))
         for steps in self.steps:
@@ -257,8 +260,11 @@ class Ladder:
                 reasons[row] += [f"{rung}: {fault}" for fault in found]
                 if found and not last:
                     failed.append(row)
+                    refused[row].append(text)
                 else:
-                    answers[row] = Answer(text, rung, tuple(reasons[row]), cosine, waited[row], cached)
+                    answers[row] = Answer(
+                        text, rung, tuple(reasons[row]), cosine, waited[row], cached, tuple(refused[row])
+                    )
             open_rows = failed
         if open_rows and self._nearest is not None:
             began = time.perf_counter()
@@ -267,7 +273,12 @@ class Ladder:
             for row, chunk in zip(open_rows, chunks, strict=True):
                 waited[row][EXTRACTIVE] = elapsed_ms
                 answers[row] = Answer(
-                    chunk.text, EXTRACTIVE, tuple(reasons[row]), chunk.cosine, waited[row], False
+                    chunk.text,
+                    EXTRACTIVE,
+                    tuple(reasons[row]),
+                    chunk.cosine,
+                    waited[row],
+                    refused=tuple(refused[row]),
                 )
         return [answer for answer in answers if answer is not None]
 

@@ -23,7 +23,8 @@ RULES = {
     "in_pool": "Candidates are a fixed random sample of all chunks of the corpus, always with the true next "
     "one and never with the window's own five. A tie counts against the model.",
     "mse": "mean over the vector's numbers of the squared difference; all rows give unit vectors.",
-    "text": "Decoded from the same sample of test windows for every row. BLEU is sacrebleu's, 0 to 100; "
+    "text": "Decoded from the same sample of test windows for every row. Measured is the decoder's own text, "
+    "also where the ladder refused it and answers with an extract. BLEU is sacrebleu's, 0 to 100; "
     "ROUGE is an F-measure, 0 to 1. The codec ceiling decodes the true vector: no predictor can be expected "
     "to pass it.",
     "snap": "The snap and the extractive rung may use any chunk but those of the article held out, whose "
@@ -99,7 +100,7 @@ class TextRow(TypedDict):
     text_cosine: float
     """The same of the decoded text, encoded again."""
     rungs: dict[str, int]
-    """Texts that ended on each rung of the ladder."""
+    """Texts that ended on each rung of the ladder; the measures are of the decoder's own text in any case."""
 
 
 class ExampleText(TypedDict):
@@ -108,10 +109,19 @@ class ExampleText(TypedDict):
     name: str
     form: Literal["raw", "snap"]
     text: str
+    """The decoder's own text, of the last decoding rung tried."""
     vector_cosine: float
+    """Cosine of the decoded vector with the true next vector."""
     text_cosine: float
+    """The same of the decoded text, encoded again."""
     rung: str
+    """The rung of the ladder that answered."""
     reasons: list[str]
+    """Why it climbed."""
+    extract: str
+    """What the ladder answers where the rung is "extractive": a chunk of another article; else empty."""
+    extract_cosine: float
+    """Cosine of that chunk, encoded, with the true next vector; 0 where there is none."""
 
 
 class Example(TypedDict):
@@ -534,12 +544,15 @@ def example_text(example: Example, number: int) -> str:
     lines += [f"  context {i}: {text}" for i, text in enumerate(example["context"], 1)]
     lines.append(f"  true next: {example['truth']}")
     for decoded in example["decoded"]:
-        why = f"; {'; '.join(decoded['reasons'])}" if decoded["reasons"] else ""
+        lines.append(f"  {_label(decoded):{width}}  {decoded['text'] or '(empty)'}")
+        rung = decoded["rung"] if not decoded["extract"] else "refused"
+        why = f" ({'; '.join(decoded['reasons'])})" if decoded["reasons"] else ""
         lines.append(
-            f"  {_label(decoded):{width}}  cosine {decoded['vector_cosine']:+.4f}, of the text "
-            f"{decoded['text_cosine']:+.4f}  [{decoded['rung']}{why}]"
+            f"  {'':{width}}    cosine {decoded['vector_cosine']:+.4f}, of the text "
+            f"{decoded['text_cosine']:+.4f}, {rung}{why}"
         )
-        lines.append(f"  {'':{width}}  {decoded['text']}")
+        if decoded["extract"]:
+            lines.append(f"  {'':{width}}    {decoded['rung']} instead: {decoded['extract']}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from lvm.codec.ladder import EXTRACTIVE
 from lvm.evaluate.leaderboard import (
     Entry,
     Evaluation,
@@ -242,7 +241,8 @@ ol.context { margin: 0 0 10px; padding-left: 1.5em; color: var(--soft); }
 .said .meta { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .86rem; color: var(--soft); }
 .said .meta b { color: var(--accent); }
 .rung { background: var(--wash); border: 1px solid var(--line); border-radius: 999px; padding: 0 8px; }
-.rung.extractive { background: #fdf3e1; border-color: #e8cf9f; }
+.rung.refused { background: #fdf3e1; border-color: #e8cf9f; }
+.said .extract { color: var(--soft); font-size: .9rem; }
 details { margin: 8px 0 0; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; background: var(--wash); border: 1px solid var(--line); border-radius: 6px;
@@ -335,13 +335,14 @@ def headline(evaluation: Evaluation) -> str:
 def _gate_lines(evaluation: Evaluation) -> str:
     lines = []
     for entry in ranking(evaluation):
-        gate = entry.get("gate")
-        if gate is not None:
-            word = gate_word(gate)
-            kind = "pass" if gate["passed"] else "fail"
-            lines.append(
-                f'<dt>{escape(entry["name"])}</dt><dd><span class="{kind}">{escape(word)}</span></dd>'
-            )
+        if "gate" in entry:
+            kind = "pass" if entry["gate"]["passed"] else "fail"
+            warning = entry["details"].get("warning")
+            said = f'<span class="{kind}">{escape(gate_word(entry["gate"]))}</span>'
+            said += f"<br>{escape(warning)}" if warning else ""
+            lines.append(f"<dt>{escape(entry['name'])}</dt><dd>{said}</dd>")
+    for name, reason in evaluation["split"].get("left_out", {}).items():
+        lines.append(f"<dt>{escape(name)}</dt><dd>left out: {escape(reason)}</dd>")
     return f'<p class="soft">Promotion gate</p><dl>{"".join(lines)}</dl>' if lines else ""
 
 
@@ -389,7 +390,8 @@ def _examples(evaluation: Evaluation) -> str:
     return (
         '<p class="soft">The first windows of the text sample, not picked by hand. "cosine" compares the '
         'predicted vector with the true next one, "of the text" the decoded text encoded again. '
-        "Snapped: moved onto the neighbours in the corpus before decoding.</p>" + shown
+        "Snapped: moved onto the neighbours in the corpus before decoding. Refused: the ladder finds fault "
+        "with the decoder's text and answers with a chunk of another article instead.</p>" + shown
     )
 
 
@@ -406,14 +408,21 @@ def _example(example: Example, number: int) -> str:
 
 def _said(decoded: ExampleText) -> str:
     snapped = ", snapped" if decoded["form"] == "snap" else ""
-    extractive = " extractive" if decoded["rung"] == EXTRACTIVE else ""
     why = f"<span>{escape('; '.join(decoded['reasons']))}</span>" if decoded["reasons"] else ""
+    rung = f'<span class="rung">{escape(decoded["rung"])}</span>'
+    extract = ""
+    if decoded["extract"]:
+        rung = '<span class="rung refused">refused</span>'
+        extract = (
+            f'<p class="extract"><span class="rung">{escape(decoded["rung"])}</span> '
+            f"{escape(decoded['extract'])} "
+            f'<span class="soft">(cosine {decoded["extract_cosine"]:.4f})</span></p>'
+        )
     return (
         f'<div class="said"><div class="meta"><b>{escape(decoded["name"])}{snapped}</b>'
         f"<span>cosine {decoded['vector_cosine']:.4f}</span>"
         f"<span>of the text {decoded['text_cosine']:.4f}</span>"
-        f'<span class="rung{extractive}">{escape(decoded["rung"])}</span>{why}</div>'
-        f"<p>{escape(decoded['text']) or '<i>(empty)</i>'}</p></div>"
+        f"{rung}{why}</div><p>{escape(decoded['text']) or '<i>(empty)</i>'}</p>{extract}</div>"
     )
 
 

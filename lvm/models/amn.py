@@ -59,6 +59,11 @@ class AMN(nn.Module):
         correction = self.residual_net(torch.cat((mean, mixture), dim=-1))
         return F.normalize((mean + correction).float(), dim=-1)
 
+    @property
+    def num_directions(self) -> int:
+        """Rows of `start_at_mean`'s directions."""
+        return 0
+
     @torch.no_grad()
     def start_at_mean(self, directions: Tensor) -> None:
         """Set the weights so that the untrained network returns the context's mean: no correction.

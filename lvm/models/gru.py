@@ -73,6 +73,11 @@ class GRU(nn.Module):
             states = block(states)
         return states
 
+    @property
+    def num_directions(self) -> int:
+        """Rows of `start_at_mean`'s directions."""
+        return self.config.hidden
+
     @torch.no_grad()
     def start_at_mean(self, directions: Tensor) -> None:
         """Set the weights so that the untrained network returns nearly the context's mean, later ones first.

@@ -52,6 +52,11 @@ class LSTM(nn.Module):
         states, _ = self.lstm(contexts)
         return F.normalize(self.output_proj(states).float(), dim=-1)
 
+    @property
+    def num_directions(self) -> int:
+        """Rows of `start_at_mean`'s directions."""
+        return self.config.hidden
+
     @torch.no_grad()
     def start_at_mean(self, directions: Tensor) -> None:
         """Set the weights so that the untrained network returns nearly the context's mean, later ones first.

@@ -85,6 +85,11 @@ class Transformer(nn.Module):
         states: Tensor = self.transformer_decoder(inputs, inputs, tgt_mask=later, memory_mask=later)
         return states
 
+    @property
+    def num_directions(self) -> int:
+        """Rows of `start_at_mean`'s directions."""
+        return self.config.width
+
     @torch.no_grad()
     def start_at_mean(self, directions: Tensor) -> None:
         """Set the weights so that the untrained network returns nearly the context's mean.

@@ -83,7 +83,7 @@ def backward(
     distance = mse(predicted, targets)
     if settings.info_nce_share == 0.0:
         distance.backward()
-        return LossReport(float(distance))
+        return LossReport(distance.item())
     used = [p for p in parameters if p.requires_grad]
     contrast = info_nce(predicted, targets, settings.temperature)
     first = torch.autograd.grad(distance, used, retain_graph=True)
@@ -92,8 +92,8 @@ def backward(
     scale = settings.info_nce_share * first_norm / second_norm if second_norm > 0.0 else 0.0
     for parameter, a, b in zip(used, first, second, strict=True):
         parameter.grad = a + scale * b
-    return LossReport(float(distance), float(contrast), first_norm, second_norm, scale)
+    return LossReport(distance.item(), contrast.item(), first_norm, second_norm, scale)
 
 
 def _norm(gradients: tuple[Tensor, ...]) -> float:
-    return float(torch.stack([g.float().norm() for g in gradients]).norm())
+    return torch.stack([g.float().norm() for g in gradients]).norm().item()

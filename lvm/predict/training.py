@@ -27,6 +27,10 @@ Batch = tuple[NDArray[np.float32], NDArray[np.float32]]
 """(B, T, D) contexts with their (B, D) targets, unit vectors."""
 
 
+DIRECTION_WINDOWS = 16_384
+"""Training windows whose targets decide the directions of `start_at_mean`: 20 for each number of a vector."""
+
+
 class WindowSource(Protocol):
     """What training needs of windows; `lvm.vectors.sequences.Windows` has it."""
 
@@ -237,14 +241,15 @@ def principal_directions(batches: Iterable[Batch], count: int) -> Tensor:
         added = rows.T @ rows
         moments = added if moments is None else moments + added
     if moments is None:
-        raise InputError("no training windows; the start at the mean needs at least one")
+        raise InputError("expected at least one training window, got none")
     if count > len(moments):
         raise InputError(
             f"expected at most {len(moments)} directions of {len(moments)}-d vectors, got {count}"
         )
     # Unseen directions (fewer windows than D) come last, orthonormal all the same.
-    _, vectors = torch.linalg.eigh(moments)
-    return vectors.flip(1)[:, :count].T.float().contiguous()
+    vectors: Tensor = torch.linalg.eigh(moments)[1]
+    directions: Tensor = vectors.flip(1)[:, :count].T.float().contiguous()
+    return directions
 
 
 # --------------------------------------------------------------------------------------------- device, dtype
@@ -360,9 +365,10 @@ def fit(
 ) -> Progress:
     """Train `model` in place, on the device it is on, until the recipe or the val cosine says stop.
 
-    name: key of MODELS. `save` is called once an epoch, with a state from which another call goes on
-    (`progress`, `optimiser_state` and the weights, loaded by the caller); `log` once an epoch with the
-    curve's new entry. The weights are the last epoch's: the best epoch's are what `save` got then.
+    name: key of MODELS. Without `progress` training begins, from the context's mean where the recipe says so;
+    with it the caller has loaded the weights. `save` is called once an epoch, with a state from which another
+    call goes on (`progress`, `optimiser_state` and the weights); `log` once an epoch with the curve's new entry.
+    The weights are the last epoch's: the best epoch's are what `save` got then.
 
     Raises TrainingError naming epoch and batch when the loss is no longer a number; what was saved stays
     good.
@@ -371,6 +377,9 @@ def fit(
     bfloat16 = recipe.bfloat16 and bfloat16_is_faster(device)
     peak = recipe.peak_rate(name, len(train))
     steps_per_epoch = recipe.steps_per_epoch(len(train))
+    if progress is None and recipe.start_at_mean:
+        sample = spread_batches(train, DIRECTION_WINDOWS)
+        model.start_at_mean(principal_directions(sample, model.num_directions).to(device))
     optimiser = make_optimiser(model, recipe, device)
     if optimiser_state is not None:
         optimiser.load_state_dict(optimiser_state)

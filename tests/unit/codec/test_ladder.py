@@ -84,6 +84,7 @@ def test_only_the_failing_vector_climbs() -> None:
     answers = Ladder(codec, nearest).decode(codec.vectors)
     assert [a.rung for a in answers] == ["steps=1", "steps=5", "steps=3"]
     assert codec.calls == [(1, 3), (3, 2), (5, 1)]
+    assert [a.refused for a in answers] == [(), (LOOP, LOOP), (LOOP,)]
     assert answers[1].reasons == (
         "steps=1: bigram repetition 29% > 25%",
         "steps=3: bigram repetition 29% > 25%",
@@ -95,6 +96,7 @@ def test_the_last_rung_is_the_nearest_chunk_marked_as_extractive() -> None:
     (answer,) = Ladder(codec, nearest).decode(codec.vectors)
     assert (answer.text, answer.rung, answer.cosine) == ("chunk 0", "extractive", 0.5)
     assert answer.reasons[-1] == "steps=5: character entropy 0.0 < 2.8 bits"
+    assert answer.refused == (LOOP, LOOP, "aaaa")
     assert set(answer.milliseconds) == {"steps=1", "steps=3", "steps=5", "extractive"}
 
 

@@ -220,7 +220,7 @@ def test_full_history_dump_gives_the_last_revision(tmp_path: Path) -> None:
 def test_reading_a_dump_keeps_no_finished_page(tmp_path: Path) -> None:
     import tracemalloc
 
-    (tmp_path / "d.xml").write_bytes(dump(*(page(i, f"P{i}", "A line of text. " * 40) for i in range(3000))))
+    (tmp_path / "d.xml").write_bytes(dump(*(page(i, f"P{i}", "A line of text. " * 40) for i in range(1500))))
     articles = read_articles(tmp_path / "d.xml")
     for _ in range(300):
         next(articles)
@@ -229,7 +229,7 @@ def test_reading_a_dump_keeps_no_finished_page(tmp_path: Path) -> None:
         pass
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept < 100_000  # 2,700 kept page elements alone would be over 300 kB
+    assert kept < 60_000  # 1,200 kept page elements alone would be over 130 kB
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,8 @@ def evaluation() -> Evaluation:
     lstm["gain"] = {"mean": -0.03, "low": -0.05, "high": -0.01, "num_articles": 10}
     for model in (amn, lstm):
         model["gate"] = judge(model, baselines)
-    said: Any = {
-        "form": "raw",
-        "vector_cosine": 0.5812,
-        "text_cosine": 0.4444,
-        "rung": "steps=1",
-        "reasons": [],
-    }
+    said: Any = {"form": "raw", "vector_cosine": 0.5812, "text_cosine": 0.4444, "rung": "steps=1"}
+    said |= {"reasons": [], "extract": "", "extract_cosine": 0.0}
     return {
         "schema": SCHEMA,
         "created": "2026-01-02T03:04:05+00:00",
@@ -112,7 +107,8 @@ def evaluation() -> Evaluation:
                         "form": "snap",
                         "rung": "extractive",
                         "reasons": ["steps=1: no keyword shared with the source"],
-                    },
+                    }
+                    | {"extract": "a foreign chunk <u>", "extract_cosine": 0.1234},
                     {"name": "passthrough", "text": "", **said},
                 ],
             }

@@ -148,7 +148,9 @@ def test_example_shows_context_truth_and_every_text_with_cosine_and_rung(evaluat
     assert lines[0] == "Example 1: Bridges & <b>fords</b>"
     assert lines[1:6] == [f"  context {i + 1}: context chunk {i} <script>" for i in range(5)]
     assert lines[6] == "  true next: the true next chunk | with a bar"
-    assert lines[7] == "  amn            cosine +0.5812, of the text +0.4444  [steps=1]"
-    assert lines[8].strip() == "said by amn <i>"
-    assert lines[9].startswith("  lstm, snapped  ")
-    assert lines[9].endswith("[extractive; steps=1: no keyword shared with the source]")
+    assert lines[7] == "  amn            said by amn <i>"
+    assert lines[8].strip() == "cosine +0.5812, of the text +0.4444, steps=1"
+    assert lines[9] == "  lstm, snapped  said by lstm"
+    assert lines[10].endswith("+0.4444, refused (steps=1: no keyword shared with the source)")
+    assert lines[11].strip() == "extractive instead: a foreign chunk <u>"
+    assert lines[12] == "  passthrough    (empty)"

@@ -84,6 +84,7 @@ def test_examples_show_context_truth_and_each_text_with_its_rung(evaluation: Eva
     assert "cosine 0.5812" in text
     assert "lstm, snapped" in text
     assert "steps=1: no keyword shared with the source" in text
+    assert "extractive a foreign chunk <u> (cosine 0.1234)" in text
     assert "(empty)" in text
 
 

@@ -239,6 +239,15 @@ def test_a_gap_in_an_article_is_never_crossed(folder: Path) -> None:
     assert starts.tolist() == [0, 4, 5]
 
 
+def test_two_articles_are_never_joined_where_their_positions_run_on(folder: Path) -> None:
+    table = read_table(folder / "part-00000.parquet")
+    rewrite(folder, 0, table.take([0, 1, 2, 3, 12, 13, 14, 15]))  # article 0 ends at 3, article 1 begins at 4
+    array = open_vectors(folder)
+    assert array.positions[:8].tolist() == list(range(8))
+    windows = make_windows(array, dataclasses.replace(OPEN, context=2))
+    assert windows.starts[:4].tolist() == [0, 1, 4, 5]
+
+
 def test_windows_store_row_numbers_and_no_vectors(windows: Windows) -> None:
     assert windows.starts.nbytes == 8 * len(windows)
     assert {f.name for f in dataclasses.fields(windows)} == {"array", "starts", "context", "report"}

@@ -1,0 +1,677 @@
+"""Train predictors: reads the vectors of `latent encode`, writes a model record for each architecture.
+
+    python -m jobs.train --vectors out/vectors --output out/models --model all
+    ray job submit --working-dir . -- python -m jobs.train --vectors /shared/vectors --output /shared/models
+
+One Ray Train run an architecture, all in flight at once, each with its part of the cluster's CPUs or GPUs. A
+worker maps the vectors from disk; nothing but settings travels. After each epoch it saves a checkpoint (the
+best three are kept, and the last one to go on from) and a line appears here. A job killed at any moment and
+run again goes on where each run was; one that has trained these vectors with these settings before trains
+nothing. A run whose loss is no longer a number ends with a message while the others go on, and the exit code
+says so at the end.
+
+    models/runs/<architecture>-<settings>/   Ray Train's storage: checkpoints, tensorboard/ with the curves
+    models/<architecture>-<time>-<hash>/     the record; models/aliases.json points to it
+
+Bundled sample, two cores: about a minute. See `lvm/predict/training.py` for the recipes.
+"""
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from safetensors.torch import load_file, save_file
+
+from jobs._ray import Address, connect, finish, run, say
+from lvm.codec.identity import require_same_codec
+from lvm.errors import InputError, LvmError, OutputError, TrainingError
+from lvm.models import CONFIGS, MODELS, Predictor, build, require_known
+from lvm.predict.record import (
+    find_record,
+    import_checkpoint,
+    load_record,
+    read_aliases,
+    save_record,
+    set_alias,
+)
+from lvm.predict.training import (
+    FAST,
+    RECIPES,
+    Progress,
+    Recipe,
+    evaluate,
+    fit,
+    pick_device,
+    recipe_named,
+    spread_batches,
+)
+from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
+from lvm.vectors.shards import Manifest, fingerprint
+
+TRAINING_VERSION = 1
+"""Raised when the same settings give other weights than before, so that models are trained anew."""
+
+CHECKPOINTS_KEPT = 3
+"""By val cosine; Ray Train keeps the latest one besides."""
+
+RESTARTS = 2
+"""Times a run goes on from its last checkpoint after its worker died (out of memory, lost node)."""
+
+POLL_S = 0.25
+"""How often Ray Train's controllers and this process look for news, in seconds; Ray's own 2 s are longer than
+an epoch on the sample."""
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """One architecture on one set of windows: all a worker needs, pickled on the way there."""
+
+    model: str
+    """Key of MODELS."""
+    vectors: Path
+    """Folder of the encode job."""
+    vectors_fingerprint: str
+    """Of that folder's manifest."""
+    windows: WindowSettings
+    """Which windows are trained on."""
+    recipe: Recipe
+    """How."""
+    seed: int
+    """Of the split by article, the first weights, the order of batches and the dropout."""
+    storage: Path
+    """Ray Train's folder for the runs of all architectures."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over all that decides the weights."""
+        return fingerprint(
+            {
+                "version": TRAINING_VERSION,
+                "model": self.model,
+                "sizes": asdict(CONFIGS[self.model]()),
+                "vectors": self.vectors_fingerprint,
+                "windows": asdict(self.windows),
+                "recipe": self.recipe.to_dict(),
+                "seed": self.seed,
+            }
+        )
+
+    @property
+    def name(self) -> str:
+        """Name of the Ray Train run: the same settings go on with the same run."""
+        return f"{self.model}-{self.fingerprint}"
+
+    @property
+    def folder(self) -> Path:
+        """Where Ray Train keeps this run."""
+        return self.storage / self.name
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that is ready to use."""
+
+    folder: Path
+    """Its record."""
+    metrics: dict[str, Any]
+    """The record's metrics.json."""
+    up_to_date: bool
+    """True when it was there before."""
+
+
+@dataclass
+class TrainResult:
+    """What `train_models` did."""
+
+    windows: dict[str, int]
+    """Windows of train, val and test."""
+    trained: dict[str, Trained] = field(default_factory=dict)
+    """By architecture, in the order asked for."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """By architecture, why it has no new record."""
+
+
+# ------------------------------------------------------------------------------------------------ on a worker
+
+
+class Board:
+    """What the runs have to say, and how many are still training. A Ray actor; it uses no CPU."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.training = set(names)
+        self.lines: list[tuple[str, dict[str, Any]]] = []
+
+    def post(self, model: str, row: dict[str, Any]) -> int:
+        """Keep a line for the driver; the number of runs still training comes back."""
+        self.lines.append((model, row))
+        return len(self.training)
+
+    def leave(self, model: str) -> None:
+        """This run trains no longer."""
+        self.training.discard(model)
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        """The lines since the last call."""
+        lines, self.lines = self.lines, []
+        return lines
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Train one architecture; what comes back is the run's `progress`, or its `refusal` in words.
+
+    A refusal comes back as text, not as an exception: Ray would start the run again, and it would fail again.
+    """
+    import ray
+
+    this: TrainRun = config["run"]
+    try:
+        return {"progress": _train(this, config["board"], config["threads"], config["cores"])}
+    except LvmError as err:
+        return {"refusal": str(err)}
+    finally:
+        ray.get(config["board"].leave.remote(this.model))
+
+
+def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[str, Any]:
+    import ray
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+
+    def share_cores(num_training: int) -> None:
+        """On one machine, threads of runs that have ended go to those still training."""
+        torch.set_num_threads(threads if cores is None else max(threads, cores // max(1, num_training)))
+
+    array = open_vectors(this.vectors)
+    if array.fingerprint != this.vectors_fingerprint:
+        raise InputError(f"{this.vectors} changed while this job ran; run `latent train` again")
+    parts = make_windows(array, this.windows).split(this.seed)
+    torch.manual_seed(this.seed)
+    model = build(this.model)
+    progress: Progress | None = None
+    optimiser_state: dict[str, Any] | None = None
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            model.load_state_dict(load_file(Path(folder, "model.safetensors")))
+            # Absent where the run had its record already: then no step is left to take.
+            if (moments := Path(folder, "optimiser.pt")).exists():
+                optimiser_state = torch.load(moments, map_location="cpu", weights_only=True)
+            progress = Progress(**json.loads(Path(folder, "progress.json").read_text()))
+    start = progress.epoch if progress is not None else 0
+    share_cores(ray.get(board.post.remote(this.model, {"resumed": start})))
+    device = pick_device()
+    model.to(device)
+    writer = SummaryWriter(this.folder / "tensorboard", purge_step=start + 1)
+
+    def log(row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "epoch":
+                writer.add_scalar(key, value, row["epoch"])
+        writer.flush()
+        share_cores(ray.get(board.post.remote(this.model, {**row, "device": str(device)})))
+
+    def save(model: torch.nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+            save_file(state, Path(folder, "model.safetensors"))
+            torch.save(optimiser.state_dict(), Path(folder, "optimiser.pt"))
+            Path(folder, "progress.json").write_text(json.dumps(progress.to_dict()))
+            row = progress.curve[-1]
+            ray.train.report(
+                {"epoch": row["epoch"], "val_cosine": row["val_cosine"]},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+            )
+
+    try:
+        progress = fit(
+            model,
+            this.model,
+            parts["train"],
+            parts["val"],
+            this.recipe,
+            this.seed,
+            progress=progress,
+            optimiser_state=optimiser_state,
+            save=save,
+            log=log,
+        )
+    finally:
+        writer.close()
+    return {**progress.to_dict(), "device": str(device)}
+
+
+# ------------------------------------------------------------------------------------------- on the driver
+
+
+def plan_resources(
+    cluster: Mapping[str, float], nodes: Sequence[Mapping[str, float]], num_runs: int
+) -> tuple[dict[str, float], int, int | None]:
+    """What each of `num_runs` runs gets, so that all fit at once: Ray resources, threads, cores to share.
+
+    cluster: resources of all nodes together; nodes: of each. The cores to share are those of a cluster of one
+    machine, None on more: there a run keeps to its own threads.
+    """
+    num_cpus, num_gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
+    largest = max((n.get("CPU", 0.0) for n in nodes), default=1.0)
+    # Under one CPU a run, Ray takes shares of a CPU in hundredths; above, whole CPUs of one node.
+    part = num_cpus / num_runs
+    cpus = min(float(int(part)), largest) if part >= 1.0 else int(part * 100) / 100
+    if num_gpus:
+        # A share of a GPU each: the predictors are small, and one alone leaves most of it idle.
+        gpus = (
+            max(1.0, num_gpus // num_runs) if num_gpus >= num_runs else int(num_gpus / num_runs * 100) / 100
+        )
+        return {"CPU": cpus, "GPU": min(gpus, 1.0)}, max(1, int(cpus)), None
+    cores = int(num_cpus) if len([n for n in nodes if n.get("CPU")]) == 1 else None
+    return {"CPU": cpus}, max(1, int(cpus)), cores
+
+
+def set_aside_if_broken(this: TrainRun) -> None:
+    """Move a run's folder away when Ray Train could not go on from it.
+
+    Ray Train writes its list of checkpoints in place, so a kill in that very moment leaves half a file. The
+    run then starts anew; what it had is kept beside it.
+    """
+    import ray.train
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+    if not (this.folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).exists():
+        return
+    try:
+        ray.train.Result.from_path(str(this.folder))
+    except Exception as err:
+        # Whatever it is, Ray Train would fail with the same on the way in, and say less about what to do.
+        aside = this.folder.with_name(f"{this.folder.name}.broken-{time.time_ns()}")
+        this.folder.rename(aside)
+        say(
+            f"train: {this.model}: its checkpoints cannot be read ({str(err).splitlines()[0]}); it starts "
+            f"anew, what there was is in {aside}"
+        )
+
+
+def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
+    """Train all at once; each comes back as soon as it ends, with its `ray.train.Result` or its exception.
+
+    Each `TrainTrainer.fit` blocks, so each has a thread of its own in this process; the work is done by the
+    workers Ray starts for it.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    resources, threads, cores = plan_resources(ray.cluster_resources(), nodes, len(runs))
+    board: Any = ray.remote(num_cpus=0)(Board).remote([r.model for r in runs])
+    ended: list[tuple[TrainRun, Any]] = []
+
+    def fit(this: TrainRun) -> None:
+        try:
+            trainer = TorchTrainer(
+                train_loop_per_worker,
+                train_loop_config={"run": this, "board": board, "threads": threads, "cores": cores},
+                scaling_config=ScalingConfig(
+                    num_workers=1, use_gpu="GPU" in resources, resources_per_worker=resources
+                ),
+                run_config=RunConfig(
+                    name=this.name,
+                    storage_path=str(this.storage),
+                    checkpoint_config=CheckpointConfig(
+                        num_to_keep=CHECKPOINTS_KEPT, checkpoint_score_attribute="val_cosine"
+                    ),
+                    failure_config=FailureConfig(max_failures=RESTARTS),
+                    logging_config=LoggingConfig(log_level="ERROR"),
+                ),
+            )
+            ended.append((this, trainer.fit()))
+        except Exception as err:
+            # What a worker or Ray itself dies of ends this run alone; the caller says so.
+            ended.append((this, err))
+            ray.get(board.leave.remote(this.model))
+
+    # Daemon threads: Ctrl-C ends this process, and with it the workers, without waiting for them.
+    for this in runs:
+        threading.Thread(target=fit, args=(this,), name=this.name, daemon=True).start()
+    waiting = len(runs)
+    while waiting:
+        time.sleep(POLL_S)
+        # Taken before the lines are: a run posts its last line before it ends.
+        done, ended[:] = ended[:], []
+        for model, row in ray.get(board.take.remote()):
+            _say_row(model, row)
+        for this, outcome in done:
+            waiting -= 1
+            yield this, outcome
+
+
+def _say_row(model: str, row: Mapping[str, Any]) -> None:
+    if "resumed" in row:
+        if row["resumed"]:
+            say(f"train: {model:<11} goes on after epoch {row['resumed']}")
+        return
+    say(
+        f"train: {model:<11} epoch {row['epoch']:>2}  train loss {row['train_loss']:.4f}  "
+        f"val loss {row['val_loss']:.4f}  val cosine {row['val_cosine']:.4f}  {row['seconds']:.0f} s"
+    )
+
+
+def publish_run(
+    this: TrainRun,
+    result: Any,
+    models: Path,
+    manifest: Manifest,
+    sizes: Mapping[str, int],
+    baseline: float,
+) -> Trained:
+    """Make the record of a finished run from its best checkpoint, and move the alias to it.
+
+    Raises TrainingError when the run refused.
+    """
+    if "refusal" in result.return_value:
+        raise TrainingError(result.return_value["refusal"])
+    progress = result.return_value["progress"]
+    device = progress.pop("device")
+    checkpoint, best = max(result.best_checkpoints, key=lambda c: (c[1]["val_cosine"], -c[1]["epoch"]))
+    model = build(this.model)
+    with checkpoint.as_directory() as folder:
+        model.load_state_dict(load_file(Path(folder, "model.safetensors")))
+        rows = json.loads(Path(folder, "progress.json").read_text())["curve"]
+    best_row = next(r for r in rows if r["epoch"] == best["epoch"])
+    recipe = this.recipe
+    metrics = {
+        "val_cosine": best_row["val_cosine"],
+        "val_loss": best_row["val_loss"],
+        "context_mean_val_cosine": baseline,
+        "start_val_cosine": progress["start_val_cosine"],
+        "best_epoch": best_row["epoch"],
+        "epochs": progress["epoch"],
+        "seconds": round(progress["seconds"], 1),
+        "stopped": progress["stopped"],
+        "train_windows": sizes["train"],
+        "val_windows": min(sizes["val"], recipe.max_val_windows),
+        "test_windows": sizes["test"],
+        "curve": progress["curve"],
+    }
+    share = recipe.loss.info_nce_share
+    loss = "squared distance of unit vectors (MSE)" + (
+        f", with InfoNCE at {share:g} of its gradient norm" if share else ""
+    )
+    batch = recipe.batch_size(sizes["train"])
+    peak = recipe.peak_rate(this.model, sizes["train"])
+    config = {
+        "run": this.fingerprint,
+        "seed": this.seed,
+        "windows": asdict(this.windows),
+        "vectors": vectors_entry(this.vectors, manifest),
+        "recipe": recipe.to_dict(),
+        "device": device,
+    }
+    provenance = {
+        "Data source": f"{manifest.source or 'not stated'} (licence: {manifest.licence or 'not stated'})",
+        "Vectors": f"{manifest.rows:,}, fingerprint {this.vectors_fingerprint}",
+        "Sequences": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test windows of "
+        f"{this.windows.context} vectors and the next, split by article",
+        "Loss": loss,
+        "Optimiser": f"{recipe.optimiser}, peak learning rate {peak:.2g}, batch {batch}, "
+        f"recipe {recipe.name}",
+        "Epochs": f"{progress['epoch']} trained ({progress['stopped']}); these are the weights of epoch "
+        f"{best_row['epoch']}",
+        "Seed": str(this.seed),
+        "Device": device,
+    }
+    issues = (
+        ()
+        if best_row["val_cosine"] > baseline
+        else (
+            f"On validation articles it does not beat the mean of its context (cosine "
+            f"{best_row['val_cosine']:.4f} against {baseline:.4f}).",
+        )
+    )
+    folder = save_record(models, this.model, model, manifest.identity, config, metrics, provenance, issues)
+    set_alias(models, this.model, folder)
+    # What only going on needs is two thirds of a checkpoint; the best three weights stay.
+    for optimiser in this.folder.glob("*/optimiser.pt"):
+        optimiser.unlink()
+    return Trained(folder, metrics, up_to_date=False)
+
+
+def vectors_entry(vectors: Path, manifest: Manifest) -> dict[str, Any]:
+    """What config.json says of the vectors a model was trained or scored on."""
+    return {
+        "directory": str(vectors),
+        "fingerprint": manifest.fingerprint,
+        "rows": manifest.rows,
+        "source": manifest.source,
+        "licence": manifest.licence,
+    }
+
+
+def train_models(
+    vectors: Path,
+    models: Path,
+    names: Sequence[str],
+    recipe: Recipe,
+    seed: int = 0,
+    windows: WindowSettings | None = None,
+    allow_non_sequential: str | None = None,
+    address: str | None = None,
+) -> TrainResult:
+    """Bring `models` to hold a record of each architecture, trained on `vectors` in this way.
+
+    A run that fails is listed in `failed`; the others are trained and saved. Raises InputError before any
+    training when the vectors are not finished, not sequential, or too few to split, and IdentityError when
+    `models` holds models of another codec.
+    """
+    for name in names:
+        require_known(name)
+    vectors, models = vectors.resolve(), models.resolve()
+    require_models_folder(models)
+    manifest = Manifest.load(vectors, "vectors")
+    array = open_vectors(vectors)
+    require_codec_of_models(models, array)
+    require_sequential(array, allow_non_sequential)
+    settings = windows or WindowSettings()
+    parts = make_windows(array, settings).split(seed)
+    result = TrainResult({k: len(v) for k, v in parts.items()})
+
+    runs = [TrainRun(n, vectors, array.fingerprint, settings, recipe, seed, models / "runs") for n in names]
+    pending = []
+    for this in runs:
+        found = find_record(models, this.model, run=this.fingerprint)
+        if found is None:
+            pending.append(this)
+            continue
+        if read_aliases(models).get(this.model) != found.name:
+            set_alias(models, this.model, found)
+        result.trained[this.model] = Trained(found, load_record(models, found.name).metrics, up_to_date=True)
+        say(f"train: {this.model} is up to date ({found.name})")
+    if pending:
+        baseline = context_mean_cosine(parts["val"], recipe.max_val_windows)
+        say(
+            f"train: {', '.join(r.model for r in pending)} on {result.windows['train']:,} windows of "
+            f"{settings.context} vectors, recipe {recipe.name}; context mean's val cosine {baseline:.4f}"
+        )
+        # Read by Ray Train's controllers, which inherit it.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
+        connect(address)
+        for this in pending:
+            set_aside_if_broken(this)
+        for this, outcome in train_with_ray(pending):
+            try:
+                if isinstance(outcome, Exception):
+                    raise TrainingError(f"{this.model}: the run failed: {_first_line(outcome)}") from outcome
+                made = publish_run(this, outcome, models, manifest, result.windows, baseline)
+            except LvmError as err:
+                result.failed[this.model] = str(err)
+                say(f"train: {err}")
+                continue
+            result.trained[this.model] = made
+            say(
+                f"train: {this.model:<11} done: val cosine {made.metrics['val_cosine']:.4f} at epoch "
+                f"{made.metrics['best_epoch']} ({made.metrics['stopped']}); {made.folder.name}"
+            )
+    result.trained = {n: result.trained[n] for n in names if n in result.trained}
+    return result
+
+
+def require_models_folder(models: Path) -> None:
+    """Return when `models` is or can become a folder of records, else raise OutputError."""
+    if models.exists() and not models.is_dir():
+        raise OutputError(f"--output {models} is a file, expected a folder; choose another --output")
+    if (models / "manifest.json").exists():
+        kind = Manifest.load(models).kind
+        raise OutputError(
+            f"{models} holds {kind}, expected models or an empty folder; choose another --output"
+        )
+
+
+def require_codec_of_models(models: Path, array: VectorArray) -> None:
+    """Return when every alias in `models` is a model of the vectors' codec, else raise IdentityError."""
+    for alias, folder in read_aliases(models).items():
+        if (models / folder).is_dir():
+            identity = load_record(models, folder).identity
+            require_same_codec(
+                array.identity, identity, str(array.directory), f"model {alias!r} in {models} ({folder})"
+            )
+
+
+def require_sequential(array: VectorArray, allow_non_sequential: str | None) -> None:
+    """Return when the text has an order worth learning, else raise InputError."""
+
+
+def context_mean_cosine(val: Windows, most: int) -> float:
+    """Mean cosine between the context's mean and the truth, on the windows training validates on."""
+    total, count = 0.0, 0
+    for contexts, targets in spread_batches(val, most):
+        mean = contexts.mean(axis=1)
+        norms = np.linalg.norm(mean, axis=1) * np.linalg.norm(targets, axis=1)
+        total += float((np.einsum("bd,bd->b", mean, targets) / np.maximum(norms, 1e-12)).sum())
+        count += len(targets)
+    return total / count
+
+
+def _first_line(error: BaseException) -> str:
+    """The cause of a failed run in one line: the worker's own exception where Ray hands it on."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause = next(iter(failures.values()), error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"
+
+
+def import_model(checkpoint: Path, vectors: Path, models: Path, seed: int) -> tuple[str, Trained]:
+    """Make a record of a checkpoint of the original system, scored on `vectors`, whose codec it gets."""
+    vectors, models = vectors.resolve(), models.resolve()
+    require_models_folder(models)
+    manifest = Manifest.load(vectors, "vectors")
+    array = open_vectors(vectors)
+    require_codec_of_models(models, array)
+    settings = WindowSettings()
+    val = make_windows(array, settings).split(seed)["val"]
+
+    def score(model: Predictor) -> dict[str, Any]:
+        scored = evaluate(model, spread_batches(val, FAST.max_val_windows))
+        return {
+            "val_cosine": scored.cosine,
+            "val_loss": scored.loss,
+            "context_mean_val_cosine": context_mean_cosine(val, FAST.max_val_windows),
+        }
+
+    config = {"seed": seed, "windows": asdict(settings), "vectors": vectors_entry(vectors, manifest)}
+    name, folder = import_checkpoint(checkpoint, models, array.identity, config, score)
+    set_alias(models, name, folder)
+    return name, Trained(folder, load_record(models, folder.name).metrics, up_to_date=False)
+
+
+# --------------------------------------------------------------------------------------------------- command
+
+
+def main(
+    vectors: Annotated[Path, typer.Option(help="Folder that `latent encode` wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder for the model records; those in it stay.")],
+    model: Annotated[
+        str, typer.Option(help=f"Of {', '.join(MODELS)}: one, several by comma, or all.")
+    ] = "all",
+    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "fast",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, instead of the recipe's.")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Longest training, in minutes, instead of the recipe's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split by article and of training.")] = 0,
+    allow_non_sequential: Annotated[
+        str | None,
+        typer.Option(help="The sentence that lets text without an order train; the refusal names it."),
+    ] = None,
+    import_checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help='Train nothing; make a record of this original checkpoint {"model_state_dict": …}.'
+        ),
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Train predictors, all at once; a second run on the same vectors trains nothing."""
+    started = time.perf_counter()
+    if import_checkpoint is not None:
+        name, made = import_model(import_checkpoint, vectors, output, seed)
+        result = TrainResult({}, {name: made})
+        say(f"train: imported {name}: val cosine {made.metrics['val_cosine']:.4f}; {made.folder.name}")
+    else:
+        chosen = recipe_named(recipe)
+        if epochs is not None:
+            chosen = replace(chosen, epochs=epochs)
+        if max_minutes is not None:
+            chosen = replace(chosen, max_minutes=max_minutes)
+        names = list(MODELS) if model == "all" else [n.strip() for n in model.split(",")]
+        result = train_models(
+            vectors,
+            output,
+            list(dict.fromkeys(names)),
+            chosen,
+            seed,
+            allow_non_sequential=allow_non_sequential,
+            address=address,
+        )
+    if result.failed:
+        saved = ", ".join(result.trained) or "none"
+        raise TrainingError(
+            f"{len(result.failed)} of {len(result.failed) + len(result.trained)} models failed, see above: "
+            f"{', '.join(result.failed)}. Saved and ready: {saved}."
+        )
+    seconds = time.perf_counter() - started
+    new = {n: t for n, t in result.trained.items() if not t.up_to_date}
+    seen = sum(t.metrics.get("epochs", 0) * result.windows.get("train", 0) for t in new.values())
+    finish(
+        {
+            "stage": "train",
+            "rows": result.windows.get("train", 0),
+            "windows": result.windows,
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(seen / max(seconds, 1e-9), 1),
+            "paths": [str(t.folder) for t in result.trained.values()],
+            "up_to_date": not new,
+            "redone": len(new),
+            "models": {
+                n: {
+                    "folder": t.folder.name,
+                    "up_to_date": t.up_to_date,
+                    **{
+                        k: t.metrics.get(k)
+                        for k in ("val_cosine", "context_mean_val_cosine", "epochs", "seconds")
+                    },
+                }
+                for n, t in result.trained.items()
+            },
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,463 @@
+"""The contest itself, without Ray: who is scored on what, and the texts decoded from predictions.
+
+Each function here is one task of the evaluate job, or puts the results of tasks together. Whatever crosses
+a process is a frozen dataclass of arrays; vector arrays travel as paths and are mapped again.
+
+Letters: B windows in a batch, S windows in the text sample, T chunks in a context, D = 768.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lvm.codec.ladder import EXTRACTIVE, Answer, Decoder, Ladder, Nearest
+from lvm.errors import InputError
+from lvm.evaluate.baselines import Batches, CorpusMean, RidgeSettings, describe, fit_ridge, mean_cosine
+from lvm.evaluate.leaderboard import Entry, Example, ExampleText, TextRow, judge
+from lvm.evaluate.metrics import (
+    LATENCY_BATCHES,
+    Ints,
+    Pool,
+    Predict,
+    WindowScores,
+    clustered_interval,
+    cosines,
+    histogram,
+    peak_bytes,
+    score_windows,
+    summarise_attention,
+    summarise_ranks,
+    text_scores,
+)
+from lvm.predict.record import Record, load_record
+from lvm.predict.steer import allowed_neighbours, snap, unit
+from lvm.vectors.index import Index, load_index
+from lvm.vectors.sequences import VectorArray, Windows
+
+BATCH_WINDOWS = 1024
+"""Windows scored at a time: 16 MB of contexts, and 40 MB of cosines with a pool of 10,000."""
+
+CEILING = "codec ceiling"
+"""Name of the text row that decodes the true next vector itself."""
+
+CodecLoader = Callable[[], "Codec"]
+"""Makes the codec, once in each worker; pickled on the way there."""
+
+Form = Literal["raw", "snap"]
+
+
+class Codec(Decoder, Protocol):
+    """What this job needs of a codec: the ladder's needs, and vectors of the decoded texts."""
+
+    def encode(self, texts: list[str]) -> Any:
+        """`.vectors` (N, D) float32 of unit norm."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is measured, and on how much."""
+
+    examples: int = 3
+    """Windows printed and shown with all their texts."""
+    text_windows: int = 64
+    """Test windows whose predictions are decoded, as many articles as possible among them."""
+    max_test_windows: int = 20_000
+    """Test windows scored; of more, a random sample over all test articles."""
+    max_val_windows: int = 5_000
+    """Validation windows for the gate's cosine."""
+    max_ood_windows: int = 5_000
+    """Windows of each out-of-domain set."""
+    pool_chunks: int = 10_000
+    """Chunks among which the true next one is looked for, beside those of its article."""
+    resamples: int = 1_000
+    """Draws of articles behind each confidence interval."""
+    seed: int = 0
+    """Of these samples. The split's own seed comes from the model records."""
+    latency_budget_s: float = 0.5
+    """Longest timing of one predictor at one batch size, in seconds, beyond its first ten calls."""
+    ridge: RidgeSettings = field(default_factory=RidgeSettings)
+    """The ridge regression's limits and penalties."""
+
+    def __post_init__(self) -> None:
+        for name in ("text_windows", "max_test_windows", "max_val_windows", "max_ood_windows", "pool_chunks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.examples <= self.text_windows:
+            raise InputError(
+                f"examples must be between 0 and the {self.text_windows} decoded windows, got {self.examples}"
+            )
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What every predictor is scored on; pickled to the workers, which map the same files."""
+
+    train: Windows
+    """At most as many as the ridge regression takes."""
+    val: Windows
+    test: Windows
+    ood: dict[str, Windows]
+    sample: Windows
+    """The test windows whose predictions are decoded."""
+    settings: EvaluateSettings
+    threads: int
+    """Threads of one task."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One predictor's part of the evaluation."""
+
+    name: str
+    kind: Literal["model", "baseline"]
+    parameters: int
+    weight_bytes: int
+    details: dict[str, Any]
+    scores: WindowScores
+    val_cosine: float
+    ood_cosine: dict[str, float]
+    sample: NDArray[np.float32]
+    """(S, D) unit predictions for the sample."""
+    peak_bytes: int
+    attention: list[dict[str, float]] | None
+
+
+# ---------------------------------------------------------------------------------------------- predictors
+
+
+def model_predictor(model: torch.nn.Module, device: torch.device) -> Predict:
+    """The model as a function over numpy arrays, in evaluation mode on `device`."""
+    model = model.to(device).eval()
+
+    def predict(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            predicted: NDArray[np.float32] = (
+                model(torch.from_numpy(contexts).to(device)).float().cpu().numpy()
+            )
+        return predicted
+
+    return predict
+
+
+def batches_of(windows: Windows) -> Batches:
+    """The windows as batches that can be gone through more than once."""
+    return partial(windows.batches, BATCH_WINDOWS)
+
+
+def batches_with_rows(
+    windows: Windows,
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]]:
+    """Batches as `score_windows` takes them."""
+    context_rows, target_rows = windows.rows_of_context, windows.rows_of_target
+    for low in range(0, len(windows), BATCH_WINDOWS):
+        part = slice(low, low + BATCH_WINDOWS)
+        yield (*windows.batch(part), context_rows[part], target_rows[part])
+
+
+def at_most(windows: Windows, number: int, seed: int) -> Windows:
+    """The windows, or a random `number` of them in their order."""
+    if len(windows) <= number:
+        return windows
+    chosen = np.random.default_rng(seed).choice(len(windows), number, replace=False)
+    return windows.subset(np.sort(chosen))
+
+
+def text_sample(windows: Windows, number: int, seed: int) -> Windows:
+    """A random `number` of windows, each of another article as long as there are articles."""
+    order = np.random.default_rng(seed).permutation(len(windows))
+    _, first = np.unique(windows.doc_ids[order], return_index=True)
+    leading = np.sort(first)
+    rest = np.setdiff1d(np.arange(len(order)), leading)
+    return windows.subset(order[np.concatenate([leading, rest])][:number])
+
+
+# ------------------------------------------------------------------------------------ scoring
+
+
+def fit_corpus_mean(contest: Contest) -> Predict:
+    """The fitted corpus mean."""
+    return CorpusMean.fit(batches_of(contest.train))
+
+
+def fit_ridge_regression(contest: Contest) -> Predict:
+    """The fitted ridge regression."""
+    torch.set_num_threads(contest.threads)
+    settings = contest.settings.ridge
+    val = at_most(contest.val, settings.max_val_windows, contest.settings.seed)
+    return fit_ridge(batches_of(contest.train), batches_of(val), settings)
+
+
+def score_baseline(contest: Contest, name: str, predict: Predict) -> Scored:
+    """Everything measured of a baseline but its latency."""
+    details = describe(predict)
+    parameters = int(details.pop("parameters"))
+    return _score(contest, name, "baseline", predict, parameters, 4 * parameters, details)
+
+
+def score_model(contest: Contest, name: str, models: Path, folder: str) -> Scored:
+    """Everything measured of a model record but its latency."""
+    record = load_record(models, folder)
+    model = record.model
+    parameters = sum(p.numel() for p in model.parameters())
+    weight_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    predict = model_predictor(model, torch.device("cpu"))
+    scored = _score(contest, name, "model", predict, parameters, weight_bytes, model_details(record))
+    attention = getattr(model, "attention", None)
+    if attention is None:
+        return scored
+    with torch.inference_mode():
+        weights = [attention(torch.from_numpy(c)).numpy() for c, _ in contest.test.batches(BATCH_WINDOWS)]
+    return replace(scored, attention=summarise_attention(np.concatenate(weights)))
+
+
+def _score(
+    contest: Contest,
+    name: str,
+    kind: Literal["model", "baseline"],
+    predict: Predict,
+    parameters: int,
+    weight_bytes: int,
+    details: dict[str, Any],
+) -> Scored:
+    torch.set_num_threads(contest.threads)
+    array, settings = contest.test.array, contest.settings
+    pool = Pool.draw(array.vectors, settings.pool_chunks, settings.seed)
+    contexts, _ = contest.sample.batch(slice(None))
+    _, length, dim = contexts.shape
+    return Scored(
+        name,
+        kind,
+        parameters,
+        weight_bytes,
+        details,
+        scores=score_windows(predict, batches_with_rows(contest.test), pool, array.vectors, array.doc_ids),
+        val_cosine=mean_cosine(predict, batches_of(contest.val)),
+        ood_cosine={ood: mean_cosine(predict, batches_of(w)) for ood, w in contest.ood.items()},
+        sample=unit(predict(contexts)),
+        peak_bytes=peak_bytes(predict, length, dim, LATENCY_BATCHES[-1], "cpu"),
+        attention=None,
+    )
+
+
+def model_details(record: Record) -> dict[str, Any]:
+    """What the report shows of a record: its folder, loss curve and provenance."""
+    details = {
+        "folder": record.folder.name,
+        "curve": record.metrics.get("curve", []),
+        "config": record.config,
+    }
+    if "imported_from" in record.config:
+        details["warning"] = "imported: it may have been trained on articles that are test articles here"
+    return details
+
+
+@dataclass(frozen=True)
+class Block:
+    """Vectors to decode in one task."""
+
+    vectors: NDArray[np.float32]
+    """(B, D) unit vectors."""
+    truths: NDArray[np.float32]
+    """(B, D) the true next vectors."""
+    sources: list[str]
+    """The context's text, for the shared keyword."""
+    doc_ids: NDArray[np.int32]
+    """(B,) articles held out."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """One decoded vector."""
+
+    answer: Answer
+    """What the ladder answers."""
+    text: str
+    """The decoder's own text: the answer's, or where that is an extract, the last one refused."""
+    text_cosine: float
+    """Cosine of the text, encoded again, with the true next vector."""
+    answer_cosine: float
+    """The same of the answer's text."""
+
+
+def decode_block(
+    load: CodecLoader, index_folder: Path, array: VectorArray, number: int, block: Block
+) -> tuple[int, list[Said]]:
+    """The block's number and its texts, with the nearest chunk of another article as the last rung."""
+    codec, index = load(), load_index(index_folder)
+    docs = {vector.tobytes(): doc for vector, doc in zip(block.vectors, block.doc_ids, strict=True)}
+
+    def nearest(vectors: NDArray[np.float32]) -> list[Nearest]:
+        held_out = np.array([docs[v.tobytes()] for v in vectors])
+        scores, rows = allowed_neighbours(vectors, index, 1, len(array), barring(array, held_out))
+        texts = array.texts(rows[:, 0])
+        return [Nearest(text, float(score)) for text, score in zip(texts, scores[:, 0], strict=True)]
+
+    answers = Ladder(codec, nearest).decode(block.vectors, block.sources)
+    own = [a.refused[-1] if a.rung == EXTRACTIVE else a.text for a in answers]
+    of_own = cosines(codec.encode(own).vectors, block.truths)
+    of_answers = cosines(codec.encode([a.text for a in answers]).vectors, block.truths)
+    return number, [
+        Said(answer, text, float(first), float(second))
+        for answer, text, first, second in zip(answers, own, of_own, of_answers, strict=True)
+    ]
+
+
+def barring(array: VectorArray, doc_ids: Ints) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
+    """Marks the rows (B, k) that belong to the article held out, doc_ids (B,)."""
+
+    def barred(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        own: NDArray[np.bool_] = array.doc_ids[np.maximum(rows, 0)] == doc_ids[:, None]
+        return own
+
+    return barred
+
+
+def part_of(block: Block, rows: NDArray[Any]) -> Block:
+    """These rows of a block."""
+    return Block(
+        block.vectors[rows], block.truths[rows], [block.sources[i] for i in rows], block.doc_ids[rows]
+    )
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """The vectors to decode for the sample: one row of S vectors for each predictor and form."""
+
+    names: tuple[tuple[str, Form], ...]
+    block: Block
+    """Row by row, len(names) x S vectors."""
+
+
+def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> TextPlan:
+    """Raw and snapped predictions of each model, the last context vector, and the true next one."""
+    sample, array = contest.sample, contest.sample.array
+    contexts, targets = sample.batch(slice(None))
+    truths, held_out = unit(targets), barring(array, sample.doc_ids)
+    wanted: list[tuple[tuple[str, Form], NDArray[np.float32]]] = []
+    for one in scored:
+        if one.kind == "model":
+            means = contexts.mean(axis=1)
+            moved = snap(one.sample, contexts[:, -1], means, index, array.vectors, barred=held_out)
+            wanted += [((one.name, "raw"), one.sample), ((one.name, "snap"), moved.vectors)]
+    wanted += [(("passthrough", "raw"), unit(contexts[:, -1])), ((CEILING, "raw"), truths)]
+    sources = [" ".join(array.texts(rows)) for rows in sample.rows_of_context]
+    return TextPlan(
+        tuple(name for name, _ in wanted),
+        Block(
+            np.concatenate([vectors for _, vectors in wanted]),
+            np.tile(truths, (len(wanted), 1)),
+            sources * len(wanted),
+            np.tile(sample.doc_ids, len(wanted)),
+        ),
+    )
+
+
+def measure_texts(
+    contest: Contest, plan: TextPlan, said: Sequence[Said]
+) -> tuple[list[TextRow], list[Example]]:
+    """Text measures of each row of the plan, and the first windows of the sample as examples.
+
+    `said` has one entry for each vector of the plan's block, in order.
+    """
+    sample, array = contest.sample, contest.sample.array
+    size = len(sample)
+    true_texts, titles = array.texts(sample.rows_of_target), array.titles(sample.rows_of_target)
+    exact = cosines(plan.block.vectors, plan.block.truths)
+    text: list[TextRow] = []
+    for number, (name, form) in enumerate(plan.names):
+        own = said[number * size : (number + 1) * size]
+        rungs = Counter(s.answer.rung for s in own)
+        measured = text_scores([s.text for s in own], true_texts)
+        text.append(
+            {
+                "name": name,
+                "form": form,
+                "rouge1": measured["rouge1"],
+                "rouge2": measured["rouge2"],
+                "rougeL": measured["rougeL"],
+                "bleu": measured["bleu"],
+                "vector_cosine": float(exact[number * size : (number + 1) * size].mean()),
+                "text_cosine": float(np.mean([s.text_cosine for s in own])),
+                "rungs": dict(rungs.most_common()),
+            }
+        )
+    examples: list[Example] = []
+    for i in range(min(contest.settings.examples, size)):
+        target = sample.rows_of_target[i]
+        decoded: list[ExampleText] = []
+        for number, (name, form) in enumerate(plan.names):
+            one = said[number * size + i]
+            decoded.append(
+                {
+                    "name": name,
+                    "form": form,
+                    "text": one.text,
+                    "vector_cosine": float(exact[number * size + i]),
+                    "text_cosine": one.text_cosine,
+                    "rung": one.answer.rung,
+                    "reasons": list(one.answer.reasons),
+                    "extract": one.answer.text if one.answer.rung == EXTRACTIVE else "",
+                    "extract_cosine": one.answer_cosine if one.answer.rung == EXTRACTIVE else 0.0,
+                }
+            )
+        examples.append(
+            {
+                "title": titles[i],
+                "chunk_id": str(array.chunk_ids[target]),
+                "context": array.texts(sample.rows_of_context[i]),
+                "truth": true_texts[i],
+                "decoded": decoded,
+            }
+        )
+    return text, examples
+
+
+def make_entries(
+    scored: dict[str, Scored],
+    latency: dict[str, list[dict[str, Any]]],
+    articles: Ints,
+    settings: EvaluateSettings,
+) -> list[Entry]:
+    """The leaderboard's entries; models carry their lead over the best baseline and the gate's verdict."""
+
+    def interval(values: NDArray[np.float32]) -> dict[str, Any]:
+        return clustered_interval(values, articles, settings.resamples, settings.seed).to_dict()
+
+    entries: list[Entry] = []
+    for one in scored.values():
+        entry: Entry = {
+            "name": one.name,
+            "kind": one.kind,
+            "cosine": interval(one.scores.cosine),
+            "margin": interval(one.scores.margin),
+            "mse": float(one.scores.squared_error.mean(dtype=np.float64)),
+            "norm": float(one.scores.norm.mean(dtype=np.float64)),
+            "in_article": summarise_ranks(one.scores.in_article),
+            "in_pool": summarise_ranks(one.scores.in_pool),
+            "val_cosine": one.val_cosine,
+            "ood_cosine": one.ood_cosine,
+            "histogram": histogram(one.scores.cosine),
+            "latency": latency[one.name],
+            "parameters": one.parameters,
+            "weight_bytes": one.weight_bytes,
+            "peak_bytes": one.peak_bytes,
+            "peak_batch": LATENCY_BATCHES[-1],
+            "details": one.details,
+        }
+        if one.attention is not None:
+            entry["attention"] = one.attention
+        entries.append(entry)
+    baselines = [e for e in entries if e["kind"] == "baseline"]
+    best = max(baselines, key=lambda e: e["cosine"]["mean"])["name"]
+    for entry in entries:
+        if entry["kind"] == "model":
+            entry["gain"] = interval(scored[entry["name"]].scores.cosine - scored[best].scores.cosine)
+            entry["gate"] = judge(entry, baselines)
+    return entries

@@ -1,0 +1,349 @@
+"""A trained model's folder, and the names that point to one.
+
+    models/<name>-<UTC stamp>-<8 hex>/   model.safetensors, config.json, metrics.json, MODEL_CARD.md
+    models/aliases.json                  {"lstm": "lstm-20250102T030405Z-1f3a9c2b"}
+
+A folder gets its name by a rename when it is complete and is never written to again. An alias moves by
+replacing one file; what it pointed to before stays beside it.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lvm.codec.identity import CodecIdentity
+from lvm.errors import InputError
+from lvm.models import MODELS, Predictor, build
+from lvm.vectors.shards import sync_directory, temporary_name, write_json
+
+WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "MODEL_CARD.md"
+ALIASES = "aliases.json"
+
+KNOWN_ISSUES = (
+    "Trained on squared distance, a predictor drifts towards the mean of what may follow: its vectors are "
+    "blander than real ones, and decoded text shows it. Snap predictions to the corpus before decoding.",
+    "Predictions may lie closer to the last context vector than to the true next one; the evaluation's "
+    "margin says by how much.",
+    "It knows the codec named above alone; vectors of another codec are refused.",
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A model as it was saved."""
+
+    name: str
+    """Architecture, a key of MODELS."""
+    folder: Path
+    """Where it lies."""
+    model: Predictor
+    """With its weights, on the CPU, in evaluation mode."""
+    config: dict[str, Any]
+    """config.json: model, sizes, parameters, codec, and all that decided the weights."""
+    metrics: dict[str, Any]
+    """metrics.json: val_cosine, curve and more."""
+    identity: CodecIdentity
+    """Codec of the vectors it was trained on."""
+
+
+# ----------------------------------------------------------------------------------------------- save, load
+
+
+def save_record(
+    models: Path,
+    name: str,
+    model: Predictor,
+    identity: CodecIdentity,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    provenance: Mapping[str, str],
+    issues: tuple[str, ...] = (),
+) -> Path:
+    """The new folder of this model, complete and named; the alias does not move.
+
+    config, metrics: JSON-able; config gets `model`, `sizes`, `parameters` and `codec` besides. provenance:
+    the lines of the card, in order ("Data source": "…"). issues: known ones of this very model.
+    """
+    created = datetime.now(UTC)
+    models.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(models / name)
+    temporary.mkdir()
+    try:
+        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        save_file(weights, temporary / WEIGHTS)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        full = {
+            "model": name,
+            "sizes": asdict(model.config),
+            "parameters": num_parameters,
+            "codec": identity.to_dict(),
+            "created": created.isoformat(timespec="seconds"),
+            **config,
+        }
+        _write_text(temporary / CONFIG, json.dumps(full, indent=2, ensure_ascii=False) + "\n")
+        _write_text(temporary / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        card = model_card(name, num_parameters, identity, created, metrics, provenance, issues)
+        _write_text(temporary / CARD, card)
+        digest = hashlib.sha256((temporary / WEIGHTS).read_bytes() + card.encode()).hexdigest()[:8]
+        folder = models / f"{name}-{created:%Y%m%dT%H%M%SZ}-{digest}"
+        with (temporary / WEIGHTS).open("rb") as file:
+            os.fsync(file.fileno())
+        sync_directory(temporary)
+        os.rename(temporary, folder)
+        sync_directory(models)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def load_record(models: Path, name_or_folder: str) -> Record:
+    """The model an alias or a folder name stands for.
+
+    Raises InputError when there is none of that name, listing those there are, or when a file of it is
+    missing, damaged, or does not fit the others.
+    """
+    folder = resolve(models, name_or_folder)
+    config, metrics = _read_json(folder / CONFIG), _read_json(folder / METRICS)
+    for key in ("model", "sizes", "codec"):
+        if key not in config:
+            raise InputError(
+                f"{folder / CONFIG} has no {key!r}; the record was edited or is of another version"
+            )
+    identity = CodecIdentity.from_dict(config["codec"])
+    model = build(config["model"], config["sizes"])
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as err:
+        raise InputError(f"{folder / WEIGHTS} cannot be read ({err}); train the model again") from err
+    _load_weights(model, weights, folder / WEIGHTS)
+    return Record(config["model"], folder, model.eval(), config, metrics, identity)
+
+
+def resolve(models: Path, name_or_folder: str) -> Path:
+    """The folder of an alias or a record's own name. Raises InputError listing what there is."""
+    aliases = read_aliases(models)
+    folder = models / aliases.get(name_or_folder, name_or_folder)
+    if Path(name_or_folder).name == name_or_folder and (folder / CONFIG).is_file():
+        return folder
+    if name_or_folder in aliases:
+        raise InputError(
+            f"alias {name_or_folder!r} in {models / ALIASES} points to {aliases[name_or_folder]}, which is "
+            "not there; train that model again"
+        )
+    known = ", ".join([*aliases, *(p.name for p in record_folders(models))]) or "none yet"
+    raise InputError(
+        f"no model {name_or_folder!r} in {models}; there are: {known}. `latent train` makes one of "
+        f"{', '.join(MODELS)}."
+    )
+
+
+def record_folders(models: Path) -> list[Path]:
+    """Folders of all records, oldest first."""
+    found = [p.parent for p in models.glob(f"*/{CONFIG}") if not p.parent.name.startswith(".")]
+    return sorted(found, key=lambda p: (p.name.split("-")[-2:], p.name))
+
+
+def find_record(models: Path, name: str, **wanted: Any) -> Path | None:
+    """The newest record of this architecture whose config.json has these values; None where there is none."""
+    for folder in reversed(record_folders(models)):
+        config = _read_json(folder / CONFIG)
+        complete = all((folder / file).is_file() for file in (WEIGHTS, METRICS))
+        if complete and config.get("model") == name and all(config.get(k) == v for k, v in wanted.items()):
+            return folder
+    return None
+
+
+def read_aliases(models: Path) -> dict[str, str]:
+    """Alias to folder name; {} where nothing was trained yet."""
+    path = models / ALIASES
+    return {str(k): str(v) for k, v in _read_json(path).items()} if path.exists() else {}
+
+
+def set_alias(models: Path, alias: str, folder: Path) -> None:
+    """Point `alias` to this record. Readers see the old table or the new one."""
+    if folder.parent.resolve() != models.resolve() or not (folder / CONFIG).is_file():
+        raise InputError(f"expected a record in {models} for alias {alias!r}, got {folder}")
+    write_json(models / ALIASES, {**read_aliases(models), alias: folder.name})
+
+
+def _load_weights(model: Predictor, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Copy weights into the model. Raises InputError naming the first tensor that does not fit."""
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in weights.items()}
+    if expected != found:
+        differs = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
+        raise InputError(
+            f"{source} does not fit its architecture: {differs[0]} is {found.get(differs[0], 'missing')}, "
+            f"expected {expected.get(differs[0], 'no such tensor')} ({len(differs)} tensors differ)"
+        )
+    if broken := [k for k, v in weights.items() if not torch.isfinite(v).all()]:
+        raise InputError(f"{source}: {broken[0]} holds NaN or infinity ({len(broken)} such tensors)")
+    model.load_state_dict(dict(weights))
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise InputError(f"{path} cannot be read ({err}); expected JSON written by `latent train`") from err
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------ card
+
+
+def model_card(
+    name: str,
+    num_parameters: int,
+    identity: CodecIdentity,
+    created: datetime,
+    metrics: Mapping[str, Any],
+    provenance: Mapping[str, str],
+    issues: tuple[str, ...] = (),
+) -> str:
+    """MODEL_CARD.md: what the model is, what made it, how well it does, what is wrong with it."""
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    lines = [
+        f"# {name}",
+        "",
+        "Predicts the next chunk's vector from the vectors of the chunks before it: "
+        f"(B, T, {identity.dim}) in, (B, {identity.dim}) out, all of norm 1.",
+        "",
+        "| what | value |",
+        "| --- | --- |",
+        f"| Architecture | `{name}`, {num_parameters:,} parameters |",
+        f"| Codec | {identity}, {identity.dim}-d, {identity.max_tokens} tokens, {identity.pooling} pooling |",
+        *(f"| {what} | {_cell(value)} |" for what, value in provenance.items()),
+        f"| Date | {created:%Y-%m-%d %H:%M} UTC |",
+        "",
+        "## Metrics",
+        "",
+        "| metric | value |",
+        "| --- | --- |",
+        *(f"| {k} | {v:,} |" if isinstance(v, int) else f"| {k} | {v:.4f} |" for k, v in numbers.items()),
+        "",
+        "## Known issues",
+        "",
+        *(f"- {issue}" for issue in (*issues, *KNOWN_ISSUES)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")
+
+
+# ---------------------------------------------------------------------------------------------------- import
+
+
+_NUMPY_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
+_NUMPY_NUMBERS: list[Any] = [
+    # What a number of numpy pickles as: checkpoints hold their scores so. No code among them.
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+]
+
+_BUFFERS = {"pos_encoder.pe"}
+"""Tensors of the original that are no weights: position codes, which are computed here."""
+
+
+def import_checkpoint(
+    path: Path,
+    models: Path,
+    identity: CodecIdentity,
+    config: Mapping[str, Any] | None = None,
+    score: Callable[[Predictor], Mapping[str, Any]] | None = None,
+) -> tuple[str, Path]:
+    """Architecture and folder of a new record, from an original checkpoint {"model_state_dict": …}.
+
+    The architecture is told from the tensors' names and shapes. identity: the codec of the vectors it was
+    trained on, which such a file does not say. config: more entries for config.json. score: gives metrics of
+    the model for the record.
+
+    The file is read with `weights_only=True`: one that holds anything but tensors and plain values is refused
+    before any of its code runs. Raises InputError for that and for tensors that fit no architecture.
+    """
+    try:
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other pickle protocols: read or refused, nothing between
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        raise InputError(
+            f"{path} holds Python objects besides tensors and plain values and was not opened: such a file "
+            "can run code. Where it was made, save only the weights: "
+            'torch.save({"model_state_dict": model.state_dict()}, path).'
+        ) from err
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as err:
+        raise InputError(f"{path} is no checkpoint torch can read ({err})") from err
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise InputError(
+            f'{path}: expected {{"model_state_dict": tensors by name}}, got {found or "nothing"}'
+        )
+    # Wrappers of data parallel training and torch.compile put their name in front.
+    plain = {k.removeprefix("module.").removeprefix("_orig_mod."): v.float() for k, v in state.items()}
+    weights = {k: v for k, v in plain.items() if k not in _BUFFERS}
+    name = _architecture_of(weights, path)
+    model = build(name).eval()
+    _load_weights(model, weights, path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    metrics = {
+        f"original_{k}": float(v)
+        for k, v in content.items()
+        if isinstance(v, int | float | np.number) and not isinstance(v, bool)
+    }
+    folder = save_record(
+        models,
+        name,
+        model,
+        identity,
+        {**(config or {}), "imported_from": path.name, "imported_sha256": sha256},
+        {**metrics, **(score(model) if score is not None else {})},
+        {"Imported from": f"{path.name}, SHA-256 {sha256}", "Training": "elsewhere; see its own notes"},
+        ("Imported: its codec is the one stated at import, which the file itself does not prove.",),
+    )
+    return name, folder
+
+
+def _architecture_of(weights: Mapping[str, Tensor], path: Path) -> str:
+    """The architecture with these tensor names. Raises InputError with the nearest one's differences."""
+    names = set(weights)
+    with torch.device("meta"):  # names alone are wanted
+        expected = {name: set(build(name).state_dict()) for name in MODELS}
+    for name, wanted in expected.items():
+        if wanted == names:
+            return name
+    nearest = min(expected, key=lambda n: len(expected[n] ^ names))
+    missing, extra = sorted(expected[nearest] - names), sorted(names - expected[nearest])
+    raise InputError(
+        f"{path} fits none of {', '.join(MODELS)}; nearest is {nearest}, for which "
+        f"{len(missing)} tensors are missing ({', '.join(missing[:3])}) and {len(extra)} are too many "
+        f"({', '.join(extra[:3])})"
+    )

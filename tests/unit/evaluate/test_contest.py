@@ -1,0 +1,258 @@
+"""Who is scored on what: samples, held-out articles, and the texts decoded from predictions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lvm.errors import InputError
+from lvm.evaluate.baselines import context_mean, copy_last
+from lvm.evaluate.contest import (
+    CEILING,
+    Contest,
+    EvaluateSettings,
+    Scored,
+    at_most,
+    barring,
+    decode_block,
+    fit_corpus_mean,
+    fit_ridge_regression,
+    make_entries,
+    measure_texts,
+    model_predictor,
+    part_of,
+    plan_texts,
+    score_baseline,
+    score_model,
+    text_sample,
+)
+from lvm.evaluate.metrics import clustered_interval, cosines
+from lvm.models import TOYS, build
+from lvm.predict.record import load_record, save_record
+from lvm.predict.steer import unit
+from lvm.vectors.index import Index, build_index
+from lvm.vectors.sequences import VectorArray, make_windows, open_vectors
+from tests.doubles import Decoded, FakeCodec, fake_articles, fake_codec, write_vectors
+
+SETTINGS = EvaluateSettings(text_windows=12, pool_chunks=60, examples=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_vectors(folder / "vectors", fake_articles(40, 12))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def array(folder: Path) -> VectorArray:
+    return open_vectors(folder / "vectors")
+
+
+@pytest.fixture(scope="module")
+def index(folder: Path, array: VectorArray) -> Index:
+    return build_index(array, folder / "index")
+
+
+@pytest.fixture(scope="module")
+def contest(array: VectorArray) -> Contest:
+    parts = make_windows(array).split(0)
+    sample = text_sample(parts["test"], SETTINGS.text_windows, 0)
+    return Contest(**parts, ood={"abroad": parts["val"]}, sample=sample, settings=SETTINGS, threads=1)
+
+
+@pytest.fixture(scope="module")
+def model_folder(folder: Path, array: VectorArray) -> str:
+    model = build("amn", {"key_dim": TOYS["amn"].key_dim, "hidden": 32})  # type: ignore[union-attr]
+    curve = [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_cosine": 0.1, "seconds": 1.0}]
+    return save_record(folder / "models", "amn", model, array.identity, {}, {"curve": curve}, {}).name
+
+
+@pytest.fixture(scope="module")
+def scored(contest: Contest, folder: Path, model_folder: str) -> dict[str, Scored]:
+    baselines = {
+        "passthrough": copy_last,
+        "context mean": context_mean,
+        "corpus mean": fit_corpus_mean(contest),
+        "ridge": fit_ridge_regression(contest),
+    }
+    made = [score_model(contest, "amn", folder / "models", model_folder)]
+    made += [score_baseline(contest, name, predict) for name, predict in baselines.items()]
+    return {one.name: one for one in made}
+
+
+def test_a_cut_sample_of_windows_keeps_their_order_and_is_the_same_each_time(contest: Contest) -> None:
+    few = at_most(contest.train, 50, seed=3)
+    assert len(few) == 50
+    assert (np.diff(few.starts) > 0).all()
+    assert few.starts.tolist() == at_most(contest.train, 50, seed=3).starts.tolist()
+    assert few.starts.tolist() != at_most(contest.train, 50, seed=4).starts.tolist()
+    assert at_most(contest.train, 10_000, seed=3) is contest.train
+
+
+def test_text_sample_takes_every_article_before_a_second_window_of_one(contest: Contest) -> None:
+    num_articles = len(np.unique(contest.test.doc_ids))
+    assert num_articles == 4
+    sample = text_sample(contest.test, 6, seed=0)
+    assert len(set(sample.doc_ids[:num_articles].tolist())) == num_articles
+    assert len(set(sample.starts.tolist())) == len(sample) == 6
+    everything = text_sample(contest.test, 10_000, seed=0)
+    assert sorted(everything.starts.tolist()) == contest.test.starts.tolist()
+
+
+def test_model_scores_are_those_of_its_own_forward_pass(
+    contest: Contest, scored: dict[str, Scored], folder: Path, model_folder: str
+) -> None:
+    predict = model_predictor(load_record(folder / "models", model_folder).model, torch.device("cpu"))
+    contexts, targets = contest.test.batch(slice(None))
+    amn = scored["amn"]
+    np.testing.assert_allclose(amn.scores.cosine, cosines(predict(contexts), targets), atol=1e-6)
+    val_contexts, val_targets = contest.val.batch(slice(None))
+    assert amn.val_cosine == pytest.approx(
+        float(cosines(predict(val_contexts), val_targets).mean()), abs=1e-6
+    )
+    assert amn.ood_cosine == {"abroad": pytest.approx(amn.val_cosine)}
+    assert amn.parameters == sum(
+        p.numel() for p in load_record(folder / "models", model_folder).model.parameters()
+    )
+    assert amn.weight_bytes == 4 * amn.parameters
+    assert amn.peak_bytes > 128 * 768 * 4
+    assert amn.details["folder"] == model_folder
+    assert len(amn.details["curve"]) == 1
+
+
+def test_only_a_model_with_attention_has_it_and_it_sums_to_one(scored: dict[str, Scored]) -> None:
+    attention = scored["amn"].attention
+    assert attention is not None
+    assert sum(place["mean"] for place in attention) == pytest.approx(1)
+    assert scored["ridge"].attention is None
+
+
+def test_baselines_know_nothing_of_test_articles(contest: Contest) -> None:
+    train_only = fit_corpus_mean(contest)
+    _, targets = contest.train.batch(slice(None))
+    contexts, _ = contest.test.batch(slice(0, 1))
+    np.testing.assert_allclose(train_only(contexts)[0], unit(targets.mean(axis=0)), atol=1e-5)
+    test_docs = set(contest.test.doc_ids.tolist())
+    assert not test_docs & set(contest.train.doc_ids.tolist())
+    assert not test_docs & set(contest.val.doc_ids.tolist())
+
+
+def test_barring_marks_rows_of_the_held_out_article_and_of_nothing_else(array: VectorArray) -> None:
+    barred = barring(array, np.array([0, 3]))
+    rows = np.array([[0, 11, 12, -1], [36, 35, 47, 48]])
+    # Row -1 means "no neighbour"; what is said of it takes no part.
+    assert barred(rows)[0, :3].tolist() == [True, True, False]
+    assert barred(rows)[1].tolist() == [True, False, True, False]
+
+
+def test_plan_decodes_each_model_raw_and_snapped_then_passthrough_and_the_truth(
+    contest: Contest, scored: dict[str, Scored], index: Index, array: VectorArray
+) -> None:
+    plan = plan_texts(contest, list(scored.values()), index)
+    assert plan.names == (("amn", "raw"), ("amn", "snap"), ("passthrough", "raw"), (CEILING, "raw"))
+    size = len(contest.sample)
+    assert plan.block.vectors.shape == (4 * size, 768)
+    contexts, targets = contest.sample.batch(slice(None))
+    np.testing.assert_allclose(plan.block.vectors[2 * size : 3 * size], unit(contexts[:, -1]), atol=1e-6)
+    np.testing.assert_allclose(plan.block.vectors[3 * size :], unit(targets), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(plan.block.vectors, axis=1), 1, atol=1e-5)
+    assert plan.block.sources[size] == " ".join(array.texts(contest.sample.rows_of_context[0]))
+
+
+def test_snap_of_the_plan_never_uses_the_article_held_out(
+    contest: Contest, scored: dict[str, Scored], array: VectorArray
+) -> None:
+    asked: list[np.ndarray] = []
+
+    class Watched:
+        """Finds the held-out article's own chunks first, as an index of the whole corpus would."""
+
+        def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            order = np.argsort([array.doc_ids != d for d in contest.sample.doc_ids], axis=1, kind="stable")
+            asked.append(order[:, :k])
+            return np.ones((len(queries), k), np.float32), order[:, :k].astype(np.int64)
+
+    plan = plan_texts(contest, [scored["amn"]], Watched())  # type: ignore[arg-type]
+    contexts, _ = contest.sample.batch(slice(None))
+    size = len(contest.sample)
+    snapped = plan.block.vectors[size : 2 * size]
+    foreign = [np.flatnonzero(array.doc_ids != d)[:16] for d in contest.sample.doc_ids]
+    means = unit(np.stack([array.vectors[rows].astype(np.float32).mean(axis=0) for rows in foreign]))
+    drift = 0.60 * means + 0.25 * unit(contexts[:, -1]) + 0.15 * unit(contexts.mean(axis=1))
+    np.testing.assert_allclose(snapped, unit(drift), atol=1e-4)
+
+
+class RubbishCodec(FakeCodec):
+    """Decodes every vector to a text the ladder must refuse."""
+
+    def decode(self, vectors: np.ndarray, steps: int = 0) -> Decoded:
+        return Decoded(
+            ["aaaa"] * len(vectors), np.zeros(len(vectors), np.float32), np.zeros(len(vectors), np.int32)
+        )
+
+
+def test_a_block_comes_back_with_its_number_and_the_cosine_of_each_text(
+    contest: Contest, scored: dict[str, Scored], index: Index, array: VectorArray, folder: Path
+) -> None:
+    plan = plan_texts(contest, [], index)
+    block = part_of(plan.block, np.arange(3, 7))
+    number, said = decode_block(RubbishCodec, folder / "index", array, 5, block)
+    assert number == 5
+    assert [s.answer.rung for s in said] == ["extractive"] * 4
+    texts = [s.answer.text for s in said]
+    rows = [int(np.flatnonzero([t == text for t in array.texts(np.arange(len(array)))])[0]) for text in texts]
+    # The vector is a chunk of the held-out article; the nearest text must still be a foreign one.
+    assert all(array.doc_ids[row] != doc for row, doc in zip(rows, block.doc_ids, strict=True))
+    again = fake_codec().encode(texts).vectors
+    assert [s.text for s in said] == ["aaaa"] * 4
+    assert [s.answer_cosine for s in said] == pytest.approx(
+        np.einsum("bd,bd->b", again, block.truths).tolist(), abs=1e-5
+    )
+
+
+def test_text_rows_and_examples_take_each_text_from_its_place(
+    contest: Contest, scored: dict[str, Scored], index: Index, array: VectorArray, folder: Path
+) -> None:
+    plan = plan_texts(contest, [scored["amn"]], index)
+    _, said = decode_block(fake_codec, folder / "index", array, 0, plan.block)
+    text, examples = measure_texts(contest, plan, said)
+    assert [(t["name"], t["form"]) for t in text] == list(plan.names)
+    assert text[-1]["vector_cosine"] == pytest.approx(1)
+    assert text[0]["vector_cosine"] == pytest.approx(
+        float(cosines(scored["amn"].sample, plan.block.truths[: len(contest.sample)]).mean()), abs=1e-6
+    )
+    assert all(sum(t["rungs"].values()) == len(contest.sample) for t in text)
+    assert len(examples) == SETTINGS.examples
+    example = examples[1]
+    assert example["context"] == array.texts(contest.sample.rows_of_context[1])
+    assert [example["truth"]] == array.texts(contest.sample.rows_of_target[1:2])
+    size = len(contest.sample)
+    assert [d["text"] for d in example["decoded"]] == [said[n * size + 1].text for n in range(4)]
+    assert [d["name"] for d in example["decoded"]] == ["amn", "amn", "passthrough", CEILING]
+
+
+def test_entries_carry_the_lead_over_the_best_baseline_window_by_window(
+    contest: Contest, scored: dict[str, Scored]
+) -> None:
+    latency = {name: [{"batch": 1, "mean_ms": 1.0}] for name in scored}
+    entries = {e["name"]: e for e in make_entries(scored, latency, contest.test.doc_ids, SETTINGS)}
+    baselines = [e for e in entries.values() if e["kind"] == "baseline"]
+    best = max(baselines, key=lambda e: e["cosine"]["mean"])["name"]
+    lead = scored["amn"].scores.cosine - scored[best].scores.cosine
+    expected = clustered_interval(lead, contest.test.doc_ids)
+    assert entries["amn"]["gain"] == expected.to_dict()
+    assert [c["name"] for c in entries["amn"]["gate"]["checks"]][-1] == "every baseline"
+    assert "gate" not in entries["ridge"]
+    assert entries["passthrough"]["margin"]["mean"] == pytest.approx(
+        entries["passthrough"]["cosine"]["mean"] - 1
+    )
+    assert entries["passthrough"]["norm"] == pytest.approx(1, abs=1e-5)
+
+
+def test_more_examples_than_decoded_windows_are_refused() -> None:
+    with pytest.raises(InputError, match="between 0 and the 64 decoded windows, got 65"):
+        EvaluateSettings(examples=65)
+    with pytest.raises(InputError, match="pool_chunks must be at least 1, got 0"):
+        EvaluateSettings(pool_chunks=0)

@@ -1,0 +1,200 @@
+"""What every architecture must do, one file for all of them."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lvm.errors import InputError
+from lvm.models import CONFIGS, MODELS, TOYS, Predictor, build
+
+DIM = 768
+PARAMETERS = {"amn": 1_510_912, "lstm": 5_120_768, "gru": 7_095_552, "transformer": 17_867_520}
+"""At the default sizes; SPEC: they identify the architecture."""
+
+CAUSAL = [name for name in MODELS if name != "amn"]
+
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture
+def toy() -> Callable[[str], Predictor]:
+    def make(name: str) -> Predictor:
+        torch.manual_seed(0)
+        return MODELS[name](TOYS[name]).eval()
+
+    return make
+
+
+def units(*shape: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+@each_model
+def test_default_sizes_have_the_pinned_number_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = MODELS[name](CONFIGS[name]())
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_every_architecture_is_pinned() -> None:
+    assert set(PARAMETERS) == set(MODELS) == set(CONFIGS) == set(TOYS)
+
+
+@each_model
+@pytest.mark.parametrize("length", [1, 2, 5, 9])
+def test_the_prediction_is_one_unit_vector_a_context(
+    toy: Callable[[str], Predictor], name: str, length: int
+) -> None:
+    predicted = toy(name)(units(3, length, DIM))
+    assert predicted.shape == (3, DIM)
+    assert predicted.dtype == torch.float32
+    torch.testing.assert_close(predicted.norm(dim=-1), torch.ones(3))
+
+
+@each_model
+def test_a_batch_gives_what_its_contexts_give_alone(toy: Callable[[str], Predictor], name: str) -> None:
+    model, contexts = toy(name), units(4, 5, DIM)
+    alone = torch.cat([model(c[None]) for c in contexts])
+    torch.testing.assert_close(model(contexts), alone, atol=1e-5, rtol=0)
+
+
+@each_model
+def test_every_context_vector_counts(toy: Callable[[str], Predictor], name: str) -> None:
+    model, contexts = toy(name), units(1, 5, DIM)
+    before = model(contexts)
+    for place in range(5):
+        changed = contexts.clone()
+        changed[:, place] = units(1, DIM, seed=7)
+        assert (model(changed) - before).abs().max() > 1e-6, place
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_place_sees_a_later_vector(toy: Callable[[str], Predictor], name: str) -> None:
+    model, contexts = toy(name), units(2, 6, DIM)
+    before = model.each_step(contexts)
+    assert before.shape == (2, 6, DIM)
+    for place in range(1, 6):
+        changed = contexts.clone()
+        changed[:, place] = units(2, DIM, seed=place)
+        after = model.each_step(changed)
+        torch.testing.assert_close(after[:, :place], before[:, :place], atol=1e-6, rtol=0)
+        assert (after[:, place] - before[:, place]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_each_step_ends_with_the_prediction(toy: Callable[[str], Predictor], name: str) -> None:
+    model, contexts = toy(name), units(2, 5, DIM)
+    torch.testing.assert_close(model.each_step(contexts)[:, -1], model(contexts), atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.each_step(contexts)[:, 2], model(contexts[:, :3]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_order_of_the_context_counts(toy: Callable[[str], Predictor], name: str) -> None:
+    model, contexts = toy(name), units(1, 5, DIM)
+    assert (model(contexts) - model(contexts.flip(1))).abs().max() > 1e-4
+
+
+@each_model
+def test_loss_falls(toy: Callable[[str], Predictor], name: str) -> None:
+    # Four topics, each with contexts around one vector and another vector as the answer.
+    model = toy(name).train()
+    topic = torch.arange(64) % 4
+    contexts = F.normalize(units(4, DIM)[topic][:, None] + 0.5 * units(64, 5, DIM, seed=2), dim=-1)
+    targets = units(4, DIM, seed=3)[topic]
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = (model(contexts) - targets).square().sum(dim=-1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@each_model
+def test_saved_and_loaded_it_gives_equal_outputs(
+    toy: Callable[[str], Predictor], name: str, tmp_path: Path
+) -> None:
+    model, contexts = toy(name), units(3, 5, DIM)
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    torch.manual_seed(99)
+    again = build(name, dataclasses.asdict(model.config)).eval()
+    assert not torch.equal(again(contexts), model(contexts))
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(again(contexts), model(contexts))
+
+
+@each_model
+def test_evaluation_mode_has_no_chance_in_it(toy: Callable[[str], Predictor], name: str) -> None:
+    model, contexts = toy(name), units(3, 5, DIM)
+    assert torch.equal(model(contexts), model(contexts))
+
+
+@each_model
+def test_started_at_the_mean_it_predicts_about_the_mean(name: str) -> None:
+    # Vectors of a 40-dimensional subspace, as all directions a hidden state of 64 can carry.
+    torch.manual_seed(0)
+    sizes = {"amn": {}, "transformer": {"width": 64, "num_layers": 2}}.get(name, {"hidden": 64})
+    model = build(name, sizes).eval()
+    basis = torch.linalg.qr(torch.randn(DIM, DIM)).Q
+    contexts = F.normalize(torch.randn(50, 5, 40) @ basis[:40], dim=-1)
+    mean = F.normalize(contexts.mean(dim=1), dim=-1)
+    at_random = F.cosine_similarity(model(contexts), mean).mean()
+    model.start_at_mean(basis[: model.num_directions])
+    assert F.cosine_similarity(model(contexts), mean).mean() > 0.9
+    assert at_random < 0.9 or name == "amn"
+
+
+@each_model
+def test_started_at_the_mean_it_still_learns(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name](TOYS[name]).train()
+    model.start_at_mean(torch.linalg.qr(torch.randn(DIM, DIM)).Q[: model.num_directions])
+    contexts = units(32, 5, DIM)
+    targets = contexts[:, 0].roll(1, dims=-1)
+    loss = (model(contexts) - targets).square().sum(dim=-1).mean()
+    loss.backward()
+    moved = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    # AMN's last layer is 0 at the start: the layers before it get their first gradient one step later.
+    expected = 2 if name == "amn" else len(list(model.parameters())) - 1
+    assert len(moved) >= expected, moved
+
+
+def test_attention_of_the_amn_is_shared_out_over_the_context(toy: Callable[[str], Predictor]) -> None:
+    model, contexts = toy("amn"), units(3, 5, DIM)
+    weights = model.attention(contexts)
+    assert weights.shape == (3, 5)
+    assert (weights > 0).all()
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3))
+
+
+def test_attention_of_the_amn_makes_its_mixture(toy: Callable[[str], Predictor]) -> None:
+    # The correction net's input, caught on its way, holds the mean and the vectors mixed by these weights.
+    model, contexts = toy("amn"), units(3, 5, DIM)
+    seen: list[Tensor] = []
+    assert isinstance(model.residual_net, nn.Sequential)
+    model.residual_net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(contexts)
+    mixture = (model.attention(contexts)[:, :, None] * contexts).sum(dim=1)
+    torch.testing.assert_close(seen[0], torch.cat((contexts.mean(dim=1), mixture), dim=-1), atol=1e-6, rtol=0)
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(
+        InputError, match=r"unknown model 'mamba'; expected one of amn, lstm, gru, transformer"
+    ):
+        build("mamba")
+
+
+def test_an_unknown_size_is_refused() -> None:
+    with pytest.raises(InputError, match="hiden"):
+        build("lstm", {"hiden": 3})

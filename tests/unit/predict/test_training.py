@@ -1,0 +1,313 @@
+"""The training loop on windows made in memory: learns, stops, resumes, refuses what is no number."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lvm.errors import InputError, TrainingError
+from lvm.models import MODELS, TOYS, Predictor
+from lvm.predict.losses import LossSettings
+from lvm.predict.training import (
+    CLASSIC,
+    FAST,
+    RECIPES,
+    Batch,
+    Progress,
+    Recipe,
+    evaluate,
+    fit,
+    learning_rate,
+    pick_device,
+    principal_directions,
+    recipe_named,
+    shuffled_batches,
+    spread_batches,
+)
+
+DIM = 768
+QUICK = replace(FAST, epochs=3, batch_windows=32, bfloat16=False, patience=None, small_sets=False)
+
+
+class MemoryWindows:
+    """Windows of a made-up walk: the next vector is a fixed turn of the last one, plus noise."""
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        generator = np.random.default_rng(seed)
+        topics = np.random.default_rng(7).standard_normal((8, DIM))
+        kind = generator.integers(0, 8, count)
+        vectors = topics[kind][:, None] + 0.7 * generator.standard_normal((count, 6, DIM))
+        vectors[:, 5] = np.roll(topics, 1, axis=1)[kind] + 0.3 * generator.standard_normal((count, DIM))
+        vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+        self.vectors = vectors.astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def batch(self, indices: Any) -> Batch:
+        chosen = self.vectors[indices]
+        return chosen[:, :5], chosen[:, 5]
+
+
+def toy(name: str, seed: int = 0) -> Predictor:
+    torch.manual_seed(seed)
+    return MODELS[name](TOYS[name])
+
+
+@pytest.fixture(scope="module")
+def train() -> MemoryWindows:
+    return MemoryWindows(256)
+
+
+@pytest.fixture(scope="module")
+def val() -> MemoryWindows:
+    return MemoryWindows(64, seed=1)
+
+
+# ---- learning
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recipe", [QUICK, replace(CLASSIC, epochs=3)], ids=lambda r: r.name)
+def test_training_raises_the_val_cosine(
+    name: str, recipe: Recipe, train: MemoryWindows, val: MemoryWindows
+) -> None:
+    recipe = replace(recipe, learning_rates=dict.fromkeys(MODELS, 3e-3))
+    progress = fit(toy(name), name, train, val, recipe, seed=0)
+    losses = [row["train_loss"] for row in progress.curve]
+    assert losses[-1] < losses[0]
+    assert progress.start_val_cosine is not None
+    assert progress.curve[-1]["val_cosine"] > progress.start_val_cosine + 0.2
+
+
+def test_the_curve_has_a_full_row_an_epoch(train: MemoryWindows, val: MemoryWindows) -> None:
+    rows: list[dict[str, Any]] = []
+    progress = fit(toy("amn"), "amn", train, val, QUICK, seed=0, log=rows.append)
+    assert rows == progress.curve
+    assert [r["epoch"] for r in rows] == [1, 2, 3]
+    for row in rows:
+        assert set(row) == {"epoch", "train_loss", "learning_rate", "val_loss", "val_cosine", "seconds"}
+        assert row["val_loss"] == pytest.approx(2 - 2 * row["val_cosine"], abs=1e-4)
+    assert progress.stopped == "all 3 epochs are done"
+    json.dumps(progress.to_dict())
+
+
+def test_evaluate_is_the_mean_over_windows_not_over_batches(val: MemoryWindows) -> None:
+    model = toy("lstm").train()
+    whole = evaluate(model, [val.batch(slice(None))])
+    parts = evaluate(model, [val.batch(slice(0, 3)), val.batch(slice(3, None))])
+    assert parts.cosine == pytest.approx(whole.cosine, abs=1e-6)
+    assert parts.loss == pytest.approx(2 - 2 * whole.cosine, abs=1e-5)
+
+
+def test_evaluate_without_windows_is_refused() -> None:
+    with pytest.raises(InputError, match="at least one window"):
+        evaluate(toy("amn"), [])
+
+
+def test_fast_starts_about_as_good_as_the_context_mean(train: MemoryWindows, val: MemoryWindows) -> None:
+    contexts, targets = (torch.from_numpy(a) for a in val.batch(slice(None)))
+    baseline = torch.cosine_similarity(contexts.mean(dim=1), targets).mean().item()
+    progress = fit(toy("amn"), "amn", train, val, replace(QUICK, epochs=1), seed=0)
+    assert progress.start_val_cosine == pytest.approx(baseline, abs=1e-4)
+
+
+def test_info_nce_is_logged_with_its_gradients(train: MemoryWindows, val: MemoryWindows) -> None:
+    recipe = replace(QUICK, epochs=1, loss=LossSettings(info_nce_share=0.2))
+    row = fit(toy("gru"), "gru", train, val, recipe, seed=0).curve[0]
+    assert row["info_nce"] > 0
+    assert row["info_nce_gradient_norm"] > 0
+    assert 0 < row["info_nce_scale"] < 1
+    assert row["mse_gradient_norm"] > 0
+
+
+# ---- stopping
+
+
+def test_patience_ends_a_run_that_no_longer_improves(train: MemoryWindows, val: MemoryWindows) -> None:
+    flat = replace(QUICK, epochs=9, patience=2, learning_rates=dict.fromkeys(MODELS, 0.0))
+    progress = fit(toy("amn"), "amn", train, val, flat, seed=0)
+    # Nothing is learned, so the first epoch stays the best.
+    assert progress.epoch == 3
+    assert progress.best["epoch"] == 1
+    assert progress.stopped == "val cosine did not rise for 2 epochs"
+
+
+def test_minutes_end_a_run_in_the_middle_of_an_epoch(train: MemoryWindows, val: MemoryWindows) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    recipe = replace(QUICK, epochs=50, max_minutes=0.2)
+    progress = fit(toy("amn"), "amn", train, val, recipe, seed=0, clock=clock)
+    assert progress.epoch < 5
+    assert progress.stopped == "0.2 minutes are over"
+    # The learning rate fell in time for the end.
+    assert progress.curve[-1]["learning_rate"] <= 0.021 * QUICK.learning_rates["amn"]
+
+
+def test_the_learning_rate_rises_then_falls_to_its_last_share() -> None:
+    recipe = replace(FAST, warmup_share=0.1, final_rate_share=0.02)
+    rates = [learning_rate(recipe, 1.0, done) for done in (0.0, 0.05, 0.1, 0.55, 1.0, 1.5)]
+    assert rates == pytest.approx([0.0, 0.5, 1.0, 0.51, 0.02, 0.02])
+
+
+def test_classic_is_a_cosine_from_the_peak_to_nothing() -> None:
+    rates = [learning_rate(CLASSIC, 5e-4, done) for done in (0.0, 0.5, 1.0)]
+    assert rates == pytest.approx([5e-4, 2.5e-4, 0.0])
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
+    name: str, train: MemoryWindows, val: MemoryWindows
+) -> None:
+    whole_model = toy(name)
+    whole = fit(whole_model, name, train, val, QUICK, seed=3)
+
+    saved: list[tuple[dict[str, Any], dict[str, Any], Progress]] = []
+
+    def save(model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+        saved.append(copy.deepcopy((model.state_dict(), optimiser.state_dict(), progress)))
+
+    fit(toy(name), name, train, val, QUICK, seed=3, save=save)
+    weights, optimiser_state, progress = saved[0]
+    assert progress.epoch == 1
+    again = toy(name, seed=99)
+    again.load_state_dict(weights)
+    torch.manual_seed(12345)
+    resumed = fit(again, name, train, val, QUICK, seed=3, progress=progress, optimiser_state=optimiser_state)
+    assert [r["epoch"] for r in resumed.curve] == [1, 2, 3]
+    for before, after in zip(whole.curve, resumed.curve, strict=True):
+        assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-6)
+        assert after["val_cosine"] == pytest.approx(before["val_cosine"], rel=1e-6)
+    for expected, found in zip(whole_model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_finished_run_takes_no_further_step(train: MemoryWindows, val: MemoryWindows) -> None:
+    model = toy("amn")
+    progress = fit(model, "amn", train, val, QUICK, seed=0)
+    before = copy.deepcopy(model.state_dict())
+    seconds = progress.seconds
+    again = fit(model, "amn", train, val, QUICK, seed=0, progress=Progress(**progress.to_dict()))
+    assert again.curve == progress.curve
+    assert again.seconds == seconds
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+# ---- NaN
+
+
+def test_a_loss_that_is_no_number_names_epoch_and_batch(train: MemoryWindows, val: MemoryWindows) -> None:
+    broken = MemoryWindows(256)
+    broken.vectors[:, 5, 0] = np.nan
+    with pytest.raises(TrainingError, match=r"gru: the loss is nan at epoch 1, batch 1 of 8"):
+        fit(toy("gru"), "gru", broken, val, replace(QUICK, start_at_mean=False), seed=0)
+
+
+def test_weights_that_explode_are_reported(train: MemoryWindows, val: MemoryWindows) -> None:
+    wild = replace(QUICK, learning_rates=dict.fromkeys(MODELS, 1e30), max_gradient_norm=None)
+    with pytest.raises(TrainingError, match=r"expected a number.*lower learning rate"):
+        fit(toy("transformer"), "transformer", train, val, wild, seed=0)
+
+
+# ---- order of the data
+
+
+def test_an_epoch_holds_every_window_once_in_its_own_order(train: MemoryWindows) -> None:
+    def seen(epoch: int, seed: int = 0) -> np.ndarray:
+        return np.concatenate([t for _, t in shuffled_batches(train, QUICK, seed, epoch)])[:, 0]
+
+    assert sorted(seen(1)) == sorted(train.vectors[:, 5, 0])
+    assert not np.array_equal(seen(1), seen(2))
+    assert not np.array_equal(seen(1), seen(1, seed=1))
+    assert np.array_equal(seen(2), seen(2))
+
+
+def test_capped_epochs_go_through_all_windows_before_one_comes_again(train: MemoryWindows) -> None:
+    recipe = replace(QUICK, max_windows_per_epoch=96)
+    firsts = [np.concatenate([t for _, t in shuffled_batches(train, recipe, 0, e)])[:, 0] for e in (1, 2, 3)]
+    assert [len(f) for f in firsts] == [96, 96, 96]
+    together = np.concatenate(firsts)
+    assert len(np.unique(together[:256])) == 256
+
+
+def test_spread_batches_are_even_over_all_windows(val: MemoryWindows) -> None:
+    found = np.concatenate([t for _, t in spread_batches(val, 4, batch_windows=3)])
+    assert np.array_equal(found, val.vectors[[0, 21, 42, 63], 5])
+    assert sum(len(t) for _, t in spread_batches(val, 9999)) == 64
+
+
+def test_principal_directions_are_orthonormal_and_hold_the_variance() -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((50, 3)) @ generator.standard_normal((3, DIM))
+    targets = rows.astype(np.float32)
+    directions = principal_directions([(targets[:, None], targets)], 10)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(10), atol=1e-5, rtol=0)
+    back = (torch.from_numpy(targets) @ directions[:3].T) @ directions[:3]
+    torch.testing.assert_close(back, torch.from_numpy(targets), atol=1e-3, rtol=1e-3)
+
+
+def test_more_directions_than_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match="at most 4 directions of 4-d vectors, got 5"):
+        principal_directions([(np.zeros((2, 1, 4), np.float32), np.zeros((2, 4), np.float32))], 5)
+
+
+# ---- settings
+
+
+def test_classic_is_the_original_recipe() -> None:
+    assert (CLASSIC.optimiser, CLASSIC.epochs, CLASSIC.batch_windows) == ("adam", 20, 32)
+    assert set(CLASSIC.learning_rates.values()) == {5e-4}
+    assert CLASSIC.loss == LossSettings()
+    assert CLASSIC.patience is None
+    assert not CLASSIC.start_at_mean
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)
+def test_a_recipe_survives_its_record(recipe: Recipe) -> None:
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_small_sets_get_smaller_batches_and_rates() -> None:
+    assert FAST.batch_size(1_500) == 64
+    assert FAST.batch_size(200_000) == 256
+    assert FAST.peak_rate("lstm", 200_000) == FAST.learning_rates["lstm"]
+    expected = FAST.learning_rates["lstm"] * math.sqrt(1_500 / 50_000)
+    assert FAST.peak_rate("lstm", 1_500) == pytest.approx(expected)
+    assert FAST.steps_per_epoch(1_500) == 24
+    assert CLASSIC.batch_size(100) == 32
+    assert CLASSIC.peak_rate("lstm", 100) == 5e-4
+
+
+def test_an_unknown_recipe_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match="unknown recipe 'slow'; expected one of fast, classic"):
+        recipe_named("slow")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"max_minutes": 0.0}, "max_minutes must be above 0"),
+        ({"learning_rates": {"lstm": 1e-3}}, "no learning rate for amn, gru, transformer"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(FAST, **change)
+
+
+def test_the_device_is_one_that_works() -> None:
+    assert torch.zeros(2, device=pick_device()).sum().item() == 0.0
