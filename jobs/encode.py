@@ -7,7 +7,7 @@ Each chunk shard becomes a vector shard of the same name with the same rows in t
 plain fixed-size list. A shard is written under a temporary name and renamed; its footer names the codec and
 the SHA-256 of the chunk shard it was made from. So a job killed at any moment and run again encodes exactly
 what is missing, and the ids that come out are the ids that went in: they are compared before the manifest is
-written.
+written. A chunk takes 1.4 KB in float16 and 2.9 KB in float32.
 """
 
 import functools

@@ -398,11 +398,12 @@ def decode_all(
 
 
 def machine(device: torch.device) -> str:
-    """What the latency was measured on."""
+    """What the latency was measured on, and how busy it was."""
+    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return (
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, "
-        f"{torch.get_num_threads()} threads, latency on {name}"
+        f"{torch.get_num_threads()} threads, latency on {name}{load}"
     )
 
 

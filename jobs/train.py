@@ -17,6 +17,7 @@ Bundled sample, two cores: about a minute. See `lvm/predict/training.py` for the
 """
 
 import json
+import math
 import os
 import tempfile
 import threading
@@ -32,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs._ray import Address, connect, finish, run, say
 from lvm.codec.identity import require_same_codec
+from lvm.corpus.coherence import Coherence, require_sequential
 from lvm.errors import InputError, LvmError, OutputError, TrainingError
 from lvm.models import CONFIGS, MODELS, Predictor, build, require_known
 from lvm.predict.record import (
@@ -68,6 +70,20 @@ RESTARTS = 2
 POLL_S = 0.25
 """How often Ray Train's controllers and this process look for news, in seconds; Ray's own 2 s are longer than
 an epoch on the sample."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the driver knows of the vectors; for the records."""
+
+    manifest: Manifest
+    """Of the encode job."""
+    windows: dict[str, int]
+    """Windows of train, val and test."""
+    coherence: Coherence
+    """How sequential the text was found to be."""
+    context_mean: float
+    """Mean cosine of the context's mean and the truth, on the windows validated on."""
 
 
 @dataclass(frozen=True)
@@ -252,26 +268,30 @@ def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[
 
 
 def plan_resources(
-    cluster: Mapping[str, float], nodes: Sequence[Mapping[str, float]], num_runs: int
+    nodes: Sequence[Mapping[str, float]], num_runs: int
 ) -> tuple[dict[str, float], int, int | None]:
     """What each of `num_runs` runs gets, so that all fit at once: Ray resources, threads, cores to share.
 
-    cluster: resources of all nodes together; nodes: of each. The cores to share are those of a cluster of one
+    nodes: Ray resources of each live node. GPUs are shared where there are fewer than runs: the predictors
+    are small, and one alone leaves most of a GPU idle. The cores to share are those of a cluster of one
     machine, None on more: there a run keeps to its own threads.
     """
-    num_cpus, num_gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
-    largest = max((n.get("CPU", 0.0) for n in nodes), default=1.0)
-    # Under one CPU a run, Ray takes shares of a CPU in hundredths; above, whole CPUs of one node.
-    part = num_cpus / num_runs
-    cpus = min(float(int(part)), largest) if part >= 1.0 else int(part * 100) / 100
-    if num_gpus:
-        # A share of a GPU each: the predictors are small, and one alone leaves most of it idle.
-        gpus = (
-            max(1.0, num_gpus // num_runs) if num_gpus >= num_runs else int(num_gpus / num_runs * 100) / 100
-        )
-        return {"CPU": cpus, "GPU": min(gpus, 1.0)}, max(1, int(cpus)), None
-    cores = int(num_cpus) if len([n for n in nodes if n.get("CPU")]) == 1 else None
-    return {"CPU": cpus}, max(1, int(cpus)), cores
+    cpus = _fitting([n.get("CPU", 0.0) for n in nodes], num_runs, most=math.inf)
+    resources = {"CPU": cpus}
+    if any(n.get("GPU") for n in nodes):
+        resources["GPU"] = _fitting([n.get("GPU", 0.0) for n in nodes], num_runs, most=1.0)
+    cores = int(nodes[0].get("CPU", 1.0)) if len(nodes) == 1 else None
+    return resources, max(1, int(cpus)), cores
+
+
+def _fitting(free: Sequence[float], num_runs: int, most: float) -> float:
+    """The largest part, whole or one over a whole number, of which `num_runs` fit on nodes with this much."""
+    for whole in range(int(min(max(free), most)), 0, -1):
+        if sum(int(f // whole) for f in free) >= num_runs:
+            return float(whole)
+    units = max(1, sum(int(f) for f in free))
+    sharers = math.ceil(num_runs / units)
+    return math.floor(10_000 / sharers) / 10_000  # Ray counts in ten-thousandths
 
 
 def set_aside_if_broken(this: TrainRun) -> None:
@@ -309,7 +329,12 @@ def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
     from ray.train.v2.api.config import LoggingConfig
 
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    resources, threads, cores = plan_resources(ray.cluster_resources(), nodes, len(runs))
+    resources, threads, cores = plan_resources(nodes, len(runs))
+    # Read by Ray Train's controllers, which inherit them from this process.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
+    if len(nodes) == 1:
+        # It watches for nodes that are about to be taken away; one process for each run less.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     board: Any = ray.remote(num_cpus=0)(Board).remote([r.model for r in runs])
     ended: list[tuple[TrainRun, Any]] = []
 
@@ -367,9 +392,7 @@ def publish_run(
     this: TrainRun,
     result: Any,
     models: Path,
-    manifest: Manifest,
-    sizes: Mapping[str, int],
-    baseline: float,
+    data: TrainingData,
 ) -> Trained:
     """Make the record of a finished run from its best checkpoint, and move the alias to it.
 
@@ -385,11 +408,11 @@ def publish_run(
         model.load_state_dict(load_file(Path(folder, "model.safetensors")))
         rows = json.loads(Path(folder, "progress.json").read_text())["curve"]
     best_row = next(r for r in rows if r["epoch"] == best["epoch"])
-    recipe = this.recipe
+    recipe, manifest, sizes = this.recipe, data.manifest, data.windows
     metrics = {
         "val_cosine": best_row["val_cosine"],
         "val_loss": best_row["val_loss"],
-        "context_mean_val_cosine": baseline,
+        "context_mean_val_cosine": data.context_mean,
         "start_val_cosine": progress["start_val_cosine"],
         "best_epoch": best_row["epoch"],
         "epochs": progress["epoch"],
@@ -411,6 +434,7 @@ def publish_run(
         "seed": this.seed,
         "windows": asdict(this.windows),
         "vectors": vectors_entry(this.vectors, manifest),
+        "coherence": data.coherence.to_dict(),
         "recipe": recipe.to_dict(),
         "device": device,
     }
@@ -427,15 +451,17 @@ def publish_run(
         "Seed": str(this.seed),
         "Device": device,
     }
-    issues = (
-        ()
-        if best_row["val_cosine"] > baseline
-        else (
-            f"On validation articles it does not beat the mean of its context (cosine "
-            f"{best_row['val_cosine']:.4f} against {baseline:.4f}).",
+    issues = []
+    if best_row["val_cosine"] <= data.context_mean:
+        issues.append(
+            "On validation articles it does not beat the mean of its context (cosine "
+            f"{best_row['val_cosine']:.4f} against {data.context_mean:.4f})."
         )
+    if data.coherence.fault is not None:
+        issues.append(f"Trained on text the coherence test refuses: {data.coherence.fault}.")
+    folder = save_record(
+        models, this.model, model, manifest.identity, config, metrics, provenance, tuple(issues)
     )
-    folder = save_record(models, this.model, model, manifest.identity, config, metrics, provenance, issues)
     set_alias(models, this.model, folder)
     # What only going on needs is two thirds of a checkpoint; the best three weights stay.
     for optimiser in this.folder.glob("*/optimiser.pt"):
@@ -477,7 +503,7 @@ def train_models(
     manifest = Manifest.load(vectors, "vectors")
     array = open_vectors(vectors)
     require_codec_of_models(models, array)
-    require_sequential(array, allow_non_sequential)
+    coherence = check_sequential(array, manifest.source, allow_non_sequential)
     settings = windows or WindowSettings()
     parts = make_windows(array, settings).split(seed)
     result = TrainResult({k: len(v) for k, v in parts.items()})
@@ -494,13 +520,12 @@ def train_models(
         result.trained[this.model] = Trained(found, load_record(models, found.name).metrics, up_to_date=True)
         say(f"train: {this.model} is up to date ({found.name})")
     if pending:
-        baseline = context_mean_cosine(parts["val"], recipe.max_val_windows)
+        context_mean = context_mean_cosine(parts["val"], recipe.max_val_windows)
+        data = TrainingData(manifest, result.windows, coherence, context_mean)
         say(
             f"train: {', '.join(r.model for r in pending)} on {result.windows['train']:,} windows of "
-            f"{settings.context} vectors, recipe {recipe.name}; context mean's val cosine {baseline:.4f}"
+            f"{settings.context} vectors, recipe {recipe.name}; context mean's val cosine {context_mean:.4f}"
         )
-        # Read by Ray Train's controllers, which inherit it.
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
         connect(address)
         for this in pending:
             set_aside_if_broken(this)
@@ -508,7 +533,7 @@ def train_models(
             try:
                 if isinstance(outcome, Exception):
                     raise TrainingError(f"{this.model}: the run failed: {_first_line(outcome)}") from outcome
-                made = publish_run(this, outcome, models, manifest, result.windows, baseline)
+                made = publish_run(this, outcome, models, data)
             except LvmError as err:
                 result.failed[this.model] = str(err)
                 say(f"train: {err}")
@@ -543,8 +568,11 @@ def require_codec_of_models(models: Path, array: VectorArray) -> None:
             )
 
 
-def require_sequential(array: VectorArray, allow_non_sequential: str | None) -> None:
-    """Return when the text has an order worth learning, else raise InputError."""
+def check_sequential(array: VectorArray, source: str, allow_non_sequential: str | None) -> Coherence:
+    """How sequential the text is; raises InputError where it is not and the user does not insist."""
+    firsts = np.flatnonzero(np.diff(array.doc_ids, prepend=-1))
+    names = sorted({source, *array.sources(firsts)})
+    return require_sequential(array.vectors, array.doc_ids, array.positions, names, allow_non_sequential)
 
 
 def context_mean_cosine(val: Windows, most: int) -> float:

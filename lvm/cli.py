@@ -34,6 +34,7 @@ JOBS = {
     "train": ("train", "Vectors to predictors, all architectures at the same time."),
     "evaluate": ("evaluate", "Predictors against baselines: leaderboard, examples, report."),
     "predict": ("predict", "Five texts, or one text on standard input, to the predicted next text."),
+    "export": ("export", "Vectors to training sequences in one NPZ file."),
     "check": ("check", "Say what is wrong with an NPZ file of sequences."),
     "train-codec": ("train_codec", "Fit a codec (encoder and hypothesizer) on chunks."),
     "codec-eval": ("evaluate_codec", "Read-back and neighbour retrieval of a codec on held-out text."),

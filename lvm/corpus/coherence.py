@@ -45,8 +45,8 @@ MAX_SHARED_STEPS = 0.10
 """Twelve times what dialogue has with 400 articles, a third of what WordNet has with 10."""
 
 MIN_CONTINUITY = 0.52
-"""Sequential text had 0.58 or more with `mini` in every draw, 0.527 with TF-IDF; shuffled over articles it had
-0.50, give or take 0.02."""
+"""Sequential text had 0.58 or more with `mini` in every draw, 0.527 with TF-IDF; shuffled over articles it
+had 0.50, give or take 0.02."""
 
 MIN_STEPS = 50
 """Below this many steps nothing can be said, and only the label counts."""

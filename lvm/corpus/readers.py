@@ -155,7 +155,7 @@ class ReadReport:
     def add_broken(self, place: str, reason: str) -> None:
         """Count a broken record; the first BROKEN_SHOWN are kept with place and reason."""
         self.num_broken += 1
-        if True:
+        if len(self.broken) < BROKEN_SHOWN:
             self.broken.append(BrokenRecord(place, reason))
 
 

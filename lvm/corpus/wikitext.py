@@ -1,15 +1,15 @@
 """Wiki markup to paragraphs of prose, through mwparserfromhell's tree.
 
 What a reader sees as running text stays, in its order: words, link labels, quotations, the text of the
-few templates that stand inside sentences. What is not prose goes: other templates, references, tables,
-lists, galleries, files, categories, formulae, comments. Headings go too, but still end a paragraph.
+few templates that stand inside sentences. What is not prose goes: headings, other templates, references,
+tables, lists, galleries, files, categories, formulae, comments.
 """
 
 import re
 from collections.abc import Callable, Collection
 
 import mwparserfromhell
-from mwparserfromhell.nodes import ExternalLink, Heading, HTMLEntity, Tag, Template, Text, Wikilink
+from mwparserfromhell.nodes import ExternalLink, HTMLEntity, Tag, Template, Text, Wikilink
 from mwparserfromhell.wikicode import Wikicode
 
 MEDIA_NAMESPACES = frozenset({"file", "image", "media", "category"})
@@ -134,9 +134,7 @@ def _render(code: Wikicode, drop: Collection[str]) -> str:
             out.append(str(node.normalize()))
         elif isinstance(node, ExternalLink) and node.title is not None:
             out.append(_render(node.title, drop))
-        elif isinstance(node, Heading):
-            out.append("\n\n")
-        # What is left is comments, template arguments and bare addresses: no prose.
+        # What is left is headings, comments, template arguments and bare addresses: no prose.
     return "".join(out)
 
 

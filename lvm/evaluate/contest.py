@@ -81,7 +81,7 @@ class EvaluateSettings:
     seed: int = 0
     """Of these samples. The split's own seed comes from the model records."""
     latency_budget_s: float = 0.5
-    """Longest timing of one predictor at one batch size, in seconds, beyond its first ten calls."""
+    """Longest timing of one predictor at one batch size, in seconds, beyond its first five calls."""
     ridge: RidgeSettings = field(default_factory=RidgeSettings)
     """The ridge regression's limits and penalties."""
 
@@ -125,7 +125,9 @@ class Scored:
     ood_cosine: dict[str, float]
     sample: NDArray[np.float32]
     """(S, D) unit predictions for the sample."""
-    peak_bytes: int
+    peak_bytes: int | None
+    """Working memory of one call at the largest latency batch; None for baselines, whose arrays are numpy's
+    and beyond the sight of torch's allocator."""
     attention: list[dict[str, float]] | None
 
 
@@ -241,7 +243,7 @@ def _score(
         val_cosine=mean_cosine(predict, batches_of(contest.val)),
         ood_cosine={ood: mean_cosine(predict, batches_of(w)) for ood, w in contest.ood.items()},
         sample=unit(predict(contexts)),
-        peak_bytes=peak_bytes(predict, length, dim, LATENCY_BATCHES[-1], "cpu"),
+        peak_bytes=peak_bytes(predict, length, dim, LATENCY_BATCHES[-1], "cpu") if kind == "model" else None,
         attention=None,
     )
 

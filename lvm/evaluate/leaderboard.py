@@ -12,9 +12,9 @@ SCHEMA = "latent-evaluation/1"
 """Version of the record; raised when a field changes its meaning or goes."""
 
 RULES = {
-    "split": "Only test articles are scored. Articles, not windows, are split 80/10/10; no model and no "
+    "split": "only test articles are scored. Articles, not windows, are split 80/10/10; no model and no "
     "baseline was fitted on a test article.",
-    "cosine": "Mean cosine of prediction and true next vector. The 95 % interval resamples whole articles, "
+    "cosine": "mean cosine of prediction and true next vector. The 95 % interval resamples whole articles, "
     "since windows of one article are no independent draws.",
     "margin": "cos(prediction, truth) - cos(prediction, last context vector), mean. Below zero the "
     "prediction lies nearer to what was just read than to what comes.",
@@ -327,7 +327,7 @@ def _vectors(evaluation: Evaluation) -> Table:
             "test cosine above the best baseline's",
         ),
         tuple(rows),
-        f"{rules['margin']} MSE: {rules['mse']}",
+        f"Margin: {rules['margin']} MSE: {rules['mse']}",
         _models(ranked),
     )
 
@@ -525,13 +525,16 @@ def _numeric(cells: Sequence[str]) -> bool:
 
 def markdown_page(evaluation: Evaluation) -> str:
     """leaderboard.md: every table, the rules of what is scored, and where the numbers come from."""
-    where = evaluation["provenance"]
+    where, rules = evaluation["provenance"], evaluation["rules"]
     head = [
         "# Evaluation",
         "",
         f"Codec {where['codec']['name']} ({where['codec']['digest']}), vectors "
-        f"{where['vectors']['fingerprint']}, {evaluation['created']}. {evaluation['rules']['split']} "
-        f"{evaluation['rules']['cosine']} {evaluation['rules']['margin']}",
+        f"{where['vectors']['fingerprint']}, {evaluation['created']}, {where['machine']}.",
+        "",
+        f"- Split: {rules['split']}",
+        f"- Cosine: {rules['cosine']}",
+        f"- Margin: {rules['margin']}",
         "",
     ]
     return "\n".join(head) + "\n" + "\n".join(as_markdown(t) for t in tables(evaluation))

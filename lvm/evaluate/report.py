@@ -29,7 +29,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 """Models in order of their names. The first six are Okabe and Ito's, safe for colour-blind readers."""
 GREY = "#8A8F98"
 """Baselines."""
-WIDTH_IN = 5.4
+WIDTH_IN = 4.8
 """Width of a plot, inches; at this size its text stays readable on a phone."""
 
 _STYLE: Any = {
@@ -222,7 +222,7 @@ section, .card { background: var(--paper); border: 1px solid var(--line); border
   margin: 16px 0 0; }
 .grid .card { margin: 0; }
 figure { margin: 0; }
-svg { width: 100%; height: auto; max-width: 620px; display: block; margin: 0 auto; }
+svg { width: 100%; height: auto; max-width: 580px; display: block; margin: 0 auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; min-width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -283,8 +283,8 @@ def html_page(evaluation: Evaluation) -> str:
         _section(
             board.title,
             f"<figure>{plot_leaderboard(evaluation)}</figure>{_table(board)}"
-            f'<p class="soft">{escape(evaluation["rules"]["split"])} '
-            f"{escape(evaluation['rules']['cosine'])}</p>",
+            f'<p class="soft">Split: {escape(evaluation["rules"]["split"])} '
+            f"Cosine: {escape(evaluation['rules']['cosine'])}</p>",
         ),
         '<div class="grid">' + "".join(_figure(*figure) for figure in figures) + "</div>",
         *(_section(table.title, _table(table)) for table in others),

@@ -96,4 +96,5 @@ def backward(
 
 
 def _norm(gradients: tuple[Tensor, ...]) -> float:
-    return torch.stack([g.float().norm() for g in gradients]).norm().item()
+    norm: float = torch.stack([g.float().norm() for g in gradients]).norm().item()
+    return norm

@@ -506,7 +506,7 @@ class _Check:
                     f"{header.shape[-1]}",
                     f"They come from another encoder: encode the texts with a {self.dim}-d codec.",
                 )
-            if header.dtype.kind != "f" or header.dtype.itemsize not in (2, 4, 8):
+            if header.dtype.kind != "f":
                 self.problem(
                     name,
                     "float16, float32 or float64",

@@ -1,4 +1,4 @@
-"""The check command: silent success, or every problem and exit code 1."""
+"""The commands around NPZ files: export writes a sound one; check names every problem, with exit code 1."""
 
 import json
 import subprocess
@@ -15,9 +15,9 @@ from tests.doubles import fake_articles, write_vectors
 from tests.integration.conftest import CHECKOUT
 
 
-def run_command(*arguments: str) -> tuple[int, dict[str, Any], str]:
+def run_command(*arguments: str, job: str = "check") -> tuple[int, dict[str, Any], str]:
     """Exit code, the closing line of JSON ({} where there is none), and stderr."""
-    command = [sys.executable, "-m", "jobs.check", *arguments]
+    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False)
     lines = done.stdout.splitlines()
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
@@ -64,3 +64,19 @@ def test_a_missing_file_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
     code, summary, stderr = run_command(str(tmp_path / "none.npz"))
     assert (code, summary) == (1, {})
     assert stderr.startswith("error: no file ")
+
+
+def test_an_exported_file_passes_the_check_and_is_never_replaced_unasked(tmp_path: Path) -> None:
+    write_vectors(tmp_path / "vectors", fake_articles(12, 8))
+    file = tmp_path / "split.npz"
+    arguments = ("--vectors", str(tmp_path / "vectors"), "--output", str(file), "--layout", "split")
+    code, summary, stderr = run_command(*arguments, job="export")
+    assert code == 0, stderr
+    assert (summary["rows"], summary["layout"], summary["bytes"]) == (36, "split", file.stat().st_size)
+    assert run_command(str(file))[1]["codec"] == summary["codec"]
+    before = file.stat().st_mtime_ns
+    code, _, stderr = run_command(*arguments, job="export")
+    assert code == 1
+    assert "is there already; choose another name or pass --overwrite" in stderr
+    assert file.stat().st_mtime_ns == before
+    assert run_command(*arguments, "--overwrite", job="export")[0] == 0

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +47,12 @@ ARGUMENTS = ("--input", "sample", "--max-minutes", "0.4")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FinishedRun]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """One whole run of the pipeline on the sample, with its training cut short."""
     output = tmp_path_factory.mktemp("run") / "out"
     done = latent("run", "--output", str(output), *ARGUMENTS)
     assert done.returncode == 0, done.stderr[-3000:]
-    yield FinishedRun(output, done.stdout, done.stderr)
+    return FinishedRun(output, done.stdout, done.stderr)
 
 
 def test_a_run_prints_leaderboard_examples_report_and_json(finished: FinishedRun) -> None:

@@ -155,14 +155,17 @@ def test_only_damaged_shards_are_redone(ray_cluster: str, folder: Path, finished
     manifest = Manifest.load(folder / "vectors")
     ids, vectors = ids_and_vectors(folder / "vectors")
     before = stamps(folder / "vectors")
-    for number, how in enumerate(("missing", "cut off", "empty", "flipped bit")):
+    # What keeps its size is found on its own: with another shard gone, all would be looked at anyway.
+    damages = {3: "flipped bit"} if finished else {0: "missing", 1: "cut off", 2: "empty", 3: "flipped bit"}
+    for number, how in damages.items():
         damage(folder / "vectors" / f"part-{number:05d}.parquet", how)
     if not finished:
         (folder / "vectors" / "manifest.json").unlink()
         temporary_name(folder / "vectors" / "part-00001.parquet").write_bytes(b"half a shard")
     result = encode(folder)
-    assert result.encoded == tuple(f"part-{i:05d}.parquet" for i in range(4))
-    assert stamps(folder / "vectors")["part-00004.parquet"] == before["part-00004.parquet"]
+    assert result.encoded == tuple(f"part-{i:05d}.parquet" for i in damages)
+    after = stamps(folder / "vectors")
+    assert {n for n in before if after[n] != before[n]} == set(result.encoded)
     assert result.manifest.fingerprint == manifest.fingerprint
     again_ids, again_vectors = ids_and_vectors(folder / "vectors")
     assert again_ids == ids

@@ -18,14 +18,16 @@ from lvm.errors import InputError, OutputError
 from tests.doubles import fake_articles
 
 TOY = MiniConfig(topic_dim=32, lexical_dim=64, d_ff=64, num_heads=4, decoder_layers=1)
-QUICK = TrainingSettings(minutes=0.1, batch_pairs=16, batch_decoded=16, learning_rate=3e-3, warmup_steps=5, topic_steps=20)
+QUICK = TrainingSettings(
+    minutes=0.1, batch_pairs=16, batch_decoded=16, learning_rate=3e-3, warmup_steps=5, topic_steps=20
+)
 TOKENIZER = CODECS["mini"] / "tokenizer.json"
 
 
 @pytest.fixture(scope="module")
 def chunks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chunks")
-    words = "river stone bread king winter engine forest letter bridge music harbour colour".split()
+    words = ["river", "stone", "bread", "king", "winter", "engine", "forest", "letter", "bridge", "music"]
     random = np.random.default_rng(0)
     rows = [
         {"doc_id": doc, "text": " ".join(random.choice(words, 6)) + "."}

@@ -173,6 +173,12 @@ def test_a_word_longer_than_the_limit_is_cut_at_its_tokens() -> None:
     assert len(pieces) <= 6
 
 
+def test_texts_with_more_tokens_than_their_words_are_cut_again() -> None:
+    tokenizer = PieceTokenizer(5)  # its words have four tokens together, the text has five
+    pieces = texts("one two six ten\n\nold new big sea", tokenizer=tokenizer)
+    assert pieces == ["one two", "six ten", "old new", "big sea"]
+
+
 def test_a_short_last_sentence_joins_the_chunk_before_it() -> None:
     text = "One two three four five six seven. Eight nine ten eleven. He died."
     assert texts(text, max_tokens=13) == [

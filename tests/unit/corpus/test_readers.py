@@ -152,7 +152,8 @@ def test_sample_is_found_by_its_name() -> None:
 def test_dump_gives_prose_of_main_namespace_articles(tmp_path: Path, packing: str) -> None:
     data = dump(
         page(12, "Tide", TIDE),
-        page(13, "Tides", "#REDIRECT [[Tide]]", extra='<redirect title="Tide" />'),
+        page(13, "Tides", "Moved.", extra='<redirect title="Tide" />'),
+        page(17, "High tide", "#Redirect [[Tide]]"),
         page(14, "Talk:Tide", "Is it so?", ns=1),
         page(15, "Tide (disambiguation)", "'''Tide''' may be:\n* [[Tide]]\n{{Disambiguation|geo}}"),
         page(16, "Well", "A '''well''' is dug. See {{tl|disambiguation needed}}."),
@@ -176,7 +177,7 @@ def test_dump_gives_prose_of_main_namespace_articles(tmp_path: Path, packing: st
     ]
     assert report.articles == 2
     assert report.num_broken == 0
-    assert report.skipped == {"redirect": 1, "other namespace": 1, "disambiguation": 1}
+    assert report.skipped == {"redirect": 2, "other namespace": 1, "disambiguation": 1}
 
 
 def test_dump_of_several_bz2_streams_is_read_to_its_end(tmp_path: Path) -> None:

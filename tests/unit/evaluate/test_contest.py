@@ -117,7 +117,9 @@ def test_model_scores_are_those_of_its_own_forward_pass(
         p.numel() for p in load_record(folder / "models", model_folder).model.parameters()
     )
     assert amn.weight_bytes == 4 * amn.parameters
+    assert amn.peak_bytes is not None
     assert amn.peak_bytes > 128 * 768 * 4
+    assert scored["ridge"].peak_bytes is None
     assert amn.details["folder"] == model_folder
     assert len(amn.details["curve"]) == 1
 

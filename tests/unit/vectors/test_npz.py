@@ -268,10 +268,11 @@ def test_a_target_without_a_context_is_found(exported: Any) -> None:
     assert message.startswith("target_vectors: expected 210 rows as context_vectors has, got 209")
 
 
-def test_integer_vectors_are_found(exported: Any) -> None:
-    vectors = load(exported("documents"))["target_vectors"].astype(np.int8)
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.complex64])
+def test_vectors_that_are_no_floats_are_found(exported: Any, dtype: Any) -> None:
+    vectors = load(exported("documents"))["target_vectors"].astype(dtype)
     message = only_problem(changed(exported("documents"), target_vectors=vectors))
-    assert "expected float16, float32 or float64, got int8" in message
+    assert f"expected float16, float32 or float64, got {np.dtype(dtype)}" in message
 
 
 def test_float16_and_columns_first_are_read_as_well(exported: Any) -> None:

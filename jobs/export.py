@@ -1,0 +1,56 @@
+"""Export training sequences as one NPZ file: reads vectors, writes windows in a layout others know.
+
+    python -m jobs.export --vectors out/vectors --output sequences.npz --layout sequences
+    ray job submit --working-dir . -- python -m jobs.export --vectors /shared/vectors --output /shared/s.npz
+
+The file holds every vector about six times, as such files do: 18 KB a sequence. It is written block by block
+and starts no Ray; `latent check FILE` says whether such a file is sound.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from jobs._ray import finish, run, say
+from lvm.errors import OutputError
+from lvm.vectors.npz import export_npz
+from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+
+
+def main(
+    vectors: Annotated[Path, typer.Option(help="Folder that `latent encode` wrote.")],
+    output: Annotated[Path, typer.Option(help="File to write, FILE.npz.")],
+    layout: Annotated[
+        Literal["sequences", "documents", "split"], typer.Option(help="Which arrays the file holds.")
+    ] = "sequences",
+    context: Annotated[int, typer.Option(min=1, help="Context vectors of a sequence.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the article split, for layout split.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+) -> None:
+    """Write training sequences as an NPZ file."""
+    started = time.perf_counter()
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise OutputError(f"--output {output} is there already; choose another name or pass --overwrite")
+    windows = make_windows(open_vectors(vectors), WindowSettings(context=context))
+    export_npz(windows, output, layout, seed)
+    seconds = time.perf_counter() - started
+    size = output.stat().st_size
+    say(f"export: {len(windows):,} sequences of {windows.identity} in {output}, {size / 1e6:,.1f} MB")
+    finish(
+        {
+            "stage": "export",
+            "rows": len(windows),
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(len(windows) / max(seconds, 1e-9), 1),
+            "paths": [str(output)],
+            "layout": layout,
+            "bytes": size,
+            "codec": windows.identity.to_dict(),
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(main)
