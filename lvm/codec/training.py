@@ -34,7 +34,7 @@ from lvm.codec.inverter import hypothesize
 from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
 from lvm.codec.quality import read_back
 from lvm.codec.tokenizer import ChunkTokenizer
-from lvm.errors import InputError, OutputError
+from lvm.errors import InputError, OutputError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -388,8 +388,9 @@ def fit(
 ) -> dict[str, Any]:
     """Train until `settings.minutes` are spent, going on from `output/checkpoint.pt` if it is there.
 
-    on_score is called with each line of the curve. Returns the last held-out score with steps, chunks and seconds. Raises OutputError when the checkpoint
-    there was made with another configuration, and FloatingPointError when a loss is no number.
+    on_score is called with each line of the curve. Returns the last held-out score with steps, chunks and
+    seconds. Raises OutputError when the checkpoint there was made with another configuration, and TrainingError
+    when a loss is no number.
     """
     output.mkdir(parents=True, exist_ok=True)
     data = ChunkTokens.read(chunks, tokenizer, limit)
@@ -499,8 +500,9 @@ def fit(
             )
         loss = reconstruction + settings.contrast_weight * contrast
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {step}; lower --learning-rate and run again"
+            raise TrainingError(
+                f"the codec's loss is {loss.item()} at step {step}; expected a number. Lower --learning-rate and run "
+                f"again; it goes on from {checkpoint}"
             )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -191,9 +191,10 @@ def _colours(evaluation: Evaluation) -> dict[str, str]:
 def _svg(figure: Figure, label: str, prefix: str) -> str:
     """The figure as an <svg> element whose ids begin with `prefix`, so that several fit one page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(buffer, format="svg", transparent=True)
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
+    # The metadata names the time of drawing; the same record shall give the same page.
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
     drawn = re.sub(r'\bid="', f'id="{prefix}-', drawn)
     drawn = re.sub(r'href="#', f'href="#{prefix}-', drawn)

@@ -35,7 +35,8 @@ TOY = AMNConfig(key_dim=16, hidden=32)
 class AMN(nn.Module):
     """normalize(mean + correction), the correction from the mean and the mixture laid end to end."""
 
-    causal = False
+    adds_mean = True
+    """The prediction is the context's mean plus what the output layer gives."""
 
     def __init__(self, config: AMNConfig) -> None:
         super().__init__()
@@ -54,26 +55,45 @@ class AMN(nn.Module):
 
     def forward(self, contexts: Tensor) -> Tensor:
         """(B, D) unit vectors from contexts (B, T, D)."""
+        correction = self.output_layer(self.features(contexts))
+        return F.normalize((contexts.mean(dim=1) + correction).float(), dim=-1)
+
+    def features(self, contexts: Tensor) -> Tensor:
+        """(B, hidden / 2) inputs of the output layer from contexts (B, T, D)."""
         mean = contexts.mean(dim=1)
         mixture = torch.einsum("bt,btd->bd", self._weights(contexts, mean), contexts)
-        correction = self.residual_net(torch.cat((mean, mixture), dim=-1))
-        return F.normalize((mean + correction).float(), dim=-1)
+        features: Tensor = self.residual_net[:-1](torch.cat((mean, mixture), dim=-1))
+        return features
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The last layer; its output, added to the mean and scaled to norm 1, is the prediction."""
+        last = self.residual_net[-1]
+        assert isinstance(last, nn.Linear)
+        return last
 
     @property
     def num_directions(self) -> int:
-        """Rows of `start_at_mean`'s directions."""
-        return 0
+        """Rows `start_from` takes."""
+        return self.config.hidden
 
     @torch.no_grad()
-    def start_at_mean(self, directions: Tensor) -> None:
-        """Set the weights so that the untrained network returns the context's mean: no correction.
+    def start_from(self, directions: Tensor) -> None:
+        """Set the hidden layers so that `features` carry the context's mean.
 
-        directions: as in the other models; not needed here.
+        directions: (hidden, D) orthonormal rows along which the vectors vary most. The first layer reads the
+        mean along them, the second hands on the first half; both GELUs work where they are a straight line,
+        and their LayerNorms take the shift out again. A tenth of the random weights stays.
         """
-        last = self.residual_net[-1]
-        assert isinstance(last, nn.Linear)
-        last.weight.zero_()
-        last.bias.zero_()
+        dim, hidden = self.config.dim, self.config.hidden
+        first, second = self.residual_net[0], self.residual_net[3]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(second, nn.Linear)
+        for layer in (first, second):
+            layer.weight.mul_(0.1)
+            layer.bias.fill_(3.0)
+        first.weight[:, :dim].add_(directions * math.sqrt(hidden))
+        second.weight.add_(0.5 * torch.eye(hidden)[: hidden // 2].to(directions))
 
     def attention(self, contexts: Tensor) -> Tensor:
         """(B, T) weights of the mixture over contexts (B, T, D); each row sums to 1."""

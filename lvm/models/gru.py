@@ -50,7 +50,8 @@ class Block(nn.Module):
 class GRU(nn.Module):
     """Next vector from the state after the last context vector."""
 
-    causal = True
+    adds_mean = False
+    """The output layer alone makes the prediction."""
 
     def __init__(self, config: GRUConfig) -> None:
         super().__init__()
@@ -61,26 +62,29 @@ class GRU(nn.Module):
 
     def forward(self, contexts: Tensor) -> Tensor:
         """(B, D) unit vectors from contexts (B, T, D)."""
-        return F.normalize(self.output_proj(self._states(contexts)[:, -1]).float(), dim=-1)
+        return F.normalize(self.output_layer(self.features(contexts)).float(), dim=-1)
 
     def each_step(self, contexts: Tensor) -> Tensor:
         """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
         return F.normalize(self.output_proj(self._states(contexts)).float(), dim=-1)
 
-    def _states(self, contexts: Tensor) -> Tensor:
-        states: Tensor = self.input_proj(contexts)
-        for block in self.blocks:
-            states = block(states)
-        return states
+    def features(self, contexts: Tensor) -> Tensor:
+        """(B, hidden) inputs of the output layer from contexts (B, T, D)."""
+        return self._states(contexts)[:, -1]
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The last layer; its output, scaled to norm 1, is the prediction."""
+        return self.output_proj
 
     @property
     def num_directions(self) -> int:
-        """Rows of `start_at_mean`'s directions."""
+        """Rows `start_from` takes."""
         return self.config.hidden
 
     @torch.no_grad()
-    def start_at_mean(self, directions: Tensor) -> None:
-        """Set the weights so that the untrained network returns nearly the context's mean, later ones first.
+    def start_from(self, directions: Tensor) -> None:
+        """Set the hidden layers so that `features` carry the context's mean, later vectors counting more.
 
         directions: (hidden, D) orthonormal rows along which the vectors vary most. The first GRU sums the
         inputs along them and forgets slowly; its input is made small, so that the sum outweighs the residual
@@ -97,5 +101,9 @@ class GRU(nn.Module):
         inputs, bias = grus[0].get_parameter("weight_ih_l0"), grus[0].get_parameter("bias_ih_l0")
         inputs[2 * hidden :].add_(torch.eye(hidden).to(inputs) * 15.0)
         bias[hidden : 2 * hidden].add_(2.0)  # update gate: 0.88 of the state is kept
-        self.output_proj.weight.copy_(directions.T / math.sqrt(hidden))
-        self.output_proj.bias.zero_()
+
+    def _states(self, contexts: Tensor) -> Tensor:
+        states: Tensor = self.input_proj(contexts)
+        for block in self.blocks:
+            states = block(states)
+        return states

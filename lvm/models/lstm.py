@@ -33,7 +33,8 @@ TOY = LSTMConfig(hidden=32)
 class LSTM(nn.Module):
     """Next vector from the state after the last context vector."""
 
-    causal = True
+    adds_mean = False
+    """The output layer alone makes the prediction."""
 
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__()
@@ -44,27 +45,35 @@ class LSTM(nn.Module):
 
     def forward(self, contexts: Tensor) -> Tensor:
         """(B, D) unit vectors from contexts (B, T, D)."""
-        states, _ = self.lstm(contexts)
-        return F.normalize(self.output_proj(states[:, -1]).float(), dim=-1)
+        return F.normalize(self.output_layer(self.features(contexts)).float(), dim=-1)
 
     def each_step(self, contexts: Tensor) -> Tensor:
         """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
         states, _ = self.lstm(contexts)
         return F.normalize(self.output_proj(states).float(), dim=-1)
 
+    def features(self, contexts: Tensor) -> Tensor:
+        """(B, hidden) inputs of the output layer from contexts (B, T, D)."""
+        states: Tensor = self.lstm(contexts)[0]
+        return states[:, -1]
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The last layer; its output, scaled to norm 1, is the prediction."""
+        return self.output_proj
+
     @property
     def num_directions(self) -> int:
-        """Rows of `start_at_mean`'s directions."""
+        """Rows `start_from` takes."""
         return self.config.hidden
 
     @torch.no_grad()
-    def start_at_mean(self, directions: Tensor) -> None:
-        """Set the weights so that the untrained network returns nearly the context's mean, later ones first.
+    def start_from(self, directions: Tensor) -> None:
+        """Set the hidden layers so that `features` carry the context's mean, later vectors counting more.
 
         directions: (hidden, D) orthonormal rows along which the vectors vary most. The first layer's cell
-        sums its inputs along them and forgets slowly, the others hand on what comes, the output turns it
-        back. A tenth of the random weights stays, so that the units differ. Gates are in torch's order
-        i, f, g, o.
+        sums its inputs along them and forgets slowly, the others hand on what comes. A tenth of the random
+        weights stays, so that the units differ. Gates are in torch's order i, f, g, o.
         """
         hidden = self.config.hidden
         for tensor in self.lstm.parameters():
@@ -76,5 +85,3 @@ class LSTM(nn.Module):
             inputs[2 * hidden : 3 * hidden].add_(passed)
             bias[hidden : 2 * hidden].add_(2.0 if layer == 0 else -2.0)  # forget gate: 0.88, 0.12
             bias[3 * hidden :].add_(1.0)
-        self.output_proj.weight.copy_(directions.T)
-        self.output_proj.bias.zero_()

@@ -51,7 +51,8 @@ def sinusoidal_positions(length: int, width: int, like: Tensor) -> Tensor:
 class Transformer(nn.Module):
     """Next vector from the last place of the last layer."""
 
-    causal = True
+    adds_mean = False
+    """The output layer alone makes the prediction."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -70,34 +71,37 @@ class Transformer(nn.Module):
 
     def forward(self, contexts: Tensor) -> Tensor:
         """(B, D) unit vectors from contexts (B, T, D)."""
-        return F.normalize(self.head(self._states(contexts)[:, -1]).float(), dim=-1)
+        return F.normalize(self.output_layer(self.features(contexts)).float(), dim=-1)
 
     def each_step(self, contexts: Tensor) -> Tensor:
         """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
         return F.normalize(self.head(self._states(contexts)).float(), dim=-1)
 
-    def _states(self, contexts: Tensor) -> Tensor:
-        length = contexts.shape[1]
-        inputs: Tensor = self.input_proj(contexts)
-        inputs = inputs + sinusoidal_positions(length, self.config.width, inputs)
-        # Place t sees the places up to t: what comes later is what the predictor is to find.
-        later = torch.ones(length, length, dtype=torch.bool, device=contexts.device).triu(1)
-        states: Tensor = self.transformer_decoder(inputs, inputs, tgt_mask=later, memory_mask=later)
-        return states
+    def features(self, contexts: Tensor) -> Tensor:
+        """(B, W) inputs of the output layer from contexts (B, T, D)."""
+        features: Tensor = self.head[:-1](self._states(contexts)[:, -1])
+        return features
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The last layer; its output, scaled to norm 1, is the prediction."""
+        last = self.head[-1]
+        assert isinstance(last, nn.Linear)
+        return last
 
     @property
     def num_directions(self) -> int:
-        """Rows of `start_at_mean`'s directions."""
+        """Rows `start_from` takes."""
         return self.config.width
 
     @torch.no_grad()
-    def start_at_mean(self, directions: Tensor) -> None:
-        """Set the weights so that the untrained network returns nearly the context's mean.
+    def start_from(self, directions: Tensor) -> None:
+        """Set the hidden layers so that `features` carry the context's mean and its last vector.
 
-        directions: (width, D) orthonormal rows along which the vectors vary most. Both attentions of the
-        first layer add four times the mean of the places so far to the residual path; what the other parts
-        add is cut to a tenth. The head's GELU works where it is a straight line, and its LayerNorm takes the
-        shift out again. The input's bias takes out what the position codes of five places have in common.
+        directions: (W, D) orthonormal rows along which the vectors vary most. Both attentions of the first
+        layer add four times the mean of the places so far to the residual path; what the other parts add is
+        cut to a tenth. The head's GELU works where it is a straight line, and its LayerNorm takes the shift
+        out again. The input's bias takes out what the position codes of five places have in common.
         """
         width = self.config.width
         eye = torch.eye(width).to(directions)
@@ -113,10 +117,16 @@ class Transformer(nn.Module):
                     assert attention.in_proj_weight is not None
                     attention.in_proj_weight[2 * width :].copy_(eye)  # after queries and keys: the values
                     attention.out_proj.weight.copy_(4.0 * eye)
-        first, _, _, last = self.head
+        first = self.head[0]
         assert isinstance(first, nn.Linear)
-        assert isinstance(last, nn.Linear)
         first.weight.mul_(0.1).add_(0.5 * eye)
         first.bias.fill_(3.0)
-        last.weight.copy_(directions.T / math.sqrt(width))
-        last.bias.zero_()
+
+    def _states(self, contexts: Tensor) -> Tensor:
+        length = contexts.shape[1]
+        inputs: Tensor = self.input_proj(contexts)
+        inputs = inputs + sinusoidal_positions(length, self.config.width, inputs)
+        # Place t sees the places up to t: what comes later is what the predictor is to find.
+        later = torch.ones(length, length, dtype=torch.bool, device=contexts.device).triu(1)
+        states: Tensor = self.transformer_decoder(inputs, inputs, tgt_mask=later, memory_mask=later)
+        return states

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,23 +22,7 @@ from torch import Tensor, nn
 from lvm.errors import InputError, TrainingError
 from lvm.models import MODELS, Predictor
 from lvm.predict.losses import LossReport, LossSettings, backward, mse
-
-Batch = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""(B, T, D) contexts with their (B, D) targets, unit vectors."""
-
-
-DIRECTION_WINDOWS = 16_384
-"""Training windows whose targets decide the directions of `start_at_mean`: 20 for each number of a vector."""
-
-
-class WindowSource(Protocol):
-    """What training needs of windows; `lvm.vectors.sequences.Windows` has it."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Any) -> Batch:
-        """Contexts and targets of these windows."""
-
+from lvm.predict.start import Batch, WindowSource, solve_start, spread_batches
 
 # ------------------------------------------------------------------------------------------------- settings
 
@@ -75,8 +59,8 @@ class Recipe:
     """Longest training time; the learning rate falls in time for it."""
     small_sets: bool = False
     """Under 50,000 windows: smaller batches, and a learning rate that falls with the root of their number."""
-    start_at_mean: bool = False
-    """Start as the mean of the context instead of at random."""
+    solved_start: bool = False
+    """Start from a solved output layer (`lvm.predict.start`) instead of at random."""
     bfloat16: bool = False
     """Multiply in bfloat16 where the device is faster with it; weights and loss stay float32."""
     loss: LossSettings = field(default_factory=LossSettings)
@@ -146,7 +130,7 @@ FAST = Recipe(
     patience=2,
     max_minutes=20.0,
     small_sets=True,
-    start_at_mean=True,
+    solved_start=True,
     bfloat16=True,
 )
 """The default."""
@@ -221,35 +205,6 @@ def shuffled_batches(windows: WindowSource, recipe: Recipe, seed: int, epoch: in
     size = recipe.batch_size(total)
     for low in range(0, len(indices), size):
         yield windows.batch(indices[low : low + size])
-
-
-def spread_batches(windows: WindowSource, most: int, batch_windows: int = 512) -> Iterator[Batch]:
-    """At most `most` windows, evenly spaced over all, in order."""
-    indices = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(np.int64)
-    for low in range(0, len(indices), batch_windows):
-        yield windows.batch(indices[low : low + batch_windows])
-
-
-def principal_directions(batches: Iterable[Batch], count: int) -> Tensor:
-    """(count, D) float32 orthonormal rows along which the targets vary most, the mean's direction included.
-
-    Eigenvectors of the D x D matrix of second moments, largest first. Raises InputError when count exceeds D.
-    """
-    moments: Tensor | None = None
-    for _, targets in batches:
-        rows = torch.from_numpy(targets).double()
-        added = rows.T @ rows
-        moments = added if moments is None else moments + added
-    if moments is None:
-        raise InputError("expected at least one training window, got none")
-    if count > len(moments):
-        raise InputError(
-            f"expected at most {len(moments)} directions of {len(moments)}-d vectors, got {count}"
-        )
-    # Unseen directions (fewer windows than D) come last, orthonormal all the same.
-    vectors: Tensor = torch.linalg.eigh(moments)[1]
-    directions: Tensor = vectors.flip(1)[:, :count].T.float().contiguous()
-    return directions
 
 
 # --------------------------------------------------------------------------------------------- device, dtype
@@ -365,7 +320,7 @@ def fit(
 ) -> Progress:
     """Train `model` in place, on the device it is on, until the recipe or the val cosine says stop.
 
-    name: key of MODELS. Without `progress` training begins, from the context's mean where the recipe says so;
+    name: key of MODELS. Without `progress` training begins, from a solved start where the recipe says so;
     with it the caller has loaded the weights. `save` is called once an epoch, with a state from which another
     call goes on (`progress`, `optimiser_state` and the weights); `log` once an epoch with the curve's new entry.
     The weights are the last epoch's: the best epoch's are what `save` got then.
@@ -377,9 +332,8 @@ def fit(
     bfloat16 = recipe.bfloat16 and bfloat16_is_faster(device)
     peak = recipe.peak_rate(name, len(train))
     steps_per_epoch = recipe.steps_per_epoch(len(train))
-    if progress is None and recipe.start_at_mean:
-        sample = spread_batches(train, DIRECTION_WINDOWS)
-        model.start_at_mean(principal_directions(sample, model.num_directions).to(device))
+    if progress is None and recipe.solved_start:
+        solve_start(model, train)
     optimiser = make_optimiser(model, recipe, device)
     if optimiser_state is not None:
         optimiser.load_state_dict(optimiser_state)

@@ -1,5 +1,6 @@
 """Who is scored on what: samples, held-out articles, and the texts decoded from predictions."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def contest(array: VectorArray) -> Contest:
 
 @pytest.fixture(scope="module")
 def model_folder(folder: Path, array: VectorArray) -> str:
-    model = build("amn", {"key_dim": TOYS["amn"].key_dim, "hidden": 32})  # type: ignore[union-attr]
+    model = build("amn", asdict(TOYS["amn"]))
     curve = [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_cosine": 0.1, "seconds": 1.0}]
     return save_record(folder / "models", "amn", model, array.identity, {}, {"curve": curve}, {}).name
 
@@ -104,7 +105,12 @@ def test_text_sample_takes_every_article_before_a_second_window_of_one(contest: 
 def test_model_scores_are_those_of_its_own_forward_pass(
     contest: Contest, scored: dict[str, Scored], folder: Path, model_folder: str
 ) -> None:
-    predict = model_predictor(load_record(folder / "models", model_folder).model, torch.device("cpu"))
+    model = load_record(folder / "models", model_folder).model
+
+    def predict(contexts: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return np.asarray(model(torch.from_numpy(contexts)))
+
     contexts, targets = contest.test.batch(slice(None))
     amn = scored["amn"]
     np.testing.assert_allclose(amn.scores.cosine, cosines(predict(contexts), targets), atol=1e-6)
@@ -122,6 +128,12 @@ def test_model_scores_are_those_of_its_own_forward_pass(
     assert scored["ridge"].peak_bytes is None
     assert amn.details["folder"] == model_folder
     assert len(amn.details["curve"]) == 1
+
+
+def test_a_model_predicts_without_dropout_even_when_it_came_in_training_mode(contest: Contest) -> None:
+    predict = model_predictor(build("lstm", asdict(TOYS["lstm"])).train(), torch.device("cpu"))
+    contexts, _ = contest.test.batch(slice(0, 8))
+    np.testing.assert_array_equal(predict(contexts), predict(contexts))
 
 
 def test_only_a_model_with_attention_has_it_and_it_sums_to_one(scored: dict[str, Scored]) -> None:
