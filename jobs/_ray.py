@@ -16,6 +16,9 @@ from lvm.errors import LvmError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
+_joined: list[bool] = []
+"""Not empty once this process has joined a cluster by `connect`."""
+
 Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster to join (host:port, ray://… or auto); none starts one on this machine."),
@@ -32,6 +35,7 @@ def connect(address: str | None) -> None:
 
     if ray.is_initialized():
         return
+    _joined.append(True)
     # Ray 2.60 turns to its new defaults for these; said here so that no warning hides our own lines.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
@@ -63,7 +67,15 @@ def say(line: str) -> None:
 
 
 def finish(summary: dict[str, Any]) -> None:
-    """Print the closing line of JSON on stdout; the last thing a job does."""
+    """Leave the cluster and print the closing line of JSON on stdout; the last thing a job does.
+
+    Ray prints warnings of its own to a driver's stdout at any time, so the driver goes first; but not from a
+    cluster that was joined before `connect`, which is somebody else's.
+    """
+    if _joined:
+        import ray
+
+        ray.shutdown()
     print(json.dumps({**summary, "versions": versions()}), flush=True)
 
 

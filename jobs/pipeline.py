@@ -53,7 +53,8 @@ def run_stage(stage: str, arguments: list[str]) -> StageRun:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=30)
         raise
-    lines = stdout.splitlines()
+    # Ray's own warnings reach a driver's stdout too; they are not the job's answer.
+    lines = [line for line in stdout.splitlines() if "(raylet)" not in line]
     if child.returncode != 0:
         raise StageFailedError(
             f"stage {stage} ended with exit code {child.returncode} (see above); what it had finished is kept, "
