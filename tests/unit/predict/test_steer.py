@@ -70,10 +70,10 @@ def test_snap_blends_75_15_10_near_the_topic_and_60_25_15_when_drifted() -> None
     )
 
 
-def test_snap_without_a_like_neighbour_keeps_the_prediction() -> None:
+def test_snap_without_a_like_neighbour_keeps_the_prediction_in_its_place() -> None:
     corpus = -AXES[:1]
-    snapped = snap(AXES[:1], AXES[:1], AXES[:1], ExactIndex(corpus), corpus)
-    np.testing.assert_allclose(snapped.vectors, AXES[:1], atol=1e-6)
+    snapped = snap(AXES[:1], AXES[1:2], AXES[2:3], ExactIndex(corpus), corpus)
+    np.testing.assert_allclose(snapped.vectors, unit([0.60, 0.25, 0.15, 0]), atol=1e-6)
 
 
 def test_snap_searches_on_until_enough_rows_are_not_barred() -> None:

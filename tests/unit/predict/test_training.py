@@ -18,56 +18,23 @@ from lvm.predict.training import (
     CLASSIC,
     FAST,
     RECIPES,
-    Batch,
     Progress,
     Recipe,
     evaluate,
     fit,
     learning_rate,
     pick_device,
-    principal_directions,
     recipe_named,
     shuffled_batches,
-    spread_batches,
 )
+from tests.unit.predict.conftest import MemoryWindows
 
-DIM = 768
 QUICK = replace(FAST, epochs=3, batch_windows=32, bfloat16=False, patience=None, small_sets=False)
-
-
-class MemoryWindows:
-    """Windows of a made-up walk: the next vector is a fixed turn of the last one, plus noise."""
-
-    def __init__(self, count: int, seed: int = 0) -> None:
-        generator = np.random.default_rng(seed)
-        topics = np.random.default_rng(7).standard_normal((8, DIM))
-        kind = generator.integers(0, 8, count)
-        vectors = topics[kind][:, None] + 0.7 * generator.standard_normal((count, 6, DIM))
-        vectors[:, 5] = np.roll(topics, 1, axis=1)[kind] + 0.3 * generator.standard_normal((count, DIM))
-        vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-        self.vectors = vectors.astype(np.float32)
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    def batch(self, indices: Any) -> Batch:
-        chosen = self.vectors[indices]
-        return chosen[:, :5], chosen[:, 5]
 
 
 def toy(name: str, seed: int = 0) -> Predictor:
     torch.manual_seed(seed)
     return MODELS[name](TOYS[name])
-
-
-@pytest.fixture(scope="module")
-def train() -> MemoryWindows:
-    return MemoryWindows(256)
-
-
-@pytest.fixture(scope="module")
-def val() -> MemoryWindows:
-    return MemoryWindows(64, seed=1)
 
 
 # ---- learning
@@ -78,7 +45,7 @@ def val() -> MemoryWindows:
 def test_training_raises_the_val_cosine(
     name: str, recipe: Recipe, train: MemoryWindows, val: MemoryWindows
 ) -> None:
-    recipe = replace(recipe, learning_rates=dict.fromkeys(MODELS, 3e-3))
+    recipe = replace(recipe, learning_rates=dict.fromkeys(MODELS, 3e-3), solved_start=False)
     progress = fit(toy(name), name, train, val, recipe, seed=0)
     losses = [row["train_loss"] for row in progress.curve]
     assert losses[-1] < losses[0]
@@ -111,11 +78,12 @@ def test_evaluate_without_windows_is_refused() -> None:
         evaluate(toy("amn"), [])
 
 
-def test_fast_starts_about_as_good_as_the_context_mean(train: MemoryWindows, val: MemoryWindows) -> None:
+def test_fast_starts_above_the_context_mean(train: MemoryWindows, val: MemoryWindows) -> None:
     contexts, targets = (torch.from_numpy(a) for a in val.batch(slice(None)))
     baseline = torch.cosine_similarity(contexts.mean(dim=1), targets).mean().item()
     progress = fit(toy("amn"), "amn", train, val, replace(QUICK, epochs=1), seed=0)
-    assert progress.start_val_cosine == pytest.approx(baseline, abs=1e-4)
+    assert progress.start_val_cosine is not None
+    assert progress.start_val_cosine > baseline + 0.2
 
 
 def test_info_nce_is_logged_with_its_gradients(train: MemoryWindows, val: MemoryWindows) -> None:
@@ -123,7 +91,7 @@ def test_info_nce_is_logged_with_its_gradients(train: MemoryWindows, val: Memory
     row = fit(toy("gru"), "gru", train, val, recipe, seed=0).curve[0]
     assert row["info_nce"] > 0
     assert row["info_nce_gradient_norm"] > 0
-    assert 0 < row["info_nce_scale"] < 1
+    assert row["info_nce_scale"] > 0
     assert row["mse_gradient_norm"] > 0
 
 
@@ -213,7 +181,7 @@ def test_a_loss_that_is_no_number_names_epoch_and_batch(train: MemoryWindows, va
     broken = MemoryWindows(256)
     broken.vectors[:, 5, 0] = np.nan
     with pytest.raises(TrainingError, match=r"gru: the loss is nan at epoch 1, batch 1 of 8"):
-        fit(toy("gru"), "gru", broken, val, replace(QUICK, start_at_mean=False), seed=0)
+        fit(toy("gru"), "gru", broken, val, replace(QUICK, solved_start=False), seed=0)
 
 
 def test_weights_that_explode_are_reported(train: MemoryWindows, val: MemoryWindows) -> None:
@@ -243,27 +211,6 @@ def test_capped_epochs_go_through_all_windows_before_one_comes_again(train: Memo
     assert len(np.unique(together[:256])) == 256
 
 
-def test_spread_batches_are_even_over_all_windows(val: MemoryWindows) -> None:
-    found = np.concatenate([t for _, t in spread_batches(val, 4, batch_windows=3)])
-    assert np.array_equal(found, val.vectors[[0, 21, 42, 63], 5])
-    assert sum(len(t) for _, t in spread_batches(val, 9999)) == 64
-
-
-def test_principal_directions_are_orthonormal_and_hold_the_variance() -> None:
-    generator = np.random.default_rng(0)
-    rows = generator.standard_normal((50, 3)) @ generator.standard_normal((3, DIM))
-    targets = rows.astype(np.float32)
-    directions = principal_directions([(targets[:, None], targets)], 10)
-    torch.testing.assert_close(directions @ directions.T, torch.eye(10), atol=1e-5, rtol=0)
-    back = (torch.from_numpy(targets) @ directions[:3].T) @ directions[:3]
-    torch.testing.assert_close(back, torch.from_numpy(targets), atol=1e-3, rtol=1e-3)
-
-
-def test_more_directions_than_numbers_are_refused() -> None:
-    with pytest.raises(InputError, match="at most 4 directions of 4-d vectors, got 5"):
-        principal_directions([(np.zeros((2, 1, 4), np.float32), np.zeros((2, 4), np.float32))], 5)
-
-
 # ---- settings
 
 
@@ -272,7 +219,7 @@ def test_classic_is_the_original_recipe() -> None:
     assert set(CLASSIC.learning_rates.values()) == {5e-4}
     assert CLASSIC.loss == LossSettings()
     assert CLASSIC.patience is None
-    assert not CLASSIC.start_at_mean
+    assert not CLASSIC.solved_start
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)
