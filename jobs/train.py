@@ -170,6 +170,10 @@ class Board:
         self.lines.append((model, row))
         return len(self.training)
 
+    def in_flight(self) -> int:
+        """The number of runs still training."""
+        return len(self.training)
+
     def leave(self, model: str) -> None:
         """This run trains no longer."""
         self.training.discard(model)
@@ -222,7 +226,9 @@ def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[
                 optimiser_state = torch.load(moments, map_location="cpu", weights_only=True)
             progress = Progress(**json.loads(Path(folder, "progress.json").read_text()))
     start = progress.epoch if progress is not None else 0
-    share_cores(ray.get(board.post.remote(this.model, {"resumed": start})))
+    if checkpoint is not None:
+        ray.get(board.post.remote(this.model, {"resumed": start}))
+    share_cores(ray.get(board.in_flight.remote()))
     device = pick_device()
     model.to(device)
     writer = SummaryWriter(this.folder / "tensorboard", purge_step=start + 1)
@@ -379,12 +385,12 @@ def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
 
 def _say_row(model: str, row: Mapping[str, Any]) -> None:
     if "resumed" in row:
-        if row["resumed"]:
-            say(f"train: {model:<11} goes on after epoch {row['resumed']}")
+        say(f"train: {model:<11} goes on after epoch {row['resumed']}")
         return
+    trained = f"train loss {row['train_loss']:.4f}" if "train_loss" in row else "start            "
     say(
-        f"train: {model:<11} epoch {row['epoch']:>2}  train loss {row['train_loss']:.4f}  "
-        f"val loss {row['val_loss']:.4f}  val cosine {row['val_cosine']:.4f}  {row['seconds']:.0f} s"
+        f"train: {model:<11} epoch {row['epoch']:>2}  {trained}  val loss {row['val_loss']:.4f}  "
+        f"val cosine {row['val_cosine']:.4f}  {row['seconds']:.0f} s"
     )
 
 
@@ -413,7 +419,7 @@ def publish_run(
         "val_cosine": best_row["val_cosine"],
         "val_loss": best_row["val_loss"],
         "context_mean_val_cosine": data.context_mean,
-        "start_val_cosine": progress["start_val_cosine"],
+        "start_val_cosine": progress["curve"][0]["val_cosine"],
         "best_epoch": best_row["epoch"],
         "epochs": progress["epoch"],
         "seconds": round(progress["seconds"], 1),
@@ -444,6 +450,9 @@ def publish_run(
         "Sequences": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test windows of "
         f"{this.windows.context} vectors and the next, split by article",
         "Loss": loss,
+        "Start": "hidden layers along the principal directions, output layer by ridge regression"
+        if recipe.solved_start
+        else "random",
         "Optimiser": f"{recipe.optimiser}, peak learning rate {peak:.2g}, batch {batch}, "
         f"recipe {recipe.name}",
         "Epochs": f"{progress['epoch']} trained ({progress['stopped']}); these are the weights of epoch "

@@ -43,6 +43,8 @@ class TrainingSettings:
 
     minutes: float = 60.0
     """Time of training, all resumed parts together; the learning rate falls to zero at its end."""
+    steps: int | None = None
+    """Steps of training, all parts together, where they end before `minutes` do; None for time alone."""
     batch_pairs: int = 160
     """Neighbour pairs a step; all take part in the contrast."""
     batch_decoded: int = 96
@@ -350,9 +352,12 @@ def optimiser_for(
 
 
 def learning_rate_at(step: int, spent_s: float, settings: TrainingSettings) -> float:
-    """Linear rise by steps, a plateau, then linear fall by time to zero at `minutes`."""
+    """Linear rise by steps, a plateau, then linear fall to zero at `minutes` or `steps`, whichever is nearer."""
     rise = min(1.0, (step + 1) / settings.warmup_steps)
-    left = max(0.0, 1.0 - spent_s / (settings.minutes * 60))
+    gone = spent_s / (settings.minutes * 60)
+    if settings.steps is not None:
+        gone = max(gone, step / settings.steps)
+    left = max(0.0, 1.0 - gone)
     return settings.learning_rate * rise * min(1.0, left / settings.decay_share)
 
 
@@ -453,7 +458,7 @@ def fit(
         os.replace(temporary, checkpoint)
 
     while True:
-        done = spent_s >= settings.minutes * 60
+        done = spent_s >= settings.minutes * 60 or (settings.steps is not None and step >= settings.steps)
         # --- score and log
         if done or spent_s - last_score >= score_every_s:
             encoder.eval()
@@ -538,6 +543,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
     parser.add_argument("--output", type=Path, required=True, help="run folder; a run there is continued")
     parser.add_argument("--minutes", type=float, default=defaults.minutes, help="time of training in all")
+    parser.add_argument("--steps", type=int, help="steps in all, where they end before the minutes do")
     parser.add_argument("--batch-pairs", type=int, default=defaults.batch_pairs)
     parser.add_argument("--batch-decoded", type=int, default=defaults.batch_decoded)
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
@@ -555,6 +561,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = MiniConfig(topic_share=args.topic_share, decoder_layers=args.decoder_layers)
     settings = TrainingSettings(
         minutes=args.minutes,
+        steps=args.steps,
         batch_pairs=args.batch_pairs,
         batch_decoded=args.batch_decoded,
         learning_rate=args.learning_rate,

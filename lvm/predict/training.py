@@ -158,9 +158,8 @@ class Progress:
     """Time trained and evaluated, over all attempts."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     """One entry an epoch: epoch, train_loss, learning_rate, val_loss, val_cosine, seconds, and with InfoNCE
-    what `LossReport` measured, each a mean over the epoch's steps."""
-    start_val_cosine: float | None = None
-    """Before the first step."""
+    what `LossReport` measured, each a mean over the epoch's steps. Epoch 0 is the start, before any step: a
+    candidate like the others, without what only training measures."""
     stopped: str | None = None
     """Why training ended, None while it goes on."""
 
@@ -321,7 +320,7 @@ def fit(
     """Train `model` in place, on the device it is on, until the recipe or the val cosine says stop.
 
     name: key of MODELS. Without `progress` training begins, from a solved start where the recipe says so;
-    with it the caller has loaded the weights. `save` is called once an epoch, with a state from which another
+    with it the caller has loaded the weights. `save` is called once an epoch, 0 included, with a state from which another
     call goes on (`progress`, `optimiser_state` and the weights); `log` once an epoch with the curve's new entry.
     The weights are the last epoch's: the best epoch's are what `save` got then.
 
@@ -351,22 +350,19 @@ def fit(
                     f"number. Training of {name} ends here. Take a lower learning rate."
                 )
             progress.seconds = clock() - begun
-            if progress.epoch == 0:
-                progress.start_val_cosine = score.cosine
-            else:
-                row = {
-                    "epoch": progress.epoch,
-                    **trained,
-                    "val_loss": score.loss,
-                    "val_cosine": score.cosine,
-                    "seconds": round(progress.seconds, 3),
-                }
-                progress.curve.append(row)
-                # Log, then save: a kill between the two costs the epoch, a line too many costs nothing.
-                if log is not None:
-                    log(row)
-                if save is not None:
-                    save(model, optimiser, progress)
+            row = {
+                "epoch": progress.epoch,
+                **trained,
+                "val_loss": score.loss,
+                "val_cosine": score.cosine,
+                "seconds": round(progress.seconds, 3),
+            }
+            progress.curve.append(row)
+            # Log, then save: a kill between the two costs the epoch, a line too many costs nothing.
+            if log is not None:
+                log(row)
+            if save is not None:
+                save(model, optimiser, progress)
 
         # Stop?
         progress.stopped = _reason_to_stop(progress, recipe)

@@ -96,9 +96,9 @@ def test_each_step_ends_with_the_prediction(toy: Callable[[str], Predictor], nam
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_the_order_of_the_context_counts(toy: Callable[[str], Predictor], name: str) -> None:
+def test_the_order_of_the_earlier_vectors_counts(toy: Callable[[str], Predictor], name: str) -> None:
     model, contexts = toy(name), units(1, 5, DIM)
-    assert (model(contexts) - model(contexts.flip(1))).abs().max() > 1e-4
+    assert (model(contexts) - model(contexts[:, [2, 1, 0, 3, 4]])).abs().max() > 1e-5
 
 
 @each_model
@@ -157,13 +157,13 @@ def test_started_from_directions_the_features_tell_the_mean(name: str) -> None:
     sizes = {"amn": {"hidden": 128}, "transformer": {"width": 64, "num_layers": 2}}.get(name, {"hidden": 64})
     model = build(name, sizes).eval()
     basis = torch.linalg.qr(torch.randn(DIM, DIM)).Q
-    contexts = F.normalize(torch.randn(300, 5, 40) @ basis[:40], dim=-1)
+    contexts = F.normalize(torch.randn(300, 5, 60) @ basis[:60], dim=-1)
     mean = contexts.mean(dim=1)
     model.start_from(basis[: model.num_directions])
     with torch.no_grad():
         features = torch.cat((model.features(contexts), torch.ones(300, 1)), dim=1)
     read = torch.linalg.lstsq(features[:200], mean[:200]).solution
-    assert F.cosine_similarity(features[200:] @ read, mean[200:]).mean() > 0.9
+    assert F.cosine_similarity(features[200:] @ read, mean[200:]).mean() > 0.85
 
 
 @each_model

@@ -29,10 +29,10 @@ def test_losses_are_float32_whatever_comes_in() -> None:
 
 
 def test_info_nce_of_orthogonal_targets_by_hand() -> None:
-    # Each prediction is its own target, the others are at cosine 0: -log(e / (e + 3)) at temperature 1.
+    # Each prediction is its own target, the others are at cosine 0; at temperature 0.5 the own scores 2.
     targets = torch.eye(4)
-    expected = -torch.log(torch.e / (torch.e + torch.tensor(3.0)))
-    torch.testing.assert_close(info_nce(targets, targets, 1.0), expected)
+    own = torch.tensor(2.0).exp()
+    torch.testing.assert_close(info_nce(targets, targets, 0.5), -torch.log(own / (own + 3)))
 
 
 def gradients(settings: LossSettings, seed: int = 0) -> tuple[Tensor, LossReport]:

@@ -48,6 +48,24 @@ def test_the_start_beats_context_mean_and_corpus_mean_before_any_step(
     assert cosine(model, val) > max(before, *baselines) + 0.05
 
 
+def test_a_network_that_adds_the_mean_need_not_undo_it() -> None:
+    # The answer is a little of the context's mean, much that all answers share, and chance. A correction of rank
+    # 16 cannot take the mean's 768 numbers back, so the rest has to be made longer instead.
+    random = np.random.default_rng(0)
+    windows = MemoryWindows(600)
+    contexts = random.standard_normal((600, 5, DIM))
+    shared = random.standard_normal(DIM)
+    answers = 0.5 * contexts.mean(axis=1) + 0.5 * shared + 0.5 * random.standard_normal((600, DIM))
+    vectors = np.concatenate([contexts, answers[:, None]], axis=1)
+    windows.vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+    model = toy("amn")
+    solve_start(model, windows)
+    inputs, truth = (torch.from_numpy(a) for a in windows.batch(slice(None)))
+    constant = torch.cosine_similarity(truth.mean(dim=0)[None], truth).mean().item()
+    mean = torch.cosine_similarity(inputs.mean(dim=1), truth).mean().item()
+    assert cosine(model, windows) > max(constant, mean) + 0.02
+
+
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_the_output_layer_is_the_ridge_regression_of_scikit_learn(name: str, train: MemoryWindows) -> None:
     model = toy(name)

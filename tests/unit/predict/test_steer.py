@@ -124,12 +124,13 @@ def test_supports_are_diverse() -> None:
     # Rows 0 and 1 are nearest but nearly the same; row 2 is a bit farther and says something else.
     corpus = unit([1, 0.50, 0, 0], [1, 0.55, 0.2, 0], [1, 0, 0, 0.75])
     index = ExactIndex(corpus)
-    taken = build_context(AXES[:1], ["mine"], 3, index=index, corpus=index).texts
-    assert set(taken) == {"chunk 0", "chunk 2", "mine"}
-    nearest = build_context(
-        AXES[:1], ["mine"], 3, index=index, corpus=index, settings=FillSettings(diversity=0, max_cosine=1.1)
-    ).texts
-    assert set(nearest) == {"chunk 0", "chunk 1", "mine"}
+
+    def taken(diversity: float) -> set[str]:
+        settings = FillSettings(diversity=diversity, max_cosine=1.1)
+        return set(build_context(AXES[:1], ["mine"], 3, index=index, corpus=index, settings=settings).texts)
+
+    assert taken(0.3) == {"chunk 0", "chunk 2", "mine"}
+    assert taken(0.0) == {"chunk 0", "chunk 1", "mine"}
 
 
 def test_near_duplicates_of_the_text_or_of_a_support_are_no_supports() -> None:

@@ -46,20 +46,19 @@ def test_training_raises_the_val_cosine(
     name: str, recipe: Recipe, train: MemoryWindows, val: MemoryWindows
 ) -> None:
     recipe = replace(recipe, learning_rates=dict.fromkeys(MODELS, 3e-3), solved_start=False)
-    progress = fit(toy(name), name, train, val, recipe, seed=0)
-    losses = [row["train_loss"] for row in progress.curve]
-    assert losses[-1] < losses[0]
-    assert progress.start_val_cosine is not None
-    assert progress.curve[-1]["val_cosine"] > progress.start_val_cosine + 0.2
+    start, *epochs = fit(toy(name), name, train, val, recipe, seed=0).curve
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+    assert epochs[-1]["val_cosine"] > start["val_cosine"] + 0.2
 
 
 def test_the_curve_has_a_full_row_an_epoch(train: MemoryWindows, val: MemoryWindows) -> None:
     rows: list[dict[str, Any]] = []
     progress = fit(toy("amn"), "amn", train, val, QUICK, seed=0, log=rows.append)
     assert rows == progress.curve
-    assert [r["epoch"] for r in rows] == [1, 2, 3]
+    assert [r["epoch"] for r in rows] == [0, 1, 2, 3]
     for row in rows:
-        assert set(row) == {"epoch", "train_loss", "learning_rate", "val_loss", "val_cosine", "seconds"}
+        trained = {"train_loss", "learning_rate"} if row["epoch"] else set()
+        assert set(row) == {"epoch", "val_loss", "val_cosine", "seconds"} | trained
         assert row["val_loss"] == pytest.approx(2 - 2 * row["val_cosine"], abs=1e-4)
     assert progress.stopped == "all 3 epochs are done"
     json.dumps(progress.to_dict())
@@ -81,14 +80,13 @@ def test_evaluate_without_windows_is_refused() -> None:
 def test_fast_starts_above_the_context_mean(train: MemoryWindows, val: MemoryWindows) -> None:
     contexts, targets = (torch.from_numpy(a) for a in val.batch(slice(None)))
     baseline = torch.cosine_similarity(contexts.mean(dim=1), targets).mean().item()
-    progress = fit(toy("amn"), "amn", train, val, replace(QUICK, epochs=1), seed=0)
-    assert progress.start_val_cosine is not None
-    assert progress.start_val_cosine > baseline + 0.2
+    start = fit(toy("amn"), "amn", train, val, replace(QUICK, epochs=1), seed=0).curve[0]
+    assert start["val_cosine"] > baseline + 0.2
 
 
 def test_info_nce_is_logged_with_its_gradients(train: MemoryWindows, val: MemoryWindows) -> None:
     recipe = replace(QUICK, epochs=1, loss=LossSettings(info_nce_share=0.2))
-    row = fit(toy("gru"), "gru", train, val, recipe, seed=0).curve[0]
+    row = fit(toy("gru"), "gru", train, val, recipe, seed=0).curve[1]
     assert row["info_nce"] > 0
     assert row["info_nce_gradient_norm"] > 0
     assert row["info_nce_scale"] > 0
@@ -101,9 +99,9 @@ def test_info_nce_is_logged_with_its_gradients(train: MemoryWindows, val: Memory
 def test_patience_ends_a_run_that_no_longer_improves(train: MemoryWindows, val: MemoryWindows) -> None:
     flat = replace(QUICK, epochs=9, patience=2, learning_rates=dict.fromkeys(MODELS, 0.0))
     progress = fit(toy("amn"), "amn", train, val, flat, seed=0)
-    # Nothing is learned, so the first epoch stays the best.
-    assert progress.epoch == 3
-    assert progress.best["epoch"] == 1
+    # Nothing is learned, so the start stays the best.
+    assert progress.epoch == 2
+    assert progress.best["epoch"] == 0
     assert progress.stopped == "val cosine did not rise for 2 epochs"
 
 
@@ -137,8 +135,9 @@ def test_classic_is_a_cosine_from_the_peak_to_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("killed_after", [0, 1])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
-    name: str, train: MemoryWindows, val: MemoryWindows
+    name: str, killed_after: int, train: MemoryWindows, val: MemoryWindows
 ) -> None:
     whole_model = toy(name)
     whole = fit(whole_model, name, train, val, QUICK, seed=3)
@@ -149,14 +148,15 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
         saved.append(copy.deepcopy((model.state_dict(), optimiser.state_dict(), progress)))
 
     fit(toy(name), name, train, val, QUICK, seed=3, save=save)
-    weights, optimiser_state, progress = saved[0]
-    assert progress.epoch == 1
+    weights, optimiser_state, progress = saved[killed_after]
+    assert progress.epoch == killed_after
     again = toy(name, seed=99)
     again.load_state_dict(weights)
     torch.manual_seed(12345)
     resumed = fit(again, name, train, val, QUICK, seed=3, progress=progress, optimiser_state=optimiser_state)
-    assert [r["epoch"] for r in resumed.curve] == [1, 2, 3]
-    for before, after in zip(whole.curve, resumed.curve, strict=True):
+    assert [r["epoch"] for r in resumed.curve] == [0, 1, 2, 3]
+    assert resumed.curve[0] == whole.curve[0] | {"seconds": resumed.curve[0]["seconds"]}
+    for before, after in zip(whole.curve[1:], resumed.curve[1:], strict=True):
         assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-6)
         assert after["val_cosine"] == pytest.approx(before["val_cosine"], rel=1e-6)
     for expected, found in zip(whole_model.parameters(), again.parameters(), strict=True):
