@@ -320,9 +320,9 @@ def fit(
     """Train `model` in place, on the device it is on, until the recipe or the val cosine says stop.
 
     name: key of MODELS. Without `progress` training begins, from a solved start where the recipe says so;
-    with it the caller has loaded the weights. `save` is called once an epoch, 0 included, with a state from which another
-    call goes on (`progress`, `optimiser_state` and the weights); `log` once an epoch with the curve's new entry.
-    The weights are the last epoch's: the best epoch's are what `save` got then.
+    with it the caller has loaded the weights. `save` is called once an epoch, 0 included, with a state from
+    which another call goes on (`progress`, `optimiser_state` and the weights); `log` likewise, with the curve's
+    new entry. The weights are the last epoch's: the best epoch's are what `save` got then.
 
     Raises TrainingError naming epoch and batch when the loss is no longer a number; what was saved stays
     good.
