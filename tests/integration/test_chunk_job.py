@@ -286,12 +286,16 @@ def test_a_killed_job_run_again_gives_the_rows_of_an_uninterrupted_one(
     assert summary["rows"] == len(chunks_in(whole)) > 3000
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_kill_between_shards_and_manifest_loses_nothing(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(corpus, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(Manifest, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(Manifest, "save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(corpus, tmp_path / "out")
     written = bytes_of(tmp_path / "out")

@@ -392,7 +392,8 @@ def test_a_kill_halfway_and_a_second_run_give_the_ids_and_vectors_of_an_undistur
             time.sleep(0.001)
         started = psutil.Process(child.pid).children(recursive=True)
     finally:
-        os.killpg(child.pid, signal.SIGKILL)
+        if child.returncode is None:  # not yet reaped, so the number is still its own
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     # Ray's own processes end by themselves once the one that started them is gone.
     _, alive = psutil.wait_procs(started, timeout=60)
