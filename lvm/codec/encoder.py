@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lvm.codec.mini import MiniEncoder
+from lvm.codec.runner import Precision, StackRunner
+from lvm.codec.t5 import T5Stack
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.errors import InputError
 
@@ -42,14 +45,71 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+@dataclass(frozen=True)
+class GtrSizes:
+    """What callers ask of an encoder's configuration."""
+
+    dim: int
+    """Length of a vector, D."""
+
+
+class GtrEncoder(nn.Module):
+    """GTR's T5 encoder with mean pooling, and Dense and L2 normalisation where the contract has them.
+
+    Without both it is what vec2text calls `gtr_base`, with both sentence-transformers' own model (`lvm.codec.gtr`).
+    """
+
+    def __init__(
+        self, table: Tensor, stack: T5Stack, dense: tuple[Tensor, Tensor | None] | None, normalised: bool
+    ) -> None:
+        """table: (V, L) token embeddings; dense: weight (D, L) and bias (D,) of the layer after the pooling."""
+        super().__init__()
+        self.table: Tensor
+        self.weight: Tensor | None
+        self.bias: Tensor | None
+        self.register_buffer("table", table)
+        self.register_buffer("weight", None if dense is None else dense[0])
+        self.register_buffer("bias", None if dense is None else dense[1])
+        self.stack = stack
+        self.runner: StackRunner | None = None
+        self.normalised = normalised
+        self.config = GtrSizes(table.shape[1] if dense is None else dense[0].shape[0])
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids (B, T) int64 and mask (B, T) bool to (B, D) float32."""
+        embedded = F.embedding(ids, self.table)
+        run = self.stack if self.runner is None else self.runner.encode
+        states = run(embedded, mask).float()
+        pooled = states.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True)
+        if self.weight is not None:
+            pooled = F.linear(pooled, self.weight, self.bias)
+        return F.normalize(pooled, dim=-1) if self.normalised else pooled
+
+    def prepared(self, precision: Precision) -> "GtrEncoder":
+        """The same encoder for the decode loop, its products in another precision; itself for float32."""
+        if precision == "float32":
+            return self
+        dense = None if self.weight is None else (self.weight, self.bias)
+        other = GtrEncoder(self.table, self.stack, dense, self.normalised)
+        other.runner = StackRunner(self.stack, precision)
+        return other
+
+
 class TextEncoder:
     """A codec's encoder with its tokenizer, on one device."""
 
-    def __init__(self, network: MiniEncoder, tokenizer: ChunkTokenizer, device: torch.device) -> None:
+    def __init__(
+        self,
+        network: MiniEncoder | GtrEncoder,
+        tokenizer: ChunkTokenizer,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """dtype: of the matrix products; None for the fastest the device has."""
         self.network = network.to(device).eval()
         self.tokenizer = tokenizer
         self.device = device
-        self.dtype = best_dtype(device)
+        self.dtype = dtype or best_dtype(device)
 
     def pre(
         self, texts: Sequence[str]

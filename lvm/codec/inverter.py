@@ -1,118 +1,606 @@
-"""The decode loop: vectors to token ids, greedily, with caches in fixed buffers.
+"""The decode engine: vectors to texts, in batches, by rounds.
 
-Self-attention keys and values live in buffers of the codec's `max_tokens`; those of the cross-attention are
-computed once per call; only the last position goes through the output table; finished rows leave the batch.
+One row's way: the hypothesizer writes a first text (or a near neighbour's text is taken), the text is encoded
+again, and each corrector step writes a better one from the vector, the text, and the difference of their
+vectors (vec2text, Morris et al. 2023, arXiv:2310.06816). A *round* takes every row one step; rows that are
+done leave between rounds, and new ones join, so that a stream of requests keeps the batch full.
 
-Letters: B rows still running, H heads, K width of a head, T places so far, L width.
+The loop that writes is ours: self-attention keys and values in buffers of the codec's length, those of the
+memory computed once, the last place alone through the output table, finished rows out of the batch, no score
+that nobody reads.
+
+Two differences from vec2text on purpose, each a switch of `InverterSettings`: the early stop works, and the best
+text by cosine is kept. With both off and in float32 the token ids are vec2text's.
+
+Letters: B rows, D vector length, V vocabulary, W beams, S memory positions.
 """
 
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvm.codec.mini import MiniHypothesizer
-from lvm.codec.t5 import T5Stack
+from lvm.codec.mini import MiniEncoder, MiniHypothesizer
+from lvm.codec.runner import Matrix, Precision, StackRunner, first_largest
+from lvm.codec.vec2text import END_ID, START_ID, Corrector, Hypothesizer
+from lvm.errors import InputError
+
+LEAVE_SHARE = 1 / 8
+"""Share of finished rows from which they leave the batch: shrinking copies the caches, about one step's reading,
+and a finished row costs nothing but its part of the products until then."""
+
+Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
+"""Texts to (N, D) float32 vectors on the encoder's own scale."""
+ToTexts = Callable[[Sequence[Sequence[int]]], list[str]]
+"""Token ids to texts, special tokens left out."""
+ToIds = Callable[[Sequence[str]], list[list[int]]]
+"""Texts to token ids, cut to the codec's limit, end token included."""
 
 
-class StackCache:
-    """A decoder stack run one position at a time over a fixed memory."""
+class Writer(Protocol):
+    """A batch of texts being written, one place at a time."""
 
-    def __init__(self, stack: T5Stack, memory: Tensor, max_places: int) -> None:
-        c = stack.config
-        B = memory.shape[0]
-        self.stack = stack
-        self.place = 0
-        self.bias = stack.position_bias(max_places)  # (1, H, T, T)
-        shape = (c.num_layers, B, c.num_heads, max_places, c.d_kv)
-        self.keys = memory.new_empty(shape)
-        self.values = memory.new_empty(shape)
-        self.memory_keys: list[Tensor] = []
-        self.memory_values: list[Tensor] = []
-        for block in stack.blocks:
-            cross = block.attends_memory.EncDecAttention
-            self.memory_keys.append(cross.split(cross.k(memory)))
-            self.memory_values.append(cross.split(cross.v(memory)))
+    def choose(self) -> Tensor:
+        """The most likely token of each row at the next place, (B,) int64."""
+
+    def accept(self, ids: Tensor) -> None:
+        """The tokens taken there, (B,) int64."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone; `rows` is (B,) int64, increasing."""
-        self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]
-        self.memory_keys = [k[rows] for k in self.memory_keys]
-        self.memory_values = [v[rows] for v in self.memory_values]
+        """Go on with these rows alone, (B',) int64."""
 
-    def step(self, x: Tensor) -> Tensor:
-        """The stack's output at the next place, (B, L), from its input there, (B, L)."""
-        t = self.place
-        bias = self.bias[:, :, t : t + 1, : t + 1].to(x.dtype)
-        x = x[:, None]
-        for i, block in enumerate(self.stack.blocks):
-            first, second, last = block.attends_itself, block.attends_memory, block.feeds_forward
-            attention = first.SelfAttention
-            normed = first.layer_norm(x)
-            self.keys[i, :, :, t] = attention.split(attention.k(normed))[:, :, 0]
-            self.values[i, :, :, t] = attention.split(attention.v(normed))[:, :, 0]
-            out = F.scaled_dot_product_attention(
-                attention.split(attention.q(normed)),
-                self.keys[i, :, :, : t + 1],
-                self.values[i, :, :, : t + 1],
-                attn_mask=bias,
-                scale=1.0,
-            )
-            x = x + attention.o(out.transpose(1, 2).flatten(-2))
-            cross = second.EncDecAttention
-            out = F.scaled_dot_product_attention(
-                cross.split(cross.q(second.layer_norm(x))),
-                self.memory_keys[i],
-                self.memory_values[i],
-                scale=1.0,
-            )
-            x = x + cross.o(out.transpose(1, 2).flatten(-2))
-            x = x + last.DenseReluDense(last.layer_norm(x))
-        self.place += 1
-        last_state: Tensor = self.stack.final_layer_norm(x)[:, 0]
-        return last_state
+
+class Hypothesizing(Protocol):
+    """What writes first texts."""
+
+    end_id: int
+
+    def writer(self, vectors: Tensor, max_new_tokens: int) -> Writer:
+        """Begin texts for (B, D) float32 vectors."""
+
+
+class T5Writer:
+    """Greedy writing with an encoder-decoder T5 of vec2text's."""
+
+    def __init__(
+        self, t5: Hypothesizer | Corrector, memory: Tensor, mask: Tensor | None, max_new_tokens: int
+    ) -> None:
+        self._t5 = t5.t5
+        self._cache = self._t5.decoder.begin(memory, mask, max_new_tokens)
+        self._previous = torch.full((len(memory),), START_ID, device=memory.device)
+
+    def _state(self) -> Tensor:
+        return self._t5.decoder.step(self._cache, F.embedding(self._previous, self._t5.table))
+
+    def choose(self) -> Tensor:
+        return self._t5.head.largest(self._state())
+
+    def scores(self) -> Tensor:
+        """Log-probabilities of every token at the next place, (B, V) float32."""
+        return self._t5.head(self._state()).log_softmax(-1)
+
+    def accept(self, ids: Tensor) -> None:
+        self._previous = ids
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.keep(rows)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Rows take the past of `rows` (B,) and keep their memory, which must be the same."""
+        self._cache.keep_own(rows)
+
+
+class Vec2TextHypothesizing:
+    """vec2text's hypothesizer as the engine takes it."""
+
+    end_id = END_ID
+
+    def __init__(self, hypothesizer: Hypothesizer) -> None:
+        self._hypothesizer = hypothesizer
+
+    def writer(self, vectors: Tensor, max_new_tokens: int) -> T5Writer:
+        return T5Writer(self._hypothesizer, *self._hypothesizer.memory(vectors), max_new_tokens)
+
+
+class MiniHypothesizing:
+    """`mini`'s hypothesizer as the engine takes it: a T5 decoder with lexical priors on its logits."""
+
+    def __init__(
+        self, hypothesizer: MiniHypothesizer, encoder: MiniEncoder, end_id: int, precision: Precision
+    ) -> None:
+        self.end_id = end_id
+        self.network = hypothesizer.float()
+        self.runner = StackRunner(hypothesizer.decoder, precision)
+        self.table = encoder.tokens.weight.detach().float()
+        # Float32 tables are shared with the encoder, others are copies in their precision.
+        self.head = Matrix(self.table, precision)
+        self.glimpse = Matrix(hypothesizer.glimpse.weight, precision)
+        self.remember = Matrix(hypothesizer.memory.weight, precision)
+
+    def writer(self, vectors: Tensor, max_new_tokens: int) -> "MiniWriter":
+        return MiniWriter(self, vectors, max_new_tokens)
+
+
+class MiniWriter:
+    """Greedy writing with `mini`: what has been written is subtracted from the vector's lexical part."""
+
+    def __init__(self, parts: MiniHypothesizing, vectors: Tensor, max_new_tokens: int) -> None:
+        c = parts.network.config
+        self._parts = parts
+        self._place = 0
+        memory = parts.remember(vectors).view(-1, c.memory_tokens, c.lexical_dim)
+        self._cache = parts.runner.begin(memory, None, max_new_tokens)
+        self._lexical = parts.network.unscale(vectors)[:, None]  # (B, 1, L)
+        self._residual = self._lexical.clone()
+        self._previous = vectors.new_zeros(len(vectors), c.lexical_dim)
+
+    def choose(self) -> Tensor:
+        network, c = self._parts.network, self._parts.network.config
+        priors, glimpse = network.priors(self._lexical, self._residual, first=self._place)
+        x = self._previous * c.lexical_dim**0.5 + self._parts.glimpse(glimpse[:, 0])
+        state = self._parts.runner.step(self._cache, x)
+        directions = network.head(state, priors[:, 0])
+        return first_largest(self._parts.head(directions) + network.bias)
+
+    def accept(self, ids: Tensor) -> None:
+        network, c = self._parts.network, self._parts.network.config
+        self._previous = self._parts.table[ids]
+        e = self._previous[:, None]
+        self._residual = (
+            self._residual - c.word_weight * e - c.order_weight * network.rotation(e, self._place)
+        )
+        self._place += 1
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.keep(rows)
+        self._lexical, self._residual = self._lexical[rows], self._residual[rows]
 
 
 @torch.inference_mode()
-def hypothesize(
-    table: Tensor, hypothesizer: MiniHypothesizer, vectors: Tensor, end_id: int
-) -> list[list[int]]:
-    """Greedy token ids of each vector, end token included where the text ended by itself.
-
-    table: (V, L), the encoder's token embeddings, in the dtype to multiply in (the hypothesizer's own).
-    vectors: (B, D) float32 of unit norm. At most the codec's `max_tokens` ids a row.
-    """
-    config = hypothesizer.config
-    dtype = table.dtype
-    num_rows = vectors.shape[0]
-    written = torch.full((num_rows, config.max_tokens), end_id, dtype=torch.int64, device=vectors.device)
-    if num_rows == 0:
-        return []
-    lexical = hypothesizer.unscale(vectors)[:, None]  # (B, 1, L) float32
-    residual = lexical.clone()
-    cache = StackCache(hypothesizer.decoder, hypothesizer.remember(vectors.to(dtype)), config.max_tokens)
-    running = torch.arange(num_rows, device=vectors.device)
-    previous = table.new_zeros(num_rows, config.lexical_dim)
-    for t in range(config.max_tokens):
-        priors, glimpse = hypothesizer.priors(lexical, residual, first=t)
-        x = hypothesizer.hidden(previous, glimpse[:, 0].to(dtype))
-        state = cache.step(x)
-        directions = hypothesizer.head(state, priors[:, 0])
-        logits = F.linear(directions.to(dtype), table).float() + hypothesizer.bias
-        chosen = logits.argmax(-1)
-        written[running, t] = chosen
-        going = chosen != end_id
-        if not going.all():
+def write(writer: Writer, num_rows: int, max_new_tokens: int, end_id: int) -> list[list[int]]:
+    """Greedy token ids of each row, end token included where the text ended by itself."""
+    texts: list[list[int]] = [[] for _ in range(num_rows)]
+    running = list(range(num_rows))
+    going = torch.ones(num_rows, dtype=torch.bool)
+    for _ in range(max_new_tokens if num_rows else 0):
+        chosen = writer.choose()
+        ids = chosen.cpu()
+        for row, token, goes in zip(running, ids.tolist(), going.tolist(), strict=True):
+            if goes:
+                texts[row].append(token)
+        going &= ids != end_id
+        num_going = int(going.sum())
+        if num_going == 0:
+            break
+        if num_going <= len(running) * (1 - LEAVE_SHARE):
             rows = going.nonzero()[:, 0]
-            if rows.numel() == 0:
-                break
-            running, chosen = running[rows], chosen[rows]
-            lexical, residual = lexical[rows], residual[rows]
-            cache.keep(rows)
-        previous = table[chosen]
-        e = previous.float()[:, None]
-        explained = config.word_weight * e + config.order_weight * hypothesizer.rotation(e, t)
-        residual = residual - explained
-    ends = (written == end_id).int()
-    stop = torch.where(ends.any(1), ends.argmax(1) + 1, config.max_tokens)
-    return [row[:n] for row, n in zip(written.tolist(), stop.tolist(), strict=True)]
+            running = [running[i] for i in rows.tolist()]
+            going = going[rows]
+            rows = rows.to(chosen.device)
+            writer.keep(rows)
+            chosen = chosen[rows]
+        writer.accept(chosen)
+    return texts
+
+
+def hypothesize(
+    encoder: MiniEncoder,
+    hypothesizer: MiniHypothesizer,
+    vectors: Tensor,
+    end_id: int,
+    precision: Precision = "float32",
+) -> list[list[int]]:
+    """`mini`'s greedy token ids of (B, D) float32 unit vectors, from networks as training holds them."""
+    limit = hypothesizer.config.max_tokens
+    with torch.inference_mode():
+        parts = MiniHypothesizing(hypothesizer, encoder, end_id, precision)
+        return write(parts.writer(vectors, limit), len(vectors), limit, end_id)
+
+
+@torch.inference_mode()
+def write_with_beams(
+    writer: T5Writer, num_vectors: int, width: int, max_new_tokens: int, end_id: int, device: torch.device
+) -> list[list[list[int]]]:
+    """The `width` likeliest texts of each vector, best first, by beam search as transformers 5.23 does it.
+
+    The writer's rows are the beams, `width` for each vector one after the other. Scores are mean log-probabilities
+    (length penalty 1); a vector is done when all its beams have ended and no running one can still win.
+    Source of the rules: GenerationMixin._beam_search with early_stopping=False.
+    """
+    worst = -1.0e9
+    shape = (num_vectors, width)
+    running = torch.zeros(*shape, 0, dtype=torch.int64, device=device)
+    running_scores = torch.full(shape, worst, device=device)
+    running_scores[:, 0] = 0.0  # all beams start alike, so only the first may continue
+    ended = torch.full((*shape, max_new_tokens), -1, dtype=torch.int64, device=device)
+    ended_scores = torch.full(shape, worst, device=device)
+    has_ended = torch.zeros(shape, dtype=torch.bool, device=device)
+    can_improve = torch.ones(num_vectors, 1, dtype=torch.bool, device=device)
+    offset = torch.arange(num_vectors, device=device)[:, None] * width
+    for t in range(max_new_tokens):
+        scores = writer.scores()
+        V = scores.shape[-1]
+        total = (scores.view(*shape, V) + running_scores[..., None]).flatten(1)
+        # Twice the width, so that `width` go on even when as many end here.
+        top_scores, top = total.topk(2 * width)
+        parents, tokens = top // V, top % V
+        texts = torch.cat((_pick(running, parents), tokens[..., None]), dim=-1)
+        stops = (tokens == end_id) | (t + 1 == max_new_tokens)
+
+        next_scores = top_scores + stops * worst
+        going = next_scores.topk(width).indices
+        running, running_scores = _pick(texts, going), _pick(next_scores, going)
+
+        final = top_scores / (t + 1)
+        eligible = stops & (torch.arange(2 * width, device=device) < width)
+        final = final + ~can_improve * worst + ~eligible * worst
+        padded = F.pad(texts, (0, max_new_tokens - t - 1), value=-1)
+        merged_scores = torch.cat((ended_scores, final), dim=1)
+        best = merged_scores.topk(width).indices
+        ended = _pick(torch.cat((ended, padded), dim=1), best)
+        ended_scores = _pick(merged_scores, best)
+        has_ended = _pick(torch.cat((has_ended, eligible), dim=1), best)
+
+        bound = torch.where(has_ended, ended_scores.min(1, keepdim=True).values, worst)
+        can_improve &= (running_scores[:, :1] / (t + 1) > bound).any(1, keepdim=True)
+        if not bool(can_improve.any()) or bool(stops.all()):
+            break
+        writer.reorder((_pick(parents, going) + offset).flatten())
+        writer.accept(running[..., -1].flatten())
+    return [[[i for i in beam if i >= 0] for beam in beams] for beams in ended.tolist()]
+
+
+def _pick(values: Tensor, indices: Tensor) -> Tensor:
+    """values (B, N, …) at indices (B, M) of the second axis, (B, M, …)."""
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return values[rows, indices]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One vector to turn into text."""
+
+    vector: npt.NDArray[np.float32]
+    """(D,) on the scale the decoder was trained on."""
+    steps: int = 0
+    """Most corrector steps."""
+    target_cosine: float | None = None
+    """Round-trip cosine at which the row is done; None means all its steps."""
+    start: str | None = None
+    """A text to start from, a near neighbour's as a rule."""
+    start_always: bool = False
+    """True takes `start` as it is; False takes it or the hypothesizer's text, whichever is nearer."""
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """What became of one vector."""
+
+    text: str
+    cosine: float
+    """Between the vector and the text's own."""
+    steps_used: int
+    """Corrector steps taken, whether or not the last gave the best text."""
+    ids: tuple[int, ...]
+    """The text's token ids as written, end token included where it ended by itself."""
+
+
+@dataclass(frozen=True)
+class InverterSettings:
+    """How rows go through the rounds."""
+
+    keep_best: bool = True
+    """Return the best text by cosine. vec2text without a beam returns the last."""
+    stop_early: bool = True
+    """A row leaves when a step gains less than `min_gain`. vec2text's own early stop never fires."""
+    min_gain: float = 1e-3
+    """Least gain in cosine that counts, vec2text's tolerance."""
+    beam_fills_with_end: bool = False
+    """What the corrector reads of a beam's text that ended before the longest: False, the text; True, the text and
+    end tokens up to the longest of the batch, which is what vec2text gives it (transformers 5 fills with them)."""
+    max_rows: int = 128
+    """Rows in the batch at once; more wait. Two cores gain nothing from more (tests/bench/results)."""
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise InputError(f"max_rows is {self.max_rows}; expected 1 or more")
+
+
+@dataclass
+class _Row:
+    ticket: int
+    request: Request
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    vector: npt.NDArray[np.float32] | None = None
+    cosine: float = -2.0
+    best: tuple[float, str, tuple[int, ...]] = (-2.0, "", ())
+    steps_used: int = 0
+    done: bool = False
+
+
+class Inverter:
+    """An encoder's decoder: hypothesizer, corrector where there is one, and the encoder to look again."""
+
+    def __init__(
+        self,
+        hypothesizer: Hypothesizing,
+        corrector: Corrector | None,
+        embed: Embed,
+        to_texts: ToTexts,
+        to_ids: ToIds,
+        max_new_tokens: int,
+        device: torch.device | None = None,
+        settings: InverterSettings | None = None,
+    ) -> None:
+        """max_new_tokens: tokens a text may get, end token included, start token not."""
+        self.settings = settings or InverterSettings()
+        self.hypothesizer = hypothesizer
+        self.corrector = corrector
+        self.max_new_tokens = max_new_tokens
+        self.device = device or torch.device("cpu")
+        self._embed = embed
+        self._to_texts = to_texts
+        self._to_ids = to_ids
+
+    def invert(
+        self,
+        vectors: npt.NDArray[np.float32],
+        steps: int | Sequence[int] = 0,
+        target_cosine: float | None = None,
+        starts: Sequence[str | None] | None = None,
+        start_always: bool = False,
+    ) -> list[Inversion]:
+        """Texts of (B, D) vectors, in order; `steps` for all rows or for each.
+
+        Raises InputError when a row asks for steps and there is no corrector, or counts do not match.
+        """
+        all_steps = [steps] * len(vectors) if isinstance(steps, int) else list(steps)
+        all_starts = list(starts) if starts is not None else [None] * len(vectors)
+        if len(all_steps) != len(vectors) or len(all_starts) != len(vectors):
+            raise InputError(
+                f"got {len(all_steps)} step counts and {len(all_starts)} starts for {len(vectors)} vectors; "
+                "expected one for each"
+            )
+        rounds = Rounds(self)
+        tickets = [
+            rounds.add(Request(v, s, target_cosine, start, start_always))
+            for v, s, start in zip(vectors, all_steps, all_starts, strict=True)
+        ]
+        done: dict[int, Inversion] = {}
+        while len(rounds):
+            done.update(rounds.run())
+        return [done[ticket] for ticket in tickets]
+
+    def invert_with_beam(self, vectors: npt.NDArray[np.float32], steps: int, width: int) -> list[Inversion]:
+        """vec2text's sequence beam search: after each step the `width` nearest different texts go on.
+
+        Each of a vector's `width` texts is corrected by a token beam of the same width. The texts are corrected
+        one after the other, so memory grows with `width` and not with its square. Raises InputError without a
+        corrector, or when steps or width are below 1.
+        """
+        corrector = self._require_corrector(steps)
+        if steps < 1 or width < 1:
+            raise InputError(f"got {steps} steps and a beam of {width}; expected 1 or more of each")
+        size = max(1, self.settings.max_rows // width)
+        parts = [vectors[low : low + size] for low in range(0, len(vectors), size)]
+        return [inversion for part in parts for inversion in self._beam_batch(corrector, part, steps, width)]
+
+    def _beam_batch(
+        self, corrector: Corrector, vectors: npt.NDArray[np.float32], steps: int, width: int
+    ) -> list[Inversion]:
+        B = len(vectors)
+        ids = self.hypothesize(vectors)
+        texts = self._to_texts(ids)
+        kept: list[list[_Candidate]] = [
+            [(float("nan"), i, text, vector)]
+            for i, text, vector in zip(ids, texts, self._embed(texts), strict=True)
+        ]
+        longest = 0
+        for step in range(steps):
+            found: list[list[_Candidate]] = [[] for _ in range(B)]
+            for parent in range(max(len(rows) for rows in kept)):
+                having = [row for row in range(B) if parent < len(kept[row])]
+                beams = self._correct_with_beam(
+                    corrector,
+                    vectors[having],
+                    np.stack([kept[row][parent][3] for row in having]),
+                    [
+                        kept[row][parent][1] + [END_ID] * (longest - len(kept[row][parent][1]))
+                        for row in having
+                    ],
+                    width,
+                )
+                flat = [ids for beam in beams for ids in beam]
+                written = self._to_texts(flat)
+                embedded = self._embed(written)
+                nearness = _cosines(np.repeat(vectors[having], width, axis=0), embedded)
+                for n, row in enumerate(having):
+                    at = range(n * width, (n + 1) * width)
+                    found[row] += [(float(nearness[i]), flat[i], written[i], embedded[i]) for i in at]
+            if self.settings.beam_fills_with_end:
+                longest = max(len(ids) for candidates in found for _, ids, _, _ in candidates)
+            num_kept = width if step + 1 < steps else 1
+            kept = [_nearest_different(candidates, num_kept) for candidates in found]
+        return [Inversion(text, cosine, steps, tuple(ids)) for ((cosine, ids, text, _),) in kept]
+
+    @torch.inference_mode()
+    def _correct_with_beam(
+        self,
+        corrector: Corrector,
+        vectors: npt.NDArray[np.float32],
+        own: npt.NDArray[np.float32],
+        hypotheses: list[list[int]],
+        width: int,
+    ) -> list[list[list[int]]]:
+        memory, mask = corrector.memory(self._tensor(vectors), self._tensor(own), hypotheses)
+        writer = T5Writer(
+            corrector,
+            memory.repeat_interleave(width, 0),
+            mask.repeat_interleave(width, 0),
+            self.max_new_tokens,
+        )
+        return write_with_beams(writer, len(vectors), width, self.max_new_tokens, END_ID, self.device)
+
+    @torch.inference_mode()
+    def hypothesize(self, vectors: npt.NDArray[np.float32]) -> list[list[int]]:
+        """Token ids of the first texts of (B, D) vectors."""
+        writer = self.hypothesizer.writer(self._tensor(vectors), self.max_new_tokens)
+        return write(writer, len(vectors), self.max_new_tokens, self.hypothesizer.end_id)
+
+    @torch.inference_mode()
+    def correct(
+        self,
+        vectors: npt.NDArray[np.float32],
+        own: npt.NDArray[np.float32],
+        hypotheses: Sequence[Sequence[int]],
+    ) -> list[list[int]]:
+        """Token ids of better texts for (B, D) vectors, from hypotheses (ids) and their own vectors (B, D)."""
+        corrector = self._require_corrector(1)
+        memory, mask = corrector.memory(self._tensor(vectors), self._tensor(own), hypotheses)
+        writer = T5Writer(corrector, memory, mask, self.max_new_tokens)
+        return write(writer, len(vectors), self.max_new_tokens, END_ID)
+
+    def _tensor(self, vectors: npt.NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
+
+    def _require_corrector(self, steps: int) -> Corrector:
+        if self.corrector is None:
+            raise InputError(
+                f"this codec has a hypothesizer and no corrector: expected steps 0, got {steps}; "
+                "ask for 0 steps or load a codec with a corrector"
+            )
+        return self.corrector
+
+
+def _cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray((a * b).sum(1) / np.maximum(norms, np.finfo(np.float32).tiny), np.float32)
+
+
+_Candidate = tuple[float, list[int], str, npt.NDArray[np.float32]]
+"""A text on its way through the beam: cosine, ids, text, its own vector."""
+
+
+def _nearest_different(candidates: list[_Candidate], number: int) -> list[_Candidate]:
+    """The first `number` by cosine whose ids differ."""
+    kept: dict[tuple[int, ...], _Candidate] = {}
+    for candidate in sorted(candidates, key=lambda c: -c[0]):
+        kept.setdefault(tuple(candidate[1]), candidate)
+        if len(kept) == number:
+            break
+    return list(kept.values())
+
+
+class Rounds:
+    """Rows on their way through the rounds; new ones join between two."""
+
+    def __init__(self, inverter: Inverter) -> None:
+        self._inverter = inverter
+        self._waiting: deque[_Row] = deque()
+        self._inside: list[_Row] = []
+        self._next_ticket = 0
+
+    def __len__(self) -> int:
+        """Rows that have not left, waiting ones included."""
+        return len(self._waiting) + len(self._inside)
+
+    def add(self, request: Request) -> int:
+        """Let a vector join at the next round with room; returns its ticket.
+
+        Raises InputError when it asks for fewer than 0 steps, or for some without a corrector.
+        """
+        if request.steps < 0:
+            raise InputError(f"got {request.steps} steps; expected 0 or more")
+        if request.steps:
+            self._inverter._require_corrector(request.steps)
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        self._waiting.append(_Row(ticket, request))
+        return ticket
+
+    def drop(self, ticket: int) -> bool:
+        """Forget a row that nobody waits for; False when it has left already."""
+        before = len(self)
+        self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
+        self._inside = [row for row in self._inside if row.ticket != ticket]
+        return len(self) < before
+
+    def inside(self) -> dict[int, Inversion]:
+        """What each row that has begun and not left would leave with now, by ticket."""
+        return {row.ticket: self._leave(row) for row in self._inside}
+
+    def run(self) -> dict[int, Inversion]:
+        """One round; returns the rows that left, by ticket. First texts for those that joined, then one
+        corrector step for every row that wants one."""
+        room = self._inverter.settings.max_rows - len(self._inside)
+        fresh = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        if fresh:
+            self._begin(fresh)
+            self._inside += fresh
+        wanting = [row for row in self._inside if not row.done]
+        if wanting:
+            self._step(wanting)
+        left = {row.ticket: self._leave(row) for row in self._inside if row.done}
+        self._inside = [row for row in self._inside if not row.done]
+        return left
+
+    def _begin(self, rows: list[_Row]) -> None:
+        inverter = self._inverter
+        given = [row for row in rows if row.request.start is not None]
+        written = [row for row in rows if row.request.start is None or not row.request.start_always]
+        candidates: list[tuple[_Row, list[int]]] = []
+        if given:
+            ids = inverter._to_ids([row.request.start or "" for row in given])
+            # The corrector never reads a last token past its own limit.
+            candidates += [(row, i[: inverter.max_new_tokens]) for row, i in zip(given, ids, strict=True)]
+        if written:
+            ids = inverter.hypothesize(np.stack([row.request.vector for row in written]))
+            candidates += list(zip(written, ids, strict=True))
+        self._look([row for row, _ in candidates], [ids for _, ids in candidates])
+        for row in rows:
+            row.done = row.request.steps == 0 or self._reached(row)
+
+    def _step(self, rows: list[_Row]) -> None:
+        inverter = self._inverter
+        vectors = np.stack([row.request.vector for row in rows])
+        own = np.stack([row.vector for row in rows if row.vector is not None])
+        before = [row.best[0] for row in rows]
+        ids = inverter.correct(vectors, own, [row.ids for row in rows])
+        self._look(rows, ids, newer=True)
+        for row, last_best in zip(rows, before, strict=True):
+            row.steps_used += 1
+            stuck = inverter.settings.stop_early and row.cosine < last_best + inverter.settings.min_gain
+            row.done = stuck or row.steps_used >= row.request.steps or self._reached(row)
+
+    def _look(self, rows: list[_Row], ids: list[list[int]], newer: bool = False) -> None:
+        """Encode texts again. A row takes the newer one, or of two first ones the nearer."""
+        texts = self._inverter._to_texts(ids)
+        # A text that did not change has the vector it had.
+        changed = [i for i, row in enumerate(rows) if texts[i] != row.text or row.vector is None]
+        vectors = self._inverter._embed([texts[i] for i in changed]) if changed else ()
+        again = dict(zip(changed, vectors, strict=True))
+        for i, row in enumerate(rows):
+            vector = again.get(i, row.vector)
+            assert vector is not None
+            cosine = float(_cosines(row.request.vector[None], vector[None])[0])
+            if newer or cosine > row.cosine:
+                row.ids, row.text, row.vector, row.cosine = ids[i], texts[i], vector, cosine
+            if cosine > row.best[0]:
+                row.best = (cosine, texts[i], tuple(ids[i]))
+
+    @staticmethod
+    def _reached(row: _Row) -> bool:
+        target = row.request.target_cosine
+        return target is not None and row.best[0] >= target
+
+    def _leave(self, row: _Row) -> Inversion:
+        last = (row.cosine, row.text, tuple(row.ids))
+        cosine, text, ids = row.best if self._inverter.settings.keep_best else last
+        return Inversion(text, cosine, row.steps_used, ids)

@@ -40,7 +40,8 @@ class DecodedTexts(Protocol):
 
 class Decoder(Protocol):
     """What the ladder needs of a codec. One may also have `supported_steps`, a tuple of the `steps` it can
-    do; without it, any number is asked for."""
+    do; without it, any number is asked for. And `stops_early`: True promises that a step which brings a text no
+    nearer is the last, so that two numbers of steps with one text mean that no more steps change it."""
 
     @property
     def identity(self) -> CodecIdentity:
@@ -225,6 +226,7 @@ class Ladder:
         # A codec without a corrector has one decoding rung: its first text.
         self.steps: tuple[int, ...] = steps or (0,)
         """Corrector steps of the decoding rungs this codec can do."""
+        self._stops_early = bool(getattr(codec, "stops_early", False))
 
     def decode(self, vectors: NDArray[np.float32], sources: Sequence[str] | None = None) -> list[Answer]:
         """One Answer a row of (B, D) unit vectors, in order.
@@ -245,6 +247,8 @@ class Ladder:
         refused: list[list[str]] = [[] for _ in range(len(vectors))]
         waited: list[dict[str, float]] = [{} for _ in range(len(vectors))]
         open_rows = list(range(len(vectors)))
+        before: dict[int, str] = {}  # a row's text after fewer steps
+        stuck_rows: list[int] = []  # rows no further step changes
         for steps in self.steps:
             if not open_rows:
                 break
@@ -253,19 +257,31 @@ class Ladder:
             began = time.perf_counter()
             decoded = self._decode_rung(vectors[open_rows], steps)
             elapsed_ms = (time.perf_counter() - began) * 1000
-            failed = []
-            for row, (text, cosine, cached) in zip(open_rows, decoded, strict=True):
+            failed: list[int] = []
+            judged = [
+                faults(text, sources[row] if sources is not None else None, self.settings)
+                for row, (text, _, _) in zip(open_rows, decoded, strict=True)
+            ]
+            if self._stops_early and steps != self.steps[-1]:
+                self._look_before(vectors, steps, open_rows, judged, before)
+            for row, (text, cosine, cached), found in zip(open_rows, decoded, judged, strict=True):
                 waited[row][rung] = elapsed_ms
-                found = faults(text, sources[row] if sources is not None else None, self.settings)
                 reasons[row] += [f"{rung}: {fault}" for fault in found]
-                if found and not last:
-                    failed.append(row)
+                stuck = (
+                    self._stops_early and bool(found) and before.get(row) == text and steps != self.steps[-1]
+                )
+                before[row] = text
+                if stuck:
+                    reasons[row].append(f"{rung}: further steps change nothing")
+                if found and not last and not (stuck and self._nearest is None):
+                    (stuck_rows if stuck else failed).append(row)
                     refused[row].append(text)
                 else:
                     answers[row] = Answer(
                         text, rung, tuple(reasons[row]), cosine, waited[row], cached, tuple(refused[row])
                     )
             open_rows = failed
+        open_rows = sorted(open_rows + stuck_rows)
         if open_rows and self._nearest is not None:
             began = time.perf_counter()
             chunks = self._nearest(vectors[open_rows])
@@ -281,6 +297,21 @@ class Ladder:
                     refused=tuple(refused[row]),
                 )
         return [answer for answer in answers if answer is not None]
+
+    def _look_before(
+        self,
+        vectors: NDArray[np.float32],
+        steps: int,
+        rows: Sequence[int],
+        judged: Sequence[Sequence[str]],
+        before: dict[int, str],
+    ) -> None:
+        """Note the first text, of no step, of the rows that the first rung refused. Writing it again costs a
+        fraction of the next rung, which would only repeat this one for a row that a step does not change."""
+        asked = [row for row, found in zip(rows, judged, strict=True) if found and row not in before]
+        if asked and steps > 0:
+            for row, (text, _, _) in zip(asked, self._decode_rung(vectors[asked], 0), strict=True):
+                before[row] = text
 
     def _decode_rung(self, vectors: NDArray[np.float32], steps: int) -> list[tuple[str, float, bool]]:
         """Text, cosine and whether it was cached for each row; equal rows are decoded once."""

@@ -5,6 +5,7 @@ No torch here: cutting half a million chunks must not load a model.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -49,6 +50,25 @@ class ChunkTokenizer:
     def vocabulary_size(self) -> int:
         """Number of token ids."""
         return self._tokenizer.get_vocab_size()
+
+    def log_frequencies(self) -> list[float]:
+        """Log probability of each id in running text, in nats: a unigram tokenizer's own scores.
+
+        The end token comes once a text, here once in 22 tokens; padding and unknown pieces as good as never. Equal for
+        all ids where the tokenizer is of another kind.
+        """
+        model = json.loads(self._tokenizer.to_str())["model"]
+        size = self.vocabulary_size
+        if model["type"] != "Unigram":
+            return [-math.log(size)] * size
+        never = -30.0
+        scores = [float(score) for _, score in model["vocab"]] + [never] * (size - len(model["vocab"]))
+        for special in (PAD, UNKNOWN):
+            place = self._tokenizer.token_to_id(special)
+            if place is not None:
+                scores[place] = never
+        scores[self.end_id] = -math.log(22)
+        return scores
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, end of sequence included, before any cut."""

@@ -9,7 +9,13 @@ held-out score), and at the end `encoder.safetensors`, `hypothesizer.safetensors
 Two losses, added: cross-entropy of the text given its noised vector (reconstruction), and InfoNCE between the
 topic parts of neighbouring chunks of an article, the other chunks of the batch being the negatives
 (arXiv:1807.03748), so that vectors carry words and topic. Noise makes the hypothesizer forgiving: it must
-write sense from a vector off the manifold, which is what a predictor makes.
+write sense from a vector off the manifold, which is what a predictor makes. `disturbed` says how.
+
+    python -m lvm.codec.training ... --init CODEC_DIR                     start from a codec's weights
+    python -m lvm.codec.training ... --init CODEC_DIR --freeze-encoder    the hypothesizer alone
+
+With the encoder frozen the codec keeps its identity: vectors, indexes and models made before stay valid, and
+only what is written from them changes. A step then costs little more than the decoder's own share.
 """
 
 import argparse
@@ -27,7 +33,8 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lvm.codec.inverter import hypothesize
@@ -71,8 +78,16 @@ class TrainingSettings:
     """Share of rows whose vector is noised before decoding."""
     lowest_cosine: float = 0.75
     """Noised rows have a cosine to their true vector drawn from here to 1."""
+    blended_share: float = 0.3
+    """Share of rows blended with vectors of similar topic before the rest, as snapping and predicting do."""
+    least_own: float = 0.1
+    """A blended row keeps from this share of its own vector up to all of it."""
     faded_share: float = 0.15
-    """Share of rows whose lexical part is also scaled down, by a factor from 0.3 to 1."""
+    """Share of rows whose lexical part is also scaled down, by a factor from 0.15 to 1."""
+    freeze_encoder: bool = False
+    """Fit the hypothesizer alone and leave every vector as it is; all chunks of a batch are then decoded."""
+    run_length: int = 4
+    """Chunks of one article that stand together in a batch of a frozen encoder, for blending."""
     held_out_share: float = 0.01
     """Share of articles kept from training for the curve (at least 20 articles)."""
     seed: int = 7
@@ -89,6 +104,11 @@ class TrainingSettings:
             raise InputError(
                 f"batch_decoded must be 1 to batch_pairs = {self.batch_pairs}, got {self.batch_decoded}"
             )
+        for name in ("noised_share", "blended_share", "least_own", "faded_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.run_length < 1:
+            raise InputError(f"run_length must be at least 1, got {self.run_length}")
 
 
 class ChunkTokens:
@@ -249,12 +269,51 @@ def fit_topics(
     return loss.item()
 
 
+def runs_of(
+    picked: npt.NDArray[np.int64],
+    doc_ids: npt.NDArray[np.int32],
+    length: int,
+    reach: int,
+    rng: np.random.Generator,
+) -> npt.NDArray[np.int64]:
+    """Each picked row and the next `length` - 1 of its article, each up to `reach` after the one before.
+
+    Where the article ends early, rows before the picked one take the place of what is missing, or itself.
+    """
+    rows = [picked]
+    for _ in range(length - 1):
+        further = np.minimum(rows[-1] + rng.integers(1, reach + 1, len(picked)), len(doc_ids) - 1)
+        back = np.maximum(picked - len(rows), 0)
+        row = np.where(doc_ids[further] == doc_ids[picked], further, back)
+        rows.append(np.where(doc_ids[row] == doc_ids[picked], row, picked))
+    return np.stack(rows, axis=1).reshape(-1)
+
+
+def blended(vectors: Tensor, pool: Tensor, settings: TrainingSettings, topic_dim: int) -> Tensor:
+    """Some of the vectors (B, D) mixed with what resembles them in the pool (N, D), whose first B rows they are.
+
+    A predicted or snapped vector is a mean of many texts: its topic parts agree and add up, its words cancel but
+    for the common ones. The mean here weighs the pool by a softmax over topic cosines (the row itself left out),
+    sharp or flat by chance, so that it runs from one neighbour to the batch's mean. float32, unit norm.
+    """
+    B, device = vectors.shape[0], vectors.device
+    with torch.no_grad():
+        topics = F.normalize(pool[:, :topic_dim], dim=-1)
+        cosines = topics[:B] @ topics.T
+        cosines[torch.arange(B), torch.arange(B)] = float("-inf")
+        sharpness = 1.0 / (0.02 + 0.3 * torch.rand(B, 1, device=device))
+        mean = F.normalize((cosines * sharpness).softmax(dim=-1) @ pool, dim=-1)
+    own = settings.least_own + (1 - settings.least_own) * torch.rand(B, 1, device=device)
+    chosen = torch.rand(B, 1, device=device) < settings.blended_share
+    return F.normalize(torch.where(chosen, own * vectors + (1 - own) * mean, vectors), dim=-1)
+
+
 def noised(vectors: Tensor, settings: TrainingSettings, topic_dim: int) -> Tensor:
     """Vectors as a predictor might give them: (B, D) unit norm, some faded, some off by isotropic noise."""
     B = vectors.shape[0]
     fade = torch.rand(B, 1, device=vectors.device)
     factor = torch.where(
-        fade < settings.faded_share, 0.3 + 0.7 * fade / settings.faded_share, torch.ones_like(fade)
+        fade < settings.faded_share, 0.15 + 0.85 * fade / settings.faded_share, torch.ones_like(fade)
     )
     topic, lexical = vectors[:, :topic_dim], vectors[:, topic_dim:]
     vectors = F.normalize(torch.cat((topic, lexical * factor), dim=-1), dim=-1)
@@ -272,16 +331,25 @@ def losses(
     mask: Tensor,
     settings: TrainingSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Reconstruction in nats a token, and InfoNCE in nats a chunk; float32 scalars.
+    """Reconstruction in nats a token, and InfoNCE in nats a chunk (0 with a frozen encoder); float32 scalars.
 
-    ids, mask: (2B, T); row i + B is the neighbour of row i. The first `batch_decoded` rows are decoded.
+    ids, mask: (2B, T); row i + B is the neighbour of row i, and the first `batch_decoded` rows are decoded. With a
+    frozen encoder (B, T), all of them decoded.
     """
-    vectors = encoder(ids, mask)
-    topic = F.normalize(vectors[:, : encoder.config.topic_dim], dim=-1)
-    first, second = topic.chunk(2)
-    contrast = infonce(first, second, settings.temperature)
-    B = settings.batch_decoded
-    states = hypothesizer(noised(vectors[:B], settings, encoder.config.topic_dim), ids[:B], mask[:B], encoder)
+    P = encoder.config.topic_dim
+    if settings.freeze_encoder:
+        with torch.no_grad():
+            vectors = encoder(ids, mask)
+        contrast = vectors.new_zeros(())
+        B = len(ids)
+    else:
+        vectors = encoder(ids, mask)
+        topic = F.normalize(vectors[:, :P], dim=-1)
+        first, second = topic.chunk(2)
+        contrast = infonce(first, second, settings.temperature)
+        B = settings.batch_decoded
+    given = noised(blended(vectors[:B], vectors, settings, P), settings, P)
+    states = hypothesizer(given, ids[:B], mask[:B], encoder)
     logits = F.linear(states[mask[:B]], encoder.tokens.weight) + hypothesizer.bias
     return F.cross_entropy(logits.float(), ids[:B][mask[:B]]), contrast
 
@@ -319,7 +387,7 @@ def held_out_score(
     cosines = (first @ second.T).float().cpu().numpy()
     adjacent = data.doc_ids[rows] == data.doc_ids[nexts]
     sources = tokenizer.decode([data.ids[data.starts[r] : data.ends[r]].tolist() for r in rows])
-    written = tokenizer.decode(hypothesize(encoder.tokens.weight, hypothesizer, first, tokenizer.end_id))
+    written = tokenizer.decode(hypothesize(encoder, hypothesizer, first, tokenizer.end_id))
     strangers = cosines[~np.eye(len(rows), dtype=bool)]
     ranks = (cosines >= np.diag(cosines)[:, None]).sum(1)[adjacent]
     return {
@@ -337,6 +405,8 @@ def optimiser_for(
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for module in (encoder, hypothesizer):
+        if module is encoder and settings.freeze_encoder:
+            continue
         for name, parameter in module.named_parameters():
             is_matrix = (
                 parameter.ndim == 2 and not name.startswith(("tokens", "topics")) and "bias" not in name
@@ -346,8 +416,10 @@ def optimiser_for(
     groups = [
         {"params": matrices, "weight_decay": 0.05, "rate": 1.0},
         {"params": others, "weight_decay": 0.0, "rate": 1.0},
-        {"params": [encoder.topics.weight], "weight_decay": 0.0, "rate": settings.topic_rate_share},
     ]
+    if not settings.freeze_encoder:
+        topics = {"params": [encoder.topics.weight], "weight_decay": 0.0, "rate": settings.topic_rate_share}
+        groups.append(topics)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-7)
 
 
@@ -378,6 +450,33 @@ def save_weights(
     os.replace(temporary, directory / "config.json")
 
 
+def load_weights(
+    directory: Path, config: MiniConfig, tokenizer: ChunkTokenizer
+) -> tuple[MiniEncoder, MiniHypothesizer]:
+    """Networks with the weights of a codec's folder. Raises InputError where they do not fit."""
+    try:
+        record = json.loads((directory / "config.json").read_text())
+        if record["config"] != config.to_dict():
+            raise InputError(
+                f"{directory} was made with {record['config']}, expected {config.to_dict()}; choose another --init"
+            )
+        if record["tokenizer_sha256"] != tokenizer.sha256:
+            raise InputError(
+                f"{directory} was trained with tokenizer {record['tokenizer_sha256'][:16]}, "
+                f"got {tokenizer.sha256[:16]}; give the tokenizer.json of --init"
+            )
+        encoder = MiniEncoder(config)
+        hypothesizer = MiniHypothesizer(config, encoder.topic_norm)
+        encoder.load_state_dict(load_file(directory / "encoder.safetensors"))
+        hypothesizer.load_state_dict(load_file(directory / "hypothesizer.safetensors"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
+        raise InputError(
+            f"{directory} holds no codec to start from ({err}); expected config.json, encoder.safetensors and "
+            "hypothesizer.safetensors"
+        ) from err
+    return encoder, hypothesizer
+
+
 def fit(
     chunks: Path,
     tokenizer: ChunkTokenizer,
@@ -390,13 +489,18 @@ def fit(
     save_every_s: float = 300.0,
     score_every_s: float = 60.0,
     on_score: Callable[[dict[str, Any]], object] | None = None,
+    init: Path | None = None,
 ) -> dict[str, Any]:
     """Train until `settings.minutes` are spent, going on from `output/checkpoint.pt` if it is there.
 
-    on_score is called with each line of the curve. Returns the last held-out score with steps, chunks and
-    seconds. Raises OutputError when the checkpoint there was made with another configuration, and TrainingError
-    when a loss is no number.
+    init: folder of a codec of the same configuration whose weights a new run starts from, in place of the
+    topic phase. on_score is called with each line of the curve. Returns the last held-out score with steps, chunks and
+    seconds. Raises OutputError when the checkpoint there was made with another configuration or the other of
+    frozen and not, InputError when `init` does not fit or a frozen encoder has none, and TrainingError when a loss
+    is no number.
     """
+    if settings.freeze_encoder and init is None:
+        raise InputError("a frozen encoder needs weights to start from; give --init with a codec's folder")
     output.mkdir(parents=True, exist_ok=True)
     data = ChunkTokens.read(chunks, tokenizer, limit)
     train_rows, held_rows = data.split(settings.held_out_share, settings.seed)
@@ -417,11 +521,13 @@ def fit(
         hypothesizer = MiniHypothesizer(config, encoder.topic_norm)
         encoder.load_state_dict(state["encoder"])
         hypothesizer.load_state_dict(state["hypothesizer"])
+    elif init is not None:
+        encoder, hypothesizer = load_weights(init, config, tokenizer)
     else:
         encoder, hypothesizer = start_weights(config, data, train_rows, settings.seed)
-    encoder.to(device)
+    encoder.to(device).requires_grad_(not settings.freeze_encoder)
     hypothesizer.to(device)
-    if state is None:
+    if state is None and init is None:
         print(f"topics fitted, InfoNCE {fit_topics(encoder, data, anchors, settings):.3f} nats", flush=True)
     optimiser = optimiser_for(encoder, hypothesizer, settings)
     step, spent_s, chunks_seen = 0, 0.0, 0
@@ -430,13 +536,14 @@ def fit(
         step, spent_s, chunks_seen = state["step"], state["spent_s"], state["chunks_seen"]
         print(f"going on from step {step}, {spent_s / 60:.1f} minutes spent", flush=True)
 
+    encoder.train(not settings.freeze_encoder)
     if compiled:
         encoder.compile()
         hypothesizer.compile()
     rng = np.random.default_rng((settings.seed, step))
     torch.manual_seed(settings.seed + step)
     kind = torch.device(device).type
-    parameters = [*encoder.parameters(), *hypothesizer.parameters()]
+    parameters = [p for m in (encoder, hypothesizer) for p in m.parameters() if p.requires_grad]
     recent: list[tuple[float, float]] = []
     last_score = last_save = spent_s
     score: dict[str, Any] = {}
@@ -464,9 +571,10 @@ def fit(
             encoder.eval()
             hypothesizer.eval()
             with torch.compiler.set_stance("force_eager"):
-                recentre(encoder, data, train_rows, tokenizer.pad_id)
+                if not settings.freeze_encoder:
+                    recentre(encoder, data, train_rows, tokenizer.pad_id)
                 score = held_out_score(encoder, hypothesizer, data, held_rows, tokenizer)
-            encoder.train()
+            encoder.train(not settings.freeze_encoder)  # frozen: centred as in use, not by the batch
             hypothesizer.train()
             mean = np.mean(recent, axis=0) if recent else (math.nan, math.nan)
             line = {
@@ -496,9 +604,14 @@ def fit(
         begun = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = group["rate"] * learning_rate_at(step, spent_s, settings)
-        picked = rng.choice(anchors, settings.batch_pairs)
-        further = neighbours_of(picked, data.doc_ids, settings.reach, rng)
-        ids, mask = data.batch(np.concatenate((picked, further)), tokenizer.pad_id, config.max_tokens)
+        if settings.freeze_encoder:
+            picked = rng.choice(anchors, -(-settings.batch_decoded // settings.run_length))
+            rows = runs_of(picked, data.doc_ids, settings.run_length, settings.reach, rng)
+            rows = rows[: settings.batch_decoded]
+        else:
+            picked = rng.choice(anchors, settings.batch_pairs)
+            rows = np.concatenate((picked, neighbours_of(picked, data.doc_ids, settings.reach, rng)))
+        ids, mask = data.batch(rows, tokenizer.pad_id, config.max_tokens)
         with torch.autocast(kind, torch.bfloat16):
             reconstruction, contrast = losses(
                 encoder, hypothesizer, ids.to(device), mask.to(device), settings
@@ -547,6 +660,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-pairs", type=int, default=defaults.batch_pairs)
     parser.add_argument("--batch-decoded", type=int, default=defaults.batch_decoded)
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--init", type=Path, help="folder of a codec whose weights a new run starts from")
+    parser.add_argument("--freeze-encoder", action="store_true", help="fit the hypothesizer alone")
+    parser.add_argument("--blended-share", type=float, default=defaults.blended_share)
     parser.add_argument("--contrast-weight", type=float, default=defaults.contrast_weight)
     parser.add_argument("--topic-share", type=float, default=MiniConfig().topic_share)
     parser.add_argument("--decoder-layers", type=int, default=MiniConfig().decoder_layers)
@@ -554,6 +670,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--score-every", type=float, default=1.0, help="minutes between held-out scores")
     parser.add_argument("--compile", action="store_true", help="compile the step (needs a C++ compiler)")
     args = parser.parse_args(arguments)
     if args.threads:
@@ -566,11 +683,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch_decoded=args.batch_decoded,
         learning_rate=args.learning_rate,
         contrast_weight=args.contrast_weight,
+        blended_share=args.blended_share,
+        freeze_encoder=args.freeze_encoder,
         seed=args.seed,
     )
     tokenizer = ChunkTokenizer.load(args.tokenizer, config.max_tokens)
     summary = fit(
-        args.chunks, tokenizer, args.output, config, settings, args.device, args.limit, args.compile
+        args.chunks,
+        tokenizer,
+        args.output,
+        config,
+        settings,
+        args.device,
+        args.limit,
+        args.compile,
+        score_every_s=args.score_every * 60,
+        init=args.init,
     )
     print(json.dumps(summary))
 

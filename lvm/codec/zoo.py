@@ -1,10 +1,12 @@
 """Codecs by name, and where their weights come from.
 
-`mini` ships with the package. Any codec our own training made loads from its folder with `path`.
+`mini` ships with the package. `gtr-jxe` and `gtr-ielab` come from the Hugging Face hub, or from the folder in `path`
+(`lvm.codec.gtr`). Any codec our own training made loads from its folder with `path`.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from lvm.codec.gtr import GTR_CODECS, load_gtr, load_gtr_tokenizer
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.errors import InputError
 
 if TYPE_CHECKING:
     from lvm.codec.encoder import Encoded, TextEncoder
-    from lvm.codec.mini import MiniHypothesizer
+    from lvm.codec.inverter import Inverter
 
 CODECS = {"mini": Path(__file__).parent / "weights" / "mini"}
 """Codec name to the folder with its weights."""
+
+MINI_STEPS = (0, 1, 2, 3, 4, 5)
+"""Corrector steps of `mini` that were measured; the first does nearly all, more than five changed no text."""
 
 FILES = ("config.json", "tokenizer.json", "encoder.safetensors", "hypothesizer.safetensors")
 
@@ -41,18 +47,32 @@ class Decoded:
 class Codec:
     """An encoder and the decoder trained to invert exactly that encoder."""
 
-    supported_steps: tuple[int, ...] = (0,)
-    """Corrector steps `decode` takes; this codec has a hypothesizer alone."""
-
     def __init__(
-        self, identity: CodecIdentity, encoder: "TextEncoder", hypothesizer: "MiniHypothesizer"
+        self,
+        identity: CodecIdentity,
+        encoder: "TextEncoder",
+        inverter: "Inverter",
+        scale: float = 1.0,
+        supported_steps: tuple[int, ...] | None = None,
     ) -> None:
+        """scale: norm of the vectors the decoder was trained on; 1 where the encoder normalises."""
         self.identity = identity
+        self.inverter = inverter
+        """The decode engine, for streams of rows (`lvm.codec.inverter.Rounds`)."""
+        self.scale = scale
         self._encoder = encoder
-        self._hypothesizer = hypothesizer.to(encoder.device, encoder.dtype).eval()
-        self._hypothesizer.rotation.float()  # angles and the running residual stay float32
-        # The decode loop multiplies in the encoder's fast dtype; `encode` casts by itself and keeps float32.
-        self._table = encoder.network.tokens.weight.detach().to(encoder.dtype)
+        self._supported_steps = supported_steps
+
+    @property
+    def supported_steps(self) -> tuple[int, ...] | None:
+        """Corrector steps worth asking for: None for any number, (0,) for a codec without a corrector."""
+        return self._supported_steps
+
+    @property
+    def stops_early(self) -> bool:
+        """True where a step that brings a text no nearer is its last (`lvm.codec.ladder.Decoder`)."""
+        settings = self.inverter.settings
+        return settings.stop_early and settings.keep_best
 
     @property
     def tokenizer(self) -> ChunkTokenizer:
@@ -63,47 +83,55 @@ class Codec:
         """Unit vectors (N, 768) float32 of N texts, with norms, token counts and what was cut."""
         return self._encoder.encode(texts)
 
-    def decode(self, vectors: npt.NDArray[np.float32], steps: int = 0) -> Decoded:
+    def decode(
+        self,
+        vectors: npt.NDArray[np.float32],
+        steps: int | Sequence[int] = 0,
+        target_cosine: float | None = None,
+        starts: Sequence[str | None] | None = None,
+        norms: npt.NDArray[np.float32] | None = None,
+    ) -> Decoded:
         """Texts of unit vectors (B, 768), with the round-trip cosine of each.
+
+        steps: most corrector steps, for all rows or for each. target_cosine: a row that reaches it takes no
+        further step. starts: texts of near neighbours; a row starts from its own or from the hypothesizer's
+        text, whichever is nearer. norms: (B,) the vectors' own norms where they are known, as for stored ones;
+        else a decoder that was trained on unnormalised vectors gets the codec's scale.
 
         Raises InputError on a wrong shape, on values that are no numbers, and on steps the codec lacks.
         """
-        import torch
-
-        from lvm.codec.inverter import hypothesize
-
         vectors = np.ascontiguousarray(vectors, np.float32)
         if vectors.ndim != 2 or vectors.shape[1] != self.identity.dim:
             raise InputError(
                 f"vectors have shape {vectors.shape}, expected (B, {self.identity.dim}) for codec {self.identity}"
             )
-        if steps not in self.supported_steps:
-            raise InputError(
-                f"codec {self.identity.name} has no corrector: steps must be one of {self.supported_steps}, got {steps}"
-            )
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        bad = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
         if bad.size:
             raise InputError(
                 f"vector {bad[0]} is zero or holds NaN or infinity ({bad.size} such); expected unit vectors"
             )
-        units = vectors / norms
-        rows = hypothesize(
-            self._table,
-            self._hypothesizer,
-            torch.from_numpy(units).to(self._encoder.device),
-            self.tokenizer.end_id,
+        scales = np.full(len(vectors), self.scale, np.float32)
+        if norms is not None and not self.identity.normalized:
+            scales = np.asarray(norms, np.float32)
+            if scales.shape != (len(vectors),) or not (scales > 0).all():
+                raise InputError(
+                    f"norms have shape {scales.shape} for {len(vectors)} vectors, or are not all above 0; "
+                    "give those the encoder returned"
+                )
+        done = self.inverter.invert(vectors / lengths * scales[:, None], steps, target_cosine, starts)
+        return Decoded(
+            [row.text for row in done],
+            np.array([row.cosine for row in done], np.float32),
+            np.array([row.steps_used for row in done], np.int32),
         )
-        texts = self.tokenizer.decode(rows)
-        again = self._encoder.encode(texts).vectors if texts else units
-        return Decoded(texts, (units * again).sum(1), np.zeros(len(texts), np.int32))
 
 
 def codec_folder(name: str, path: str | Path | None = None) -> Path:
     """The folder with a codec's files. Raises InputError on an unknown name or a missing file."""
     if path is None and name not in CODECS:
         raise InputError(
-            f"unknown codec {name!r}; expected one of {', '.join(sorted(CODECS))}, "
+            f"unknown codec {name!r}; expected one of {', '.join(sorted([*CODECS, *GTR_CODECS]))}, "
             "or --codec-path with the folder of a codec trained by `latent train-codec`"
         )
     folder = CODECS[name] if path is None else Path(path)
@@ -126,23 +154,33 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def load_tokenizer(name: str, path: str | Path | None = None) -> ChunkTokenizer:
     """The tokenizer and token limit of a codec, without loading its weights or torch."""
+    if name in GTR_CODECS:
+        return load_gtr_tokenizer(name, path)
     folder = codec_folder(name, path)
     return ChunkTokenizer.load(folder / "tokenizer.json", int(_read_config(folder)["max_tokens"]))
 
 
-def load_codec(name: str, path: str | Path | None = None, device: str = "auto") -> Codec:
+def load_codec(
+    name: str, path: str | Path | None = None, device: str = "auto", precision: str = "auto"
+) -> Codec:
     """A codec ready to encode and decode.
 
-    device: "auto" (CUDA, then MPS, then CPU) or a torch device. Raises InputError on an unknown name, missing
-    or damaged files, and when the tokenizer is not the one the weights were trained with.
+    device: "auto" (CUDA, then MPS, then CPU) or a torch device. precision: of the decoder, "float32",
+    "bfloat16", "int8", or "auto" for the fastest that keeps the quality. Raises InputError on an unknown name,
+    missing or damaged files, and when the tokenizer is not the one the weights were trained with.
     """
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from lvm.codec.encoder import TextEncoder
+    from lvm.codec.encoder import TextEncoder, best_dtype
+    from lvm.codec.inverter import MiniHypothesizing
     from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
+    from lvm.codec.runner import best_precision, require_precision
+    from lvm.codec.unbind import Unbinder, UnbindingInverter
 
+    if name in GTR_CODECS:
+        return load_gtr(name, path, pick_device(device), precision)
     folder = codec_folder(name, path)
     fields = _read_config(folder)
     try:
@@ -181,7 +219,29 @@ def load_codec(name: str, path: str | Path | None = None, device: str = "auto") 
         max_tokens=config.max_tokens,
         dim=config.dim,
     )
-    return Codec(identity, TextEncoder(encoder, tokenizer, pick_device(device)), hypothesizer)
+    where = pick_device(device)
+    text_encoder = TextEncoder(encoder, tokenizer, where)
+    inverter = UnbindingInverter(
+        MiniHypothesizing(
+            hypothesizer.to(where).eval(),
+            encoder,
+            tokenizer.end_id,
+            best_precision(where) if precision == "auto" else require_precision(precision),
+        ),
+        Unbinder(
+            encoder,
+            hypothesizer,
+            tokenizer.log_frequencies(),
+            tokenizer.end_id,
+            best_dtype(where) if precision == "auto" else torch.float32,
+        ),
+        lambda texts: text_encoder.encode(texts).vectors,
+        tokenizer.decode,
+        lambda texts: tokenizer.encode(texts)[0],
+        config.max_tokens,
+        where,
+    )
+    return Codec(identity, text_encoder, inverter, supported_steps=MINI_STEPS)
 
 
 def pick_device(device: str) -> Any:

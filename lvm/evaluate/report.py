@@ -85,7 +85,7 @@ def plot_leaderboard(evaluation: Evaluation) -> str:
         low, high = min(0.0, *(e["cosine"]["low"] for e in ranked)), max(e["cosine"]["high"] for e in ranked)
         axes.set_xlim(low, max(high, 0.05) * 1.2)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("cosine with the true next vector, 95 % interval over articles")
+        axes.set_xlabel("cosine with the true next vector, 95 % interval")
         return _svg(figure, "Bars of the test cosine of every model and baseline", "bars")
 
 

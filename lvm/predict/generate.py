@@ -17,17 +17,13 @@ from lvm.codec.ladder import Answer, Ladder, Nearest
 from lvm.codec.zoo import Codec
 from lvm.errors import InputError
 from lvm.predict.record import load_record
-from lvm.predict.steer import Context, Fill, build_context, snap
+from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH, Context, Fill, build_context, snap
 from lvm.vectors.index import Index, load_index
 from lvm.vectors.sequences import VectorArray, open_vectors
 
 R = TypeVar("R")
 
-PASSTHROUGH = "passthrough"
-"""The model that predicts nothing: it decodes the last context vector, which shows what the codec can do."""
-
-CONTEXT_CHUNKS = 5
-"""Chunks a predictor reads, SPEC §3."""
+__all__ = ["CONTEXT_CHUNKS", "PASSTHROUGH", "Generator", "Predict", "Prediction", "predictor"]
 
 
 class Predict(Protocol):

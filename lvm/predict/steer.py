@@ -15,6 +15,12 @@ from lvm.errors import InputError
 Floats = NDArray[np.floating[Any]]
 Rows = NDArray[np.int64]
 
+PASSTHROUGH = "passthrough"
+"""The model that predicts nothing: it decodes the last context vector, which shows what the codec can do."""
+
+CONTEXT_CHUNKS = 5
+"""Chunks a predictor reads, SPEC §3."""
+
 
 class Neighbours(Protocol):
     """A search index over the corpus vectors."""

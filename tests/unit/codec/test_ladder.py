@@ -197,3 +197,28 @@ def test_wrong_shapes_are_refused_with_what_was_expected() -> None:
 def test_unordered_rungs_are_refused(steps: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="expected ascending numbers"):
         LadderSettings(steps=steps)
+
+
+class EarlyCodec(ScriptedCodec):
+    stops_early = True
+
+
+def test_a_text_that_no_step_changes_skips_the_rungs_that_would_repeat_it() -> None:
+    script = [{0: LOOP, 1: LOOP}, {0: LOOP, 1: LOOP + " a", 3: LOOP + " a"}, {0: LOOP, 1: GOOD}]
+    codec = EarlyCodec(script)
+    stuck, later, good = Ladder(codec, nearest).decode(codec.vectors, [GOOD] * 3)
+    assert codec.calls == [(1, 3), (0, 2), (3, 1)]
+    assert (stuck.rung, stuck.text) == ("extractive", "chunk 0")
+    assert stuck.reasons[-1] == "steps=1: further steps change nothing"
+    assert stuck.refused == (LOOP,)
+    assert (later.rung, later.refused) == ("extractive", (LOOP + " a", LOOP + " a"))
+    assert later.reasons[-1] == "steps=3: further steps change nothing"
+    assert good.rung == "steps=1"
+
+
+def test_without_an_index_a_text_that_no_step_changes_is_given_where_it_stuck() -> None:
+    codec = EarlyCodec([{0: LOOP, 1: LOOP}])
+    (answer,) = Ladder(codec).decode(codec.vectors, [GOOD])
+    assert (answer.text, answer.rung, answer.refused) == (LOOP, "steps=1", ())
+    assert any("bigram" in reason for reason in answer.reasons)
+    assert codec.calls == [(1, 1), (0, 1)]

@@ -102,7 +102,7 @@ def test_step_by_step_equals_teacher_forcing(networks: tuple[MiniEncoder, MiniHy
     encoder, hypothesizer = networks
     vectors = torch.nn.functional.normalize(torch.randn(16, TOY.dim), dim=-1)
     with torch.inference_mode():
-        rows = hypothesize(encoder.tokens.weight, hypothesizer, vectors, END)
+        rows = hypothesize(encoder, hypothesizer, vectors, END)
         for vector, row in zip(vectors, rows, strict=True):
             ids = torch.tensor([row])
             states = hypothesizer(vector[None], ids, torch.ones_like(ids, dtype=torch.bool), encoder)
@@ -115,15 +115,14 @@ def test_a_batch_decodes_as_its_singles(networks: tuple[MiniEncoder, MiniHypothe
     with torch.no_grad():
         hypothesizer.bias[END] += 6.0  # so that rows end at different steps and leave the batch
     vectors = torch.nn.functional.normalize(torch.randn(24, TOY.dim), dim=-1)
-    table = encoder.tokens.weight.detach()
-    together = hypothesize(table, hypothesizer, vectors, END)
+    together = hypothesize(encoder, hypothesizer, vectors, END)
     assert len({len(r) for r in together}) > 1
-    assert together == [hypothesize(table, hypothesizer, v[None], END)[0] for v in vectors]
+    assert together == [hypothesize(encoder, hypothesizer, v[None], END)[0] for v in vectors]
 
 
 def test_no_vectors_give_no_texts(networks: tuple[MiniEncoder, MiniHypothesizer]) -> None:
     encoder, hypothesizer = networks
-    assert hypothesize(encoder.tokens.weight, hypothesizer, torch.empty(0, TOY.dim), END) == []
+    assert hypothesize(encoder, hypothesizer, torch.empty(0, TOY.dim), END) == []
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lvm.codec.quality import next_chunk_retrieval, read_back, tfidf_svd_vectors, token_f1
+from lvm.codec.quality import next_chunk_retrieval, read_back, tfidf_svd_vectors, token_f1, turned
 from lvm.errors import InputError
 
 
@@ -49,3 +49,17 @@ def test_baseline_vectors_have_unit_norm() -> None:
     vectors = tfidf_svd_vectors(texts, 16)
     assert vectors.shape == (40, 16)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_turned_vectors_lie_at_the_stated_cosine_in_different_directions() -> None:
+    vectors = np.random.default_rng(1).standard_normal((50, 64)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    off = turned(vectors, 0.8)
+    np.testing.assert_allclose(np.linalg.norm(off, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose((off * vectors).sum(1), 0.8, atol=1e-5)
+    away = off - 0.8 * vectors
+    between = (away @ away.T)[~np.eye(50, dtype=bool)]
+    assert np.abs(between).max() < 0.36 * 0.75
+    np.testing.assert_allclose(turned(vectors, 1.0), vectors, atol=1e-6)
+    with pytest.raises(InputError, match="cosine must lie above 0"):
+        turned(vectors, 0.0)

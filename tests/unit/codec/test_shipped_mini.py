@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lvm.codec.ladder import keywords
 from lvm.codec.quality import next_chunk_retrieval, read_back
 from lvm.codec.zoo import CODECS, Codec, codec_folder, load_codec, load_tokenizer
 from lvm.corpus.chunker import chunk_article
@@ -43,6 +44,40 @@ def test_it_reads_back_the_sample(codec: Codec, sample: tuple[list[str], np.ndar
     assert figures["bleu"] >= 45
     assert figures["token_f1"] >= 0.7
     assert decoded.cosines.mean() > 0.8
+
+
+def test_one_corrector_step_mends_what_the_hypothesizer_misread(
+    codec: Codec, sample: tuple[list[str], np.ndarray]
+) -> None:
+    texts = sample[0][::4]
+    vectors = codec.encode(texts).vectors
+    first, second = codec.decode(vectors), codec.decode(vectors, steps=1)
+    before, after = read_back(texts, first.texts), read_back(texts, second.texts)
+    assert after["bleu"] >= max(90.0, before["bleu"])
+    assert after["token_f1"] >= 0.95
+    assert after["exact"] >= before["exact"] + 0.1
+    assert (second.cosines >= first.cosines - 1e-5).all()
+    assert second.cosines.mean() > 0.98
+    assert second.steps_used.tolist() == [1] * len(texts)
+
+
+def test_a_blend_of_texts_is_written_with_its_content_words(
+    codec: Codec, sample: tuple[list[str], np.ndarray]
+) -> None:
+    texts = sample[0][:240]
+    blends = codec.encode(texts).vectors.reshape(48, 5, -1).sum(1)
+    blends /= np.linalg.norm(blends, axis=1, keepdims=True)
+    first, second = codec.decode(blends), codec.decode(blends, steps=1)
+    # Measured: 3.0 words that carry meaning before and 9.5 after, 0.3 and 1.4 of them in the sources;
+    # cosine 0.36 and 0.46.
+    before, after = (np.mean([len(keywords(t)) for t in d.texts]) for d in (first, second))
+    assert after > 1.5 * before
+    assert second.cosines.mean() > first.cosines.mean() + 0.05
+    sources = [keywords(" ".join(texts[i : i + 5])) for i in range(0, 240, 5)]
+    shared = [len(keywords(t) & s) for t, s in zip(second.texts, sources, strict=True)]
+    assert np.mean(shared) > 1.5 * np.mean(
+        [len(keywords(t) & s) for t, s in zip(first.texts, sources, strict=True)]
+    )
 
 
 def test_neighbours_lie_nearer_than_strangers(codec: Codec, sample: tuple[list[str], np.ndarray]) -> None:
@@ -124,7 +159,7 @@ def test_empty_text_and_no_text_are_no_error(codec: Codec) -> None:
         (np.zeros((2, 5), np.float32), 0, r"shape \(2, 5\), expected \(B, 768\)"),
         (np.zeros((1, 768), np.float32), 0, "vector 0 is zero or holds NaN"),
         (np.full((1, 768), np.nan, np.float32), 0, "vector 0 is zero or holds NaN"),
-        (np.ones((1, 768), np.float32), 3, "has no corrector"),
+        (np.ones((1, 768), np.float32), -1, "got -1 steps; expected 0 or more"),
     ],
 )
 def test_bad_vectors_and_steps_are_refused(
@@ -135,7 +170,7 @@ def test_bad_vectors_and_steps_are_refused(
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"unknown codec 'mimi'; expected one of mini"):
+    with pytest.raises(InputError, match=r"unknown codec 'mimi'; expected one of gtr-ielab, gtr-jxe, mini"):
         load_codec("mimi")
 
 

@@ -13,7 +13,16 @@ import torch
 
 from lvm.codec.mini import MiniConfig
 from lvm.codec.tokenizer import ChunkTokenizer, train_tokenizer
-from lvm.codec.training import ChunkTokens, TrainingSettings, fit, learning_rate_at, noised
+from lvm.codec.training import (
+    ChunkTokens,
+    TrainingSettings,
+    blended,
+    fit,
+    learning_rate_at,
+    main,
+    noised,
+    runs_of,
+)
 from lvm.codec.zoo import CODECS, load_codec
 from lvm.errors import InputError, OutputError
 from tests.doubles import fake_articles
@@ -82,6 +91,121 @@ def test_a_checkpoint_of_other_sizes_is_refused(
         fit(
             chunks, tokenizer, tmp_path, MiniConfig(topic_dim=16, lexical_dim=64, d_ff=64, num_heads=4), QUICK
         )
+
+
+@pytest.fixture
+def trained(chunks: Path, tokenizer: ChunkTokenizer, tmp_path: Path) -> Path:
+    folder = tmp_path / "first"
+    fit(chunks, tokenizer, folder, TOY, QUICK)
+    return folder
+
+
+def test_a_frozen_encoder_keeps_its_bytes_while_the_hypothesizer_learns(
+    chunks: Path, tokenizer: ChunkTokenizer, trained: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    frozen = replace(QUICK, freeze_encoder=True, steps=2, run_length=2)
+    fit(chunks, tokenizer, again, TOY, frozen, score_every_s=1e9, init=trained)
+    fit(chunks, tokenizer, again, TOY, replace(frozen, steps=60), score_every_s=1e9, init=trained)
+    first, second = curve(again)
+    assert (first["step"], second["step"], second["chunks_seen"]) == (2, 60, 60 * frozen.batch_decoded)
+    assert second["nats_a_token"] < 0.8 * first["nats_a_token"]
+    encoders = [(f / "encoder.safetensors").read_bytes() for f in (trained, again)]
+    assert encoders[0] == encoders[1]
+    hypothesizers = [(f / "hypothesizer.safetensors").read_bytes() for f in (trained, again)]
+    assert hypothesizers[0] != hypothesizers[1]
+
+
+def test_a_run_starts_from_the_weights_it_was_given(
+    chunks: Path, tokenizer: ChunkTokenizer, trained: Path, tmp_path: Path
+) -> None:
+    still = replace(QUICK, learning_rate=1e-12, steps=1)
+    fit(chunks, tokenizer, tmp_path / "still", TOY, still, init=trained)
+    shutil.copyfile(TOKENIZER, trained / "tokenizer.json")
+    shutil.copyfile(TOKENIZER, tmp_path / "still" / "tokenizer.json")
+    vectors = [
+        load_codec("own", folder, device="cpu").encode(["river stone bread."]).vectors
+        for folder in (trained, tmp_path / "still")
+    ]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=0.02)  # bfloat16 weights; the centre is set anew
+
+
+def test_weights_to_start_from_must_fit(
+    chunks: Path, tokenizer: ChunkTokenizer, trained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="choose another --init"):
+        fit(chunks, tokenizer, tmp_path / "a", replace(TOY, d_ff=32), QUICK, init=trained)
+    with pytest.raises(InputError, match="holds no codec to start from"):
+        fit(chunks, tokenizer, tmp_path / "b", TOY, QUICK, init=tmp_path / "nowhere")
+    with pytest.raises(InputError, match="give --init"):
+        fit(chunks, tokenizer, tmp_path / "c", TOY, replace(QUICK, freeze_encoder=True))
+    record = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps({**record, "tokenizer_sha256": "0" * 64}))
+    with pytest.raises(InputError, match=r"give the tokenizer\.json of --init"):
+        fit(chunks, tokenizer, tmp_path / "d", TOY, QUICK, init=trained)
+
+
+def test_the_command_of_the_card_runs(chunks: Path, tmp_path: Path) -> None:
+    """The same command and weights as the shipped codec's, for two small steps."""
+    mini = CODECS["mini"]
+    before = (mini / "config.json").read_bytes()
+    main(
+        [
+            *("--chunks", str(chunks), "--tokenizer", str(TOKENIZER), "--output", str(tmp_path)),
+            *("--init", str(mini), "--freeze-encoder", "--steps", "2", "--batch-decoded", "8"),
+            *("--batch-pairs", "8", "--learning-rate", "1e-4", "--device", "cpu"),
+        ]
+    )
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["training"]["freeze_encoder"] is True
+    assert (record["training"]["steps"], record["held_out"]["chunks_seen"]) == (2, 16)
+    assert record["config"] == json.loads(before)["config"]
+    shutil.copyfile(TOKENIZER, tmp_path / "tokenizer.json")
+    ours, theirs = (load_codec("mini", p, device="cpu").identity for p in (tmp_path, None))
+    assert ours.digest == theirs.digest  # vectors made before stay valid
+
+
+def test_runs_stay_in_their_article() -> None:
+    doc_ids = np.repeat(np.arange(50, dtype=np.int32), np.tile([1, 2, 3, 9], 13)[:50])
+    rng = np.random.default_rng(0)
+    picked = rng.integers(0, len(doc_ids), 500)
+    rows = runs_of(picked, doc_ids, 4, 2, rng).reshape(500, 4)
+    assert (rows[:, 0] == picked).all()
+    assert (doc_ids[rows] == doc_ids[picked][:, None]).all()
+    inside = [i for i, row in enumerate(picked) if doc_ids[row] in doc_ids[row + 6 : row + 7]]
+    assert len(inside) > 50
+    assert (np.diff(rows[inside]) >= 1).all()
+    assert (np.diff(rows[inside]) <= 2).all()
+
+
+def test_blends_lean_to_the_same_topic_and_keep_their_share() -> None:
+    P = TOY.topic_dim
+    topics = torch.eye(P)[torch.arange(64) // 2]  # rows 2i and 2i + 1 share a topic and nothing else
+    torch.manual_seed(0)
+    words = torch.nn.functional.normalize(torch.randn(64, TOY.lexical_dim), dim=-1)
+    pool = torch.nn.functional.normalize(torch.cat((topics, words), dim=-1), dim=-1)
+    settings = TrainingSettings(blended_share=1.0, least_own=0.5)
+    mixed = blended(pool, pool, settings, P)
+    torch.testing.assert_close(mixed.norm(dim=-1), torch.ones(64))
+    own = (mixed * pool).sum(-1)
+    partner = (mixed * pool[torch.arange(64) ^ 1]).sum(-1)
+    stranger = (mixed * pool[(torch.arange(64) + 2) % 64]).sum(-1)
+    assert (own > 0.75).all()
+    assert float(own.mean()) < 0.98
+    # The partner stands out by its words, beyond the topic that all of the row's own share gives it.
+    assert float(partner.mean()) > float(stranger.mean()) + 0.4
+    some = blended(pool, pool, TrainingSettings(blended_share=0.25), P)
+    changed = ((some * pool).sum(-1) < 0.999).float().mean()
+    assert 0.05 < float(changed) < 0.45
+    torch.testing.assert_close(blended(pool, pool, TrainingSettings(blended_share=0.0), P), pool)
+
+
+@pytest.mark.parametrize("name", ["noised_share", "blended_share", "least_own", "faded_share"])
+def test_shares_beyond_one_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} must lie between 0 and 1, got 1.5"):
+        TrainingSettings(**{name: 1.5})
+    with pytest.raises(InputError, match="run_length must be at least 1"):
+        TrainingSettings(run_length=0)
 
 
 def test_too_few_articles_are_refused(tokenizer: ChunkTokenizer, tmp_path: Path) -> None:

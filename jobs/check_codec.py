@@ -1,0 +1,90 @@
+"""Does a codec read back what it is given? `latent codec check`. Prints a table, writes nothing.
+
+    python -m jobs.check_codec
+    python -m jobs.check_codec --codec gtr-jxe --codec-path /models "A text." "Another."
+
+A round trip of the texts given, of --input's, or of the bundled sample's: encode, decode, compare. Warns when the mean
+cosine is what an encoder and a decoder give that do not belong together, and then ends with exit code 1.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from jobs._ray import run, say
+from lvm.codec.quality import MISMATCHED_COSINE, read_back
+from lvm.codec.zoo import load_codec
+from lvm.corpus.chunker import Chunker
+from lvm.corpus.readers import read_articles
+from lvm.errors import InputError
+
+
+def main(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to send round; none for --input.")] = None,
+    input: Annotated[
+        str, typer.Option(help="Articles to take chunks of, where no texts are given.")
+    ] = "sample",
+    num_chunks: Annotated[int, typer.Option(min=1, help="Chunks of --input, evenly spread.")] = 64,
+    codec: Annotated[str, typer.Option(help="Codec: mini, gtr-jxe or gtr-ielab.")] = "mini",
+    codec_path: Annotated[Path | None, typer.Option(help="Folder with the codec's files.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Corrector steps; 1 where there are any.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON in place of a table.")] = False,
+) -> None:
+    """Send texts through the codec and say what came back."""
+    begun = time.perf_counter()
+    loaded = load_codec(codec, codec_path)
+    able = loaded.supported_steps
+    number = steps if steps is not None else (1 if able is None or 1 in able else 0)
+    if able is not None and number not in able:
+        raise InputError(
+            f"codec {loaded.identity} takes {', '.join(map(str, able))} steps, got {number}; choose one of these"
+        )
+    if not texts:
+        chunker = Chunker(loaded.tokenizer)
+        chunks = [c.text for a in read_articles(input, None) for c in chunker.chunk([a])[0]]
+        if not chunks:
+            raise InputError(f"{input} gives no chunk; expected articles with text")
+        texts = [chunks[i] for i in np.unique(np.linspace(0, len(chunks) - 1, num_chunks).astype(int))]
+    encoded = loaded.encode(texts)
+    decoded = loaded.decode(encoded.vectors, steps=number, norms=encoded.norms)
+    mean = float(decoded.cosines.mean())
+    mismatched = mean < MISMATCHED_COSINE
+    summary: dict[str, Any] = {
+        "codec": str(loaded.identity),
+        "texts": len(texts),
+        "steps": number,
+        **read_back(texts, decoded.texts),
+        "cosine": mean,
+        "truncated": int(encoded.truncated.sum()),
+        "norm_mean": float(encoded.norms.mean()),
+        "norm_std": float(encoded.norms.std()),
+        "mismatched": mismatched,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        for source, written, cosine in list(zip(texts, decoded.texts, decoded.cosines, strict=True))[:5]:
+            print(f"{cosine:+.3f}  {source}\n        {written}")
+        for name, value in summary.items():
+            print(f"{name:10} {value:.4f}" if isinstance(value, float) else f"{name:10} {value}")
+    if encoded.truncated.any():
+        say(
+            f"warning: {int(encoded.truncated.sum())} of {len(texts)} texts are longer than "
+            f"{loaded.identity.max_tokens} tokens and were cut; the rest of them cannot come back"
+        )
+    if mismatched:
+        say(
+            f"warning: mean cosine {mean:.3f} is what an encoder and a decoder give that do not belong together "
+            "(0.05 to 0.11; a matching pair gives 0.63 and more). Check that both come from one codec: "
+            f"{loaded.identity}"
+        )
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run(main)

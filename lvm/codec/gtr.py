@@ -1,0 +1,344 @@
+"""The two public GTR codecs: one T5 encoder, two contracts, and the decoders trained on each.
+
+- `gtr-jxe`: the T5 encoder of sentence-transformers/gtr-t5-base, mean-pooled, no Dense, no normalisation: what
+  vec2text's own API embeds with. Decoders jxm/gtr__nq__32 and jxm/gtr__nq__32__correct.
+- `gtr-ielab`: the whole sentence-transformers model: mean pooling, Dense, L2 normalisation. Decoders of ielabgroup.
+
+The same model name, and vectors that have nothing to do with each other: hence two codecs with two identities.
+
+Files are read in their published layout. With `--codec-path DIR` they lie in DIR under their repository's name
+(DIR/sentence-transformers/gtr-t5-base/config.json and so on); without, they are fetched from the Hugging Face hub
+into its own cache. Weights are read from safetensors alone, never from pickles.
+
+Letters: B batch, T tokens, D = 768.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from lvm.codec.identity import CodecIdentity
+from lvm.codec.tokenizer import ChunkTokenizer
+from lvm.errors import InputError
+
+if TYPE_CHECKING:
+    from lvm.codec.encoder import TextEncoder
+    from lvm.codec.zoo import Codec
+
+EMBEDDER = "sentence-transformers/gtr-t5-base"
+
+
+@dataclass(frozen=True)
+class GtrContract:
+    """Which repositories make a codec, and what follows the pooling."""
+
+    hypothesizer: str
+    """Repository of vec2text's InversionModel."""
+    corrector: str
+    """Repository of vec2text's CorrectorEncoderModel."""
+    whole: bool
+    """True for Dense and normalisation after the pooling, as sentence-transformers applies them."""
+
+    @property
+    def files(self) -> dict[str, tuple[str, ...]]:
+        """Repository to the files needed of it."""
+        tail = ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors")
+        weights = ("config.json", "model.safetensors")
+        return {
+            EMBEDDER: (*weights, "tokenizer.json", *(tail if self.whole else ())),
+            self.hypothesizer: weights,
+            self.corrector: weights,
+        }
+
+
+GTR_CODECS = {
+    "gtr-jxe": GtrContract("jxm/gtr__nq__32", "jxm/gtr__nq__32__correct", whole=False),
+    "gtr-ielab": GtrContract(
+        "ielabgroup/vec2text_gtr-base-st_inversion", "ielabgroup/vec2text_gtr-base-st_corrector", whole=True
+    ),
+}
+"""Codec name to its contract."""
+
+MAX_TOKENS = 32
+"""Both pairs were trained on texts of at most 32 tokens, end of sequence included (`max_seq_length`)."""
+
+SCALE_TEXTS = (
+    "The river rises in the hills north of the town and flows for forty miles before it reaches the sea.",
+    "In 1871 the company opened a second factory, where it made engines for ships and for railways.",
+    "Most of the species live in warm, shallow water, and feed on plankton during the night.",
+    "She studied law in Vienna, but gave it up after two years and turned to painting.",
+    "A function is continuous if small changes of its argument lead to small changes of its value.",
+    "The treaty was signed in March, and both armies withdrew from the valley by the end of summer.",
+    "Critics praised the songs for their simple melodies, although the album did not sell well.",
+    "Heat the oil, add the onions, and stir for five minutes until they are soft and golden.",
+)
+"""Texts whose vectors' mean norm is the scale of a decoder that was trained on unnormalised vectors."""
+
+
+def repository_folders(name: str, path: str | Path | None, only: str | None = None) -> dict[str, Path]:
+    """Repository to the local folder with its files, from `path` or else the hub.
+
+    only: one repository, where the others are not needed. Raises InputError naming every repository and file to fetch
+    and where to put it, when one is missing and cannot be fetched.
+    """
+    wanted = {
+        repository: files
+        for repository, files in GTR_CODECS[name].files.items()
+        if only is None or repository == only
+    }
+    if path is not None:
+        root = Path(path)
+        missing = {
+            repository: [f for f in files if not _present(root / repository, f)]
+            for repository, files in wanted.items()
+        }
+        if any(missing.values()):
+            raise InputError(
+                f"codec {name} is incomplete in {root}; {_what_to_fetch(missing, str(root))}"
+                + _pickles(root, missing)
+            )
+        return {repository: root / repository for repository in wanted}
+    return {repository: _from_hub(name, repository, files) for repository, files in wanted.items()}
+
+
+def _present(folder: Path, file: str) -> bool:
+    # Large checkpoints come in several files and an index.
+    return (folder / file).is_file() or (folder / f"{file}.index.json").is_file()
+
+
+def _what_to_fetch(missing: dict[str, list[str]], root: str) -> str:
+    parts = [
+        f"{', '.join(files)} of https://huggingface.co/{repository} to {root}/{repository}/"
+        for repository, files in missing.items()
+        if files
+    ]
+    return "fetch " + "; ".join(parts)
+
+
+def _pickles(root: Path, missing: dict[str, list[str]]) -> str:
+    """A word on weights that are there in the one form that is not read."""
+    found = [
+        str(pickle)
+        for repository, files in missing.items()
+        for file in files
+        if file.endswith("model.safetensors")
+        and (pickle := (root / repository / file).with_name("pytorch_model.bin")).is_file()
+    ]
+    if not found:
+        return ""
+    return (
+        f". {', '.join(found)} is a pickle and is never loaded; convert it on a machine where you trust it: "
+        'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
+        "torch.load('pytorch_model.bin', weights_only=True).items()}, 'model.safetensors')\""
+    )
+
+
+def _from_hub(name: str, repository: str, files: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [p for f in files for p in (f, *_shards(f))]
+    cause: Exception | None = None
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=patterns))
+        missing = [f for f in files if not _present(folder, f)]
+        problem = f"the hub's copy lacks {', '.join(missing)}" if missing else ""
+    except Exception as err:  # the hub's client raises its own, the HTTP client's and the system's errors
+        cause, problem = err, f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}"
+    if problem:
+        whole = {r: list(f) for r, f in GTR_CODECS[name].files.items()}
+        raise InputError(
+            f"codec {name} needs {repository}, which could not be had from the hub ({problem}). Without network, "
+            f"{_what_to_fetch(whole, 'DIR')}; then give --codec-path DIR"
+        ) from cause
+    return folder
+
+
+def _shards(file: str) -> tuple[str, ...]:
+    stem, dot, suffix = file.rpartition(".")
+    return (f"{file}.index.json", f"{stem}-*{dot}{suffix}") if suffix == "safetensors" else ()
+
+
+def load_gtr_tokenizer(name: str, path: str | Path | None = None) -> ChunkTokenizer:
+    """The tokenizer of a GTR codec with the decoders' token limit; reads no weights.
+
+    Raises InputError when it is missing, or when the tokenizer does not end texts as T5 does.
+    """
+    if path is not None:
+        folder = Path(path) / EMBEDDER
+        if not (folder / "tokenizer.json").is_file():
+            raise InputError(
+                f"codec {name} is incomplete in {path}; "
+                + _what_to_fetch({EMBEDDER: ["tokenizer.json"]}, str(path))
+            )
+    else:
+        folder = _from_hub(name, EMBEDDER, ("tokenizer.json",))
+    tokenizer = ChunkTokenizer.load(folder / "tokenizer.json", MAX_TOKENS)
+    ids, _ = tokenizer.encode(["text"])
+    if ids[0][-1:] != [tokenizer.end_id]:
+        raise InputError(
+            f"{folder / 'tokenizer.json'} does not end a text with </s>, got ids {ids[0]}; expected T5's tokenizer"
+        )
+    return tokenizer
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as err:
+        raise InputError(f"{path} cannot be read as JSON ({err}); copy the folder again") from err
+
+
+def _require_contract(folder: Path) -> None:
+    """Refuse a sentence-transformers folder that is not mean pooling, Dense and normalisation, in this order."""
+    modules = _read_json(folder / "modules.json")
+    try:
+        kinds = [str(m["type"]).rsplit(".", 1)[-1] for m in modules]
+    except (TypeError, KeyError) as err:
+        raise InputError(f"{folder / 'modules.json'} is no list of modules; copy the folder again") from err
+    expected = ["Transformer", "Pooling", "Dense", "Normalize"]
+    if kinds != expected:
+        raise InputError(
+            f"{folder / 'modules.json'} lists {', '.join(kinds) or 'nothing'}; expected {', '.join(expected)}, "
+            f"as {EMBEDDER} has"
+        )
+    pooling = _read_json(folder / "1_Pooling" / "config.json")
+    # Files of sentence-transformers before 5 hold one flag a mode, later ones may name the mode.
+    flags = {
+        key.removeprefix("pooling_mode_") for key, on in pooling.items() if on is True and "mode_" in key
+    }
+    modes = flags or {str(pooling.get("pooling_mode"))}
+    if modes not in ({"mean_tokens"}, {"mean"}):
+        raise InputError(
+            f"{folder / '1_Pooling' / 'config.json'} pools by {', '.join(sorted(modes))}; expected mean_tokens alone"
+        )
+    activation = str(_read_json(folder / "2_Dense" / "config.json").get("activation_function", ""))
+    if not activation.endswith("Identity"):
+        raise InputError(
+            f"{folder / '2_Dense' / 'config.json'} has activation {activation or 'none'}; expected Identity"
+        )
+
+
+def load_gtr_encoder(name: str, path: str | Path | None, device: Any) -> tuple["TextEncoder", CodecIdentity]:
+    """Encoder of a GTR codec, in float32, and its identity.
+
+    Its `encode` gives unit vectors (N, 768) and the norms the network's own had: about 1 for `gtr-ielab`, what the
+    pooling left for `gtr-jxe`. Raises InputError on missing or damaged files and on another contract than the name's.
+    """
+    import torch
+
+    from lvm.codec.encoder import GtrEncoder, TextEncoder
+    from lvm.codec.vec2text import read_stack, read_weights
+
+    contract = GTR_CODECS[name]
+    folder = repository_folders(name, path, only=EMBEDDER)[EMBEDDER]
+    tensors = read_weights(folder)
+    tables = [n for n in ("shared.weight", "encoder.embed_tokens.weight") if n in tensors]
+    if not tables:
+        raise InputError(f"{folder} holds no token table (shared.weight); expected the files of {EMBEDDER}")
+    stack = read_stack(tensors, "encoder.", False, folder)
+    # The table may be saved under either name or both; a decoder beside the encoder takes no part.
+    used = {n: t for n, t in tensors.items() if n.startswith("encoder.") and n not in tables}
+    used["table"] = tensors[tables[0]]
+    dense = None
+    if contract.whole:
+        _require_contract(folder)
+        dense_tensors = read_weights(folder / "2_Dense")
+        weight, bias = dense_tensors.get("linear.weight"), dense_tensors.get("linear.bias")
+        if weight is None or weight.ndim != 2 or weight.shape[1] != stack.config.d_model:
+            raise InputError(
+                f"{folder / '2_Dense'} has linear.weight {None if weight is None else tuple(weight.shape)}; expected "
+                f"(768, {stack.config.d_model})"
+            )
+        dense = (weight.float(), None if bias is None else bias.float())
+        used |= {f"dense.{n}": t for n, t in dense_tensors.items()}
+    network = GtrEncoder(tensors[tables[0]].float(), stack, dense, normalised=contract.whole)
+    tokenizer = load_gtr_tokenizer(name, path)
+    if tokenizer.vocabulary_size > network.table.shape[0]:
+        raise InputError(
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocabulary_size} ids, the weights {network.table.shape[0]}; "
+            "put the right tokenizer.json there"
+        )
+    identity = CodecIdentity(
+        name=name,
+        encoder_sha256=_hash(used),
+        tokenizer_sha256=tokenizer.sha256,
+        pooling="mean",
+        dense=contract.whole,
+        normalized=contract.whole,
+        max_tokens=MAX_TOKENS,
+        dim=network.config.dim,
+    )
+    return TextEncoder(network, tokenizer, device, torch.float32), identity
+
+
+def _hash(tensors: dict[str, Any]) -> str:
+    """Hash over names, shapes, dtypes and bytes, 64 hex digits."""
+    import torch
+
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key} {tuple(tensors[key].shape)} {tensors[key].dtype}".encode())
+        digest.update(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_gtr(
+    name: str, path: str | Path | None = None, device: Any = None, precision: str = "auto"
+) -> "Codec":
+    """A GTR codec ready to encode and decode: encoder, hypothesizer, corrector.
+
+    device: a torch device, the CPU by default. precision: of the decoder. The decoder gets vectors on the encoder's own
+    scale: 1 for `gtr-ielab`; for `gtr-jxe` the mean norm of a few texts, since stored and predicted vectors are of unit
+    norm. Raises InputError as `repository_folders` does, and when the limits of decoder and codec differ.
+    """
+    import torch
+
+    from lvm.codec.encoder import GtrEncoder, TextEncoder
+    from lvm.codec.inverter import Inverter, Vec2TextHypothesizing
+    from lvm.codec.runner import best_precision, require_precision
+    from lvm.codec.vec2text import Corrector, Hypothesizer, read_config
+    from lvm.codec.zoo import Codec
+
+    contract = GTR_CODECS[name]
+    where = device if device is not None else torch.device("cpu")
+    folders = repository_folders(name, path)
+    for repository in (contract.hypothesizer, contract.corrector):
+        limit = read_config(folders[repository]).get("max_seq_length", MAX_TOKENS)
+        if limit != MAX_TOKENS:
+            raise InputError(
+                f"{folders[repository]} was trained on {limit} tokens; expected {MAX_TOKENS} for codec {name}"
+            )
+    encoder, identity = load_gtr_encoder(name, path, where)
+    how = best_precision(where) if precision == "auto" else require_precision(precision)
+    first = Hypothesizer(folders[contract.hypothesizer], how, where)
+    second = Corrector(folders[contract.corrector], how, where)
+    for part, repository in ((first, contract.hypothesizer), (second, contract.corrector)):
+        if part.dim != identity.dim:
+            raise InputError(
+                f"{repository} inverts vectors of length {part.dim}, the encoder's have {identity.dim}; "
+                "load a pair that belongs together"
+            )
+
+    # The loop looks at each text again in the decoder's precision; `encode` itself always runs in float32.
+    network = cast(GtrEncoder, encoder.network)
+    look = TextEncoder(network.prepared(how), encoder.tokenizer, where, torch.float32)
+
+    def embed(texts: Any) -> Any:
+        encoded = look.encode(texts)
+        return encoded.vectors * encoded.norms[:, None]
+
+    inverter = Inverter(
+        Vec2TextHypothesizing(first),
+        second,
+        embed,
+        encoder.tokenizer.decode,
+        lambda texts: encoder.tokenizer.encode(texts)[0],
+        MAX_TOKENS - 1,  # vec2text's limit counts the start token
+        where,
+    )
+    scale = 1.0 if contract.whole else float(np.mean(encoder.encode(SCALE_TEXTS).norms))
+    return Codec(identity, encoder, inverter, scale)

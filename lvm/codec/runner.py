@@ -1,0 +1,285 @@
+"""T5 stacks prepared for inference: fused weights in a chosen precision, caches in fixed buffers.
+
+Precisions, all with float32 sums and a float32 residual stream:
+
+- "float32": as trained; the form in which ours and vec2text's token ids are equal.
+- "bfloat16": weights and the inputs of matrix products.
+- "int8": weights symmetric per output channel, inputs symmetric per row, exact int32 sums. A scale per row
+  and not per batch, so that a batch gives what its singles give, bit for bit in the products.
+
+Letters: B rows, T positions, S memory positions, P places of a cache, D model width, H heads, K width of a
+head, N = B*H, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lvm.codec.t5 import RMSNorm, T5Stack
+from lvm.errors import InputError
+
+Precision = Literal["float32", "bfloat16", "int8"]
+"""How weights and the inputs of matrix products are held."""
+
+INT8_ROWS = 256
+"""Rows of one int8 product. With 1,024, FBGEMM reached 300 GOP/s on two cores in place of 500 to 600."""
+
+ARGMAX_BLOCK = 128
+"""Numbers of a block in `first_largest`; T5's and mini's vocabularies are multiples of it."""
+
+LONG_MEMORY = 48
+"""Memory positions from which bfloat16 keys and values beat float32 ones in the one-row products: reading them
+is the cost there, while below it is the call (measured; tests/bench/results/LOG.md)."""
+
+
+def best_precision(device: torch.device) -> Precision:
+    """The fastest precision that keeps the quality gate: what the processor has instructions for."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    if device.type == "cpu":
+        capability = torch.cpu.get_capabilities()
+        if capability.get("avx512_vnni") or capability.get("amx_int8"):
+            return "int8"
+        return "bfloat16" if capability.get("avx512_bf16") else "float32"
+    return "float32"
+
+
+def require_precision(name: str) -> Precision:
+    """The name itself. Raises InputError when it is none of the three."""
+    known: tuple[Precision, ...] = get_args(Precision)
+    for precision in known:
+        if name == precision:
+            return precision
+    raise InputError(f"unknown precision {name!r}; expected one of {', '.join(known)}")
+
+
+class Matrix:
+    """x @ weight.T for one fixed weight, (…, D) float32 to (…, out) float32."""
+
+    def __init__(self, weight: Tensor, precision: Precision) -> None:
+        weight = weight.detach()
+        self.precision = precision
+        if precision == "int8":
+            self.packed = _pack(weight.float())
+        else:
+            self.weight = weight.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.precision == "float32":
+            return F.linear(x, self.weight)
+        if self.precision == "bfloat16":
+            return F.linear(x.bfloat16(), self.weight).float()
+        return _by_rows(self._product, x)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """argmax over the outputs, (B, D) to (B,) int64."""
+        if self.precision != "int8":
+            return first_largest(self(x))
+        # The row's own scale is positive and changes no argmax.
+        return torch.cat([first_largest(self.unscaled(part)[0]) for part in x.split(INT8_ROWS)])
+
+    def unscaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """An int8 product (M, out) and the scale (M, 1) it still lacks, for M rows of x (M, D)."""
+        # In two passes, since vector_norm(inf) and aminmax over the last axis take ten times as long on a CPU.
+        largest = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
+        # Each row now spans -1 to 1, so one scale and zero point serve all of them.
+        out: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x / largest, 1 / 127, 128, self.packed
+        )
+        return out, largest
+
+    def _product(self, x: Tensor) -> Tensor:
+        out, scale = self.unscaled(x)
+        return out.mul_(scale)
+
+
+def first_largest(values: Tensor) -> Tensor:
+    """argmax over the last axis, (B, V) to (B,) int64, the first of equals.
+
+    By blocks where V has them: the largest of each, then the place in the best block. On a CPU argmax itself is not
+    vectorised, and took nine times as long for 64 rows of 32,128.
+    """
+    B, V = values.shape
+    if V % ARGMAX_BLOCK or values.device.type != "cpu":
+        return values.argmax(-1)
+    blocks = values.view(B, -1, ARGMAX_BLOCK)
+    block = blocks.amax(-1).argmax(-1)
+    inside = blocks[torch.arange(B), block].argmax(-1)
+    return block * ARGMAX_BLOCK + inside
+
+
+def _pack(weight: Tensor) -> Any:
+    """A weight (out, D) in int8 as FBGEMM wants it, symmetric for each output."""
+    # 127 and not 128: symmetric, so that no sum needs a correction for the weight's zero point.
+    scale = weight.abs().amax(1).clamp_min(1e-30) / 127
+    rounded = torch.round(weight / scale[:, None]).to(torch.int8)
+    zero = torch.zeros(len(scale), dtype=torch.int64)
+    with warnings.catch_warnings():
+        # Quantized tensor types are to go from some release after 2.13, which pyproject.toml pins.
+        warnings.simplefilter("ignore")
+        quantized = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zero, 0)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function over (…, D), INT8_ROWS rows at a time."""
+    rows = x.reshape(-1, x.shape[-1])
+    parts = [function(part) for part in rows.split(INT8_ROWS)]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class _Layer:
+    """One block's weights, those that share an input fused into one product."""
+
+    def __init__(self, stack: T5Stack, number: int, precision: Precision) -> None:
+        block = stack.blocks[number]
+        own, feed = block.attends_itself, block.feeds_forward
+        attention = own.SelfAttention
+        self.own_norm = own.layer_norm
+        self.qkv = Matrix(torch.cat([attention.q.weight, attention.k.weight, attention.v.weight]), precision)
+        self.own_out = Matrix(attention.o.weight, precision)
+        if stack.config.is_decoder:
+            cross = block.attends_memory
+            self.cross_norm = cross.layer_norm
+            self.cross_q = Matrix(cross.EncDecAttention.q.weight, precision)
+            self.cross_kv = Matrix(
+                torch.cat([cross.EncDecAttention.k.weight, cross.EncDecAttention.v.weight]), precision
+            )
+            self.cross_out = Matrix(cross.EncDecAttention.o.weight, precision)
+        self.feed_norm = feed.layer_norm
+        self.inner = Matrix(feed.DenseReluDense.wi.weight, precision)
+        self.outer = Matrix(feed.DenseReluDense.wo.weight, precision)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """(…, D) to (…, D)."""
+        if self.inner.precision == "int8":
+            return _by_rows(self._feed_forward_int8, x)
+        return self.outer(self.inner(_norm(self.feed_norm, x)).relu_())
+
+    def _feed_forward_int8(self, x: Tensor) -> Tensor:
+        # relu(s * y) is s * relu(y) for a scale above 0, so both products' scales are applied once, at the end.
+        inner, first = self.inner.unscaled(_norm(self.feed_norm, x))
+        out, second = self.outer.unscaled(inner.relu_())
+        return out.mul_(first.mul_(second))
+
+
+def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), norm.weight.float(), norm.epsilon)
+
+
+class Cache:
+    """Keys and values of B rows being written: their own so far, and those of the memory."""
+
+    def __init__(
+        self, own: Tensor, memory: list[tuple[Tensor, Tensor]], memory_bias: Tensor | None, num_rows: int
+    ) -> None:
+        self.own = own
+        """(layers, 2, B, H, P, K) float32: keys and values at the places written."""
+        self.memory = memory
+        """Per layer keys and values (B, H, S, K), bfloat16 where the memory is long."""
+        self.memory_bias = memory_bias
+        """(B, 1, S) float32, -inf where the memory is padding; None when all is real."""
+        self.num_rows = num_rows
+        self.place = 0
+        """Places written so far."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, (B',) int64, in this order; a row may come twice (beams)."""
+        t = self.place
+        kept = self.own.new_empty((*self.own.shape[:2], len(rows), *self.own.shape[3:]))
+        kept[:, :, :, :, :t] = self.own[:, :, rows, :, :t]
+        self.own = kept
+        self.memory = [(k[rows], v[rows]) for k, v in self.memory]
+        if self.memory_bias is not None:
+            self.memory_bias = self.memory_bias[rows]
+        self.num_rows = len(rows)
+
+    def keep_own(self, rows: Tensor) -> None:
+        """As `keep`, for rows that only change places within one memory (the beams of a vector)."""
+        t = self.place
+        self.own[:, :, :, :, :t] = self.own[:, :, rows, :, :t]
+
+
+class StackRunner:
+    """A T5 stack to run, never to train. Its own copy of the weights; the stack is left as it is."""
+
+    def __init__(self, stack: T5Stack, precision: Precision) -> None:
+        self.config = stack.config
+        self.precision = precision
+        self.layers = [_Layer(stack, i, precision) for i in range(stack.config.num_layers)]
+        self.final_norm = stack.final_layer_norm
+        self._stack = stack
+        self._biases: dict[int, Tensor] = {}
+
+    def _bias(self, T: int) -> Tensor:
+        """The position bias (1, H, T, T) float32, computed once for each length."""
+        if T not in self._biases:
+            self._biases[T] = self._stack.position_bias(T).detach().float()
+        return self._biases[T]
+
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """An encoder's states: x (B, T, D) float32 and mask (B, T) bool, True on real places, to (B, T, D)."""
+        c = self.config
+        B, T, _ = x.shape
+        bias = self._bias(T)
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(torch.float32).min)
+        dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
+        bias = bias.to(dtype)
+        for layer in self.layers:
+            qkv = layer.qkv(_norm(layer.own_norm, x)).to(dtype)
+            q, k, v = qkv.view(B, T, 3, c.num_heads, c.d_kv).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+            x = x + layer.own_out(out.transpose(1, 2).reshape(B, T, -1).float())
+            x += layer.feed_forward(x)
+        return _norm(self.final_norm, x)
+
+    def begin(self, memory: Tensor, mask: Tensor | None, max_places: int) -> Cache:
+        """A decoder's cache over a memory (B, S, D) float32, of which `mask` (B, S) bool is real."""
+        c = self.config
+        B, S, _ = memory.shape
+        dtype = torch.bfloat16 if self.precision != "float32" and S >= LONG_MEMORY else torch.float32
+        pairs = []
+        for layer in self.layers:
+            kv = layer.cross_kv(memory).view(B, S, 2, c.num_heads, c.d_kv)
+            k, v = (part.to(dtype).contiguous() for part in kv.permute(2, 0, 3, 1, 4))
+            pairs.append((k, v))
+        bias = None
+        if mask is not None and not bool(mask.all()):
+            bias = torch.zeros(B, 1, S, device=memory.device).masked_fill_(~mask[:, None], float("-inf"))
+        own = memory.new_empty(c.num_layers, 2, B, c.num_heads, max_places, c.d_kv)
+        return Cache(own, pairs, bias, B)
+
+    def step(self, cache: Cache, x: Tensor) -> Tensor:
+        """A decoder's state at the next place, (B, D) float32, from its input there."""
+        c = self.config
+        B, t = x.shape[0], cache.place
+        bias = self._bias(cache.own.shape[4])[:, :, t, : t + 1]  # (1, H, t + 1)
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(_norm(layer.own_norm, x)).view(B, 3, c.num_heads, c.d_kv)
+            keys, values = cache.own[i, 0], cache.own[i, 1]
+            keys[:, :, t], values[:, :, t] = qkv[:, 1], qkv[:, 2]
+            out = _attend(qkv[:, 0], keys[:, :, : t + 1], values[:, :, : t + 1], bias)
+            x = x + layer.own_out(out)
+            q = layer.cross_q(_norm(layer.cross_norm, x)).view(B, c.num_heads, c.d_kv)
+            x += layer.cross_out(_attend(q, *cache.memory[i], cache.memory_bias))
+            x += layer.feed_forward(x)
+        cache.place += 1
+        return _norm(self.final_norm, x)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """One query row: q (B, H, K) over k and v (B, H, S, K), to (B, H*K) float32; bias is (1 or B, 1 or H, S).
+
+    Two batched products: with a single row, fused attention kernels were 1.5 to 8 times slower.
+    """
+    scores = torch.matmul(q[:, :, None].to(k.dtype), k.transpose(2, 3)).float()  # (B, H, 1, S)
+    if bias is not None:
+        scores += bias[:, :, None]
+    out = torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    return out.flatten(1).float()

@@ -1,0 +1,165 @@
+"""`mini`'s corrector step: what it mends, what it leaves, and its arithmetic against brute force."""
+
+import math
+
+import pytest
+import torch
+
+from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
+from lvm.codec.tokenizer import ChunkTokenizer
+from lvm.codec.unbind import NO_TEXT, SOLVED, Unbinder
+from lvm.codec.zoo import CODECS
+
+TOY = MiniConfig(
+    vocabulary_size=200, max_tokens=10, full_tokens=8, topic_dim=32, lexical_dim=256, d_ff=64, num_heads=4
+)
+END = 1
+
+
+@pytest.fixture(scope="module")
+def encoder() -> MiniEncoder:
+    torch.manual_seed(4)
+    return MiniEncoder(TOY).eval()
+
+
+@pytest.fixture(scope="module")
+def unbinder(encoder: MiniEncoder) -> Unbinder:
+    hypothesizer = MiniHypothesizer(TOY, encoder.topic_norm).eval()
+    return Unbinder(encoder, hypothesizer, [-math.log(200)] * 200, END)
+
+
+def texts(rows: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, TOY.max_tokens + 1, (rows,), generator=generator).tolist()
+    return [
+        [*torch.randint(3, TOY.vocabulary_size, (n - 1,), generator=generator).tolist(), END] for n in lengths
+    ]
+
+
+def encode(encoder: MiniEncoder, rows: list[list[int]]) -> torch.Tensor:
+    ids = torch.zeros(len(rows), TOY.max_tokens, dtype=torch.int64)
+    mask = torch.zeros(len(rows), TOY.max_tokens, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
+    with torch.inference_mode():
+        return encoder(ids, mask)
+
+
+def spoilt(rows: list[list[int]], wrong: int, seed: int = 9) -> list[list[int]]:
+    """Texts with `wrong` of their tokens replaced."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for row in rows:
+        row = list(row)
+        for place in torch.randperm(len(row) - 1, generator=generator)[:wrong].tolist():
+            row[place] = int(torch.randint(3, TOY.vocabulary_size, (1,), generator=generator))
+        out.append(row)
+    return out
+
+
+def test_wrong_tokens_are_mended(encoder: MiniEncoder, unbinder: Unbinder) -> None:
+    rows = texts(64)
+    hypotheses = spoilt(rows, 2)
+    assert sum(a == b for a, b in zip(hypotheses, rows, strict=True)) < 5
+    again = unbinder.improve(encode(encoder, rows), hypotheses)
+    assert sum(a == b for a, b in zip(again, rows, strict=True)) >= 62
+
+
+def test_a_text_of_the_wrong_length_is_mended(encoder: MiniEncoder, unbinder: Unbinder) -> None:
+    rows = [row for row in texts(64) if 5 < len(row) < TOY.max_tokens]
+    shorter = [[*row[:-3], END] for row in rows]
+    longer = [[*row[:-1], 7, END] for row in rows]
+    for hypotheses in (shorter, longer):
+        again = unbinder.improve(encode(encoder, rows), hypotheses)
+        assert sum(a == b for a, b in zip(again, rows, strict=True)) >= len(rows) - 2
+
+
+def test_exchanged_tokens_are_put_back(encoder: MiniEncoder, unbinder: Unbinder) -> None:
+    rows = [row for row in texts(40, seed=3) if len(row) > 6]
+    exchanged = [[row[4], *row[1:4], row[0], *row[5:]] for row in rows]
+    x = unbinder._hypothesizer.unscale(encode(encoder, rows))
+    ids = unbinder._swap(x, unbinder._pack(exchanged, x.device))
+    assert unbinder._unpack(ids, rows) == rows
+
+
+def test_a_swap_takes_off_what_brute_force_says_and_the_best_goes_first(
+    encoder: MiniEncoder, unbinder: Unbinder
+) -> None:
+    rows = texts(12, seed=5)
+    x = unbinder._hypothesizer.unscale(encode(encoder, rows))
+    before = unbinder._pack(spoilt(texts(12, seed=5), 5), x.device)
+    after = unbinder._swap(x, before, most=1)
+
+    def energy(ids: torch.Tensor) -> torch.Tensor:
+        return unbinder._left(x, ids).square().sum(1)
+
+    best = energy(before)
+    for i in range(TOY.max_tokens):
+        for j in range(i):
+            swapped = before.clone()
+            swapped[:, i], swapped[:, j] = before[:, j], before[:, i]
+            best = torch.minimum(best, energy(swapped))
+    torch.testing.assert_close(energy(after), best, atol=2e-3, rtol=1e-4)
+    assert (energy(after) < energy(before) - 0.01).any()
+
+
+def test_a_right_text_stays_and_no_text_gets_worse(encoder: MiniEncoder, unbinder: Unbinder) -> None:
+    rows = texts(32)
+    vectors = encode(encoder, rows)
+    assert unbinder.improve(vectors, rows) == rows
+    noisy = torch.nn.functional.normalize(vectors + 0.5 * torch.randn(vectors.shape) / 288**0.5, dim=-1)
+    x = unbinder._hypothesizer.unscale(noisy)
+    hypotheses = spoilt(rows, 3)
+    before = unbinder._share(x, unbinder._pack(hypotheses, x.device))
+    after = unbinder._share(x, unbinder._pack(unbinder.improve(noisy, hypotheses), x.device))
+    assert (after <= before + 1e-6).all()
+    assert float(after.mean()) < 0.7 * float(before.mean())
+    assert float(before.min()) > SOLVED
+
+
+def test_a_vector_of_no_text_keeps_its_hypothesis(encoder: MiniEncoder, unbinder: Unbinder) -> None:
+    torch.manual_seed(2)
+    vectors = torch.nn.functional.normalize(torch.randn(32, TOY.dim), dim=-1)
+    hypotheses = spoilt(texts(32), 3)
+    x = unbinder._hypothesizer.unscale(vectors)
+    first = unbinder._pack(hypotheses, x.device)
+    fitted = unbinder._share(x, unbinder._sweep(x, first))
+    assert (fitted < 0.8 * unbinder._share(x, first)).all()  # words that fit better are easily found
+    assert (fitted > NO_TEXT).all()
+    assert unbinder.judge(vectors, hypotheses) == (hypotheses, list(range(32)))
+    rows = texts(32)
+    mended = unbinder.judge(encode(encoder, rows), spoilt(rows, 1))
+    assert len(mended[1]) <= 2  # a text's vector is one
+
+
+def test_sharpening_takes_the_usual_off_and_keeps_the_topic(encoder: MiniEncoder, unbinder: Unbinder) -> None:
+    vectors = encode(encoder, texts(96))
+    blends = torch.nn.functional.normalize(vectors.view(12, 8, -1).sum(1), dim=-1)
+    sharp = unbinder.sharpen(blends)
+    torch.testing.assert_close(sharp.norm(dim=-1), torch.ones(12))
+    P = TOY.topic_dim
+    torch.testing.assert_close(*(torch.nn.functional.normalize(v[:, :P], dim=-1) for v in (sharp, blends)))
+    usual = torch.nn.functional.normalize(unbinder._start.sum(0), dim=0)
+    unscale = unbinder._hypothesizer.unscale
+    assert float((unscale(blends) @ usual).mean()) > float((unscale(sharp) @ usual).mean()) + 0.2
+    assert unscale(sharp).norm(dim=-1).min() > unbinder._usual_norm * 0.99
+    assert unscale(blends).norm(dim=-1).max() < unbinder._usual_norm * 0.9
+
+
+def test_a_batch_is_its_singles(encoder: MiniEncoder, unbinder: Unbinder) -> None:
+    rows = texts(12, seed=8)
+    vectors, hypotheses = encode(encoder, rows), spoilt(rows, 3)
+    alone = [unbinder.improve(v[None], [h])[0] for v, h in zip(vectors, hypotheses, strict=True)]
+    assert unbinder.improve(vectors, hypotheses) == alone
+    assert unbinder.improve(vectors[:0], []) == []
+
+
+def test_the_tokenizer_gives_the_frequencies() -> None:
+    tokenizer = ChunkTokenizer.load(CODECS["mini"] / "tokenizer.json", 32)
+    logs = tokenizer.log_frequencies()
+    assert len(logs) == tokenizer.vocabulary_size
+    assert sum(math.exp(v) for v in logs) == pytest.approx(1.0, abs=0.1)
+    (the, rare), _ = tokenizer.encode(["the", "quartz"])
+    assert logs[the[0]] > logs[rare[0]] + 3
+    assert logs[tokenizer.pad_id] < -20
+    assert logs[tokenizer.end_id] == pytest.approx(-math.log(22))
