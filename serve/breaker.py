@@ -1,0 +1,79 @@
+"""When the decoder falls behind, answer from the corpus and say so, instead of queueing to death."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from serve.settings import BreakerArgs
+
+
+class Breaker:
+    """Closed: decode. Open: do not. After `open_s` one decode is let through; when it does well, closed."""
+
+    def __init__(self, args: BreakerArgs, clock: Callable[[], float] = time.monotonic) -> None:
+        self._args, self._clock = args, clock
+        self._failed: deque[bool] = deque(maxlen=args.window)
+        self._last_rung: deque[bool] = deque(maxlen=args.window)
+        self._opened: float | None = None
+        self._trying = False
+        self._for_rung = False
+        self.reason = ""
+        """Why it is open; empty while closed."""
+        self.times_opened = 0
+
+    @property
+    def open(self) -> bool:
+        """True while answers go extractive."""
+        return self._opened is not None
+
+    def refuses(self, waiting: int) -> str | None:
+        """Why a decode should not be started now, or None. waiting: vectors before it.
+
+        A None while the breaker is open is the one trial; its outcome must be told by `done`.
+        """
+        if not self._args.enabled:
+            return None
+        if self._opened is None:
+            if waiting <= self._args.max_waiting:
+                return None
+            self._open(f"{waiting} vectors wait for the decoder, more than {self._args.max_waiting}")
+        elif (
+            not self._trying
+            and waiting <= self._args.max_waiting // 2
+            and self._clock() - self._opened >= self._args.open_s
+        ):
+            self._trying = True
+            return None
+        return self.reason
+
+    def done(self, seconds: float | None, last_rung: bool) -> None:
+        """A decode came back after `seconds`, queue included, or None: it failed or was given up."""
+        bad = seconds is None or seconds > self._args.max_decode_s
+        if self._opened is not None:
+            if self._trying:
+                self._trying = False
+                if bad or (self._for_rung and last_rung):
+                    self._opened = self._clock()
+                else:
+                    self._opened, self.reason = None, ""
+                    self._failed.clear()
+                    self._last_rung.clear()
+            return
+        self._failed.append(bad)
+        self._last_rung.append(last_rung)
+        if not self._args.enabled or len(self._failed) < max(4, self._args.window // 4):
+            return
+        failed = sum(self._failed) / len(self._failed)
+        lowest = sum(self._last_rung) / len(self._last_rung)
+        if failed > self._args.max_failed_share:
+            self._open(f"{failed:.0%} of the last {len(self._failed)} decodes failed or were too slow")
+        elif lowest > self._args.max_last_rung_share and len(self._last_rung) == self._args.window:
+            self._open(
+                f"{lowest:.0%} of the last {len(self._last_rung)} decodes ended on the last rung",
+                for_rung=True,
+            )
+
+    def _open(self, reason: str, for_rung: bool = False) -> None:
+        self._opened, self._trying, self._for_rung = self._clock(), False, for_rung
+        self.reason = f"breaker open: {reason}"
+        self.times_opened += 1

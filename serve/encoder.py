@@ -1,0 +1,60 @@
+"""The encoder deployment: texts to unit vectors, many callers' texts in one batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+
+from lvm.codec.identity import require_same_codec
+from lvm.codec.zoo import load_codec
+from serve.metrics import replica_metrics
+from serve.rows import Outcome, RowQueue
+from serve.settings import ServeArgs, require_run
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One text's vector."""
+
+    vector: NDArray[np.float32]
+    """(D,), norm 1."""
+    norm: float
+    num_tokens: int
+    truncated: bool
+
+
+@serve.deployment
+class Encoder:
+    """A codec's encoder."""
+
+    def __init__(self, args: ServeArgs) -> None:
+        import torch
+
+        torch.set_num_threads(args.encoder.num_threads)
+        manifest = require_run(args.run)
+        self._codec = load_codec(args.codec or manifest.identity.name, args.codec_path)
+        require_same_codec(self._codec.identity, manifest.identity, "the loaded codec", f"{args.run}/vectors")
+        self._codec.encode(["warm up"])
+        self._queue: RowQueue[str, EncodedText] = RowQueue(
+            self._work, args.queue_rows * 5, measure=replica_metrics().measure
+        )
+
+    def _work(self, texts: list[str]) -> Sequence[EncodedText]:
+        encoded = self._codec.encode(texts)
+        return [
+            EncodedText(vector, float(norm), int(count), bool(cut))
+            for vector, norm, count, cut in zip(
+                encoded.vectors, encoded.norms, encoded.num_tokens, encoded.truncated, strict=True
+            )
+        ]
+
+    async def run(self, texts: list[str], remaining_s: list[float]) -> list[Outcome[EncodedText]]:
+        """One outcome a text."""
+        return await self._queue.submit(texts, remaining_s)
+
+    async def describe(self) -> dict[str, Any]:
+        """The codec's identity."""
+        return self._codec.identity.to_dict()

@@ -1,0 +1,237 @@
+"""What every request passes before its route: keys, body size, depth, and a request id on each reply.
+
+Plain ASGI. Anything refused here is a reply with a message in the form of every other error.
+"""
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lvm.errors import InputError
+from serve.metrics import GatewayMetrics
+from serve.settings import Limits
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = frozenset({"/", "/health", "/style.css", "/page.js", "/favicon.ico"})
+"""Answered without a key: the page holds no data, and a load balancer must be able to ask for health."""
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+logger = logging.getLogger("ray.serve")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def hash_key(key: str) -> str:
+    """SHA-256 of a key, 64 hex digits."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def read_keys(path: str | Path) -> list[str]:
+    """Hashes of the keys of a file, one a line; empty lines and those that begin with # do not count."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise InputError(f"cannot read API keys from {path} ({err}); expected one key a line") from err
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise InputError(f"{path} holds no API key; expected one a line")
+    return check_keys(keys, str(path))
+
+
+def check_keys(keys: Iterable[str], source: str) -> list[str]:
+    """Their hashes. Raises InputError on a key too short to withstand guessing."""
+    hashes = []
+    for number, key in enumerate(keys, 1):
+        if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
+            raise InputError(
+                f"API key {number} of {source} must be 16 or more ASCII characters without a space; "
+                'make one with `python -c "import secrets; print(secrets.token_urlsafe(32))"`'
+            )
+        hashes.append(hash_key(key))
+    return hashes
+
+
+def accepts(header: str, hashes: Sequence[str]) -> bool:
+    """True where an Authorization header carries one of these keys, in a time that says nothing of which."""
+    scheme, _, key = header.partition(" ")
+    given = hash_key(key.strip())
+    found = False
+    for known in hashes:
+        found |= hmac.compare_digest(given, known)
+    return found and scheme.lower() == "bearer"
+
+
+def depth_of(body: bytes) -> int:
+    """Deepest level of brackets of a JSON text; of any other bytes, a number that says nothing."""
+    depth = deepest = 0
+    # Strings are taken out first, their brackets are text; what is left of a number is short.
+    for byte in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", body, flags=re.DOTALL):
+        if byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest
+
+
+def error_body(status: int, message: str, request_id: str, kind: str | None = None) -> dict[str, Any]:
+    """The form of every error; `error.message` is where OpenAI's clients look."""
+    return {
+        "error": {
+            "message": message,
+            "type": kind or _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error"),
+            "code": status,
+            "request_id": request_id,
+        }
+    }
+
+
+_KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+
+
+class Guard:
+    """Wraps the application."""
+
+    def __init__(self, app: App, limits: Limits, key_hashes: Sequence[str], metrics: GatewayMetrics) -> None:
+        self._app, self._limits, self._hashes, self._metrics = app, limits, tuple(key_hashes), metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = time.perf_counter()
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 500
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                # X-Request-ID is added by Ray Serve, which also gives each request one where the client gave none.
+                kept = [
+                    *message.get("headers", []),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"cache-control", b"no-store"),
+                ]
+                message = {**message, "headers": kept}
+            await send(message)
+
+        try:
+            refusal, body = await self._check(scope, headers, receive)
+            if refusal is not None:
+                await _reply(send_named, *refusal, request_id)
+            else:
+                await self._app(scope, _again(body, receive), send_named)
+        finally:
+            took = time.perf_counter() - begun
+            # The route's pattern, not the path: a path is the client's to choose, and would fill the metrics.
+            matched = scope.get("route")
+            route = getattr(matched, "path", "none")
+            self._metrics.requests.inc(1, {"route": route, "status": str(status)})
+            self._metrics.duration.observe(took, {"route": route})
+            if route not in ("/health", "/metrics"):
+                logger.info(
+                    "request",
+                    extra={
+                        "log_fields": {
+                            "request_id": request_id,
+                            "method": scope["method"],
+                            "route": route,
+                            "status": status,
+                            "milliseconds": round(took * 1000, 2),
+                            **scope["state"].get("log", {}),
+                        }
+                    },
+                )
+
+    async def _check(
+        self, scope: Scope, headers: dict[str, str], receive: Receive
+    ) -> tuple[tuple[int, str] | None, bytes]:
+        """What is wrong, as status and message, and the whole body."""
+        if self._hashes and scope["path"] not in OPEN_PATHS:
+            header = headers.get("authorization", "")
+            if not accepts(header, self._hashes):
+                self._metrics.refused.inc(1, {"reason": "key"})
+                got = "none" if not header else "one that is not known"
+                return (401, f"expected the header 'Authorization: Bearer <API key>', got {got}"), b""
+        limit = self._limits.max_body_bytes
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and len(length) < 20 and int(length) > limit:
+            self._metrics.refused.inc(1, {"reason": "body"})
+            return (
+                413,
+                f"the body has {length} bytes, limit max_body_bytes is {limit}; send less at once",
+            ), b""
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return (400, "the body ended before it was whole; send it again"), b""
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit:
+                self._metrics.refused.inc(1, {"reason": "body"})
+                return (
+                    413,
+                    f"the body has more than {limit} bytes, limit max_body_bytes; send less at once",
+                ), b""
+            if not message.get("more_body"):
+                break
+        body = b"".join(parts)
+        if body.count(b"[") + body.count(b"{") > self._limits.max_depth:
+            found = depth_of(body)
+            if found > self._limits.max_depth:
+                return (
+                    400,
+                    f"the JSON is {found} levels deep, limit max_depth is {self._limits.max_depth}; flatten it",
+                ), b""
+        if body:
+            try:
+                body.decode("utf-8")
+            except UnicodeDecodeError as err:
+                return (
+                    400,
+                    f"the body is not UTF-8 ({err.reason} at byte {err.start}); send JSON in UTF-8",
+                ), b""
+        return None, body
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A receive that gives the body that was read, and then what the server says of the connection."""
+    given = False
+
+    async def read() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return read
+
+
+async def _reply(send: Send, status: int, message: str, request_id: str) -> None:
+    body = json.dumps(error_body(status, message, request_id)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

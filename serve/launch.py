@@ -1,0 +1,186 @@
+"""Serve a run's models over HTTP on this machine, or on a cluster. Ends on Ctrl-C.
+
+    python -m serve.launch --run out/demo --port 8000
+    LATENT_API_KEYS=... python -m serve.launch --run out/demo --host 0.0.0.0
+
+The same application as `serve deploy serve/config.yaml`. The address goes to stdout when the service answers.
+SIGUSR1 rolls out what the run's model aliases point to now, without a pause.
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lvm.errors import InputError, LvmError
+from serve.guard import LOOPBACK, check_keys, read_keys
+from serve.settings import ServeArgs, SmoothingArgs
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+DEMO_RUN = Path("out/demo")
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="Folder of `latent run` or `latent demo`.")] = DEMO_RUN,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; another than loopback needs an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    model: Annotated[str | None, typer.Option(help="Model of requests that name none.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Codec name; by default the run's own.")] = None,
+    codec_path: Annotated[Path | None, typer.Option(help="Folder of a codec of your own.")] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(help="File with one API key a line; LATENT_API_KEYS (by comma) adds to it.")
+    ] = None,
+    inbox: Annotated[
+        Path | None, typer.Option(help="Folder that /v1/ingest writes articles to; none refuses them.")
+    ] = None,
+    smoothing_url: Annotated[
+        str, typer.Option(help="OpenAI-compatible chat endpoint that rewords answers.")
+    ] = "",
+    smoothing_model: Annotated[str, typer.Option(help="Model of that endpoint.")] = "",
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="Any other setting: --set limits.max_texts=8 --set decoder.max_replicas=2."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join (host:port or auto); none starts one here.")
+    ] = None,
+) -> None:
+    """Start the service and stay until a signal."""
+    if not run.is_dir():
+        raise InputError(
+            f"no folder {run}; expected the output of `latent run` (--run DIR). Try `latent demo` first"
+        )
+    hashes = [] if api_keys_file is None else read_keys(api_keys_file)
+    from_environment = [k.strip() for k in os.environ.get("LATENT_API_KEYS", "").split(",") if k.strip()]
+    hashes += check_keys(from_environment, "LATENT_API_KEYS")
+    if host not in LOOPBACK and not hashes:
+        raise InputError(
+            f"--host {host} opens the service to a network without an API key; set LATENT_API_KEYS or --api-keys-file, "
+            "or leave the host at 127.0.0.1"
+        )
+    record: dict[str, Any] = {
+        "run": str(run.absolute()),
+        "codec": codec,
+        "codec_path": None if codec_path is None else str(codec_path.absolute()),
+        "default_model": model,
+        "api_keys_sha256": hashes,
+        "inbox": "" if inbox is None else str(inbox.absolute()),
+        "smoothing": SmoothingArgs(url=smoothing_url, model=smoothing_model).model_dump(),
+    }
+    for entry in set or []:
+        put(record, entry)
+    args = parse(record)
+    start(args, host, port, address)
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # after Ray has put its own handlers in place
+        signal.signal(number, lambda n, _: signals.put(n))
+    shown = f"[{host}]" if ":" in host else host
+    print(json.dumps({"url": f"http://{shown}:{port}", "pid": os.getpid()}), flush=True)
+    while signals.get() == signal.SIGUSR1:
+        try:
+            deploy(args)
+            say("rolled out")
+        except (LvmError, RuntimeError) as err:  # what runs goes on
+            say(f"error: not rolled out: {err}")
+    say("stopping: requests under way have ten seconds")
+    shut_down()
+
+
+def put(record: dict[str, Any], entry: str) -> None:
+    """Write "a.b=value" into nested dictionaries. Raises InputError on another form."""
+    path, equals, value = entry.partition("=")
+    if not equals or not all(path.split(".")):
+        raise InputError(f"--set {entry!r}: expected NAME=VALUE, as limits.max_texts=8")
+    *folders, last = path.split(".")
+    place = record
+    for folder in folders:
+        place = place.setdefault(folder, {})
+        if not isinstance(place, dict):
+            raise InputError(f"--set {entry!r}: {folder} is no group of settings")
+    place[last] = value
+
+
+def parse(record: dict[str, Any]) -> ServeArgs:
+    """The settings. Raises InputError with the first that is wrong, in words."""
+    from pydantic import ValidationError
+
+    try:
+        return ServeArgs.model_validate(record)
+    except ValidationError as err:
+        first = err.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"setting {name}: {first['msg']}, got {first['input']!r}; serve/settings.py lists all"
+        ) from err
+
+
+def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
+    """Join or start Ray, start Serve, run the application; returns when it answers."""
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray runs workers at niceness 15, right for batches; replicas that people wait for are not to give way.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
+    ray.init(
+        address=address,
+        runtime_env={"env_vars": {"PYTHONPATH": python_path}},
+        logging_level=logging.WARNING,
+        log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
+        include_dashboard=False if address is None and "RAY_ADDRESS" not in os.environ else None,
+    )
+    logs = LoggingConfig(encoding="JSON", log_level="INFO", enable_access_log=False)
+    serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logs)
+    deploy(args)
+
+
+def deploy(args: ServeArgs) -> None:
+    """Run the application, or replace the one that runs; returns when the new one answers."""
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from serve.app import build
+
+    logs = LoggingConfig(encoding="JSON", log_level="INFO", enable_access_log=False)
+    serve.run(build(args), name="latent", logging_config=logs)
+
+
+def shut_down() -> None:
+    """End the application, and Ray where this process started it."""
+    import ray
+    from ray import serve
+
+    serve.shutdown()
+    ray.shutdown()
+
+
+def say(line: str) -> None:
+    """One line for the person watching."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except LvmError as error:
+        if os.environ.get("LATENT_TRACEBACK") == "1":
+            raise
+        say(f"error: {error}")
+        sys.exit(1)

@@ -1,0 +1,433 @@
+"""Text to text over the deployments: encode, fill the context, predict, snap, decode; and where the time went.
+
+What each step does is lvm's; here is the order, the caches, the breaker and the clock. Numbers agree with `latent
+predict` on the same run.
+"""
+
+import hashlib
+import re
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvm.codec.identity import CodecIdentity
+from lvm.codec.ladder import EXTRACTIVE, Answer, LadderSettings, bigram_share, character_entropy, keywords
+from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH, Context, Fill, build_context
+from serve.breaker import Breaker
+from serve.decoder import VectorRow
+from serve.encoder import EncodedText
+from serve.metrics import GatewayMetrics
+from serve.predictor import ContextRow, Predicted
+from serve.retriever import CorpusChunk, FillRow, NearRow, SnapRow
+from serve.stage import DeadlineError, Stage, StageError, Timing, UnavailableError
+
+V = TypeVar("V")
+
+STAGES = ("queue", "encode", "context", "predict", "snap", "decode")
+"""Keys of an answer's milliseconds."""
+
+
+class Cache(Generic[V]):
+    """Bounded map; the least recently used entry goes first."""
+
+    def __init__(self, entries: int) -> None:
+        self._entries = entries
+        self._held: OrderedDict[bytes, V] = OrderedDict()
+
+    def get(self, key: bytes) -> V | None:
+        """The value, or None."""
+        found = self._held.get(key)
+        if found is not None:
+            self._held.move_to_end(key)
+        return found
+
+    def put(self, key: bytes, value: V) -> None:
+        """Keep a value."""
+        self._held[key] = value
+        self._held.move_to_end(key)
+        while len(self._held) > self._entries:
+            self._held.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request wants of each answer."""
+
+    model: str
+    deadline: float
+    """On `time.monotonic`."""
+    fill: Fill = "retrieve"
+    snap: bool = True
+    steps: int | None = None
+    """Exactly this many corrector steps; None climbs the ladder."""
+    neighbours: int = 0
+    cache: bool = True
+
+
+@dataclass(frozen=True)
+class Said:
+    """One predicted chunk and how it came about."""
+
+    answer: Answer
+    folder: str
+    """Record of the model, or "passthrough"."""
+    context: Context
+    truncated: int
+    """Texts of the context that were longer than the codec's limit."""
+    prediction_cosine: float
+    """Cosine of the raw prediction with what was decoded after the snap; 1 without a snap."""
+    drifted: bool
+    neighbours: tuple[CorpusChunk, ...]
+    milliseconds: dict[str, float] = field(compare=False)
+    cached: str | None = None
+    """None, "answer" (the whole of it), or "vector" (the decoded text)."""
+    retries: int = 0
+
+
+class Clock:
+    """Milliseconds by stage; what a stage did not work counts as queue."""
+
+    def __init__(self) -> None:
+        self.ms = dict.fromkeys(STAGES, 0.0)
+        self.retries = 0
+        self._begun = time.perf_counter()
+
+    def add(self, stage: str, timing: Timing) -> None:
+        """Time of a call."""
+        self.ms[stage] += timing.work_ms
+        self.ms["queue"] += timing.queue_ms
+        self.retries += timing.retries
+
+    def finish(self) -> dict[str, float]:
+        """Rounded, with "total"."""
+        total = (time.perf_counter() - self._begun) * 1000
+        return {**{k: round(v, 3) for k, v in self.ms.items()}, "total": round(total, 3)}
+
+
+class Pipeline:
+    """All stages of one application, as one gateway sees them."""
+
+    def __init__(
+        self,
+        identity: CodecIdentity,
+        encoder: Stage,
+        filler: Stage,
+        predictor: Stage,
+        snapper: Stage,
+        finder: Stage,
+        decoder: Stage,
+        breaker: Breaker,
+        metrics: GatewayMetrics,
+        cache_entries: int,
+        decode_patience_s: float,
+        folders: dict[str, str],
+    ) -> None:
+        """filler, snapper and finder are three operations of the retriever. folders: alias to record folder."""
+        self.identity, self.breaker = identity, breaker
+        self.encoder, self.filler, self.predictor = encoder, filler, predictor
+        self.snapper, self.finder, self.decoder = snapper, finder, decoder
+        self._metrics, self._patience_s, self._folders = metrics, decode_patience_s, folders
+        self._vectors: Cache[EncodedText] = Cache(cache_entries)
+        self._answers: Cache[Said] = Cache(cache_entries)
+
+    async def encode(
+        self, texts: Sequence[str], deadline: float, cache: bool = True
+    ) -> tuple[list[EncodedText], Timing]:
+        """One EncodedText a text; texts met before come from memory, equal ones are encoded once."""
+        found: dict[str, EncodedText] = {}
+        if cache:
+            for text in texts:
+                held = self._vectors.get(text.encode())
+                if held is not None:
+                    found[text] = held
+            hits = sum(t in found for t in texts)
+            self._look("text", hits, len(texts) - hits)
+        missing = [t for t in dict.fromkeys(texts) if t not in found]
+        values, timing = await self.encoder.run(missing, deadline)
+        for text, value in zip(missing, values, strict=True):
+            found[text] = value
+            if cache:
+                self._vectors.put(text.encode(), value)
+        return [found[t] for t in texts], timing
+
+    async def say(self, texts: Sequence[str], wish: Wish) -> Said:
+        """The chunk after these, at least one of them.
+
+        Raises DeadlineError, StageError or UnavailableError; never for want of a decoder, then it is extractive.
+        """
+        key = self._key(texts, wish)
+        if wish.cache:
+            begun = time.perf_counter()
+            held = self._answers.get(key)
+            self._look("answer", int(held is not None), int(held is None))
+            if held is not None:
+                took = round((time.perf_counter() - begun) * 1000, 3)
+                said = replace(
+                    held,
+                    milliseconds={**dict.fromkeys(STAGES, 0.0), "total": took},
+                    cached="answer",
+                    retries=0,
+                )
+                self._count(said, wish)
+                return said
+        clock = Clock()
+        read = texts[-CONTEXT_CHUNKS:]  # no predictor reads more
+        encoded, timing = await self.encode(read, wish.deadline, wish.cache)
+        clock.add("encode", timing)
+        vectors = np.stack([e.vector for e in encoded])
+        context = await self._context(vectors, read, wish, clock)
+        folder, raw = await self._predict(context, wish, clock)
+        steered, drifted = raw, False
+        if wish.model != PASSTHROUGH and wish.snap:  # passthrough shows the codec alone
+            row = SnapRow(raw, context.vectors[-1], context.vectors.mean(0))
+            ((steered, drifted),), timing = await self.snapper.run([row], wish.deadline)
+            clock.add("snap", timing)
+        near: list[CorpusChunk] = []
+        if wish.neighbours:
+            near = await self._near(steered, max(wish.neighbours, 1), context, wish.deadline, clock, "snap")
+        source = " ".join(context.texts)
+        answer = await self._decode(steered, source, wish, context, near, clock)
+        said = Said(
+            answer,
+            folder,
+            context,
+            sum(e.truncated for e in encoded),
+            float((raw * steered).sum()),
+            drifted,
+            tuple(near),
+            clock.finish(),
+            "vector" if answer.cached else None,
+            clock.retries,
+        )
+        whole = not self._emergency(answer)
+        if wish.cache and whole and folder == self._folders.get(wish.model, PASSTHROUGH):
+            # Not kept: what was answered in an emergency, and answers of a version that is being replaced.
+            self._answers.put(key, said)
+        self._count(said, wish)
+        return said
+
+    async def continue_(self, texts: Sequence[str], wish: Wish, length: int) -> AsyncIterator[Said]:
+        """`length` chunks, each predicted from all before it. What was written is read again as text, so a
+        continuation of n is the same as n requests that each append the last answer."""
+        chunks = list(texts)
+        for _ in range(length):
+            said = await self.say(chunks, wish)
+            chunks.append(said.answer.text)
+            yield said
+
+    async def predict(
+        self, contexts: Sequence[NDArray[np.float32]], model: str, deadline: float
+    ) -> tuple[list[Predicted], Timing]:
+        """One Predicted a context (T, D) of unit vectors."""
+        if model == PASSTHROUGH:
+            return [Predicted(c[-1], PASSTHROUGH) for c in contexts], Timing()
+        return await self.predictor.run([ContextRow(model, c) for c in contexts], deadline)
+
+    async def decode(
+        self,
+        vectors: NDArray[np.float32],
+        sources: Sequence[str | None],
+        deadline: float,
+        steps: int | None = None,
+        cache: bool = True,
+        extractive: bool = True,
+    ) -> tuple[list[Answer], Timing]:
+        """One Answer a unit vector (B, D). extractive: whether the corpus may answer on the last rung."""
+        rows = [VectorRow(v, s, steps, cache) for v, s in zip(vectors, sources, strict=True)]
+        refusal = self.breaker.refuses(self.decoder.depth) if extractive else None
+        timing = Timing()
+        answers: list[Answer | None] = [None] * len(rows)
+        if refusal is None:
+            try:
+                found, timing = await self._decode_rows(rows, deadline, extractive)
+                answers = list(found)
+            except (UnavailableError, DeadlineError) as err:
+                if not extractive or time.monotonic() >= deadline:
+                    raise
+                refusal = str(err)
+        open_ = [i for i, a in enumerate(answers) if a is None or (extractive and refused(a))]
+        if open_:
+            near, near_timing = await self.finder.run([NearRow(vectors[i], 1) for i in open_], deadline)
+            timing = Timing(
+                timing.queue_ms + near_timing.queue_ms, timing.work_ms + near_timing.work_ms, timing.retries
+            )
+            for i, chunks in zip(open_, near, strict=True):
+                answers[i] = extract(answers[i], chunks[0], refusal)
+        return [a for a in answers if a is not None], timing
+
+    # ------------------------------------------------------------------------------------------- the stages
+
+    async def _context(
+        self, vectors: NDArray[np.float32], texts: Sequence[str], wish: Wish, clock: Clock
+    ) -> Context:
+        if wish.fill == "retrieve" and len(texts) < CONTEXT_CHUNKS:
+            (context,), timing = await self.filler.run([FillRow(vectors, tuple(texts))], wish.deadline)
+            clock.add("context", timing)
+            return context  # type: ignore[no-any-return]
+        begun = time.perf_counter()
+        context = build_context(vectors, texts, CONTEXT_CHUNKS, wish.fill)
+        clock.ms["context"] += (time.perf_counter() - begun) * 1000
+        return context
+
+    async def _predict(self, context: Context, wish: Wish, clock: Clock) -> tuple[str, NDArray[np.float32]]:
+        (predicted,), timing = await self.predict([context.vectors], wish.model, wish.deadline)
+        clock.add("predict", timing)
+        return predicted.folder, predicted.vector
+
+    async def _near(
+        self,
+        vector: NDArray[np.float32],
+        k: int,
+        context: Context,
+        deadline: float,
+        clock: Clock,
+        stage: str,
+    ) -> list[CorpusChunk]:
+        # A chunk the reader has just read is no continuation of it.
+        row = NearRow(vector, k, frozenset(context.texts))
+        (near,), timing = await self.finder.run([row], deadline)
+        clock.add(stage, timing)
+        return near  # type: ignore[no-any-return]
+
+    async def _decode(
+        self,
+        vector: NDArray[np.float32],
+        source: str,
+        wish: Wish,
+        context: Context,
+        near: Sequence[CorpusChunk],
+        clock: Clock,
+    ) -> Answer:
+        refusal = self.breaker.refuses(self.decoder.depth)
+        answer: Answer | None = None
+        if refusal is None:
+            row = VectorRow(vector, source, wish.steps, wish.cache)
+            try:
+                (answer,), timing = await self._decode_rows([row], wish.deadline, True)
+                clock.add("decode", timing)
+                self._look("vector", int(answer.cached), int(not answer.cached))
+            except (UnavailableError, DeadlineError) as err:
+                if time.monotonic() >= wish.deadline:
+                    raise
+                refusal = str(err)
+        if answer is not None and not refused(answer):
+            return answer
+        if not near:
+            near = await self._near(vector, 1, context, wish.deadline, clock, "decode")
+        return extract(answer, near[0], refusal)
+
+    async def _decode_rows(
+        self, rows: Sequence[VectorRow], deadline: float, patient: bool
+    ) -> tuple[list[Answer], Timing]:
+        """Answers of the decoder, and the breaker told of them, whatever happens."""
+        begun = time.monotonic()
+        limit = min(deadline, begun + self._patience_s) if patient else deadline
+        answers: list[Answer] | None = None
+        try:
+            answers, timing = await self.decoder.run(rows, limit)
+        except DeadlineError as err:
+            if limit < deadline:
+                raise DeadlineError(f"the decoder gave no answer in {self._patience_s:g} s") from err
+            raise
+        finally:
+            took = None if answers is None else time.monotonic() - begun
+            last = answers is not None and all(refused(a) for a in answers)
+            self.breaker.done(took, last)
+            self._metrics.breaker.set(int(self.breaker.open))
+        return answers, timing
+
+    # ------------------------------------------------------------------------------------------ book-keeping
+
+    @staticmethod
+    def _emergency(answer: Answer) -> bool:
+        return any(reason.startswith("decoder not asked") for reason in answer.reasons)
+
+    def _key(self, texts: Sequence[str], wish: Wish) -> bytes:
+        read = texts[-CONTEXT_CHUNKS:]
+        what = (
+            self.identity.digest,
+            self._folders.get(wish.model, wish.model),
+            wish.fill,
+            wish.snap,
+            wish.steps,
+            wish.neighbours,
+            tuple(read),
+        )
+        return hashlib.blake2b(repr(what).encode(), digest_size=16).digest()
+
+    def _look(self, cache: str, hits: int, misses: int) -> None:
+        if hits:
+            self._metrics.cache.inc(hits, {"cache": cache, "result": "hit"})
+        if misses:
+            self._metrics.cache.inc(misses, {"cache": cache, "result": "miss"})
+
+    def _count(self, said: Said, wish: Wish) -> None:
+        m, label = self._metrics, {"model": wish.model}
+        for stage in STAGES:
+            m.stage.observe(said.milliseconds[stage] / 1000, {"stage": stage})
+        m.answers.inc(1, {"model": wish.model, "rung": said.answer.rung})
+        m.cosine.observe(said.answer.cosine, label)
+        quality = judge(said.answer.text, said.context.texts)
+        if quality.gibberish:
+            m.gibberish.inc(1, label)
+        if quality.keyword_hit:
+            m.keyword_hits.inc(1, label)
+        if quality.entity_hit:
+            m.entity_hits.inc(1, label)
+
+
+def refused(answer: Answer) -> bool:
+    """True where the rung that answered was itself refused: the last of a ladder without a corpus."""
+    return any(reason.startswith(f"{answer.rung}: ") for reason in answer.reasons)
+
+
+def extract(answer: Answer | None, chunk: CorpusChunk, refusal: str | None) -> Answer:
+    """The corpus chunk's own words, after the decoder's answer was refused or none was asked for."""
+    if answer is None:
+        return Answer(chunk.text, EXTRACTIVE, (f"decoder not asked: {refusal}",), chunk.cosine, {})
+    return Answer(
+        chunk.text,
+        EXTRACTIVE,
+        answer.reasons,
+        chunk.cosine,
+        answer.milliseconds,
+        refused=(*answer.refused, answer.text),
+    )
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How an answer reads beside its context."""
+
+    gibberish: bool
+    """It repeats itself or holds too few different characters, by the ladder's own limits."""
+    keyword_hit: bool
+    entity_hit: bool
+    """It shares a capitalised word that opens no sentence; true where the context has none."""
+
+
+_NAME = re.compile(r"(?<=[\w,;] )[A-Z]\w{2,}")
+_SETTINGS = LadderSettings()
+
+
+def judge(text: str, context: Sequence[str]) -> Quality:
+    """Quality of an answer to this context."""
+    source = " ".join(context)
+    wanted, names = keywords(source), set(_NAME.findall(source))
+    return Quality(
+        bigram_share(text) > _SETTINGS.max_bigram_share
+        or character_entropy(text) < _SETTINGS.min_entropy_bits,
+        not wanted or bool(wanted & keywords(text)),
+        not names or any(name in text for name in names),
+    )
+
+
+__all__ = ["Cache", "Pipeline", "Quality", "Said", "StageError", "Wish", "extract", "judge", "refused"]

@@ -1,0 +1,163 @@
+"""The retriever deployment: the corpus and its FAISS index, memory-mapped, so a node's replicas share pages."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+
+from lvm.predict.steer import CONTEXT_CHUNKS, Context, build_context, snap
+from lvm.vectors.index import load_index
+from lvm.vectors.sequences import open_vectors
+from serve.rows import EXPIRED, Outcome
+from serve.settings import ServeArgs, require_run
+
+
+@dataclass(frozen=True)
+class FillRow:
+    """Chunks to complete to a full context."""
+
+    vectors: NDArray[np.float32]
+    """(n, D), n under five."""
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SnapRow:
+    """A prediction to move onto the corpus."""
+
+    prediction: NDArray[np.float32]
+    """(D,)."""
+    query: NDArray[np.float32]
+    """(D,) the last context vector."""
+    context_mean: NDArray[np.float32]
+    """(D,)."""
+
+
+@dataclass(frozen=True)
+class NearRow:
+    """A vector whose nearest corpus chunks are asked for."""
+
+    vector: NDArray[np.float32]
+    """(D,)."""
+    k: int
+    barred: frozenset[str] = frozenset()
+    """Texts that may not be answered with: those of the context, which would be no continuation."""
+
+
+@dataclass(frozen=True)
+class CorpusChunk:
+    """One chunk of the corpus."""
+
+    text: str
+    title: str
+    source: str
+    chunk_id: str
+    position: int
+    cosine: float
+
+
+@serve.deployment
+class Retriever:
+    """Searches the corpus of a run."""
+
+    def __init__(self, args: ServeArgs) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(args.retriever.num_threads)
+        manifest = require_run(args.run)
+        self._array = open_vectors(Path(args.run) / "vectors")
+        self._index = load_index(Path(args.run) / "index")
+        self._index.require_array(self._array)
+        self._identity = manifest.identity
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="search")
+
+    async def fill(self, rows: list[FillRow], remaining_s: list[float]) -> list[Outcome[Context]]:
+        """One full context a row."""
+        return await self._each(rows, remaining_s, lambda live: [self._fill(row) for row in live])
+
+    def _fill(self, row: FillRow) -> Context:
+        return build_context(row.vectors, row.texts, CONTEXT_CHUNKS, "retrieve", self._index, self._array)
+
+    async def snap(
+        self, rows: list[SnapRow], remaining_s: list[float]
+    ) -> list[Outcome[tuple[NDArray[np.float32], bool]]]:
+        """The steered unit vector (D,) of each row, and whether the drift blend was used."""
+
+        def work(live: list[SnapRow]) -> list[tuple[NDArray[np.float32], bool]]:
+            done = snap(
+                np.stack([r.prediction for r in live]),
+                np.stack([r.query for r in live]),
+                np.stack([r.context_mean for r in live]),
+                self._index,
+                self._array.vectors,
+            )
+            return [(v, bool(d)) for v, d in zip(done.vectors, done.drifted, strict=True)]
+
+        return await self._each(rows, remaining_s, work)
+
+    async def near(self, rows: list[NearRow], remaining_s: list[float]) -> list[Outcome[list[CorpusChunk]]]:
+        """The k nearest chunks of each row, best first; fewer where the corpus has no more."""
+        return await self._each(rows, remaining_s, self._near)
+
+    def _near(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
+        # A text may stand in the corpus several times; twice as many leave enough after those are taken out.
+        k = min(len(self._index), max(r.k + 2 * len(r.barred) for r in rows))
+        scores, found = self._index.search(np.stack([r.vector for r in rows]), k)
+        answers = []
+        for row, row_scores, row_found in zip(rows, scores, found, strict=True):
+            wanted = row_found[: row.k + 2 * len(row.barred)]
+            wanted = wanted[wanted >= 0]
+            texts = self._array.texts(wanted)
+            kept = [i for i, text in enumerate(texts) if text not in row.barred] or list(range(len(texts)))
+            kept = kept[: row.k]
+            numbers = wanted[kept]
+            titles, sources = self._array.titles(numbers), self._array.sources(numbers)
+            answers.append(
+                [
+                    CorpusChunk(
+                        texts[i],
+                        title,
+                        source,
+                        str(self._array.chunk_ids[number]),
+                        int(self._array.positions[number]),
+                        float(row_scores[i]),
+                    )
+                    for i, number, title, source in zip(kept, numbers, titles, sources, strict=True)
+                ]
+            )
+        return answers
+
+    async def _each(
+        self, rows: list[Any], remaining_s: list[float], work: Callable[[list[Any]], Sequence[Any]]
+    ) -> list[Outcome[Any]]:
+        """Searches of one call are one batch; FAISS releases the interpreter, so calls run side by side."""
+        since, now = time.perf_counter(), time.monotonic()
+
+        def live_work() -> tuple[list[int], Sequence[Any], float, float]:
+            begun = time.perf_counter()
+            late = time.monotonic() - now
+            live = [i for i, left in enumerate(remaining_s) if left > late]
+            values = work([rows[i] for i in live]) if live else []
+            return live, values, (begun - since) * 1000, (time.perf_counter() - begun) * 1000
+
+        loop = asyncio.get_running_loop()
+        live, values, queue_ms, work_ms = await loop.run_in_executor(self._threads, live_work)
+        outcomes: list[Outcome[Any]] = [Outcome(error=EXPIRED, queue_ms=queue_ms) for _ in rows]
+        for i, value in zip(live, values, strict=True):
+            outcomes[i] = Outcome(value, None, queue_ms, work_ms, len(live))
+        return outcomes
+
+    async def describe(self) -> dict[str, Any]:
+        """Codec, number of chunks, the index's kind and its measured recall."""
+        return {
+            "codec": self._identity.to_dict(),
+            "chunks": len(self._array),
+            "index": {**self._index.manifest.settings, **self._index.manifest.report},
+        }

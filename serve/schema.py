@@ -1,0 +1,507 @@
+"""Requests and replies, as the OpenAPI document at /docs shows them.
+
+A field that is not known is refused, since a mistyped one would silently do nothing. A vector is a list of
+numbers, or base64 of little-endian float32, which is a quarter of the bytes.
+"""
+
+import base64
+import binascii
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from lvm.codec.ladder import Answer
+
+STORY = [
+    "The steam engine was first used to pump water out of mines.",
+    "Thomas Newcomen built one in 1712 at a colliery near Dudley.",
+    "James Watt saw that most of its heat was wasted in the cylinder.",
+    "In 1769 he patented a separate condenser that stayed cold.",
+    "With Matthew Boulton he then sold engines to mills and mines.",
+]
+
+
+class RefusedError(Exception):
+    """A request that cannot be answered, with the status and the message of the reply."""
+
+    def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_after_s = status, retry_after_s
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Vector = Annotated[
+    list[float] | str,
+    Field(description="768 finite numbers, or base64 of as many little-endian float32."),
+]
+Deadline = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        description="Seconds the whole request may take; afterwards it is dropped everywhere, status 408.",
+    ),
+]
+UseCache = Annotated[bool, Field(description="False computes everything anew.")]
+Steps = Annotated[
+    int | None,
+    Field(ge=0, description="Exactly this many corrector steps; none climbs the ladder 1, 3, 5."),
+]
+OneOrMany = Annotated[str | list[str], Field(description="One text, or several in one call.")]
+
+
+class Milliseconds(_Reply):
+    """Where the time went."""
+
+    queue: float = Field(0, description="Waiting and travelling.")
+    encode: float = 0
+    context: float = 0
+    predict: float = 0
+    snap: float = Field(0, description="The search for neighbours included.")
+    decode: float = 0
+    total: float = 0
+
+
+class ModelRecord(_Reply):
+    """A loaded model."""
+
+    name: str = Field(description="What a request calls it.")
+    folder: str = Field(description="Its record, which names the very weights.")
+    architecture: str
+    parameters: int
+    created: str
+    val_cosine: float | None = None
+    codec: str = Field(description="Digest of the codec its vectors come from.")
+
+
+class CodecRecord(_Reply):
+    """The loaded codec's identity."""
+
+    name: str
+    digest: str
+    encoder_sha256: str
+    tokenizer_sha256: str
+    pooling: str
+    dense: bool
+    normalized: bool
+    max_tokens: int
+    dim: int
+
+
+class Neighbour(_Reply):
+    """A corpus chunk near a vector."""
+
+    text: str
+    title: str
+    source: str
+    chunk_id: str
+    position: int
+    cosine: float
+
+
+# ----------------------------------------------------------------------------------------------------- generate
+
+
+class GenerateRequest(_Request):
+    """Text, or chunks, to the predicted next text."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"chunks": STORY, "model": "lstm", "length": 2}]},
+    )
+
+    text: OneOrMany | None = Field(
+        None, description="Cut into chunks here; of several, each is an input of its own."
+    )
+    chunks: list[str] | list[list[str]] | None = Field(
+        None, description="Chunks in order, the latest last; or several such lists."
+    )
+    model: Name | None = Field(None, description="A name of /v1/models.")
+    length: int = Field(1, ge=1, description="Chunks to write, each predicted from all before it.")
+    stream: bool = Field(False, description="Server-sent events, one for each chunk as it is ready.")
+    steps: Steps = None
+    snap: bool = Field(True, description="Move the prediction onto the corpus before decoding.")
+    fill: Literal["retrieve", "repeat", "none"] = Field(
+        "retrieve", description="How fewer than five chunks are completed."
+    )
+    neighbours: int = Field(0, ge=0, description="Nearest corpus chunks of each prediction to reply with.")
+    smooth: bool = Field(False, description="Reword by the configured chat endpoint.")
+    cache: UseCache = True
+    deadline_s: Deadline = None
+
+
+class ContextReply(_Reply):
+    """What the predictor read."""
+
+    mode: Literal["seq", "ann", "mixed", "repeat_pad", "passthrough"]
+    texts: list[str]
+    origins: list[Literal["text", "retrieved", "repeated"]]
+
+
+class Generated(_Reply):
+    """One predicted chunk."""
+
+    text: str
+    rung: str = Field(
+        description='"steps=1", "steps=3", "steps=5", "steps=0" (a codec without corrector) or "extractive".'
+    )
+    reasons: list[str] = Field(description="Why each earlier rung was refused.")
+    refused: list[str] = Field(description="What those rungs had written.")
+    extractive: bool = Field(description="True: the text is a corpus chunk's own, nothing was written.")
+    cosine: float = Field(description="Of the text's vector with the prediction.")
+    snapped_cosine: float = Field(description="Of the raw prediction with what was decoded after the snap.")
+    drifted: bool = Field(description="Whether the snap used the blend for drift.")
+    context: ContextReply
+    cached: Literal["answer", "vector"] | None
+    neighbours: list[Neighbour]
+    smoothed_from: str | None = Field(None, description="The text before smoothing.")
+    smoothing_error: str | None = None
+    retries: int = Field(0, description="Calls sent again since a replica was lost.")
+    milliseconds: Milliseconds
+
+
+class GeneratedInput(_Reply):
+    """All of one input."""
+
+    chunks: list[str] = Field(description="The input as it was cut.")
+    truncated: int = Field(
+        description="Chunks of the context that were longer than the codec's limit, and were cut."
+    )
+    generated: list[Generated]
+    text: str = Field(description="The generated chunks, joined.")
+
+
+class GenerateReply(_Reply):
+    """Of /v1/generate, one result an input, in order."""
+
+    request_id: str
+    model: ModelRecord
+    codec: CodecRecord
+    results: list[GeneratedInput]
+    milliseconds: float
+
+
+# ------------------------------------------------------------------------------------------- the single stages
+
+
+class ChunkRequest(_Request):
+    """Texts to chunks."""
+
+    text: OneOrMany = Field(examples=[" ".join(STORY)])
+
+
+class ChunkItem(_Reply):
+    """A chunk."""
+
+    position: int
+    text: str
+    num_tokens: int
+
+
+class ChunkReply(_Reply):
+    """Of /v1/chunk, one list a text."""
+
+    request_id: str
+    codec: CodecRecord
+    results: list[list[ChunkItem]]
+    milliseconds: float
+
+
+class EncodeRequest(_Request):
+    """Texts to vectors."""
+
+    texts: OneOrMany = Field(examples=[STORY[:2]])
+    encoding_format: Literal["float", "base64"] = "float"
+    cache: UseCache = True
+    deadline_s: Deadline = None
+
+
+class EncodeReply(_Reply):
+    """Of /v1/encode."""
+
+    request_id: str
+    codec: CodecRecord
+    vectors: list[list[float]] | list[str]
+    num_tokens: list[int]
+    truncated: list[bool] = Field(
+        description="True where a text was longer than the codec's limit, and was cut."
+    )
+    milliseconds: Milliseconds
+
+
+class EmbeddingsRequest(_Request):
+    """OpenAI's form."""
+
+    input: OneOrMany = Field(examples=[STORY[0]])
+    model: Name = Field(examples=["mini"])
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, description="The codec's own, or left out.")
+    user: str | None = None
+
+
+class Embedding(_Reply):
+    """One vector."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(_Reply):
+    """Tokens read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsReply(_Reply):
+    """OpenAI's form."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class PredictRequest(_Request):
+    """Context vectors to the next vector."""
+
+    vectors: list[Vector] | None = Field(None, description="One context, oldest first.")
+    contexts: list[list[Vector]] | None = Field(None, description="Several contexts.")
+    model: Name | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    deadline_s: Deadline = None
+
+
+class PredictReply(_Reply):
+    """Of /v1/predict, one vector a context."""
+
+    request_id: str
+    model: ModelRecord
+    codec: CodecRecord
+    vectors: list[list[float]] | list[str]
+    milliseconds: Milliseconds
+
+
+class DecodeRequest(_Request):
+    """Vectors to text."""
+
+    vectors: list[Vector] = Field(description="Of the loaded codec; scaled to norm 1.")
+    steps: Steps = None
+    codec: Name | None = Field(None, description="Refused where another codec is loaded.")
+    subscribers: OneOrMany | None = Field(None, description="The original's name for codecs: jxe, ielab.")
+    sources: list[str] | None = Field(
+        None, description="For each vector, the text a good answer shares keywords with."
+    )
+    cache: UseCache = True
+    deadline_s: Deadline = None
+
+
+class DecodedText(_Reply):
+    """One vector's text."""
+
+    text: str
+    rung: str
+    reasons: list[str]
+    refused: list[str]
+    extractive: bool
+    cosine: float
+    cached: bool
+
+
+class DecodeReply(_Reply):
+    """Of /v1/decode, one result a vector."""
+
+    request_id: str
+    codec: CodecRecord
+    results: list[DecodedText]
+    milliseconds: Milliseconds
+
+
+class SearchRequest(_Request):
+    """Texts or vectors to the nearest corpus chunks."""
+
+    query: OneOrMany | None = Field(None, examples=["steam engines in mines"])
+    vectors: list[Vector] | None = None
+    k: int = Field(10, ge=1)
+    deadline_s: Deadline = None
+
+
+class SearchReply(_Reply):
+    """Of /v1/search, one list a query, best first."""
+
+    request_id: str
+    codec: CodecRecord
+    results: list[list[Neighbour]]
+    milliseconds: Milliseconds
+
+
+class TmdRequest(_Request):
+    """Texts to their TMD codes."""
+
+    texts: OneOrMany = Field(examples=[STORY[:1]])
+    deadline_s: Deadline = None
+
+
+class TmdCode(_Reply):
+    """Domain, task and modifier of a text: the labels nearest to it in the codec's space."""
+
+    code: int = Field(description="16 bits: domain in 15-12, task in 11-7, modifier in 6-1.")
+    domain: str
+    task: str
+    modifier: str
+    cosines: list[float] = Field(description="Of the text with each label.")
+    features: list[int] = Field(description="The 16 bits, the highest first.")
+
+
+class TmdReply(_Reply):
+    """Of /v1/tmd, one code a text."""
+
+    request_id: str
+    codec: CodecRecord
+    results: list[TmdCode]
+    milliseconds: Milliseconds
+
+
+class IngestArticle(_Request):
+    """An article for the corpus."""
+
+    id: Annotated[str, StringConstraints(min_length=1, max_length=500)]
+    title: Annotated[str, StringConstraints(max_length=1000)] = ""
+    text: str
+    source: Annotated[str, StringConstraints(min_length=1, max_length=200)] = "ingest"
+
+
+class IngestRequest(_Request):
+    """Articles for the next `latent run`."""
+
+    articles: list[IngestArticle] = Field(
+        examples=[[{"id": "steam-1", "title": "Steam engines", "text": " ".join(STORY), "source": "notes"}]]
+    )
+    deadline_s: Deadline = None
+
+
+class IngestChunk(_Reply):
+    """A chunk, named as the chunk job will name it."""
+
+    chunk_id: str
+    position: int
+    text: str
+    num_tokens: int
+    tmd: TmdCode
+
+
+class IngestReply(_Reply):
+    """Of /v1/ingest, the chunks of each article."""
+
+    request_id: str
+    codec: CodecRecord
+    file: str = Field(description="File in the inbox; the same articles give the same file.")
+    results: list[list[IngestChunk]]
+    milliseconds: Milliseconds
+
+
+class ModelsReply(_Reply):
+    """Of /v1/models; `data` has OpenAI's form too."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    models: list[ModelRecord]
+    default_model: str
+    codec: CodecRecord
+    decoder: dict[str, Any]
+    corpus: dict[str, Any]
+    limits: dict[str, Any]
+    smoothing: bool
+
+
+class HealthReply(_Reply):
+    """Of /health."""
+
+    status: Literal["ready", "degraded", "not ready"]
+    reasons: list[str] = Field(description="Which target is missed, or what is not there.")
+    targets: dict[str, float]
+    figures: dict[str, float | int]
+    breaker: dict[str, Any]
+    replicas: dict[str, int] = Field(description="Running replicas of each deployment.")
+    pending: int
+
+
+class ErrorDetail(_Reply):
+    """What was expected, what came, what to do."""
+
+    message: str
+    type: str
+    code: int
+    request_id: str
+
+
+class ErrorReply(_Reply):
+    """Of every status from 400."""
+
+    error: ErrorDetail
+
+
+# ------------------------------------------------------------------------------------------------- conversions
+
+
+def pack(vector: NDArray[np.float32], form: str) -> Any:
+    """A vector for a reply: a list, or base64 of little-endian float32."""
+    if form == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector.tolist()
+
+
+def unpack(vectors: list[list[float] | str], dim: int, what: str) -> NDArray[np.float32]:
+    """Unit vectors (N, dim) of a request. Raises RefusedError naming the first that is none."""
+    rows = np.empty((len(vectors), dim), np.float32)
+    for i, vector in enumerate(vectors):
+        if isinstance(vector, str):
+            try:
+                raw = base64.b64decode(vector, validate=True)
+            except (binascii.Error, ValueError) as err:
+                raise RefusedError(
+                    422, f"{what}[{i}] is no base64 ({err}); send 768 numbers or base64 float32"
+                ) from err
+            if len(raw) != 4 * dim:
+                raise RefusedError(
+                    422,
+                    f"{what}[{i}] holds {len(raw)} bytes, expected {4 * dim}: {dim} little-endian float32",
+                )
+            rows[i] = np.frombuffer(raw, "<f4")
+        else:
+            if len(vector) != dim:
+                raise RefusedError(422, f"{what}[{i}] has {len(vector)} numbers, expected {dim}")
+            with np.errstate(over="ignore"):
+                rows[i] = vector
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    bad = np.flatnonzero(~np.isfinite(norms) | (norms < 1e-12))
+    if bad.size:
+        raise RefusedError(
+            422,
+            f"{what}[{bad[0]}] is all zero or holds NaN, infinity or a number beyond float32; expected finite numbers",
+        )
+    return (rows / norms[:, None]).astype(np.float32)
+
+
+def decoded_text(answer: Answer) -> DecodedText:
+    """A ladder's answer as a reply."""
+    return DecodedText(
+        text=answer.text,
+        rung=answer.rung,
+        reasons=list(answer.reasons),
+        refused=list(answer.refused),
+        extractive=answer.rung == "extractive",
+        cosine=round(answer.cosine, 6),
+        cached=answer.cached,
+    )

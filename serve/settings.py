@@ -1,0 +1,150 @@
+"""What a person may set about the service: one model for `latent serve`, `serve run` and config.yaml."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lvm.errors import InputError
+from lvm.predict.steer import PASSTHROUGH
+from lvm.vectors.shards import Manifest
+
+__all__ = ["PASSTHROUGH", "BreakerArgs", "Limits", "Scale", "ServeArgs", "SmoothingArgs", "require_run"]
+
+
+class _Strict(BaseModel):
+    # A mistyped key in config.yaml is an error at deploy time, not a setting that silently does nothing.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Strict):
+    """The most one request may ask for. Each error names the limit it met."""
+
+    max_body_bytes: int = Field(8 * 2**20, ge=1024)
+    """Bytes of a request's body. 64 contexts of five vectors take 5 MB as JSON numbers."""
+    max_texts: int = Field(64, ge=1)
+    """Texts, chunk lists or queries in one call."""
+    max_characters: int = Field(20_000, ge=1)
+    """Characters of one text."""
+    max_chunks: int = Field(256, ge=1)
+    """Chunks of one input; a predictor reads the last five."""
+    max_vectors: int = Field(64, ge=1)
+    """Vectors, or contexts, in one call."""
+    max_context: int = Field(64, ge=1)
+    """Vectors in one context."""
+    max_steps: int = Field(20, ge=0)
+    """Corrector steps."""
+    max_rollout: int = Field(32, ge=1)
+    """Chunks of one continuation."""
+    max_neighbours: int = Field(100, ge=1)
+    """Corpus chunks in one answer."""
+    max_depth: int = Field(16, ge=4)
+    """Levels of a JSON body."""
+    max_pending: int = Field(256, ge=1)
+    """Inputs (texts, contexts, vectors) at work at once in one gateway; beyond it a call gets 429."""
+    default_deadline_s: float = Field(30.0, gt=0)
+    """Seconds a request may take where it names no deadline of its own."""
+    max_deadline_s: float = Field(120.0, gt=0)
+    """Longest deadline a request may name, seconds."""
+
+
+class Scale(_Strict):
+    """Replicas of one deployment."""
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(2.0, gt=0)
+    """Calls at once in one replica; above it Ray Serve starts another. A call carries up to 32 rows."""
+    upscale_delay_s: float = Field(5.0, ge=0)
+    downscale_delay_s: float = Field(60.0, ge=0)
+    num_cpus: float = Field(0.1, ge=0)
+    """Cores Ray reserves for one replica. Small by default, so that the whole application fits a laptop; a
+    cluster sets what a replica really takes."""
+    num_threads: int = Field(1, ge=1)
+    """Threads of torch and FAISS in one replica."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}, below min_replicas {self.min_replicas}")
+        return self
+
+
+class BreakerArgs(_Strict):
+    """When answers go extractive instead of queueing."""
+
+    enabled: bool = True
+    max_waiting: int = Field(128, ge=1)
+    """Vectors waiting for the decoder in one gateway, above which it is behind."""
+    max_decode_s: float = Field(5.0, gt=0)
+    """Seconds one decode may take, queue included; a slower one counts as a failure."""
+    window: int = Field(50, ge=4)
+    """Latest decodes that are looked at."""
+    max_failed_share: float = Field(0.5, gt=0, le=1)
+    """Share of failed decodes in the window that opens the breaker."""
+    max_last_rung_share: float = Field(0.9, gt=0, le=1)
+    """Share of a full window of decodes that end on the last rung, above which it opens: their decoding was
+    wasted. At 1 it never opens for that."""
+    open_s: float = Field(5.0, gt=0)
+    """Seconds before one decode is tried again."""
+
+
+class SmoothingArgs(_Strict):
+    """An OpenAI-compatible chat endpoint that rewords answers. Off where `url` is empty."""
+
+    url: str = ""
+    """Base address, as "http://127.0.0.1:11434/v1"."""
+    model: str = ""
+    """Model name that endpoint knows."""
+    api_key_env: str = "LATENT_SMOOTHING_KEY"
+    """Environment variable of the gateway with that endpoint's key."""
+    timeout_s: float = Field(10.0, gt=0)
+
+
+class ServeArgs(_Strict):
+    """Arguments of `serve.app:build`."""
+
+    run: str
+    """Folder of `latent run` or `latent demo`, on storage every node sees."""
+    codec: str | None = None
+    """Codec name; by default the one the vectors were made with."""
+    codec_path: str | None = None
+    """Folder of a codec of your own."""
+    default_model: str | None = None
+    """Model of a request that names none; by default lstm where there is one, else the first."""
+    api_keys_sha256: list[str] = []
+    """SHA-256 (64 hex digits) of each accepted key. Hashes, since Ray shows an application's arguments."""
+    api_keys_file: str | None = None
+    """File with one key a line, read by the gateway. Together with `api_keys_sha256`."""
+    inbox: str = ""
+    """Folder that /v1/ingest writes articles to, as JSON lines for `latent run --input`; none refuses them."""
+    cache_entries: int = Field(10_000, ge=0)
+    """Answers, text vectors and decoded texts kept in each process; 0 keeps none."""
+    decode_patience_s: float = Field(10.0, gt=0)
+    """Seconds a prediction waits for the decoder; then the answer is extractive and says so."""
+    max_calls: int = Field(8, ge=1)
+    """Calls one gateway has under way to one deployment; what waits meanwhile shares the next call."""
+    queue_rows: int = Field(32, ge=1)
+    """Most rows in one call and in one batch of a replica."""
+    limits: Limits = Limits()
+    gateway: Scale = Scale(target_ongoing_requests=64)
+    encoder: Scale = Scale()
+    predictor: Scale = Scale()
+    decoder: Scale = Scale()
+    """One replica by default: on two cores a second one splits the batch and the cores, and four gave 8 requests/s
+    where one gave 15 (tests/bench/results/). A cluster sets max_replicas."""
+    retriever: Scale = Scale()
+    breaker: BreakerArgs = BreakerArgs()
+    smoothing: SmoothingArgs = SmoothingArgs()
+
+
+def require_run(run: str) -> Manifest:
+    """The manifest of a run folder's vectors; raises InputError where a part of the folder is missing."""
+    folder = Path(run)
+    for part, stage in (("vectors", "encode"), ("index", "index"), ("models", "train")):
+        if not (folder / part).is_dir():
+            raise InputError(
+                f"{folder} has no {part}/; expected the output of `latent run` or `latent demo` "
+                f"(stage {stage} makes it)"
+            )
+    return Manifest.load(folder / "vectors", "vectors")

@@ -1,0 +1,185 @@
+"""A deployment as the gateway sees it: rows of concurrent requests share calls, and lost calls are sent again.
+
+A call through Ray costs about as much CPU as a prediction, whatever it carries. So a row is sent at once while
+few calls are under way, and joins the next call when many are: alone it waits for nothing, in a crowd it pays a
+fraction. Every operation here is a pure function of its row, so a call that a replica took to its grave is
+simply sent again.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from serve.rows import EXPIRED, Outcome
+
+
+class DeadlineError(Exception):
+    """The request's time was over before this stage had answered."""
+
+
+class StageError(Exception):
+    """A row failed in its replica: our fault, not the request's."""
+
+
+class UnavailableError(Exception):
+    """No replica took the call, again and again."""
+
+
+class FullError(Exception):
+    """As much is under way as may be; come back later."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+Call = Callable[[list[Any], list[float]], Awaitable[list[Outcome[Any]]]]
+"""Rows, and the seconds each has left, to as many outcomes."""
+
+
+@dataclass
+class Timing:
+    """Where the time of one request's rows in one stage went, milliseconds."""
+
+    queue_ms: float = 0.0
+    """Waiting in the gateway, on the way and in the replica."""
+    work_ms: float = 0.0
+    """The batch at work."""
+    retries: int = 0
+
+
+@dataclass
+class _Row:
+    item: Any
+    expires: float
+    since: float
+    done: "asyncio.Future[Outcome[Any]]" = field(default_factory=asyncio.Future)
+    retries: int = 0
+
+
+class Measure(Protocol):
+    """Told of each finished call."""
+
+    def __call__(self, stage: str, *, rows: int, waiting: int, work_ms: float, retries: int) -> None: ...
+
+
+class Stage:
+    """Sends rows to one deployment."""
+
+    def __init__(
+        self,
+        name: str,
+        call: Call,
+        lost: tuple[type[BaseException], ...],
+        max_calls: int,
+        max_rows: int,
+        measure: Measure | None = None,
+        attempts: int = 8,
+    ) -> None:
+        """lost: errors that mean the call never came back, so that it may be sent again."""
+        self.name, self._call, self._lost = name, call, lost
+        self._max_calls, self._max_rows, self._attempts, self._measure = (
+            max_calls,
+            max_rows,
+            attempts,
+            measure,
+        )
+        self._waiting: deque[_Row] = deque()
+        self._calls: set[asyncio.Task[None]] = set()
+        self.under_way = 0
+        """Rows sent and not yet answered."""
+
+    @property
+    def depth(self) -> int:
+        """Rows that are waiting or under way."""
+        return len(self._waiting) + self.under_way
+
+    async def run(self, items: Sequence[Any], deadline: float) -> tuple[list[Any], Timing]:
+        """The value of each row, in order, and the time of the slowest.
+
+        deadline: on `time.monotonic`. Raises DeadlineError when it passes, StageError when a row failed,
+        UnavailableError when no replica is there. A caller that is cancelled takes back what is not yet sent.
+        """
+        if not items:
+            return [], Timing()
+        begun = time.perf_counter()
+        rows = [_Row(item, deadline, begun) for item in items]
+        self._waiting.extend(rows)
+        self._pump()
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                outcomes = [await row.done for row in rows]
+        except TimeoutError as err:
+            raise DeadlineError(f"the deadline passed in stage {self.name}") from err
+        finally:
+            for row in rows:
+                row.done.cancel()
+        wall_ms = (time.perf_counter() - begun) * 1000
+        for outcome in outcomes:
+            if outcome.error == EXPIRED:
+                raise DeadlineError(f"the deadline passed in the queue of stage {self.name}")
+            if outcome.error is not None:
+                raise StageError(f"stage {self.name}: {outcome.error}")
+        work_ms = max(o.work_ms for o in outcomes)
+        timing = Timing(max(0.0, wall_ms - work_ms), work_ms, max(r.retries for r in rows))
+        return [o.value for o in outcomes], timing
+
+    def _pump(self) -> None:
+        while self._waiting and len(self._calls) < self._max_calls:
+            batch: list[_Row] = []
+            while self._waiting and len(batch) < self._max_rows:
+                row = self._waiting.popleft()
+                if not row.done.done():
+                    batch.append(row)
+            if batch:
+                task = asyncio.create_task(self._send(batch))
+                self._calls.add(task)
+                task.add_done_callback(self._sent)
+
+    def _sent(self, task: "asyncio.Task[None]") -> None:
+        self._calls.discard(task)
+        self._pump()
+
+    async def _send(self, batch: list[_Row]) -> None:
+        self.under_way += len(batch)
+        size = len(batch)
+        work_ms, retries = 0.0, 0
+        try:
+            for attempt in range(self._attempts):
+                batch = [r for r in batch if not r.done.done()]
+                if not batch:
+                    return
+                now = time.monotonic()
+                try:
+                    outcomes = await self._call([r.item for r in batch], [r.expires - now for r in batch])
+                except self._lost as err:
+                    retries += 1
+                    for row in batch:
+                        row.retries += 1
+                    if attempt + 1 == self._attempts:
+                        raise UnavailableError(
+                            f"stage {self.name} lost {self._attempts} calls in a row ({type(err).__name__}); "
+                            "its replicas are being restarted, try again in a few seconds"
+                        ) from err
+                    # A dead replica stays in the router's list for a moment; doubling from 50 ms, 8 attempts
+                    # span 6 s, which is what a new replica takes to load.
+                    await asyncio.sleep(0.05 * 2**attempt)
+                    continue
+                work_ms = max((o.work_ms for o in outcomes), default=0.0)
+                for row, outcome in zip(batch, outcomes, strict=True):
+                    if not row.done.done():
+                        row.done.set_result(outcome)
+                return
+        except Exception as err:
+            for row in batch:
+                if not row.done.done():
+                    row.done.set_exception(err)
+        finally:
+            self.under_way -= size
+            if self._measure is not None:
+                self._measure(
+                    self.name, rows=size, waiting=len(self._waiting), work_ms=work_ms, retries=retries
+                )

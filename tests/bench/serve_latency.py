@@ -1,0 +1,447 @@
+"""How much faster is the service than the same models called one request at a time, and how quickly does it answer?
+
+    python -m tests.bench.serve_latency --quick
+    python -m tests.bench.serve_latency --run out/demo --model lstm
+
+The comparison calls the same weights the way the original did: one request at a time, float32, first texts through
+transformers' own T5 stack, cache and `generate`, then the same ladder with the same corrector steps. The service
+is `latent serve` with its defaults but for the caches, which each request turns off, and the breaker, which would
+answer without decoding. The load comes from this process, on the same machine: what it costs is part of the
+result. Contexts are held-out windows of the run, no two alike.
+
+A table on stderr; the last stdout line is one JSON object.
+"""
+
+import argparse
+import asyncio
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvm.codec.ladder import Answer, DecodeCache, Ladder, Nearest
+from lvm.codec.zoo import Codec, codec_folder, load_codec
+from lvm.predict.generate import predictor
+from lvm.predict.steer import snap
+from lvm.vectors.index import load_index
+from lvm.vectors.sequences import open_vectors
+from tests.integration.serving import Service, make_run, running
+
+CLIENTS = 32
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- the comparison
+
+
+def transformers_decoder(codec_name: str) -> Callable[[np.ndarray], list[int]]:
+    """One (D,) vector to token ids through `generate` of transformers, float32, with its key-value cache.
+
+    The mini hypothesizer's T5 stack is transformers' own, loaded with the same tensors; around it stand the
+    vector's priors, computed as in training (`lvm/codec/mini.py`).
+    """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import (
+        DynamicCache,
+        EncoderDecoderCache,
+        GenerationConfig,
+        GenerationMixin,
+        PretrainedConfig,
+        PreTrainedModel,
+        T5Config,
+    )
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.models.t5.modeling_t5 import T5Stack
+
+    from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
+
+    folder = codec_folder(codec_name)
+    config = MiniConfig(**json.loads((folder / "config.json").read_text())["config"])
+    encoder = MiniEncoder(config)
+    encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+    ours = MiniHypothesizer(config, encoder.topic_norm)
+    ours.load_state_dict(load_file(folder / "hypothesizer.safetensors"))
+    encoder, ours = encoder.eval(), ours.eval()
+    L = config.lexical_dim
+    stack_config = T5Config(
+        vocab_size=config.vocabulary_size,
+        d_model=L,
+        d_kv=L // config.num_heads,
+        num_heads=config.num_heads,
+        d_ff=config.d_ff,
+        num_layers=config.decoder_layers,
+        is_decoder=True,
+        use_cache=True,
+        dropout_rate=0.0,
+    )
+    stack = T5Stack(stack_config)
+    missing = stack.load_state_dict(ours.decoder.state_dict(), strict=False)
+    assert not missing.unexpected_keys, missing
+    assert all("embed_tokens" in k for k in missing.missing_keys), missing
+    end_id = load_codec(codec_name).tokenizer.end_id
+
+    class Generating(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+        config_class = PretrainedConfig
+        main_input_name = "input_ids"
+        _supports_cache_class = True
+
+        def __init__(self) -> None:
+            super().__init__(
+                PretrainedConfig(vocab_size=config.vocabulary_size, num_hidden_layers=config.decoder_layers)
+            )
+            self.stack = stack.eval()
+            self.vectors = torch.zeros(1, config.dim)
+            self.cache: Any = None
+
+        def prepare_inputs_for_generation(
+            self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **_: Any
+        ) -> dict[str, Any]:
+            return {"input_ids": input_ids, "past_key_values": past_key_values}
+
+        def forward(
+            self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **_: Any
+        ) -> Any:
+            written = input_ids[:, 1:]  # the first place stands for "nothing written yet"
+            t = written.shape[1]
+            lexical = ours.unscale(self.vectors)[:, None]
+            residual = lexical
+            if t:
+                embedded = encoder.tokens(written)
+                residual = (
+                    lexical
+                    - encoder.bound(embedded, torch.ones_like(written, dtype=torch.bool)).sum(1)[:, None]
+                )
+                previous = embedded[:, -1:]
+            else:
+                previous = torch.zeros(1, 1, L)
+                # T5's own kind of cache; `generate` would make the kind of a model without cross-attention.
+                self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            priors, glimpse = ours.priors(lexical, residual, first=t)
+            out = self.stack(
+                inputs_embeds=ours.hidden(previous, glimpse),
+                encoder_hidden_states=ours.remember(self.vectors),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            state = ours.head(out.last_hidden_state, priors)
+            logits = state @ encoder.tokens.weight.T + ours.bias
+            return CausalLMOutputWithPast(logits=logits)
+
+    model = Generating()
+    settings = GenerationConfig(
+        max_new_tokens=config.max_tokens,
+        do_sample=False,
+        eos_token_id=end_id,
+        pad_token_id=0,
+        use_cache=False,
+    )
+
+    @torch.inference_mode()
+    def decode(vector: np.ndarray) -> list[int]:
+        model.vectors = torch.from_numpy(vector)[None]
+        first = torch.zeros(1, 1, dtype=torch.int64)
+        out = model.generate(first, attention_mask=torch.ones_like(first), generation_config=settings)
+        return [int(i) for i in out[0, 1:]]
+
+    return decode
+
+
+def one_at_a_time(run: Path, model: str, contexts: Sequence[list[str]], seconds: float) -> dict[str, Any]:
+    """Requests per second of the comparison, over at least `seconds`, and whether it writes our texts."""
+    import torch
+
+    torch.set_num_threads(2)
+    codec = load_codec("mini", precision="float32")
+    codec._encoder.dtype = torch.float32
+    ours = load_codec("mini", precision="float32").inverter
+    array, index = open_vectors(run / "vectors"), load_index(run / "index")
+    _, predict = predictor(run / "models", model, codec)
+    write = transformers_decoder("mini")
+    # The same ladder over the same engine, but every first text comes from transformers, one vector at a time.
+    codec.inverter.hypothesize = lambda vectors: [write(v) for v in vectors]  # type: ignore[method-assign]
+
+    def nearest(vectors: np.ndarray) -> list[Nearest]:
+        scores, rows = index.search(vectors, 1)
+        return [Nearest(t, float(s)) for t, s in zip(array.texts(rows[:, 0]), scores[:, 0], strict=True)]
+
+    ladder = Ladder(codec, nearest, cache=DecodeCache(0))
+
+    def answer(texts: list[str]) -> tuple[np.ndarray, Answer]:
+        vectors = codec.encode(texts).vectors[None]
+        raw = predict(vectors)
+        steered = snap(raw, vectors[:, -1], vectors.mean(1), index, array.vectors).vectors
+        return steered, ladder.decode(steered, [" ".join(texts)])[0]
+
+    for texts in contexts[:3]:
+        answer(texts)
+    same = total = done = 0
+    taken: list[float] = []
+    rungs: Counter[str] = Counter()
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        since = time.perf_counter()
+        vector, said = answer(contexts[done % len(contexts)])
+        taken.append(time.perf_counter() - since)
+        done += 1
+        rungs[said.rung] += 1
+        if total < 20:  # it must be the same work: the same first texts, but for rounding at a near tie
+            same += [int(i) for i in ours.hypothesize(vector)[0]] == write(vector[0])
+            total += 1
+            begun += time.perf_counter() - since - taken[-1]
+    return {
+        "requests_per_s": done / (time.perf_counter() - begun),
+        "median_ms": 1000 * float(np.median(taken)),
+        "same_texts": f"{same}/{total}",
+        "rungs": dict(rungs),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- the load
+
+
+class Client:
+    """One kept-alive connection; bare, so that the load takes little of the machine it measures."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._service.port, limit=1 << 24)
+        reader, writer = self._streams
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        headers = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        status = int(headers.split(" ", 2)[1])
+        length = int(headers.split("content-length: ", 1)[1].split("\r\n", 1)[0])
+        return status, await reader.readexactly(length)
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+
+
+def request(texts: list[str], model: str, cache: bool = False) -> bytes:
+    return json.dumps({"chunks": texts, "model": model, "cache": cache}).encode()
+
+
+async def closed_loop(service: Service, bodies: Sequence[bytes], seconds: float) -> dict[str, Any]:
+    """CLIENTS clients, each sending its next request when it has an answer."""
+    place = 0
+    taken: list[float] = []
+    statuses: Counter[int] = Counter()
+    rungs: Counter[str] = Counter()
+    stages: dict[str, list[float]] = {}
+    end = time.perf_counter() + seconds
+
+    async def client() -> None:
+        nonlocal place
+        connection = Client(service)
+        while time.perf_counter() < end:
+            body = bodies[place % len(bodies)]
+            place += 1
+            begun = time.perf_counter()
+            status, reply = await connection.post("/v1/generate", body)
+            taken.append(time.perf_counter() - begun)
+            statuses[status] += 1
+            if status == 200:
+                step = json.loads(reply)["results"][0]["generated"][0]
+                rungs[step["rung"]] += 1
+                for stage, ms in step["milliseconds"].items():
+                    stages.setdefault(stage, []).append(ms)
+        connection.close()
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    wall = time.perf_counter() - begun
+    return {
+        "requests_per_s": statuses[200] / wall,
+        "p50_s": float(np.quantile(taken, 0.5)),
+        "p95_s": float(np.quantile(taken, 0.95)),
+        "statuses": dict(statuses),
+        "rungs": dict(rungs),
+        "median_ms": {stage: round(float(np.median(v)), 2) for stage, v in stages.items()},
+    }
+
+
+async def steady(service: Service, bodies: Sequence[bytes], rate: float, seconds: float) -> dict[str, Any]:
+    """Requests at fixed times, whatever the answers do; a latency counts from when its request was due."""
+    idle: list[Client] = []
+    taken: list[float] = []
+    statuses: Counter[int] = Counter()
+
+    async def one(body: bytes, due: float) -> None:
+        client = idle.pop() if idle else Client(service)
+        status, _ = await client.post("/v1/generate", body)
+        taken.append(time.perf_counter() - due)
+        statuses[status] += 1
+        idle.append(client)
+
+    tasks = []
+    begun = time.perf_counter()
+    for number in range(int(rate * seconds)):
+        due = begun + number / rate
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        tasks.append(asyncio.create_task(one(bodies[number % len(bodies)], due)))
+    await asyncio.gather(*tasks)
+    for client in idle:
+        client.close()
+    p50, p95, p99 = (float(np.quantile(taken, q)) for q in (0.5, 0.95, 0.99))
+    return {"rate": rate, "p50_s": p50, "p95_s": p95, "p99_s": p99, "statuses": dict(statuses)}
+
+
+async def repeated(
+    service: Service, path: str, body: bytes, times: int, bodies: Sequence[bytes] = ()
+) -> list[float]:
+    """Milliseconds of the same request (or of `bodies` in turn), one after another on one connection."""
+    client = Client(service)
+    taken = []
+    for number in range(times + 5):
+        begun = time.perf_counter()
+        status, reply = await client.post(path, bodies[number % len(bodies)] if bodies else body)
+        taken.append(1000 * (time.perf_counter() - begun))
+        assert status == 200, reply
+    client.close()
+    return taken[5:]
+
+
+async def predict_overheads(
+    service: Service,
+    run: Path,
+    codec: Codec,
+    models: Sequence[str],
+    contexts: Sequence[list[str]],
+    times: int,
+) -> dict[str, dict[str, float]]:
+    """p50 of /v1/predict at batch 1 and of the bare model call, milliseconds, by model."""
+    import base64
+
+    import torch
+
+    torch.set_num_threads(1)  # as in a replica
+    vectors = codec.encode(contexts[0]).vectors
+    packed = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in vectors]
+    found = {}
+    for model in models:
+        _, predict = predictor(run / "models", model, codec)
+        for _ in range(5):
+            predict(vectors[None])
+        bare = []
+        for _ in range(times):
+            begun = time.perf_counter()
+            predict(vectors[None])
+            bare.append(1000 * (time.perf_counter() - begun))
+        rows: dict[str, float] = {"bare_ms": float(np.median(bare))}
+        for form, given in (("base64", packed), ("float", vectors.tolist())):
+            body = json.dumps({"vectors": given, "model": model, "encoding_format": form}).encode()
+            rows[f"{form}_ms"] = float(np.median(await repeated(service, "/v1/predict", body, times)))
+        rows["overhead_ms"] = rows["base64_ms"] - rows["bare_ms"]
+        found[model] = {k: round(v, 2) for k, v in rows.items()}
+    return found
+
+
+def held_out(run: Path, count: int) -> list[list[str]]:
+    """Windows of five chunks from the articles no model trained on (the last tenth by article), no two alike; from
+    all of them where those are too few."""
+    array = open_vectors(run / "vectors")
+    starts = np.flatnonzero(array.doc_ids[4:] == array.doc_ids[:-4])
+    random = np.random.default_rng(0)
+    test = starts[array.doc_ids[starts] >= np.quantile(array.doc_ids, 0.9)]
+    chosen = random.permutation(test)
+    if len(chosen) < count:
+        chosen = np.concatenate([chosen, random.permutation(np.setdiff1d(starts, test))])
+    return [array.texts(list(range(s, s + 5))) for s in chosen[:count]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, default=None, help="folder of latent run; none makes a small one")
+    parser.add_argument("--model", default="lstm")
+    parser.add_argument("--quick", action="store_true", help="shorter trials; ends within five minutes")
+    parser.add_argument("--set", action="append", default=[], help="more settings of the service")
+    options = parser.parse_args()
+    seconds, trials = (8.0, 2) if options.quick else (20.0, 5)
+    with ExitStack() as stack:
+        run = options.run
+        if run is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            run = make_run(folder / "run", 60, ("amn", "lstm", "gru", "transformer"))
+            say("no --run: untrained models on the bundled sample; rungs mean nothing")
+        contexts = held_out(run, 4000)
+        models = [m for m in ("amn", "lstm", "gru", "transformer") if (run / "models").glob(f"{m}-*")]
+        baselines = [one_at_a_time(run, options.model, contexts, seconds) for _ in range(trials)]
+        base = float(np.median([b["requests_per_s"] for b in baselines]))
+        first = baselines[0]
+        say(
+            f"one at a time   {base:8.2f} requests/s  {first['median_ms']:.0f} ms  same texts {first['same_texts']}"
+        )
+        settings = [f"--set={s}" for s in ("breaker.enabled=false", *options.set)]
+        service = stack.enter_context(running(run, *settings))
+        bodies = [request(c, options.model) for c in contexts]
+        asyncio.run(closed_loop(service, bodies, 5))  # warm-up, dropped
+        closed = [
+            asyncio.run(closed_loop(service, bodies[200 * i :] + bodies[: 200 * i], seconds))
+            for i in range(trials)
+        ]
+        rate = float(np.median([c["requests_per_s"] for c in closed]))
+        for c in closed:
+            say(
+                f"{CLIENTS} clients      {c['requests_per_s']:8.2f} requests/s  p50 {c['p50_s']:.3f} s  "
+                f"p95 {c['p95_s']:.3f} s  {c['statuses']}  {c['rungs']}  {c['median_ms']}"
+            )
+        half = asyncio.run(steady(service, bodies, rate / 2, 2 * seconds))
+        say(
+            f"steady {half['rate']:.1f}/s    p50 {half['p50_s']:.3f} s  p95 {half['p95_s']:.3f} s  {half['statuses']}"
+        )
+        times = 50 if options.quick else 200
+        hit = asyncio.run(repeated(service, "/v1/generate", request(contexts[0], options.model, True), times))
+        alone = asyncio.run(repeated(service, "/v1/generate", b"", times, bodies))
+        say(f"cache hit       {np.median(hit):8.2f} ms   alone, cache off {np.median(alone):.1f} ms")
+        codec = load_codec("mini")
+        predicts = asyncio.run(predict_overheads(service, run, codec, models, contexts, times))
+        for name, row in predicts.items():
+            say(f"predict {name:12s} {row}")
+        rungs: Counter[str] = Counter()
+        for c in closed:
+            rungs.update(c["rungs"])
+    ratios = [c["requests_per_s"] / base for c in closed]
+    print(
+        json.dumps(
+            {
+                "throughput_ratio": round(rate / base, 2),
+                "p95_s": round(half["p95_s"], 3),
+                "cache_hit_ms": round(float(np.median(hit)), 2),
+                "predict_overhead_ms": max(row["overhead_ms"] for row in predicts.values()),
+                "requests_per_s": round(rate, 2),
+                "one_at_a_time_per_s": round(base, 2),
+                "ratio_spread": [round(min(ratios), 2), round(max(ratios), 2)],
+                "same_texts": baselines[0]["same_texts"],
+                "alone_ms": round(float(np.median(alone)), 1),
+                "predict": predicts,
+                "rung_shares": {k: round(v / rungs.total(), 4) for k, v in rungs.items()},
+                "failed": sum(n for c in (*closed, half) for s, n in c["statuses"].items() if s != 200),
+                "clients": CLIENTS,
+                "model": options.model,
+                "cpu": platform.processor() or platform.machine(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The settings a person writes: config.yaml parses as the application will, and mistakes are named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from lvm.errors import InputError
+from serve.app import require_key_unless_loopback
+from serve.launch import parse, put
+from serve.settings import Scale, ServeArgs
+
+CONFIG = Path(__file__).resolve().parents[3] / "serve" / "config.yaml"
+
+
+def test_the_shipped_config_is_one_ray_and_build_accept() -> None:
+    record = yaml.safe_load(CONFIG.read_text())
+    ServeDeploySchema.model_validate(record)
+    (application,) = record["applications"]
+    args = ServeArgs.model_validate(application["args"])
+    assert application["import_path"] == "serve.app:build"
+    assert args.decoder.max_replicas > args.decoder.min_replicas
+    assert record["http_options"]["request_timeout_s"] > args.limits.max_deadline_s
+
+
+def test_the_shipped_config_is_open_to_a_network_only_with_keys() -> None:
+    record = yaml.safe_load(CONFIG.read_text())
+    assert record["http_options"]["host"] == "0.0.0.0"
+    assert record["applications"][0]["args"]["api_keys_file"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("limits.max_text=8", "limits.max_text"),
+        ("limits.max_texts=0", "limits.max_texts"),
+        ("limits.max_texts=many", "got 'many'"),
+        ("decoder.max_replicas=0", "decoder.max_replicas"),
+        ("limits=8", "limits"),
+        ("limits.=8", "NAME=VALUE"),
+        ("limits.max_texts", "NAME=VALUE"),
+        ("run.x=1", "no group of settings"),
+    ],
+)
+def test_a_wrong_setting_is_named(entry: str, message: str) -> None:
+    record: dict[str, object] = {"run": "somewhere"}
+    with pytest.raises(InputError) as error:  # noqa: PT012 - either of the two may say it
+        put(record, entry)
+        parse(record)
+    assert message in str(error.value)
+
+
+def test_settings_of_the_command_line_arrive() -> None:
+    record: dict[str, object] = {"run": "somewhere"}
+    for entry in ("limits.max_texts=8", "decoder.max_replicas=3", "breaker.enabled=false"):
+        put(record, entry)
+    args = parse(record)
+    assert (args.limits.max_texts, args.decoder.max_replicas, args.breaker.enabled) == (8, 3, False)
+
+
+def test_replicas_must_be_in_order() -> None:
+    with pytest.raises(ValueError, match="below min_replicas 3"):
+        Scale(min_replicas=3, max_replicas=2)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_a_network_needs_a_key(host: str) -> None:
+    with pytest.raises(InputError, match="without an API key"):
+        require_key_unless_loopback([], host)
+    require_key_unless_loopback(["00" * 32], host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_loopback_needs_none(host: str) -> None:
+    require_key_unless_loopback([], host)

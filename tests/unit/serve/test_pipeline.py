@@ -1,0 +1,220 @@
+"""The order of the stages, the caches, and what happens when the decoder does not answer; calls in this process."""
+
+import asyncio
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from lvm.codec.ladder import Answer
+from serve.breaker import Breaker
+from serve.decoder import VectorRow
+from serve.encoder import EncodedText
+from serve.pipeline import Cache, Pipeline, Wish, extract, judge, refused
+from serve.predictor import Predicted
+from serve.retriever import CorpusChunk
+from serve.rows import Outcome
+from serve.settings import BreakerArgs
+from serve.stage import DeadlineError, Stage, UnavailableError
+from tests.doubles import FakeCodec
+
+FIVE = [f"chunk {word} of the river" for word in ("one", "two", "three", "four", "five")]
+
+
+class Quiet:
+    """Takes every metric and keeps none."""
+
+    def __getattr__(self, name: str) -> "Quiet":
+        return self
+
+    def __call__(self, *_: object, **__: object) -> None: ...
+
+
+class LostError(Exception):
+    """As when a replica dies."""
+
+
+class Parts:
+    """What the deployments would answer."""
+
+    def __init__(self) -> None:
+        self.codec = FakeCodec()
+        self.calls: Counter[str] = Counter()
+        self.fault: str | None = None
+        self.decode_s = 0.0
+        self.decoder_lost = False
+        self.near_texts = ["a corpus chunk of the river", "another corpus chunk"]
+
+    async def encode(self, rows: list[str], _: list[float]) -> list[Outcome[Any]]:
+        self.calls["encode"] += len(rows)
+        vectors = self.codec.encode(rows).vectors
+        return [Outcome(EncodedText(v, 1.0, 5, False)) for v in vectors]
+
+    async def predict(self, rows: list[Any], _: list[float]) -> list[Outcome[Any]]:
+        self.calls["predict"] += len(rows)
+        return [Outcome(Predicted(row.vectors[0], "lstm-1")) for row in rows]
+
+    async def snap(self, rows: list[Any], _: list[float]) -> list[Outcome[Any]]:
+        self.calls["snap"] += len(rows)
+        return [Outcome((row.query, False)) for row in rows]
+
+    async def near(self, rows: list[Any], _: list[float]) -> list[Outcome[Any]]:
+        self.calls["near"] += len(rows)
+        chunks = [CorpusChunk(t, "T", "s", "id", 0, 0.5) for t in self.near_texts]
+        return [Outcome([c for c in chunks if c.text not in row.barred][: row.k]) for row in rows]
+
+    async def decode(self, rows: list[VectorRow], _: list[float]) -> list[Outcome[Any]]:
+        self.calls["decode"] += len(rows)
+        if self.decoder_lost:
+            raise LostError
+        await asyncio.sleep(self.decode_s)
+        reasons = () if self.fault is None else (f"steps=1: {self.fault}",)
+        return [Outcome(Answer("the river rose again", "steps=1", reasons, 0.9, {})) for _ in rows]
+
+    def pipeline(self, patience_s: float = 10, **breaker: Any) -> Pipeline:
+        def stage(name: str, call: Any) -> Stage:
+            return Stage(name, call, (LostError,), 4, 8, attempts=2)
+
+        return Pipeline(
+            self.codec.identity,
+            stage("encode", self.encode),
+            stage("context", self.snap),
+            stage("predict", self.predict),
+            stage("snap", self.snap),
+            stage("search", self.near),
+            stage("decode", self.decode),
+            Breaker(BreakerArgs(**breaker)),
+            Quiet(),  # type: ignore[arg-type]
+            100,
+            patience_s,
+            {"lstm": "lstm-1"},
+        )
+
+
+def wish(model: str = "lstm", seconds: float = 10, **more: Any) -> Wish:
+    return Wish(model, time.monotonic() + seconds, **more)
+
+
+def test_a_good_text_needs_no_corpus() -> None:
+    parts = Parts()
+    said = asyncio.run(parts.pipeline().say(FIVE, wish()))
+    assert (said.answer.text, said.folder, said.context.mode) == ("the river rose again", "lstm-1", "seq")
+    assert parts.calls == {"encode": 5, "predict": 1, "snap": 1, "decode": 1}
+    vectors = parts.codec.encode([FIVE[0], FIVE[-1]]).vectors
+    assert said.prediction_cosine == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
+
+
+def test_passthrough_predicts_and_snaps_nothing() -> None:
+    parts = Parts()
+    said = asyncio.run(parts.pipeline().say(FIVE, wish("passthrough")))
+    assert (said.folder, said.prediction_cosine) == ("passthrough", pytest.approx(1.0, abs=1e-5))
+    assert parts.calls == {"encode": 5, "decode": 1}
+
+
+def test_a_refused_text_gives_way_to_a_corpus_chunk_that_was_not_just_read() -> None:
+    parts = Parts()
+    parts.fault = "no keyword shared with the source"
+    said = asyncio.run(parts.pipeline().say([*FIVE[:4], parts.near_texts[0]], wish()))
+    assert (said.answer.text, said.answer.rung) == (parts.near_texts[1], "extractive")
+    assert said.answer.refused == ("the river rose again",)
+    assert said.answer.reasons == ("steps=1: no keyword shared with the source",)
+
+
+def test_the_same_again_comes_from_memory_unless_told_otherwise() -> None:
+    parts = Parts()
+    pipeline = parts.pipeline()
+
+    async def main() -> list[str | None]:
+        said = [await pipeline.say(FIVE, wish()) for _ in range(2)]
+        said.append(await pipeline.say(FIVE, wish(steps=1)))
+        said.append(await pipeline.say(FIVE, wish(cache=False)))
+        return [s.cached for s in said]
+
+    assert asyncio.run(main()) == [None, "answer", None, None]
+    assert parts.calls["decode"] == 3
+    assert parts.calls["encode"] == 10  # once, and once more without the cache
+
+
+def test_a_decoder_that_takes_too_long_leaves_an_extractive_answer_that_is_not_kept() -> None:
+    parts = Parts()
+    parts.decode_s = 5
+    pipeline = parts.pipeline(patience_s=0.05)
+
+    async def main() -> None:
+        for _ in range(2):
+            said = await pipeline.say(FIVE, wish())
+            assert said.answer.rung == "extractive"
+            assert said.answer.reasons == ("decoder not asked: the decoder gave no answer in 0.05 s",)
+            assert said.cached is None
+
+    asyncio.run(main())
+
+
+def test_a_decoder_that_is_lost_leaves_extractive_answers_and_opens_the_breaker() -> None:
+    parts = Parts()
+    parts.decoder_lost = True
+    pipeline = parts.pipeline(window=4)
+
+    async def main() -> list[str]:
+        reasons = [(await pipeline.say([*FIVE, str(n)], wish())).answer.reasons[0] for n in range(6)]
+        parts.decoder_lost = False
+        return reasons
+
+    reasons = asyncio.run(main())
+    assert all("lost 2 calls" in r for r in reasons[:4])
+    assert all("breaker open" in r for r in reasons[4:])
+    assert parts.calls["decode"] == 8
+
+
+def test_a_deadline_that_passes_is_no_reason_to_answer_late() -> None:
+    parts = Parts()
+    parts.decode_s = 5
+    with pytest.raises(DeadlineError):
+        asyncio.run(parts.pipeline().say(FIVE, wish(seconds=0.05)))
+
+
+def test_exact_decoding_never_answers_from_the_corpus() -> None:
+    parts = Parts()
+    parts.decoder_lost = True
+    vectors = parts.codec.encode(FIVE[:1]).vectors
+    with pytest.raises(UnavailableError):
+        asyncio.run(
+            parts.pipeline().decode(vectors, [None], time.monotonic() + 10, steps=1, extractive=False)
+        )
+    (answer,), _ = asyncio.run(parts.pipeline().decode(vectors, [None], time.monotonic() + 10))
+    assert answer.rung == "extractive"
+
+
+def test_a_continuation_reads_what_it_wrote() -> None:
+    parts = Parts()
+    parts.fault = "refused"
+
+    async def main() -> list[str]:
+        return [s.answer.text async for s in parts.pipeline().continue_(FIVE, wish(), 2)]
+
+    assert asyncio.run(main()) == parts.near_texts
+
+
+def test_refused_is_told_by_the_reasons() -> None:
+    assert refused(Answer("x", "steps=3", ("steps=1: a", "steps=3: b"), 0.1, {}))
+    assert not refused(Answer("x", "steps=3", ("steps=1: a",), 0.1, {}))
+    chunk = CorpusChunk("c", "T", "s", "id", 0, 0.5)
+    assert extract(None, chunk, "why").reasons == ("decoder not asked: why",)
+
+
+def test_quality_of_an_answer() -> None:
+    context = ["In those days Napoleon crossed the river."]
+    good = judge("Then Napoleon burned the bridge over the river.", context)
+    assert (good.gibberish, good.keyword_hit, good.entity_hit) == (False, True, True)
+    bad = judge("the the the the the the", context)
+    assert (bad.gibberish, bad.keyword_hit, bad.entity_hit) == (True, False, False)
+
+
+def test_the_cache_drops_what_was_used_longest_ago() -> None:
+    cache: Cache[int] = Cache(2)
+    cache.put(b"a", 1)
+    cache.put(b"b", 2)
+    assert cache.get(b"a") == 1
+    cache.put(b"c", 3)
+    assert (cache.get(b"b"), cache.get(b"a"), len(cache)) == (None, 1, 2)
