@@ -25,6 +25,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.bench.codec_read_back
+	$(BIN)/python -m tests.bench.decode_batch --quick
+	$(BIN)/python -m tests.bench.decode_stream
+	$(BIN)/python -m tests.bench.serve_latency --quick
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -38,6 +38,10 @@ def connect(address: str | None) -> None:
     _joined.append(True)
     # Ray 2.60 turns to its new defaults for these; said here so that no warning hides our own lines.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    starts_one = address is None and "RAY_ADDRESS" not in os.environ
+    if starts_one:
+        # Four trainings at once are some twenty small processes; Ray warns from four times this number.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     # Idle OpenMP threads of a worker sleep. Spinning, as they do by default, two workers of two threads on two
     # busy cores took five times as long for a training step as one thread each.
@@ -47,7 +51,7 @@ def connect(address: str | None) -> None:
         runtime_env={"env_vars": workers},
         logging_level=logging.WARNING,
         log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
-        include_dashboard=False if address is None and "RAY_ADDRESS" not in os.environ else None,
+        include_dashboard=False if starts_one else None,
     )
 
 

@@ -37,23 +37,33 @@ JOBS = {
     "export": ("export", "Vectors to training sequences in one NPZ file."),
     "check": ("check", "Say what is wrong with an NPZ file of sequences."),
     "train-codec": ("train_codec", "Fit a codec (encoder and hypothesizer) on chunks."),
-    "codec-eval": ("evaluate_codec", "Read-back and neighbour retrieval of a codec on held-out text."),
 }
 """Command to the job it runs and its line of help."""
+
+CODEC_JOBS = {
+    "eval": ("evaluate_codec", "Read-back and neighbour retrieval of a codec on held-out text."),
+    "check": (
+        "check_codec",
+        "A round trip of your texts or the sample's; warns of a pair that does not match.",
+    ),
+}
+"""The same for `latent codec COMMAND`."""
+
+SERVE = "Text to text over HTTP: --run DIR --port 8000; a page to try it at /."
 
 FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
-def run_job(job: str, arguments: list[str]) -> int:
-    """Run `python -m jobs.JOB` from the checkout, with its output as ours; its exit code."""
-    if not (CHECKOUT / "jobs" / f"{job}.py").is_file():
+def run_job(job: str, arguments: list[str], folder: str = "jobs") -> int:
+    """Run `python -m FOLDER.JOB` from the checkout, with its output as ours; its exit code."""
+    if not (CHECKOUT / folder / f"{job}.py").is_file():
         print(
-            f"error: no jobs/{job}.py beside {CHECKOUT / 'lvm'}; jobs run from a checkout of the repository: "
+            f"error: no {folder}/{job}.py beside {CHECKOUT / 'lvm'}; jobs run from a checkout of the repository: "
             "clone it and install it with `pip install -e .`",
             file=sys.stderr,
         )
         return 1
-    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
+    command = [sys.executable, "-m", f"{folder}.{job}", *arguments]
     print("+ " + shlex.join(["python", *command[1:]]), file=sys.stderr, flush=True)
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": python_path})
@@ -63,16 +73,26 @@ def run_job(job: str, arguments: list[str]) -> int:
     return child.wait()
 
 
-def _add(command: str, job: str, line: str) -> None:
+def _add(command: str, job: str, line: str, to: typer.Typer = app) -> None:
     def forward(context: typer.Context) -> None:
         extra = ["--demo"] if command == "demo" else []
         raise typer.Exit(run_job(job, [*extra, *context.args]))
 
-    app.command(command, help=line, context_settings=FORWARD)(forward)
+    to.command(command, help=line, context_settings=FORWARD)(forward)
 
 
 for _command, (_job, _line) in JOBS.items():
     _add(_command, _job, _line)
+
+codec_app = typer.Typer(no_args_is_help=True, help="Measure or try out a codec.")
+for _command, (_job, _line) in CODEC_JOBS.items():
+    _add(_command, _job, _line, codec_app)
+app.add_typer(codec_app, name="codec")
+
+
+@app.command("serve", help=SERVE, context_settings=FORWARD)
+def _serve(context: typer.Context) -> None:
+    raise typer.Exit(run_job("launch", context.args, folder="serve"))
 
 
 def _print_version(value: bool) -> None:

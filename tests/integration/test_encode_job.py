@@ -431,7 +431,7 @@ def test_a_kill_halfway_and_a_second_run_give_the_ids_and_vectors_of_an_undistur
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--codec", "nope"], "error: unknown codec 'nope'; expected one of mini"),
+        (["--codec", "nope"], "error: unknown codec 'nope'; expected one of gtr-ielab, gtr-jxe, mini"),
         (["--codec-path", "/nowhere"], "error: codec folder /nowhere lacks config.json"),
     ],
 )

@@ -92,6 +92,11 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     }
 
 
+def test_no_file_imports_the_folder_that_has_the_name_of_rays_own() -> None:
+    for file in FILES:  # `import serve` reads like `from ray import serve` and is another thing
+        assert "serve" not in imported(file), file
+
+
 def test_no_module_is_a_drawer() -> None:
     drawers = {"utils", "helpers", "common", "base", "manager", "factory"}
     assert not [f for f in FILES if f.stem in drawers]
