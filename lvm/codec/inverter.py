@@ -108,13 +108,25 @@ class Vec2TextHypothesizing:
         return T5Writer(self._hypothesizer, *self._hypothesizer.memory(vectors), max_new_tokens)
 
 
+FORESEEN_SHARE = 0.5
+"""Share of the expected later words that is taken off before a word is read. First hypotheses of 200 chunks reach BLEU
+70.8 without, 88.4 at 0.4, 88.9 at 0.5, 86.2 at 0.6; all of it leaves the gates nothing they were trained on."""
+
+
 class MiniHypothesizing:
     """`mini`'s hypothesizer as the engine takes it: a T5 decoder with lexical priors on its logits."""
 
     def __init__(
-        self, hypothesizer: MiniHypothesizer, encoder: MiniEncoder, end_id: int, precision: Precision
+        self,
+        hypothesizer: MiniHypothesizer,
+        encoder: MiniEncoder,
+        end_id: int,
+        precision: Precision,
+        foresee: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        """foresee: from lexical parts (B, L) what the places after each probably hold together, (B, T, L)."""
         self.end_id = end_id
+        self.foresee = foresee
         self.network = hypothesizer.float()
         self.runner = StackRunner(hypothesizer.decoder, precision)
         self.table = encoder.tokens.weight.detach().float()
@@ -128,7 +140,10 @@ class MiniHypothesizing:
 
 
 class MiniWriter:
-    """Greedy writing with `mini`: what has been written is subtracted from the vector's lexical part."""
+    """Greedy writing with `mini`: what has been written is subtracted from the vector's lexical part.
+
+    So is, for the priors, some of what is expected to follow; else all words still to come are noise to the first.
+    """
 
     def __init__(self, parts: MiniHypothesizing, vectors: Tensor, max_new_tokens: int) -> None:
         c = parts.network.config
@@ -138,11 +153,15 @@ class MiniWriter:
         self._cache = parts.runner.begin(memory, None, max_new_tokens)
         self._lexical = parts.network.unscale(vectors)[:, None]  # (B, 1, L)
         self._residual = self._lexical.clone()
+        self._after = None if parts.foresee is None else FORESEEN_SHARE * parts.foresee(self._lexical[:, 0])
         self._previous = vectors.new_zeros(len(vectors), c.lexical_dim)
 
     def choose(self) -> Tensor:
         network, c = self._parts.network, self._parts.network.config
         priors, glimpse = network.priors(self._lexical, self._residual, first=self._place)
+        if self._after is not None:  # the decoder's glimpse stays what it was trained on
+            clearer = self._residual - self._after[:, self._place : self._place + 1]
+            priors, _ = network.priors(self._lexical, clearer, first=self._place)
         x = self._previous * c.lexical_dim**0.5 + self._parts.glimpse(glimpse[:, 0])
         state = self._parts.runner.step(self._cache, x)
         directions = network.head(state, priors[:, 0])
@@ -160,6 +179,8 @@ class MiniWriter:
     def keep(self, rows: Tensor) -> None:
         self._cache.keep(rows)
         self._lexical, self._residual = self._lexical[rows], self._residual[rows]
+        if self._after is not None:
+            self._after = self._after[rows]
 
 
 @torch.inference_mode()

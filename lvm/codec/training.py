@@ -88,6 +88,8 @@ class TrainingSettings:
     """Fit the hypothesizer alone and leave every vector as it is; all chunks of a batch are then decoded."""
     run_length: int = 4
     """Chunks of one article that stand together in a batch of a frozen encoder, for blending."""
+    bfloat16: bool = True
+    """Matrix products in bfloat16; without AMX or a GPU, float32 may be the faster of the two."""
     held_out_share: float = 0.01
     """Share of articles kept from training for the curve (at least 20 articles)."""
     seed: int = 7
@@ -612,7 +614,7 @@ def fit(
             picked = rng.choice(anchors, settings.batch_pairs)
             rows = np.concatenate((picked, neighbours_of(picked, data.doc_ids, settings.reach, rng)))
         ids, mask = data.batch(rows, tokenizer.pad_id, config.max_tokens)
-        with torch.autocast(kind, torch.bfloat16):
+        with torch.autocast(kind, torch.bfloat16, enabled=settings.bfloat16):
             reconstruction, contrast = losses(
                 encoder, hypothesizer, ids.to(device), mask.to(device), settings
             )
@@ -663,6 +665,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--init", type=Path, help="folder of a codec whose weights a new run starts from")
     parser.add_argument("--freeze-encoder", action="store_true", help="fit the hypothesizer alone")
     parser.add_argument("--blended-share", type=float, default=defaults.blended_share)
+    parser.add_argument("--noised-share", type=float, default=defaults.noised_share)
+    parser.add_argument("--float32", action="store_true", help="matrix products in float32, not bfloat16")
     parser.add_argument("--contrast-weight", type=float, default=defaults.contrast_weight)
     parser.add_argument("--topic-share", type=float, default=MiniConfig().topic_share)
     parser.add_argument("--decoder-layers", type=int, default=MiniConfig().decoder_layers)
@@ -684,6 +688,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         learning_rate=args.learning_rate,
         contrast_weight=args.contrast_weight,
         blended_share=args.blended_share,
+        noised_share=args.noised_share,
+        bfloat16=not args.float32,
         freeze_encoder=args.freeze_encoder,
         seed=args.seed,
     )

@@ -162,19 +162,48 @@ class Unbinder:
             noise = COLD if sweeps == 1 else HOT * (COLD / HOT) ** (sweep / (sweeps - 1))
             for t in range(T):
                 alone = left + mean[:, t]
-                turned_back = self._rotation(alone[:, None], t, back=True)[:, 0]
-                filtered = self._words * alone + self._order * turned_back
-                scores = F.linear(filtered.to(self._fast.dtype), self._fast).float()
-                scores.sub_(self._half_energy[t]).div_(noise).add_(self._log_prior[t])
+                scores = self._scores(alone, t, noise)
                 known = ids[:, t : t + 1]
                 prior = self._log_prior[t][known].exp()
                 scores.scatter_add_(1, known, torch.log(HYPOTHESIS_SHARE / prior + 1 - HYPOTHESIS_SHARE))
                 best[:, t] = scores.argmax(-1)
-                weights = scores.softmax(-1).to(self._fast.dtype)
-                embedded = F.linear(weights, self._fast_across).float()
-                mean[:, t] = self._bind(embedded[:, None], t)[:, 0]
+                mean[:, t] = self._mean(scores, t)
                 left = alone - mean[:, t]
         return best
+
+    def _scores(self, alone: Tensor, t: int, noise: float) -> Tensor:
+        """Log probability of each piece at place t, (B, V + 1), but for a constant; alone (B, L) is x less the others.
+
+        noise: assumed variance a coordinate.
+        """
+        turned_back = self._rotation(alone[:, None], t, back=True)[:, 0]
+        filtered = self._words * alone + self._order * turned_back
+        scores = F.linear(filtered.to(self._fast.dtype), self._fast).float()
+        return scores.sub_(self._half_energy[t]).div_(noise).add_(self._log_prior[t])
+
+    def _mean(self, scores: Tensor, t: int) -> Tensor:
+        """What place t holds on average under scores (B, V + 1): (B, L)."""
+        weights = scores.softmax(-1).to(self._fast.dtype)
+        embedded = F.linear(weights, self._fast_across).float()
+        return self._bind(embedded[:, None], t)[:, 0]
+
+    @torch.inference_mode()
+    def foresee(self, x: Tensor) -> Tensor:
+        """What the places after each probably hold together, (B, T, L), from lexical parts x (B, L) alone.
+
+        One soft sweep from the last place to the first. A writer that takes some of it off reads its next word
+        against less noise (`lvm.codec.inverter.FORESEEN_SHARE`).
+        """
+        mean = self._start.repeat(len(x), 1, 1)
+        left = x - mean.sum(1)
+        after = torch.zeros_like(mean)
+        for t in range(self.num_places - 1, -1, -1):
+            alone = left + mean[:, t]
+            mean[:, t] = self._mean(self._scores(alone, t, HOT), t)
+            left = alone - mean[:, t]
+            if t:
+                after[:, t - 1] = after[:, t] + mean[:, t]
+        return after
 
     def _swap(self, x: Tensor, ids: Tensor, most: int = 8) -> Tensor:
         """ids (B, T) with pairs of places exchanged while that explains more of x, at most `most` pairs a row.

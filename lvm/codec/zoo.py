@@ -221,20 +221,22 @@ def load_codec(
     )
     where = pick_device(device)
     text_encoder = TextEncoder(encoder, tokenizer, where)
+    unbinder = Unbinder(
+        encoder,
+        hypothesizer,
+        tokenizer.log_frequencies(),
+        tokenizer.end_id,
+        best_dtype(where) if precision == "auto" else torch.float32,
+    )
     inverter = UnbindingInverter(
         MiniHypothesizing(
             hypothesizer.to(where).eval(),
             encoder,
             tokenizer.end_id,
             best_precision(where) if precision == "auto" else require_precision(precision),
+            unbinder.foresee,
         ),
-        Unbinder(
-            encoder,
-            hypothesizer,
-            tokenizer.log_frequencies(),
-            tokenizer.end_id,
-            best_dtype(where) if precision == "auto" else torch.float32,
-        ),
+        unbinder,
         lambda texts: text_encoder.encode(texts).vectors,
         tokenizer.decode,
         lambda texts: tokenizer.encode(texts)[0],
