@@ -5,7 +5,9 @@
 Read-back of up to 2,000 chunks after 0, 1, 3 and 5 corrector steps (BLEU, token F1, exact share, round-trip cosine)
 and, among up to 10,000 chunks, how often the next chunk of the article is the nearest, beside TF-IDF + SVD vectors of
 the same length fitted on the same texts. With --cosines also read-back of vectors that far from the true ones, and
-with --ridge-windows how well a ridge regression from five vectors finds the sixth.
+with --ridge-windows how well a ridge regression from five vectors finds the sixth. With --run also read-back of what a
+run's predictors make of the input's own contexts: BLEU and the rest against the true next chunk, low by nature, and the
+cosine of the text to the predicted vector, which is the codec's part in it.
 250 articles on two cores: about four minutes.
 """
 
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import typer
 
 from jobs._ray import run, say
@@ -24,11 +27,14 @@ from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
 from lvm.errors import InputError
 from lvm.evaluate.predictability import ridge_retrieval
+from lvm.predict.generate import predictor
+from lvm.predict.record import read_aliases
 
 STEPS = (0, 1, 3, 5)
 NUM_DECODED = 2_000
 NUM_TURNED = 500
 NUM_CANDIDATES = 10_000
+CONTEXT = 5
 FIGURES = ("bleu", "token_f1", "exact", "cosine")
 
 
@@ -48,6 +54,44 @@ def ladder(
         for name in FIGURES:
             out[name][str(number)] = figures[name]
         say(f"steps={number}: " + ", ".join(f"{n} {figures[n]:.4g}" for n in FIGURES))
+    return out
+
+
+def windows_of(doc_ids: npt.NDArray[np.int32], most: int) -> npt.NDArray[np.int64]:
+    """First rows (N,) of contexts whose chunks and next chunk are one article's, evenly spread, at most `most`."""
+    starts = np.flatnonzero(doc_ids[:-CONTEXT] == doc_ids[CONTEXT:])
+    return starts[np.unique(np.linspace(0, len(starts) - 1, most).astype(int))] if len(starts) else starts
+
+
+def predicted_ladders(
+    loaded: Codec, models: Path, texts: list[str], vectors: Any, doc_ids: npt.NDArray[np.int32]
+) -> dict[str, dict[str, Any]]:
+    """Read-back of each model's predictions, by model name; `to_truth` is their mean cosine to the true next vector.
+
+    Raises InputError where no article has a context and a next chunk, or where `models` holds no model.
+    """
+    starts = windows_of(doc_ids, NUM_TURNED)
+    if not len(starts):
+        raise InputError(
+            f"no article of the input has {CONTEXT + 1} chunks; --run needs a context of {CONTEXT} and the next"
+        )
+    names = sorted(read_aliases(models)) if models.is_dir() else []
+    if not names:
+        raise InputError(
+            f"{models} holds no model; expected the folder of `latent run` or `latent demo` for --run"
+        )
+    contexts = vectors[starts[:, None] + np.arange(CONTEXT)]
+    truth = vectors[starts + CONTEXT]
+    sources = [texts[i] for i in starts + CONTEXT]
+    out: dict[str, dict[str, Any]] = {}
+    for name in names:
+        folder, predict = predictor(models, name, loaded)
+        made = predict(contexts)
+        say(f"{len(made)} vectors that {folder} predicted")
+        out[name] = {
+            "to_truth": float((made * truth).sum(1).mean()),
+            **ladder(loaded, sources, made, steps_of(loaded)[:3]),
+        }
     return out
 
 
@@ -74,6 +118,10 @@ def main(
     ridge_windows: Annotated[
         int, typer.Option(min=0, help="Also fit a ridge regression on this many windows; 0 for none.")
     ] = 0,
+    run_folder: Annotated[
+        Path | None,
+        typer.Option("--run", help="Also read back what the predictors of this run make of the input."),
+    ] = None,
     candidates: Annotated[
         int, typer.Option(min=10, help="Chunks among which the next one is looked for.")
     ] = NUM_CANDIDATES,
@@ -117,6 +165,8 @@ def main(
             say(f"{len(few)} vectors at cosine {distance:g} from the true ones")
             off = turned(vectors[picked[few]], distance)
             summary["at_cosine"][f"{distance:g}"] = ladder(loaded, some, off, steps[:3])
+    if run_folder is not None:
+        summary["predicted"] = predicted_ladders(loaded, run_folder / "models", texts, vectors, doc_ids)
     head = slice(0, candidates)
     dim = loaded.identity.dim
     baseline = next_chunk_retrieval(tfidf_svd_vectors(texts[head], dim), doc_ids[head])

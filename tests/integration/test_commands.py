@@ -73,6 +73,27 @@ def test_the_report_needs_no_network(finished: FinishedRun) -> None:
     assert html.count("<svg") + html.count("data:image/png") >= 4
 
 
+def test_the_codec_is_measured_on_what_the_run_predicts(finished: FinishedRun) -> None:
+    small = ("--input", "sample", "--limit", "12", "--decoded", "20", "--candidates", "300", "--json")
+    done = latent("codec", "eval", *small, "--run", str(finished.output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(done.stdout)
+    assert set(figures["predicted"]) == {"amn", "lstm", "gru", "transformer"}
+    for made in figures["predicted"].values():
+        assert 0 < made["to_truth"] < 0.9
+        assert made["bleu"]["1"] < figures["bleu"]["1"]
+        assert 0 < made["cosine"]["0"] < figures["cosine"]["0"]
+
+
+def test_a_folder_without_models_is_no_run_to_measure(tmp_path: Path) -> None:
+    done = latent(
+        "codec", "eval", "--input", "sample", "--limit", "3", "--decoded", "1", "--run", str(tmp_path)
+    )
+    assert done.returncode == 1
+    assert "holds no model; expected the folder of `latent run`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_second_run_redoes_nothing_and_says_so(finished: FinishedRun) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
     again = latent("run", "--output", str(finished.output), *ARGUMENTS)

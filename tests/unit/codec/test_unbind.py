@@ -163,3 +163,25 @@ def test_the_tokenizer_gives_the_frequencies() -> None:
     assert logs[the[0]] > logs[rare[0]] + 3
     assert logs[tokenizer.pad_id] < -20
     assert logs[tokenizer.end_id] == pytest.approx(-math.log(22))
+
+
+def test_what_follows_each_place_is_foreseen(encoder: MiniEncoder, unbinder: Unbinder) -> None:
+    rows = texts(64, seed=3)
+    vectors = encode(encoder, rows)
+    hypothesizer = MiniHypothesizer(TOY, encoder.topic_norm)
+    with torch.inference_mode():
+        x = hypothesizer.unscale(vectors)
+        foreseen = unbinder.foresee(x)
+        embedded = encoder.tokens.weight[
+            torch.tensor([row + [0] * (TOY.max_tokens - len(row)) for row in rows])
+        ]
+        mask = torch.tensor([[t < len(row) for t in range(TOY.max_tokens)] for row in rows])
+        bound = encoder.bound(embedded, mask)
+    after = bound.flip(1).cumsum(1).flip(1) - bound  # what the places after each hold in truth
+    assert foreseen.shape == after.shape
+    assert foreseen[:, -1].abs().max() == 0
+    nearness = torch.nn.functional.cosine_similarity(foreseen[:, :4], after[:, :4], dim=-1)
+    assert nearness.mean() > 0.7
+    # The words at a place are no part of what follows it.
+    own = torch.nn.functional.cosine_similarity(foreseen[:, :4], bound[:, :4], dim=-1)
+    assert own.mean() < 0.4
