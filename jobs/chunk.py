@@ -37,7 +37,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs._ray import Address, connect, finish, run, say, versions
+from jobs._ray import Address, ProgressLines, connect, finish, run, say, versions
 from lvm.corpus.chunker import RULES, Chunker, Tokenizer
 from lvm.corpus.readers import (
     BROKEN_SHOWN,
@@ -602,14 +602,19 @@ def _progress(total_bytes: int) -> Iterator[Callable[[_Reading, int], None]]:
     size = f"{total_bytes / 1e6:,.1f} MB"
     positions: dict[str, int] = {}
     chunks = 0
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    lines = None if console.is_terminal else ProgressLines("chunk", total_bytes)
+    with Progress(*columns, console=console, disable=lines is not None) as progress:
         task = progress.add_task("chunk", total=max(1, total_bytes), size=size, chunks=0)
 
         def show(reading: _Reading, new_chunks: int) -> None:
             nonlocal chunks
             chunks += new_chunks
             positions[reading.work.key] = min(reading.position, reading.work.size)
-            progress.update(task, completed=sum(positions.values()), chunks=chunks)
+            read = sum(positions.values())
+            progress.update(task, completed=read, chunks=chunks)
+            if lines is not None:
+                lines.show(read, f"{read / 1e6:,.1f} of {size} read, {chunks:,} chunks")
 
         yield show
 

@@ -15,17 +15,14 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs._ray import Address, connect, finish, run, say, versions
+from jobs._ray import Address, connect, finish, progress_bar, run, say, versions
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import IdentityError, InputError, LvmError, OutputError
 from lvm.vectors.shards import (
@@ -370,20 +367,6 @@ def _remove_unlisted(target: Path, manifest: Manifest) -> None:
         if path.name not in listed:
             path.unlink()
             say(f"encode: removed {path.name}, whose chunks are no longer in the input")
-
-
-@contextmanager
-def progress_bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; the function that comes back moves it on."""
-    columns = (
-        TextColumn(f"{stage}:"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(stage, total=total)
-        yield lambda steps: progress.advance(task, steps)
 
 
 # --------------------------------------------------------------------------------------------------- command

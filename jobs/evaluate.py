@@ -15,7 +15,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -25,10 +24,8 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs._ray import Address, connect, finish, run, say, versions
+from jobs._ray import Address, connect, finish, progress_bar, run, say, versions
 from lvm.codec.zoo import load_codec, pick_device
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.evaluate.baselines import context_mean, copy_last
@@ -411,20 +408,6 @@ def _ood_name(folder: Path) -> str:
     """The folder's own name, or its parent's where it is the `vectors` of a run."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "vectors" else folder.name
-
-
-@contextmanager
-def progress_bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; the function that comes back moves it on."""
-    columns = (
-        TextColumn(f"{stage}:"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(stage, total=total)
-        yield lambda steps: progress.advance(bar, steps)
 
 
 # --------------------------------------------------------------------------------------------------- command
