@@ -184,6 +184,7 @@ def exit_code(client: Any, job: str) -> int:
 
 def watch(client: Any, job: str) -> int:
     """Follow a job to its end; its exit code. Ctrl-C and SIGTERM stop the job first."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without it
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         asyncio.run(follow(client, job))

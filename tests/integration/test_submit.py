@@ -108,7 +108,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     yield made
     everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.terminate()  # the head ends its own processes; what is left after a moment is ended here
-    for survivor in psutil.wait_procs(everything, timeout=10)[1]:
+    for survivor in psutil.wait_procs(everything, timeout=3)[1]:
         survivor.kill()
     shutil.rmtree(options["temp-dir"], ignore_errors=True)
 
