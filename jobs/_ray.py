@@ -12,15 +12,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lvm.errors import LvmError
+from lvm.storage import Location, local_folder, location
+
+if TYPE_CHECKING:
+    from lvm.codec.zoo import Codec
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+
+PathOrUrl = Any
+"""A path or URL among a job's options: `path_option` makes a `lvm.storage.Location` of it. Typer takes no union."""
+
+
+def path_option(help: str) -> Any:
+    """The option of a path, on a disk that every node sees or on object storage."""
+    return typer.Option(parser=location, metavar="PATH", help=help)
+
 
 _joined: list[bool] = []
 """Not empty once this process has joined a cluster by `connect`."""
@@ -82,6 +95,13 @@ def versions() -> dict[str, str]:
     """Versions of what decides a job's numbers."""
     names = ("latent-vector-models", "ray", "torch", "numpy", "pyarrow", "faiss-cpu")
     return {"python": platform.python_version(), **{n: version(n) for n in names}}
+
+
+def load_codec_at(name: str, path: Location | None) -> "Codec":
+    """The codec of this name, or of a folder that may lie on object storage: then it is fetched to this machine."""
+    from lvm.codec.zoo import load_codec
+
+    return load_codec(name, None if path is None else local_folder(path))
 
 
 def say(line: str) -> None:

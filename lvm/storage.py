@@ -6,7 +6,8 @@ pyarrow's filesystems. Three things differ, and this is where they are dealt wit
 - There is no rename. An object appears whole when its upload ends, so publishing a file is the upload itself, and what
   says that a folder is complete (a manifest, an alias, CURRENT) is written last, as on a disk.
 - Nothing can be memory-mapped. Such files are fetched into a folder of this machine, by their SHA-256 (`fetch`).
-- There are no folders: `mkdir` does nothing, and a folder exists while something lies in it.
+- There are no folders: `mkdir` does nothing, and a folder is there while something lies in it (pyarrow leaves an empty
+  mark where the last file was deleted).
 
 Credentials come from where AWS's and Google's own tools have them, never from the URL. AWS_ENDPOINT_URL names another
 server that speaks S3; a query does so for one URL: s3://bucket/key?endpoint_override=127.0.0.1:9000&scheme=http.
@@ -19,6 +20,7 @@ import io
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -328,8 +330,23 @@ def remove_tree(folder: Location) -> None:
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
+    with suppress(FileNotFoundError), _told(folder):
+        folder.filesystem.delete_dir(folder.key)
+
+
+def move_tree(folder: Location, target: Location) -> None:
+    """Give a folder another name. On object storage its files are copied and then deleted, one by one."""
+    if isinstance(folder, Path):
+        assert isinstance(target, Path)
+        folder.rename(target)
+        return
     for file in files_below(folder):
-        file.unlink(missing_ok=True)
+        assert isinstance(file, RemotePath)
+        with file.open() as opened:
+            moved = location(target) / file.relative_to(folder)
+            assert isinstance(moved, RemotePath)
+            upload(opened, moved)
+    remove_tree(folder)
 
 
 def upload(source: IO[bytes], target: RemotePath) -> None:
@@ -372,7 +389,7 @@ def fetch(path: Location, sha256: str) -> Path:
     """
     if isinstance(path, Path):
         return path
-    target = cache_folder() / "files" / sha256[:2] / f"{sha256}{path.suffix}"
+    target = fetched(sha256, path.suffix)
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -392,6 +409,11 @@ def fetch(path: Location, sha256: str) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def fetched(sha256: str, suffix: str) -> Path:
+    """Where `fetch` keeps an object with this checksum and ending."""
+    return cache_folder() / "files" / sha256[:2] / f"{sha256}{suffix}"
 
 
 def local_folder(folder: Location) -> Path:
@@ -429,16 +451,38 @@ def local_folder(folder: Location) -> Path:
 
 
 @contextmanager
+def local_input(path: Location) -> Iterator[Path]:
+    """A local file with the bytes of `path`, for what opens files itself; a copy goes when the block ends."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="latent-") as folder:
+        copy = Path(folder, path.name)
+        with path.open() as opened, copy.open("wb") as file:
+            shutil.copyfileobj(opened, file, BUFFER_BYTES)
+        yield copy
+
+
+@contextmanager
+def local_folder_for(folder: Location) -> Iterator[Path]:
+    """A local folder to write into for `folder`; its files go to object storage when the block ends, however."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="latent-") as temporary:
+        try:
+            yield Path(temporary)
+        finally:
+            upload_folder(Path(temporary), folder, last="")
+
+
+@contextmanager
 def local_output(path: Location) -> Iterator[Path]:
     """A local file to write for `path`; where that is on object storage, it is put there when the block ends well."""
     if isinstance(path, Path):
         yield path
         return
-    temporary = cache_folder() / f".{path.name}.{secrets.token_hex(6)}.tmp"
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
+    with tempfile.TemporaryDirectory(prefix="latent-") as folder:
+        yield Path(folder, path.name)
+        with Path(folder, path.name).open("rb") as file:
             upload(file, path)
-    finally:
-        temporary.unlink(missing_ok=True)
