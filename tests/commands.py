@@ -3,30 +3,23 @@
 import functools
 import importlib
 import importlib.util
-import inspect
 import re
 import shlex
-from pathlib import Path
+
+import typer
 
 from lvm.cli import CODEC_JOBS, JOBS
-
-CHECKOUT = Path(__file__).resolve().parents[1]
 
 STARTS = ("latent ", "python -m jobs.", "python -m serve.", "python -m tests.", "ray job submit ")
 
 
 @functools.cache
 def options_of(module: str) -> frozenset[str]:
-    """Names of the options of a job, "--help" included, from the signature of its `main`."""
-    main = importlib.import_module(module).main
-    names = {"--help"}
-    for parameter in inspect.signature(main, eval_str=True).parameters.values():
-        (info,) = getattr(parameter.annotation, "__metadata__", (None,))
-        declared = [d for d in getattr(info, "param_decls", None) or () if d.startswith("--")]
-        if type(info).__name__ == "ArgumentInfo":
-            continue
-        names |= set(declared or ["--" + parameter.name.replace("_", "-")])
-    return frozenset(names)
+    """Names of the options of a job, "--help" included, as its own --help lists them."""
+    app = typer.Typer(add_completion=False)
+    app.command()(importlib.import_module(module).main)
+    options = [name for p in typer.main.get_command(app).params for name in (*p.opts, *p.secondary_opts)]
+    return frozenset({"--help", *(name for name in options if name.startswith("--"))})
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]]:
@@ -50,6 +43,8 @@ def unknown_options(command: str) -> list[str]:
     if "|" in words:
         words = words[: words.index("|")]
     if words[:3] == ["ray", "job", "submit"]:
+        if "--" not in words:  # its own options are Ray's
+            return []
         words = words[words.index("--") + 1 :]
     if words[0] == "python":
         module, arguments = words[2], words[3:]
@@ -59,7 +54,7 @@ def unknown_options(command: str) -> list[str]:
     if module == "jobs.submit":
         own, rest = split_submit(arguments)
         wrong += [w for w in own if w.startswith("--") and w.split("=")[0] not in options_of(module)]
-        if not rest:
+        if wrong or not rest:
             return wrong
         module, arguments = module_of(rest)
     if module.startswith("tests."):
@@ -85,4 +80,4 @@ def commands_in(text: str) -> list[str]:
         plain = re.sub(r"^[\s#$>]+", "", line)
         quoted = re.findall(r"`([^`]+)`", line)
         found += [c for c in [plain, *quoted] if re.sub(r"^(?:[A-Z_]+=\S+ )+", "", c).startswith(STARTS)]
-    return found
+    return [c for c in found if not re.search(r"\b(?:NAME|COMMAND)\b", c)]  # what stands for any of them
