@@ -136,7 +136,7 @@ class RemotePath:
     @property
     def filesystem(self) -> Any:
         """The pyarrow filesystem it lies on; `key` is its path there."""
-        with _told(self):
+        with told(self):
             return _filesystem(self._scheme, self._key.parts[0], self._query)
 
     @property
@@ -145,7 +145,7 @@ class RemotePath:
         return str(self._key)
 
     def _info(self) -> Any:
-        with _told(self):
+        with told(self):
             return self.filesystem.get_file_info(self.key)
 
     def exists(self) -> bool:
@@ -170,7 +170,7 @@ class RemotePath:
     def _list(self, deep: bool) -> list[Any]:
         from pyarrow import fs
 
-        with _told(self):
+        with told(self):
             found = self.filesystem.get_file_info(
                 fs.FileSelector(self.key, recursive=deep, allow_not_found=True)
             )
@@ -197,7 +197,7 @@ class RemotePath:
             raise InputError(
                 f"{self} was to be opened with mode {mode!r}; an object is written whole, by write_bytes"
             )
-        with _told(self):
+        with told(self):
             file = self.filesystem.open_input_file(self.key)
         return io.BufferedReader(_RawObject(self, file), max(buffering, 1 << 16))
 
@@ -218,7 +218,7 @@ class RemotePath:
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the object."""
         try:
-            with _told(self):
+            with told(self):
                 self.filesystem.delete_file(self.key)
         except FileNotFoundError:
             if not missing_ok:
@@ -256,7 +256,7 @@ class _RawObject(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with _told(self._path):
+        with told(self._path):
             return int(self._file.readinto(buffer))
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -272,13 +272,16 @@ class _RawObject(io.RawIOBase):
 
 
 @contextmanager
-def _told(path: RemotePath) -> Iterator[None]:
-    """What goes wrong on the way to object storage, as StorageError in one line; an absent object stays one."""
+def told(path: Location) -> Iterator[None]:
+    """What goes wrong on the way to object storage, as StorageError in one line; an absent object stays one, and what
+    goes wrong on a disk is passed on."""
     try:
         yield
     except (FileNotFoundError, StorageError):
         raise
     except OSError as err:
+        if isinstance(path, Path):
+            raise
         line = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise StorageError(
             f"{path}: {line}. Expected storage that answers and credentials it takes; what is finished is kept, "
@@ -330,7 +333,7 @@ def remove_tree(folder: Location) -> None:
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    with suppress(FileNotFoundError), _told(folder):
+    with suppress(FileNotFoundError), told(folder):
         folder.filesystem.delete_dir(folder.key)
 
 
@@ -351,7 +354,7 @@ def move_tree(folder: Location, target: Location) -> None:
 
 def upload(source: IO[bytes], target: RemotePath) -> None:
     """Put all of `source` there as one object; nothing appears when reading or sending breaks off."""
-    with _told(target):
+    with told(target):
         stream = target.filesystem.open_output_stream(target.key)
         try:
             while block := source.read(BUFFER_BYTES):

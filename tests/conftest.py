@@ -4,10 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.objects import bucket, cache, s3_server
-
-__all__ = ["bucket", "cache", "s3_server"]
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test under tests/integration, so that `-m "not integration"` is the fast run."""

@@ -38,14 +38,14 @@ def s3_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder of this test's own."""
     monkeypatch.setenv("LATENT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def bucket(s3_server: str, cache: Path) -> RemotePath:
+def bucket(s3_server: str, own_cache: Path) -> RemotePath:
     """An empty bucket."""
     import boto3
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import yaml
 
 from lvm.codec.zoo import load_tokenizer
 from lvm.corpus.chunker import Chunker
@@ -142,6 +146,16 @@ def test_without_the_token_nothing_is_sent(head: Head, changes: dict[str, str], 
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_what_kubernetes_probes_answers_without_the_token(head: Head) -> None:
+    probed = yaml.safe_load((CHECKOUT / "deploy" / "backfill.yaml").read_text())["spec"]["rayClusterSpec"]
+    (container,) = probed["headGroupSpec"]["template"]["spec"]["containers"]
+    (path,) = re.findall(r"localhost:8265(/\S+)", container["readinessProbe"]["exec"]["command"][-1])
+    with urllib.request.urlopen(head.url + path, timeout=10) as answer:
+        assert b"success" in answer.read()
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(head.url + "/api/version", timeout=10)
 
 
 def test_no_cluster_is_one_line(head: Head) -> None:
