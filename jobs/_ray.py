@@ -4,17 +4,36 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lvm.errors import LvmError
+from lvm.storage import Location, local_folder, location
+
+if TYPE_CHECKING:
+    from lvm.codec.zoo import Codec
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+
+PathOrUrl = Any
+"""A path or URL among a job's options: `path_option` makes a `lvm.storage.Location` of it. Typer takes no union."""
+
+
+def path_option(help: str) -> Any:
+    """The option of a path, on a disk that every node sees or on object storage."""
+    return typer.Option(parser=location, metavar="PATH", help=help)
+
 
 _joined: list[bool] = []
 """Not empty once this process has joined a cluster by `connect`."""
@@ -53,6 +72,16 @@ def connect(address: str | None) -> None:
         log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
         include_dashboard=False if starts_one else None,
     )
+    if threading.current_thread() is threading.main_thread():
+        # After Ray, whose own handler ends the process on the spot and prints its stack.
+        signal.signal(signal.SIGTERM, _stopped)
+
+
+def _stopped(number: int, _: object) -> None:
+    """What SIGTERM does to a job (`latent submit --cancel`, a pod that is taken away): an orderly end."""
+    signal.signal(number, signal.SIG_IGN)  # said once; what ends in order is not disturbed again
+    say("stopped; what is finished is kept, the same command goes on from there")
+    raise SystemExit(128 + number)
 
 
 def address_of_cluster() -> str:
@@ -68,9 +97,64 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{n: version(n) for n in names}}
 
 
+def load_codec_at(name: str, path: Location | None) -> "Codec":
+    """The codec of this name, or of a folder that may lie on object storage: then it is fetched to this machine."""
+    from lvm.codec.zoo import load_codec
+
+    return load_codec(name, None if path is None else local_folder(path))
+
+
 def say(line: str) -> None:
     """One line for the person watching, on stderr; stdout is for answers."""
     print(line, file=sys.stderr, flush=True)
+
+
+PROGRESS_LINE_S = 5.0
+"""How often progress is a line where it cannot be a moving bar: in a log, or on the way from a cluster."""
+
+
+class ProgressLines:
+    """Lines of progress on stderr, at most one in PROGRESS_LINE_S; none for what is over sooner."""
+
+    def __init__(self, stage: str, total: float) -> None:
+        self._stage, self._total = stage, total
+        self._begun = self._said = time.monotonic()
+
+    def show(self, done: float, what: str) -> None:
+        """Say how far it is. done: in the unit of the total; what: the same in words, "3 of 9 chunks"."""
+        now = time.monotonic()
+        if now - self._said < PROGRESS_LINE_S:
+            return
+        self._said = now
+        left = (self._total - done) * (now - self._begun) / done if done else float("inf")
+        share = 100 * done / max(self._total, 1e-9)
+        soon = f", {left:,.0f} s left" if left < float("inf") else ""
+        say(f"{self._stage}: {share:.0f} %, {what}{soon}")
+
+
+@contextmanager
+def progress_bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, lines where that is no terminal; the function that comes back moves it on."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        lines, done = ProgressLines(stage, total), 0
+
+        def advance(steps: int) -> None:
+            nonlocal done
+            done += steps
+            lines.show(done, f"{done:,} of {total:,} {unit}")
+
+        yield advance
+        return
+    columns = (
+        TextColumn(f"{stage}:"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(stage, total=total)
+        yield lambda steps: progress.advance(task, steps)
 
 
 def finish(summary: dict[str, Any]) -> None:
@@ -86,10 +170,13 @@ def finish(summary: dict[str, Any]) -> None:
     print(json.dumps({**summary, "versions": versions()}), flush=True)
 
 
-def run(main: Callable[..., None]) -> None:
-    """Run a job's `main` as a command: options from its signature, LvmError as one line and exit code 1."""
+def run(main: Callable[..., None], pass_on: bool = False) -> None:
+    """Run a job's `main` as a command: options from its signature, LvmError as one line and exit code 1.
+
+    pass_on: all from the first argument on is arguments, options too; for a command that runs another.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command(context_settings={"allow_interspersed_args": False} if pass_on else {})(main)
     try:
         app()
     except LvmError as error:

@@ -8,23 +8,29 @@ Reads one file block by block: seconds for a gigabyte. Exit code 1 when somethin
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs._ray import finish, run, say
+from jobs._ray import PathOrUrl, finish, run, say
+from lvm.storage import local_input, location
 from lvm.vectors.npz import check_npz
 from lvm.vectors.shards import DIM
 
 
 def main(
-    file: Annotated[Path, typer.Argument(help="NPZ file: layout sequences, documents or split.")],
+    file: Annotated[
+        PathOrUrl,
+        typer.Argument(
+            parser=location, metavar="FILE", help="NPZ file: layout sequences, documents or split."
+        ),
+    ],
     dim: Annotated[int, typer.Option(help="Numbers a vector must have.")] = DIM,
 ) -> None:
     """Check an NPZ file of training sequences."""
     started = time.perf_counter()
-    report = check_npz(file, dim)
+    with local_input(file) as opened:
+        report = check_npz(opened, dim)
     counts = ", ".join(f"{split} {rows:,}" for split, rows in report.rows.items())
     say(f"{file}: layout {report.layout or 'unknown'}, sequences: {counts or 'none'}")
     for note in report.notes:

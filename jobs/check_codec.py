@@ -9,15 +9,13 @@ cosine is what an encoder and a decoder give that do not belong together, and th
 
 import json
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from jobs._ray import run, say
+from jobs._ray import PathOrUrl, load_codec_at, path_option, run, say
 from lvm.codec.quality import MISMATCHED_COSINE, read_back
-from lvm.codec.zoo import load_codec
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
 from lvm.errors import InputError
@@ -30,13 +28,13 @@ def main(
     ] = "sample",
     num_chunks: Annotated[int, typer.Option(min=1, help="Chunks of --input, evenly spread.")] = 64,
     codec: Annotated[str, typer.Option(help="Codec: mini, gtr-jxe or gtr-ielab.")] = "mini",
-    codec_path: Annotated[Path | None, typer.Option(help="Folder with the codec's files.")] = None,
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder with the codec's files.")] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Corrector steps; 1 where there are any.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON in place of a table.")] = False,
 ) -> None:
     """Send texts through the codec and say what came back."""
     begun = time.perf_counter()
-    loaded = load_codec(codec, codec_path)
+    loaded = load_codec_at(codec, codec_path)
     able = loaded.supported_steps
     number = steps if steps is not None else (1 if able is None or 1 in able else 0)
     if able is not None and number not in able:

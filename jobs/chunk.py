@@ -20,13 +20,11 @@ and new ones come after the highest, so the stages after this one redo only what
 import functools
 import hashlib
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -37,7 +35,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs._ray import Address, connect, finish, run, say, versions
+from jobs._ray import Address, PathOrUrl, ProgressLines, connect, finish, path_option, run, say, versions
 from lvm.corpus.chunker import RULES, Chunker, Tokenizer
 from lvm.corpus.readers import (
     BROKEN_SHOWN,
@@ -51,6 +49,7 @@ from lvm.corpus.readers import (
     text_files,
 )
 from lvm.errors import InputError, LvmError, OutputError
+from lvm.storage import Location, local_folder, location, remove_tree
 from lvm.vectors.shards import (
     CHUNK_SCHEMA,
     Manifest,
@@ -137,7 +136,7 @@ class Counts:
     """End of sequence included."""
     num_broken: int = 0
     broken: list[dict[str, str]] = field(default_factory=list)
-    """Place and reason of the first BROKEN_SHOWN."""
+    """PathOrUrl and reason of the first BROKEN_SHOWN."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Sound records that are no articles, by kind."""
     duplicates: int = 0
@@ -299,7 +298,7 @@ def cut_block(
     records: tuple[list[Record]],
     tokenizer: Sequence[Any],
     settings: ChunkSettings,
-    path: Path,
+    path: Location,
     footer: Mapping[str, Any],
     first_record: int,
 ) -> int:
@@ -353,7 +352,9 @@ def block_table(
     return pa.table(columns, schema=_STAGED_SCHEMA), counts
 
 
-def first_chunks(files: Sequence[tuple[Path, int]]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+def first_chunks(
+    files: Sequence[tuple[Location, int]],
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
     """Of each article in the shards, 64 bits of its first chunk's id, and its doc_id with the shard's added.
 
     files: shards and what to add to their doc_id (0 where it is final). Articles come in file order.
@@ -371,7 +372,11 @@ def first_chunks(files: Sequence[tuple[Path, int]]) -> tuple[npt.NDArray[np.uint
 
 
 def publish_part(
-    staged: Path, part: Path, first_doc_id: int, dropped: npt.NDArray[np.int64], footer: Mapping[str, Any]
+    staged: Location,
+    part: Location,
+    first_doc_id: int,
+    dropped: npt.NDArray[np.int64],
+    footer: Mapping[str, Any],
 ) -> Shard:
     """Write a staged block under its final name: final article numbers, without the dropped articles."""
     table = read_table(staged)
@@ -401,14 +406,14 @@ def publish_part(
 class Folder:
     """A chunk job's output folder: what is finished in it, and where the rest goes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
 
     def require_ours(self) -> None:
         """Raise OutputError where the folder holds shards of somebody else."""
         known = ("manifest.json", "settings.json", "ledger.json")
         if self.path.is_dir() and not any((self.path / n).exists() for n in known):
-            foreign = next(iter(sorted(self.path.glob("part-*.parquet"))), None)
+            foreign = next(iter(sorted(self.path.glob("part-*.parquet"), key=str)), None)
             if foreign is not None:
                 raise OutputError(
                     f"{self.path} holds {foreign.name} but no record of this job; expected an empty folder "
@@ -430,7 +435,7 @@ class Folder:
         """Write it in one step."""
         write_json(self.path / "ledger.json", {key: asdict(entry) for key, entry in entries.items()})
 
-    def staged(self, work: Work, block: int) -> Path:
+    def staged(self, work: Work, block: int) -> Location:
         """Where a block waits until all inputs are read."""
         return self.path / _WORK / work.key / f"block-{block:05d}.parquet"
 
@@ -439,7 +444,7 @@ class Folder:
         found = (self.path / _WORK / work.key).glob("block-*.parquet")
         return frozenset(int(p.stem.removeprefix("block-")) for p in found)
 
-    def done_file(self, work: Work) -> Path:
+    def done_file(self, work: Work) -> Location:
         """Written when all of an input's blocks wait there."""
         return self.path / _WORK / work.key / "done.json"
 
@@ -464,10 +469,10 @@ class Folder:
         keys = {w.key for w in works}
         self.save_ledger({k: e for k, e in self.ledger().items() if k in keys})
         listed = {s.file for s in manifest.shards}
-        gone = [p.name for p in sorted(self.path.glob("part-*.parquet")) if p.name not in listed]
+        gone = [p.name for p in sorted(self.path.glob("part-*.parquet"), key=str) if p.name not in listed]
         for name in gone:
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / _WORK, ignore_errors=True)
+        remove_tree(self.path / _WORK)
         return gone
 
 
@@ -602,14 +607,19 @@ def _progress(total_bytes: int) -> Iterator[Callable[[_Reading, int], None]]:
     size = f"{total_bytes / 1e6:,.1f} MB"
     positions: dict[str, int] = {}
     chunks = 0
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    lines = None if console.is_terminal else ProgressLines("chunk", total_bytes)
+    with Progress(*columns, console=console, disable=lines is not None) as progress:
         task = progress.add_task("chunk", total=max(1, total_bytes), size=size, chunks=0)
 
         def show(reading: _Reading, new_chunks: int) -> None:
             nonlocal chunks
             chunks += new_chunks
             positions[reading.work.key] = min(reading.position, reading.work.size)
-            progress.update(task, completed=sum(positions.values()), chunks=chunks)
+            read = sum(positions.values())
+            progress.update(task, completed=read, chunks=chunks)
+            if lines is not None:
+                lines.show(read, f"{read / 1e6:,.1f} of {size} read, {chunks:,} chunks")
 
         yield show
 
@@ -662,8 +672,8 @@ class ChunkResult:
 
 
 def chunk_corpus(
-    source: str | Path,
-    target: Path,
+    source: str | Location,
+    target: Location,
     tokenizer: Tokenizer,
     settings: ChunkSettings,
     limit: int | None = None,
@@ -738,7 +748,7 @@ def chunk_corpus(
     return ChunkResult(manifest, tuple(s.file for s in written), up_to_date=False)
 
 
-def _old_manifest(target: Path) -> Manifest | None:
+def _old_manifest(target: Location) -> Manifest | None:
     return Manifest.load(target, "chunks") if (target / "manifest.json").exists() else None
 
 
@@ -780,7 +790,7 @@ def _publish(
     import ray
 
     missing: list[tuple[Work, int, str]] = []
-    files: list[tuple[Path, int]] = []
+    files: list[tuple[Location, int]] = []
     for work in works:
         entry = entries[work.key]
         for block, part in enumerate(entry.parts):
@@ -823,7 +833,7 @@ def _shards(
 
 
 def _report(
-    folder: Folder, source: str | Path, works: Sequence[Work], entries: Mapping[str, Entry]
+    folder: Folder, source: str | Location, works: Sequence[Work], entries: Mapping[str, Entry]
 ) -> dict[str, Any]:
     """Counts over all inputs and for each. Raises InputError when no article was found."""
     total = Counts()
@@ -864,7 +874,7 @@ def _report(
     }
 
 
-def _licence_of(source: str | Path, works: Sequence[Work]) -> str:
+def _licence_of(source: str | Location, works: Sequence[Work]) -> str:
     if str(source) == "sample":
         return "CC0-1.0"
     if all(w.input.format == "wikipedia" for w in works):
@@ -876,12 +886,12 @@ def _licence_of(source: str | Path, works: Sequence[Work]) -> str:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the chunk shards.")],
+    output: Annotated[PathOrUrl, path_option("Folder for the chunk shards.")],
     input: Annotated[
         str, typer.Option(help="Dump, JSON lines, Parquet, a folder of them or of .txt files, or sample.")
     ] = "sample",
     codec: Annotated[str, typer.Option(help="Codec whose tokenizer sets the chunks' length.")] = "mini",
-    codec_path: Annotated[Path | None, typer.Option(help="Folder of a codec of your own.")] = None,
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,
     language: Annotated[str, typer.Option(help="Language of the text, ISO 639-1, for its sentences.")] = "en",
     licence: Annotated[str | None, typer.Option(help="Licence of the text, kept in the manifest.")] = None,
@@ -893,9 +903,9 @@ def main(
     from lvm.codec.zoo import load_tokenizer
 
     started = time.perf_counter()
-    tokenizer = load_tokenizer(codec, codec_path)
+    tokenizer = load_tokenizer(codec, None if codec_path is None else local_folder(codec_path))
     settings = ChunkSettings(tokenizer.sha256, tokenizer.max_tokens, language, rows_per_shard)
-    source = input if input == "sample" else Path(input).absolute()
+    source = input if input == "sample" else location(input).absolute()
     result = chunk_corpus(
         source, output.absolute(), tokenizer, settings, limit, licence, codec, overwrite, address
     )

@@ -15,19 +15,27 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs._ray import Address, connect, finish, run, say, versions
+from jobs._ray import (
+    Address,
+    PathOrUrl,
+    connect,
+    finish,
+    load_codec_at,
+    path_option,
+    progress_bar,
+    run,
+    say,
+    versions,
+)
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import IdentityError, InputError, LvmError, OutputError
+from lvm.storage import Location
 from lvm.vectors.shards import (
     Manifest,
     Shard,
@@ -80,9 +88,9 @@ class EncodeSettings:
 class EncodeJob:
     """All a worker needs; pickled on the way there."""
 
-    source: Path
+    source: Location
     """Folder of the chunks."""
-    target: Path
+    target: Location
     """Folder of the vectors."""
     settings: EncodeSettings
     """How vectors are made."""
@@ -113,7 +121,7 @@ def footer_of(chunks: Shard, identity: CodecIdentity, settings: EncodeSettings) 
 
 
 def encode_shard(
-    source: Path, target: Path, chunks: Shard, codec: Encoder, settings: EncodeSettings
+    source: Location, target: Location, chunks: Shard, codec: Encoder, settings: EncodeSettings
 ) -> Shard:
     """Encode one chunk shard into `target`.
 
@@ -139,7 +147,7 @@ def encode_shard(
 _SHARD = [f.name for f in fields(Shard)]
 
 
-def finished_shard(target: Path, source: Path, footer: dict[str, Any]) -> Shard | None:
+def finished_shard(target: Location, source: Location, footer: dict[str, Any]) -> Shard | None:
     """The vector shard at `target` when it is whole, made in this way, and holds the ids of `source`.
 
     None when it has to be made. Every page's checksum is read, so a flipped bit is found as well.
@@ -196,8 +204,8 @@ class ShardEncoder:
 
 
 def encode_chunks(
-    source: Path,
-    target: Path,
+    source: Location,
+    target: Location,
     load: CodecLoader,
     dtype: VectorType = "float16",
     overwrite: bool = False,
@@ -261,7 +269,7 @@ def encode_chunks(
     return EncodeResult(manifest, tuple(s.file for s in pending), up_to_date=False)
 
 
-def require_tokenizer(chunks: Manifest, identity: CodecIdentity, source: Path) -> None:
+def require_tokenizer(chunks: Manifest, identity: CodecIdentity, source: Location) -> None:
     """Return when the chunks were cut within this codec's limit, counted with its own tokenizer.
 
     Raises IdentityError naming both tokenizers or both limits.
@@ -281,7 +289,7 @@ def require_tokenizer(chunks: Manifest, identity: CodecIdentity, source: Path) -
         )
 
 
-def require_same_ids(source: Path, target: Path, chunks: Manifest) -> int:
+def require_same_ids(source: Location, target: Location, chunks: Manifest) -> int:
     """The number of truncated chunks, when every shard holds its chunk shard's ids in order and none twice.
 
     Raises InputError naming the shard and the first id that is missing or too many.
@@ -363,38 +371,24 @@ def _plan(cluster: Mapping[str, float], num_shards: int) -> tuple[int, dict[str,
     return num_actors, {"num_cpus": min(num_cpus // num_actors, MAX_THREADS)}
 
 
-def _remove_unlisted(target: Path, manifest: Manifest) -> None:
+def _remove_unlisted(target: Location, manifest: Manifest) -> None:
     """Remove vector shards of chunks that are no longer there; readers of the folder would take them in."""
     listed = {s.file for s in manifest.shards}
-    for path in sorted(target.glob("part-*.parquet")):
+    for path in sorted(target.glob("part-*.parquet"), key=str):
         if path.name not in listed:
             path.unlink()
             say(f"encode: removed {path.name}, whose chunks are no longer in the input")
-
-
-@contextmanager
-def progress_bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; the function that comes back moves it on."""
-    columns = (
-        TextColumn(f"{stage}:"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(stage, total=total)
-        yield lambda steps: progress.advance(task, steps)
 
 
 # --------------------------------------------------------------------------------------------------- command
 
 
 def main(
-    input: Annotated[Path, typer.Option(help="Folder that `latent chunk` wrote.")],
-    output: Annotated[Path, typer.Option(help="Folder for the vector shards.")],
+    input: Annotated[PathOrUrl, path_option("Folder that `latent chunk` wrote.")],
+    output: Annotated[PathOrUrl, path_option("Folder for the vector shards.")],
     codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
     codec_path: Annotated[
-        Path | None, typer.Option(help="Folder with a codec's weights, instead of the shipped ones.")
+        PathOrUrl | None, path_option("Folder with a codec's weights, instead of the shipped ones.")
     ] = None,
     dtype: Annotated[
         Literal["float16", "float32"], typer.Option(help="How a vector's numbers are stored.")
@@ -403,12 +397,10 @@ def main(
     address: Address = None,
 ) -> None:
     """Encode chunks to vectors; a second run encodes only what is missing."""
-    from lvm.codec.zoo import load_codec
-
     started = time.perf_counter()
     path = None if codec_path is None else codec_path.resolve()
     result = encode_chunks(
-        input, output, functools.partial(load_codec, codec, path), dtype, overwrite, address
+        input, output, functools.partial(load_codec_at, codec, path), dtype, overwrite, address
     )
     seconds = time.perf_counter() - started
     made = {s.file: s.rows for s in result.manifest.shards if s.file in result.encoded}

@@ -15,21 +15,28 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs._ray import Address, connect, finish, run, say, versions
-from lvm.codec.zoo import load_codec, pick_device
+from jobs._ray import (
+    Address,
+    PathOrUrl,
+    connect,
+    finish,
+    load_codec_at,
+    path_option,
+    progress_bar,
+    run,
+    say,
+    versions,
+)
+from lvm.codec.zoo import pick_device
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.evaluate.baselines import context_mean, copy_last
 from lvm.evaluate.contest import (
@@ -66,6 +73,7 @@ from lvm.evaluate.leaderboard import (
 from lvm.evaluate.metrics import LATENCY_BATCHES, Predict, measure_latency
 from lvm.evaluate.report import html_page
 from lvm.predict.record import Record, load_record, read_aliases
+from lvm.storage import Location
 from lvm.vectors.index import load_index
 from lvm.vectors.sequences import VectorArray, WindowSettings, make_windows, open_vectors
 from lvm.vectors.shards import Manifest, write_bytes, write_json
@@ -82,11 +90,11 @@ FILES = ("evaluation.json", "leaderboard.md", "report.html")
 class Paths:
     """Folders the job reads and the one it writes."""
 
-    vectors: Path
-    index: Path
-    models: Path
-    output: Path
-    ood: tuple[Path, ...] = ()
+    vectors: Location
+    index: Location
+    models: Location
+    output: Location
+    ood: tuple[Location, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------ what the job does
@@ -227,7 +235,7 @@ def evaluate(
 
 
 def find_evaluation(
-    output: Path, settings: dict[str, Any], inputs: dict[str, Any], overwrite: bool
+    output: Location, settings: dict[str, Any], inputs: dict[str, Any], overwrite: bool
 ) -> Evaluation | None:
     """The evaluation in `output` when it is of these inputs and settings, else None.
 
@@ -258,7 +266,7 @@ def find_evaluation(
     return found if whole and not differ and made_from == inputs else None
 
 
-def write(output: Path, evaluation: Evaluation) -> None:
+def write(output: Location, evaluation: Evaluation) -> None:
     """Put the three files in place; evaluation.json last."""
     output.mkdir(parents=True, exist_ok=True)
     (output / FILES[0]).unlink(missing_ok=True)
@@ -267,7 +275,7 @@ def write(output: Path, evaluation: Evaluation) -> None:
     write_json(output / FILES[0], evaluation)
 
 
-def current_records(models: Path) -> dict[str, Record]:
+def current_records(models: Location) -> dict[str, Record]:
     """Every model an alias points to, by alias. Raises InputError when there is none."""
     names = read_aliases(models)
     if not names:
@@ -344,7 +352,7 @@ def as_they_finish(references: Sequence[Any]) -> Iterator[Any]:
 
 
 def score_all(
-    contest: Contest, folders: dict[str, str], models: Path
+    contest: Contest, folders: dict[str, str], models: Location
 ) -> tuple[dict[str, Scored], dict[str, Predict]]:
     """Every predictor scored, by name, and the baselines as fitted. All are in flight at once."""
     import ray
@@ -376,7 +384,7 @@ def score_all(
 
 
 def decode_all(
-    array: VectorArray, plan: TextPlan, load: CodecLoader, index: Path, cpus: int, gpus: int
+    array: VectorArray, plan: TextPlan, load: CodecLoader, index: Location, cpus: int, gpus: int
 ) -> list[Said]:
     """Every vector of the plan decoded, in order: a task a GPU, or a task a CPU where there are none."""
     import ray
@@ -407,41 +415,27 @@ def machine(device: torch.device) -> str:
     )
 
 
-def _ood_name(folder: Path) -> str:
+def _ood_name(folder: Location) -> str:
     """The folder's own name, or its parent's where it is the `vectors` of a run."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "vectors" else folder.name
-
-
-@contextmanager
-def progress_bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; the function that comes back moves it on."""
-    columns = (
-        TextColumn(f"{stage}:"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(stage, total=total)
-        yield lambda steps: progress.advance(bar, steps)
 
 
 # --------------------------------------------------------------------------------------------------- command
 
 
 def main(
-    vectors: Annotated[Path, typer.Option(help="Folder that `latent encode` wrote.")],
-    index: Annotated[Path, typer.Option(help="Folder that `latent index` wrote, of the same vectors.")],
-    models: Annotated[Path, typer.Option(help="Folder that `latent train` wrote, on the same vectors.")],
-    output: Annotated[Path, typer.Option(help="Folder for the record, the table and the page.")],
+    vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
+    index: Annotated[PathOrUrl, path_option("Folder that `latent index` wrote, of the same vectors.")],
+    models: Annotated[PathOrUrl, path_option("Folder that `latent train` wrote, on the same vectors.")],
+    output: Annotated[PathOrUrl, path_option("Folder for the record, the table and the page.")],
     ood: Annotated[
-        list[Path] | None, typer.Option(help="Vectors of a foreign kind of text; may be given several times.")
+        list[PathOrUrl] | None, path_option("Vectors of a foreign kind of text; may be given several times.")
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Windows shown with all their texts.")] = 3,
     codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
     codec_path: Annotated[
-        Path | None, typer.Option(help="Folder with a codec's weights, instead of the shipped ones.")
+        PathOrUrl | None, path_option("Folder with a codec's weights, instead of the shipped ones.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an evaluation made with other settings.")] = False,
     address: Address = None,
@@ -450,7 +444,7 @@ def main(
     started = time.perf_counter()
     settings = EvaluateSettings(examples=examples)
     paths = Paths(vectors, index, models, output, tuple(ood or ()))
-    load = partial(load_codec, codec, None if codec_path is None else codec_path.resolve())
+    load = partial(load_codec_at, codec, None if codec_path is None else codec_path.resolve())
     evaluation, up_to_date = evaluate(paths, load, settings, overwrite, address)
     if up_to_date:
         say(f"evaluate: {output} is up to date, nothing computed again")

@@ -13,16 +13,15 @@ cosine of the text to the predicted vector, which is the codec's part in it.
 
 import json
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import typer
 
-from jobs._ray import run, say
+from jobs._ray import PathOrUrl, load_codec_at, path_option, run, say
 from lvm.codec.quality import next_chunk_retrieval, read_back, tfidf_svd_vectors, turned
-from lvm.codec.zoo import Codec, load_codec
+from lvm.codec.zoo import Codec
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
 from lvm.errors import InputError
@@ -109,7 +108,7 @@ def parse_cosines(text: str | None) -> list[float]:
 def main(
     input: Annotated[str, typer.Option(help="Articles the codec was not trained on; or sample.")],
     codec: Annotated[str, typer.Option(help="Codec: mini, gtr-jxe or gtr-ielab.")] = "mini",
-    codec_path: Annotated[Path | None, typer.Option(help="Folder of a codec of your own.")] = None,
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,
     decoded: Annotated[int, typer.Option(min=1, help="Chunks to decode, evenly spread.")] = NUM_DECODED,
     cosines: Annotated[
@@ -130,7 +129,7 @@ def main(
     """Print the figures."""
     begun = time.perf_counter()
     distances = parse_cosines(cosines)
-    loaded = load_codec(codec, codec_path)
+    loaded = load_codec_at(codec, codec_path)
     steps = steps_of(loaded)
     chunker = Chunker(loaded.tokenizer)
     texts: list[str] = []

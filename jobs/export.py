@@ -8,20 +8,20 @@ and starts no Ray; `latent check FILE` says whether such a file is sound.
 """
 
 import time
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from jobs._ray import finish, run, say
+from jobs._ray import PathOrUrl, finish, path_option, run, say
 from lvm.errors import OutputError
+from lvm.storage import local_output
 from lvm.vectors.npz import export_npz
 from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
 
 
 def main(
-    vectors: Annotated[Path, typer.Option(help="Folder that `latent encode` wrote.")],
-    output: Annotated[Path, typer.Option(help="File to write, FILE.npz.")],
+    vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
+    output: Annotated[PathOrUrl, path_option("File to write, FILE.npz.")],
     layout: Annotated[
         Literal["sequences", "documents", "split"], typer.Option(help="Which arrays the file holds.")
     ] = "sequences",
@@ -34,7 +34,8 @@ def main(
     if output.is_dir() or (output.exists() and not overwrite):
         raise OutputError(f"--output {output} is there already; choose another name or pass --overwrite")
     windows = make_windows(open_vectors(vectors), WindowSettings(context=context))
-    export_npz(windows, output, layout, seed)
+    with local_output(output) as file:
+        export_npz(windows, file, layout, seed)
     seconds = time.perf_counter() - started
     size = output.stat().st_size
     say(f"export: {len(windows):,} sequences of {windows.identity} in {output}, {size / 1e6:,.1f} MB")

@@ -10,19 +10,19 @@ the job changes nothing.
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Address, connect, finish, run, say
+from jobs._ray import Address, PathOrUrl, connect, finish, path_option, run, say
 from lvm.errors import InputError, LvmError, OutputError
+from lvm.storage import Location
 from lvm.vectors.index import IndexSettings, build_index, find_index
 from lvm.vectors.sequences import open_vectors
 from lvm.vectors.shards import Manifest
 
 
-def build(source: Path, target: Path, settings: IndexSettings, threads: int) -> str:
+def build(source: Location, target: Location, settings: IndexSettings, threads: int) -> str:
     """Build and publish; the text of the refusal where there is one (an exception that travels through Ray
     would lose its one-line message), else ""."""
     import faiss
@@ -35,7 +35,7 @@ def build(source: Path, target: Path, settings: IndexSettings, threads: int) -> 
     return ""
 
 
-def build_with_ray(source: Path, target: Path, settings: IndexSettings, address: str | None) -> None:
+def build_with_ray(source: Location, target: Location, settings: IndexSettings, address: str | None) -> None:
     """Run `build` in one task on the cluster. Raises InputError with the task's refusal."""
     import ray
 
@@ -49,8 +49,8 @@ def build_with_ray(source: Path, target: Path, settings: IndexSettings, address:
 
 
 def main(
-    input: Annotated[Path, typer.Option(help="Folder that `latent encode` wrote.")],
-    output: Annotated[Path, typer.Option(help="Folder for the index and its versions.")],
+    input: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
+    output: Annotated[PathOrUrl, path_option("Folder for the index and its versions.")],
     probes: Annotated[int, typer.Option(min=1, help="Lists a search looks into.")] = IndexSettings.probes,
     address: Address = None,
 ) -> None:

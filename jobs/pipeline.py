@@ -19,8 +19,9 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import CHECKOUT, Address, address_of_cluster, connect, finish, run, say
+from jobs._ray import CHECKOUT, Address, PathOrUrl, address_of_cluster, connect, finish, path_option, run, say
 from lvm.errors import InputError, LvmError
+from lvm.storage import Location
 
 STAGES = ("chunk", "encode", "index", "train", "evaluate")
 DEMO_OUTPUT = Path("out/demo")
@@ -68,7 +69,7 @@ def run_stage(stage: str, arguments: list[str]) -> StageRun:
 
 
 def stage_arguments(
-    stage: str, source: str, output: Path, codec: list[str], limit: int | None, training: list[str]
+    stage: str, source: str, output: Location, codec: list[str], limit: int | None, training: list[str]
 ) -> list[str]:
     """Options of one stage's job."""
     chunks, vectors, index, models = (str(output / d) for d in ("chunks", "vectors", "index", "models"))
@@ -94,9 +95,9 @@ def main(
             help="Wikipedia dump (.xml.bz2), JSON lines, Parquet, folder of them or of text; or sample."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write; made if it is not there.")] = None,
+    output: Annotated[PathOrUrl | None, path_option("Folder to write; made if it is not there.")] = None,
     codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
-    codec_path: Annotated[Path | None, typer.Option(help="Folder of a codec of your own.")] = None,
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,
     model: Annotated[str, typer.Option(help="Architectures, by comma, or all.")] = "all",
     recipe: Annotated[str, typer.Option(help="Training recipe: fast or classic.")] = "fast",

@@ -15,9 +15,8 @@ from typing import Annotated
 
 import typer
 
+from jobs._ray import PathOrUrl, load_codec_at, path_option, say
 from jobs._ray import run as run_main
-from jobs._ray import say
-from lvm.codec.zoo import load_codec
 from lvm.corpus.chunker import chunk_article
 from lvm.corpus.readers import Article
 from lvm.errors import InputError
@@ -29,9 +28,9 @@ DEMO_RUN = Path("out/demo")
 def main(
     texts: Annotated[list[str] | None, typer.Argument(help="Chunks in order, the latest last.")] = None,
     model: Annotated[str, typer.Option(help="Alias or folder of a trained model, or passthrough.")] = "lstm",
-    run: Annotated[Path, typer.Option(help="Folder of `latent run` or `latent demo`.")] = DEMO_RUN,
+    run: Annotated[PathOrUrl, path_option("Folder of `latent run` or `latent demo`.")] = DEMO_RUN,
     codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
-    codec_path: Annotated[Path | None, typer.Option(help="Folder of a codec of your own.")] = None,
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Everything as one line of JSON on stdout.")
     ] = False,
@@ -42,7 +41,7 @@ def main(
             f"no folder {run}; expected the output of `latent run` (--run DIR). Try `latent demo` first"
         )
     begun = time.perf_counter()
-    loaded = load_codec(codec, codec_path)
+    loaded = load_codec_at(codec, codec_path)
     generator = Generator.load(run, model, loaded)
     if texts:
         chunks = texts

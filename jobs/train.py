@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ import numpy as np
 import typer
 from safetensors.torch import load_file, save_file
 
-from jobs._ray import Address, connect, finish, run, say
+from jobs._ray import Address, PathOrUrl, connect, finish, path_option, run, say
 from lvm.codec.identity import require_same_codec
 from lvm.corpus.coherence import Coherence, require_sequential
 from lvm.errors import InputError, LvmError, OutputError, TrainingError
@@ -55,6 +56,7 @@ from lvm.predict.training import (
     recipe_named,
     spread_batches,
 )
+from lvm.storage import Location, RemotePath, local_folder_for, local_input, move_tree
 from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
 from lvm.vectors.shards import Manifest, fingerprint
 
@@ -92,7 +94,7 @@ class TrainRun:
 
     model: str
     """Key of MODELS."""
-    vectors: Path
+    vectors: Location
     """Folder of the encode job."""
     vectors_fingerprint: str
     """Of that folder's manifest."""
@@ -102,7 +104,7 @@ class TrainRun:
     """How."""
     seed: int
     """Of the split by article, the first weights, the order of batches and the dropout."""
-    storage: Path
+    storage: Location
     """Ray Train's folder for the runs of all architectures."""
 
     @property
@@ -126,7 +128,7 @@ class TrainRun:
         return f"{self.model}-{self.fingerprint}"
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Location:
         """Where Ray Train keeps this run."""
         return self.storage / self.name
 
@@ -135,7 +137,7 @@ class TrainRun:
 class Trained:
     """A model that is ready to use."""
 
-    folder: Path
+    folder: Location
     """Its record."""
     metrics: dict[str, Any]
     """The record's metrics.json."""
@@ -231,7 +233,9 @@ def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[
     share_cores(ray.get(board.in_flight.remote()))
     device = pick_device()
     model.to(device)
-    writer = SummaryWriter(this.folder / "tensorboard", purge_step=start + 1)
+    events = ExitStack()
+    curves = events.enter_context(local_folder_for(this.folder / "tensorboard"))
+    writer = SummaryWriter(curves, purge_step=start + 1)
 
     def log(row: dict[str, Any]) -> None:
         for key, value in row.items():
@@ -267,6 +271,7 @@ def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[
         )
     finally:
         writer.close()
+        events.close()
     return {**progress.to_dict(), "device": str(device)}
 
 
@@ -312,15 +317,22 @@ def set_aside_if_broken(this: TrainRun) -> None:
     if not (this.folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).exists():
         return
     try:
-        ray.train.Result.from_path(str(this.folder))
+        ray.train.Result.from_path(*_for_ray(this.folder).values())
     except Exception as err:
         # Whatever it is, Ray Train would fail with the same on the way in, and say less about what to do.
         aside = this.folder.with_name(f"{this.folder.name}.broken-{time.time_ns()}")
-        this.folder.rename(aside)
+        move_tree(this.folder, aside)
         say(
             f"train: {this.model}: its checkpoints cannot be read ({str(err).splitlines()[0]}); it starts "
             f"anew, what there was is in {aside}"
         )
+
+
+def _for_ray(folder: Location) -> dict[str, Any]:
+    """Where Ray Train is to keep runs, in its own words."""
+    if isinstance(folder, RemotePath):
+        return {"storage_path": folder.key, "storage_filesystem": folder.filesystem}
+    return {"storage_path": str(folder), "storage_filesystem": None}
 
 
 def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
@@ -354,7 +366,7 @@ def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
                 ),
                 run_config=RunConfig(
                     name=this.name,
-                    storage_path=str(this.storage),
+                    **_for_ray(this.storage),
                     checkpoint_config=CheckpointConfig(
                         num_to_keep=CHECKPOINTS_KEPT, checkpoint_score_attribute="val_cosine"
                     ),
@@ -397,7 +409,7 @@ def _say_row(model: str, row: Mapping[str, Any]) -> None:
 def publish_run(
     this: TrainRun,
     result: Any,
-    models: Path,
+    models: Location,
     data: TrainingData,
 ) -> Trained:
     """Make the record of a finished run from its best checkpoint, and move the alias to it.
@@ -478,7 +490,7 @@ def publish_run(
     return Trained(folder, metrics, up_to_date=False)
 
 
-def vectors_entry(vectors: Path, manifest: Manifest) -> dict[str, Any]:
+def vectors_entry(vectors: Location, manifest: Manifest) -> dict[str, Any]:
     """What config.json says of the vectors a model was trained or scored on."""
     return {
         "directory": str(vectors),
@@ -490,8 +502,8 @@ def vectors_entry(vectors: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def train_models(
-    vectors: Path,
-    models: Path,
+    vectors: Location,
+    models: Location,
     names: Sequence[str],
     recipe: Recipe,
     seed: int = 0,
@@ -556,7 +568,7 @@ def train_models(
     return result
 
 
-def require_models_folder(models: Path) -> None:
+def require_models_folder(models: Location) -> None:
     """Return when `models` is or can become a folder of records, else raise OutputError."""
     if models.exists() and not models.is_dir():
         raise OutputError(f"--output {models} is a file, expected a folder; choose another --output")
@@ -567,7 +579,7 @@ def require_models_folder(models: Path) -> None:
         )
 
 
-def require_codec_of_models(models: Path, array: VectorArray) -> None:
+def require_codec_of_models(models: Location, array: VectorArray) -> None:
     """Return when every alias in `models` is a model of the vectors' codec, else raise IdentityError."""
     for alias, folder in read_aliases(models).items():
         if (models / folder).is_dir():
@@ -603,7 +615,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}"
 
 
-def import_model(checkpoint: Path, vectors: Path, models: Path, seed: int) -> tuple[str, Trained]:
+def import_model(checkpoint: Location, vectors: Location, models: Location, seed: int) -> tuple[str, Trained]:
     """Make a record of a checkpoint of the original system, scored on `vectors`, whose codec it gets."""
     vectors, models = vectors.resolve(), models.resolve()
     require_models_folder(models)
@@ -622,7 +634,8 @@ def import_model(checkpoint: Path, vectors: Path, models: Path, seed: int) -> tu
         }
 
     config = {"seed": seed, "windows": asdict(settings), "vectors": vectors_entry(vectors, manifest)}
-    name, folder = import_checkpoint(checkpoint, models, array.identity, config, score)
+    with local_input(checkpoint) as file:
+        name, folder = import_checkpoint(file, models, array.identity, config, score)
     set_alias(models, name, folder)
     return name, Trained(folder, load_record(models, folder.name).metrics, up_to_date=False)
 
@@ -631,8 +644,8 @@ def import_model(checkpoint: Path, vectors: Path, models: Path, seed: int) -> tu
 
 
 def main(
-    vectors: Annotated[Path, typer.Option(help="Folder that `latent encode` wrote.")],
-    output: Annotated[Path, typer.Option(help="Folder for the model records; those in it stay.")],
+    vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
+    output: Annotated[PathOrUrl, path_option("Folder for the model records; those in it stay.")],
     model: Annotated[
         str, typer.Option(help=f"Of {', '.join(MODELS)}: one, several by comma, or all.")
     ] = "all",
@@ -647,10 +660,8 @@ def main(
         typer.Option(help="The sentence that lets text without an order train; the refusal names it."),
     ] = None,
     import_checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help='Train nothing; make a record of this original checkpoint {"model_state_dict": …}.'
-        ),
+        PathOrUrl | None,
+        path_option('Train nothing; make a record of this original checkpoint {"model_state_dict": …}.'),
     ] = None,
     address: Address = None,
 ) -> None:

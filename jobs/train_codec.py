@@ -21,14 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from jobs._ray import Address, connect, finish, run, say
+from jobs._ray import Address, PathOrUrl, connect, finish, path_option, run, say
 from lvm.codec.mini import MiniConfig
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.codec.training import TrainingSettings, fit, load_weights
 from lvm.codec.zoo import CODECS
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
-from lvm.errors import InputError
+from lvm.errors import InputError, OutputError
+from lvm.storage import RemotePath, local_folder
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
@@ -39,14 +40,14 @@ def train_loop_per_worker(loop: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = MiniConfig()
     fit(
-        loop["chunks"],
-        ChunkTokenizer.load(loop["tokenizer"], config.max_tokens),
+        local_folder(loop["chunks"]),
+        ChunkTokenizer.load(loop["output"] / "tokenizer.json", config.max_tokens),
         loop["output"],
         config,
         loop["settings"],
         device,
         on_score=train.report,
-        init=loop["init"],
+        init=None if loop["init"] is None else local_folder(loop["init"]),
     )
 
 
@@ -80,18 +81,18 @@ def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder of the codec; a run there is continued.")],
+    output: Annotated[PathOrUrl, path_option("Folder of the codec, on a disk; a run there is continued.")],
     input: Annotated[
         str | None, typer.Option(help="Articles: JSON lines, Parquet, a dump, a folder, or sample.")
     ] = None,
     chunks: Annotated[
-        Path | None, typer.Option(help="In place of --input: chunk shards made by `latent chunk`.")
+        PathOrUrl | None, path_option("In place of --input: chunk shards made by `latent chunk`.")
     ] = None,
     minutes: Annotated[float, typer.Option(help="Time of training, all parts together.")] = 60.0,
-    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json the chunks were cut with.")] = CODECS["mini"]
+    tokenizer: Annotated[PathOrUrl, path_option("tokenizer.json the chunks were cut with.")] = CODECS["mini"]
     / "tokenizer.json",
     init: Annotated[
-        Path | None, typer.Option(help="Folder of a codec whose weights a new run starts from.")
+        PathOrUrl | None, path_option("Folder of a codec whose weights a new run starts from.")
     ] = None,
     freeze_encoder: Annotated[
         bool, typer.Option("--freeze-encoder", help="Fit the hypothesizer alone; needs --init.")
@@ -103,7 +104,13 @@ def main(
     settings = TrainingSettings(minutes=minutes, seed=seed, freeze_encoder=freeze_encoder)
     if (input is None) == (chunks is None):
         raise InputError("expected one of --input (articles) and --chunks (made by `latent chunk`)")
+    tokenizer = local_folder(tokenizer.parent) / tokenizer.name
     cut_with = ChunkTokenizer.load(tokenizer, MiniConfig().max_tokens)
+    if isinstance(output, RemotePath):
+        raise OutputError(
+            f"--output {output} is on object storage, expected a folder on a disk: training writes into its files all "
+            "the time. Choose a disk that the workers see, and copy the folder when it is done."
+        )
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     if input is not None:
@@ -113,7 +120,9 @@ def main(
     if not list(chunks.glob("*.parquet")):
         raise InputError(f"no *.parquet in {chunks}; expected a folder made by `latent chunk`")
     if init is not None:
-        load_weights(init, MiniConfig(), cut_with)  # refused here, and not by a worker minutes later
+        load_weights(
+            local_folder(init), MiniConfig(), cut_with
+        )  # refused here, and not by a worker minutes later
     shutil.copyfile(tokenizer, output / "tokenizer.json")
     begun = time.perf_counter()
     connect(address)
@@ -129,7 +138,6 @@ def main(
         train_loop_per_worker,
         train_loop_config={
             "chunks": chunks.absolute(),
-            "tokenizer": tokenizer.absolute(),
             "output": output,
             "settings": settings,
             "init": None if init is None else init.absolute(),

@@ -49,6 +49,8 @@ CODEC_JOBS = {
 }
 """The same for `latent codec COMMAND`."""
 
+SUBMIT = "Run a command on a Ray cluster: submit --address URL encode --input … ; follows its log."
+
 SERVE = "Text to text over HTTP: --run DIR --port 8000; a page to try it at /."
 
 FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -93,6 +95,11 @@ app.add_typer(codec_app, name="codec")
 @app.command("serve", help=SERVE, context_settings=FORWARD)
 def _serve(context: typer.Context) -> None:
     raise typer.Exit(run_job("launch", context.args, folder="serve"))
+
+
+@app.command("submit", help=SUBMIT, context_settings=FORWARD | {"allow_interspersed_args": False})
+def _submit(context: typer.Context) -> None:
+    raise typer.Exit(run_job("submit", context.args))
 
 
 def _print_version(value: bool) -> None:

@@ -4,7 +4,8 @@ LvmError
 ├── InputError      a file, record, option or array is not what it must be
 ├── IdentityError   two artefacts come from different codecs and may not be joined
 ├── OutputError     an output directory was made with other settings, or is half written
-└── TrainingError   a loss or a gradient is no longer a number
+├── TrainingError   a loss or a gradient is no longer a number
+└── StorageError    object storage does not answer, or refuses
 
 Messages say what was expected, what came, and what to do. The command line prints them as one line;
 set LATENT_TRACEBACK=1 to see where they came from.
@@ -29,3 +30,7 @@ class OutputError(LvmError):
 
 class TrainingError(LvmError):
     """A loss or a gradient is no longer a number."""
+
+
+class StorageError(LvmError, OSError):
+    """Object storage does not answer, or refuses."""

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, cast
 from xml.etree.ElementTree import ParseError
 
@@ -31,7 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lvm.corpus.wikitext import MEDIA_NAMESPACES, prose_of
-from lvm.errors import InputError
+from lvm.errors import InputError, StorageError
+from lvm.storage import Location, RemotePath, files_below, location
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample"
 """Folder of the bundled articles, in a checkout."""
@@ -163,7 +164,7 @@ class ReadReport:
 class InputFile:
     """One thing to read in one pass: a file, or all text files of a folder."""
 
-    path: Path
+    path: Location
     """The file, or the folder of .txt files."""
     format: Format
     """Which reader takes it."""
@@ -174,7 +175,7 @@ class InputFile:
 # ------------------------------------------------------------------------------------------- which files
 
 
-def input_root(path: str | Path) -> Path:
+def input_root(path: str | Location) -> Location:
     """The file or folder an --input names, "sample" the bundled one. Raises InputError when it is absent."""
     if str(path) == "sample":
         if not SAMPLE.is_dir():
@@ -183,13 +184,13 @@ def input_root(path: str | Path) -> Path:
                 "installed library. Run from a checkout, or give --input a corpus of your own."
             )
         return SAMPLE
-    root = Path(path)
+    root = location(path)
     if not root.exists():
         raise InputError(f"--input {root} does not exist; expected {_EXPECTED}")
     return root
 
 
-def list_inputs(path: str | Path) -> list[InputFile]:
+def list_inputs(path: str | Location) -> list[InputFile]:
     """What `path` holds that can be read, in order of name. Hidden files (. or _ first) are passed over.
 
     Raises InputError when there is nothing, saying what was found instead.
@@ -202,9 +203,9 @@ def list_inputs(path: str | Path) -> list[InputFile]:
         return [InputFile(root, kind, root.name)]
     inputs: list[InputFile] = []
     others: list[str] = []
-    texts: dict[Path, str] = {}
-    for file in sorted(p for p in root.rglob("*") if p.is_file()):
-        inside = file.relative_to(root)
+    texts: dict[Location, str] = {}
+    for file in files_below(root):
+        inside = PurePosixPath(file.relative_to(root))  # type: ignore[arg-type]  # both of one kind
         if any(part.startswith((".", "_")) for part in inside.parts):
             continue
         kind = _format_of(file)
@@ -224,14 +225,17 @@ def list_inputs(path: str | Path) -> list[InputFile]:
     return inputs
 
 
-def text_files(folder: Path) -> list[Path]:
+def text_files(folder: Location) -> list[Location]:
     """The .txt files right inside `folder`, in order of name."""
     if folder.is_file():
         return [folder]
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() == ".txt" and p.name[0] not in "._")
+    return sorted(
+        (p for p in folder.iterdir() if p.suffix.lower() == ".txt" and p.name[0] not in "._"),
+        key=lambda p: p.name,
+    )
 
 
-def _format_of(path: Path) -> Format | None:
+def _format_of(path: Location) -> Format | None:
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         kind = _SUFFIXES.get(suffixes[-2]) if len(suffixes) > 1 else None
@@ -239,7 +243,7 @@ def _format_of(path: Path) -> Format | None:
     return _SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
-def _stem(path: Path) -> str:
+def _stem(path: Location) -> str:
     """The file's name without the endings that say its format."""
     name = path.name
     for suffix in reversed(path.suffixes):
@@ -253,7 +257,7 @@ def _stem(path: Path) -> str:
 
 
 def read_articles(
-    path: str | Path, limit: int | None = None, report: ReadReport | None = None
+    path: str | Location, limit: int | None = None, report: ReadReport | None = None
 ) -> Iterator[Article]:
     """Articles of every input under `path`, in order, at most `limit`; `report` is filled on the way.
 
@@ -328,7 +332,7 @@ def _whole(text: str) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+def _opened(path: Location) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
     """The file's unpacked bytes, and a function for how many of its own bytes were read."""
     with path.open("rb", buffering=1 << 20) as raw:
         match path.suffix.lower():
@@ -346,7 +350,7 @@ _PACKING_ERRORS = (EOFError, OSError, zlib.error)
 """What gzip and bz2 raise on cut or damaged data."""
 
 
-def _damaged(path: Path, size: int, place: str, err: Exception) -> InputError:
+def _damaged(path: Location, size: int, place: str, err: Exception) -> InputError:
     cut = isinstance(err, EOFError)
     what = "ends too early" if cut else f"cannot be unpacked ({err})"
     return InputError(
@@ -386,6 +390,8 @@ def _read_jsonl(
                     yield Record(article, f"line {number}")
                 if number % 64 == 0:
                     on_position(position())
+        except StorageError:
+            raise
         except _PACKING_ERRORS as err:
             raise _damaged(path, position(), f"line {number}", err) from err
         on_position(position())
@@ -401,7 +407,7 @@ def _read_parquet(
     source = _stem(path)
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path.open("rb") if isinstance(path, RemotePath) else path) as file:
             names = file.schema_arrow.names
             missing = [name for name in ("id", "title", "text") if name not in names]
             if missing:
@@ -419,6 +425,8 @@ def _read_parquet(
                     except BrokenRecordError as err:
                         report.add_broken(f"{input_file.name}, row {number}", str(err))
                 on_position(size * number // rows)
+    except StorageError:
+        raise
     except (pa.ArrowException, OSError) as err:
         raise InputError(
             f"{path} is no whole Parquet file: {str(err).strip()}, last read: row {number}. "
@@ -497,6 +505,8 @@ def _read_wikipedia(
                     on_position(position())
                 # mwxml empties a page but keeps its element: a gigabyte by the end of English Wikipedia.
                 root.element.clear()
+        except StorageError:
+            raise
         except _PACKING_ERRORS as err:
             raise _damaged(path, position(), place, err) from err
         except ParseError as err:

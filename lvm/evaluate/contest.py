@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -38,6 +37,7 @@ from lvm.evaluate.metrics import (
 )
 from lvm.predict.record import Record, load_record
 from lvm.predict.steer import allowed_neighbours, snap, unit
+from lvm.storage import Location
 from lvm.vectors.index import Index, load_index
 from lvm.vectors.sequences import VectorArray, Windows
 
@@ -203,7 +203,7 @@ def score_baseline(contest: Contest, name: str, predict: Predict) -> Scored:
     return _score(contest, name, "baseline", predict, parameters, 4 * parameters, details)
 
 
-def score_model(contest: Contest, name: str, models: Path, folder: str) -> Scored:
+def score_model(contest: Contest, name: str, models: Location, folder: str) -> Scored:
     """Everything measured of a model record but its latency."""
     record = load_record(models, folder)
     model = record.model
@@ -289,7 +289,7 @@ class Said:
 
 
 def decode_block(
-    load: CodecLoader, index_folder: Path, array: VectorArray, number: int, block: Block
+    load: CodecLoader, index_folder: Location, array: VectorArray, number: int, block: Block
 ) -> tuple[int, list[Said]]:
     """The block's number and its texts, with the nearest chunk of another article as the last rung."""
     codec, index = load(), load_index(index_folder)

@@ -6,7 +6,6 @@ One object per model and corpus, loaded once. Letters: T context chunks, D = 768
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -18,6 +17,7 @@ from lvm.codec.zoo import Codec
 from lvm.errors import InputError
 from lvm.predict.record import load_record
 from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH, Context, Fill, build_context, snap
+from lvm.storage import Location
 from lvm.vectors.index import Index, load_index
 from lvm.vectors.sequences import VectorArray, open_vectors
 
@@ -51,7 +51,7 @@ class Prediction:
     """encode, context, predict, snap, decode."""
 
 
-def predictor(models: Path, name: str, codec: Codec) -> tuple[str, Predict]:
+def predictor(models: Location, name: str, codec: Codec) -> tuple[str, Predict]:
     """A model record as a function, and its folder name. Raises IdentityError on another codec's model."""
     if name == PASSTHROUGH:
         return PASSTHROUGH, lambda contexts: contexts[:, -1]
@@ -78,7 +78,7 @@ class Generator:
         self.ladder = Ladder(codec, nearest=self._nearest)
 
     @classmethod
-    def load(cls, run: Path, model: str, codec: Codec) -> "Generator":
+    def load(cls, run: Location, model: str, codec: Codec) -> "Generator":
         """From the folder of `latent run`: its vectors, index and models."""
         for part, stage in (("vectors", "encode"), ("index", "index"), ("models", "train")):
             if not (run / part).is_dir():

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from lvm.codec.identity import CodecIdentity
-from lvm.errors import InputError
+from lvm.errors import InputError, StorageError
 from lvm.models import MODELS, Predictor, build
+from lvm.storage import Location, RemotePath, cache_folder, upload_folder
 from lvm.vectors.shards import sync_directory, temporary_name, write_json
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "MODEL_CARD.md"
@@ -48,7 +49,7 @@ class Record:
 
     name: str
     """Architecture, a key of MODELS."""
-    folder: Path
+    folder: Location
     """Where it lies."""
     model: Predictor
     """With its weights, on the CPU, in evaluation mode."""
@@ -64,7 +65,7 @@ class Record:
 
 
 def save_record(
-    models: Path,
+    models: Location,
     name: str,
     model: Predictor,
     identity: CodecIdentity,
@@ -72,7 +73,7 @@ def save_record(
     metrics: Mapping[str, Any],
     provenance: Mapping[str, str],
     issues: tuple[str, ...] = (),
-) -> Path:
+) -> Location:
     """The new folder of this model, complete and named; the alias does not move.
 
     config, metrics: JSON-able; config gets `model`, `sizes`, `parameters` and `codec` besides. provenance:
@@ -80,8 +81,8 @@ def save_record(
     """
     created = datetime.now(UTC)
     models.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(models / name)
-    temporary.mkdir()
+    temporary = temporary_name(cache_folder() / name if isinstance(models, RemotePath) else models / name)
+    temporary.mkdir(parents=True)
     try:
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, temporary / WEIGHTS)
@@ -102,15 +103,18 @@ def save_record(
         folder = models / f"{name}-{created:%Y%m%dT%H%M%SZ}-{digest}"
         with (temporary / WEIGHTS).open("rb") as file:
             os.fsync(file.fileno())
-        sync_directory(temporary)
-        os.rename(temporary, folder)
-        sync_directory(models)
+        if isinstance(folder, RemotePath):
+            upload_folder(temporary, folder, last=CONFIG)  # a record is there when its configuration is
+        else:
+            sync_directory(temporary)
+            os.rename(temporary, folder)
+            sync_directory(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def load_record(models: Path, name_or_folder: str) -> Record:
+def load_record(models: Location, name_or_folder: str) -> Record:
     """The model an alias or a folder name stands for.
 
     Raises InputError when there is none of that name, listing those there are, or when a file of it is
@@ -126,14 +130,21 @@ def load_record(models: Path, name_or_folder: str) -> Record:
     identity = CodecIdentity.from_dict(config["codec"])
     model = build(config["model"], config["sizes"])
     try:
-        weights = load_file(folder / WEIGHTS)
+        weights = read_weights(folder / WEIGHTS)
+    except StorageError:
+        raise
     except (OSError, SafetensorError) as err:
         raise InputError(f"{folder / WEIGHTS} cannot be read ({err}); train the model again") from err
     _load_weights(model, weights, folder / WEIGHTS)
     return Record(config["model"], folder, model.eval(), config, metrics, identity)
 
 
-def resolve(models: Path, name_or_folder: str) -> Path:
+def read_weights(path: Location) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, by name; from object storage in one request."""
+    return load(path.read_bytes()) if isinstance(path, RemotePath) else load_file(path)
+
+
+def resolve(models: Location, name_or_folder: str) -> Location:
     """The folder of an alias or a record's own name. Raises InputError listing what there is."""
     aliases = read_aliases(models)
     folder = models / aliases.get(name_or_folder, name_or_folder)
@@ -151,13 +162,13 @@ def resolve(models: Path, name_or_folder: str) -> Path:
     )
 
 
-def record_folders(models: Path) -> list[Path]:
+def record_folders(models: Location) -> list[Location]:
     """Folders of all records, oldest first."""
     found = [p.parent for p in models.glob(f"*/{CONFIG}") if not p.parent.name.startswith(".")]
     return sorted(found, key=lambda p: (p.name.split("-")[-2:], p.name))
 
 
-def find_record(models: Path, name: str, **wanted: Any) -> Path | None:
+def find_record(models: Location, name: str, **wanted: Any) -> Location | None:
     """The newest record of this architecture whose config.json has these values; None where there is none."""
     for folder in reversed(record_folders(models)):
         config = _read_json(folder / CONFIG)
@@ -167,20 +178,20 @@ def find_record(models: Path, name: str, **wanted: Any) -> Path | None:
     return None
 
 
-def read_aliases(models: Path) -> dict[str, str]:
+def read_aliases(models: Location) -> dict[str, str]:
     """Alias to folder name; {} where nothing was trained yet."""
     path = models / ALIASES
     return {str(k): str(v) for k, v in _read_json(path).items()} if path.exists() else {}
 
 
-def set_alias(models: Path, alias: str, folder: Path) -> None:
+def set_alias(models: Location, alias: str, folder: Location) -> None:
     """Point `alias` to this record. Readers see the old table or the new one."""
     if folder.parent.resolve() != models.resolve() or not (folder / CONFIG).is_file():
         raise InputError(f"expected a record in {models} for alias {alias!r}, got {folder}")
     write_json(models / ALIASES, {**read_aliases(models), alias: folder.name})
 
 
-def _load_weights(model: Predictor, weights: Mapping[str, Tensor], source: Path) -> None:
+def _load_weights(model: Predictor, weights: Mapping[str, Tensor], source: Location) -> None:
     """Copy weights into the model. Raises InputError naming the first tensor that does not fit."""
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in weights.items()}
@@ -202,9 +213,11 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Location) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except StorageError:
+        raise
     except (OSError, ValueError) as err:
         raise InputError(f"{path} cannot be read ({err}); expected JSON written by `latent train`") from err
     if not isinstance(value, dict):
@@ -275,11 +288,11 @@ _BUFFERS = {"pos_encoder.pe"}
 
 def import_checkpoint(
     path: Path,
-    models: Path,
+    models: Location,
     identity: CodecIdentity,
     config: Mapping[str, Any] | None = None,
     score: Callable[[Predictor], Mapping[str, Any]] | None = None,
-) -> tuple[str, Path]:
+) -> tuple[str, Location]:
     """Architecture and folder of a new record, from an original checkpoint {"model_state_dict": …}.
 
     The architecture is told from the tensors' names and shapes. identity: the codec of the vectors it was

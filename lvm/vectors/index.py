@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
-from lvm.errors import InputError
+from lvm.errors import InputError, StorageError
+from lvm.storage import Location, RemotePath, cache_folder, fetch, location, remove_tree, upload_folder
 from lvm.vectors.sequences import VectorArray
 from lvm.vectors.shards import (
     Manifest,
@@ -65,7 +66,7 @@ class IndexSettings:
 class Index:
     """One published version, ready to search."""
 
-    directory: Path
+    directory: Location
     """The version's folder."""
     manifest: Manifest
     """What it was made from and how well it finds."""
@@ -154,7 +155,7 @@ class Index:
         return scores, rows
 
 
-def build_index(array: VectorArray, directory: Path, settings: IndexSettings | None = None) -> Index:
+def build_index(array: VectorArray, directory: Location, settings: IndexSettings | None = None) -> Index:
     """Index all vectors of `array`, measure its recall, publish it in `directory`, and return it.
 
     When the version CURRENT names was made from the same vectors with the same settings, it is returned as it
@@ -172,7 +173,7 @@ def build_index(array: VectorArray, directory: Path, settings: IndexSettings | N
     store = _fill(array, settings)
     record = _settings_record(settings, len(array))
     version = directory / "versions" / _version_name(array, record)
-    temporary = temporary_name(version)
+    temporary = temporary_name(cache_folder() / version.name if isinstance(version, RemotePath) else version)
     temporary.mkdir(parents=True)
     try:
         file = temporary / "index.faiss"
@@ -191,10 +192,13 @@ def build_index(array: VectorArray, directory: Path, settings: IndexSettings | N
         recall = measure_recall(array, Index(temporary, manifest, store), settings.seed)
         manifest = manifest.with_report(**recall)
         manifest.save(temporary)
-        if version.exists():  # one that failed its checks, or that another run has just published
-            shutil.rmtree(version)
-        temporary.rename(version)
-        sync_directory(version.parent)
+        if isinstance(version, RemotePath):
+            upload_folder(temporary, version, last="manifest.json")
+        else:
+            if version.exists():  # one that failed its checks, or that another run has just published
+                shutil.rmtree(version)
+            temporary.rename(version)
+            sync_directory(version.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     write_bytes(directory / "CURRENT", f"{version.name}\n".encode())
@@ -202,12 +206,13 @@ def build_index(array: VectorArray, directory: Path, settings: IndexSettings | N
     return load_index(directory)
 
 
-def load_index(directory: Path | str) -> Index:
-    """The version CURRENT names, memory-mapped: replicas on one machine share its pages.
+def load_index(directory: Location | str) -> Index:
+    """The version CURRENT names, memory-mapped: replicas on one machine share its pages. From object storage its file
+    is fetched first, once for each version.
 
     Raises InputError when none is published, or its file is missing or damaged.
     """
-    directory = Path(directory)
+    directory = location(directory)
     current = directory / "CURRENT"
     try:
         name = current.read_text().strip()
@@ -220,7 +225,7 @@ def load_index(directory: Path | str) -> Index:
     manifest.verify(version)
     file = version / manifest.shards[0].file
     try:
-        store = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+        store = faiss.read_index(str(fetch(file, manifest.shards[0].sha256)), faiss.IO_FLAG_MMAP)
     except RuntimeError as err:
         raise InputError(
             f"{file} is damaged: {str(err).splitlines()[0]}. Delete {version} and run `latent index` again."
@@ -233,7 +238,9 @@ def load_index(directory: Path | str) -> Index:
     return Index(version, manifest, store)
 
 
-def find_index(array: VectorArray, directory: Path, settings: IndexSettings | None = None) -> Index | None:
+def find_index(
+    array: VectorArray, directory: Location, settings: IndexSettings | None = None
+) -> Index | None:
     """The published version when it was made from `array` with `settings` and is whole; else None."""
     record = _settings_record(settings or IndexSettings(), len(array))
     name = _version_name(array, record)
@@ -244,6 +251,8 @@ def find_index(array: VectorArray, directory: Path, settings: IndexSettings | No
         if Manifest.load(version, "index").damaged(version, deep=True):
             return None
         return load_index(directory)
+    except StorageError:
+        raise
     except (OSError, InputError):
         return None
 
@@ -325,14 +334,23 @@ def _version_name(array: VectorArray, record: dict[str, Any]) -> str:
     return fingerprint({"vectors": array.fingerprint, "settings": record})
 
 
-def _drop_old_versions(directory: Path) -> None:
+def _drop_old_versions(directory: Location) -> None:
     versions = directory / "versions"
     sweep_temporaries(directory)
     current = (directory / "CURRENT").read_text().strip()
     made = [p for p in versions.iterdir() if p.is_dir() and not p.name.startswith(".")]
     # CURRENT first, then the newest: a version taken up again after an older one still comes first.
-    made.sort(key=lambda p: (p.name == current, p.stat().st_mtime_ns), reverse=True)
+    made.sort(key=lambda p: (p.name == current, _made_at(p)), reverse=True)
     for old in made[KEPT_VERSIONS:]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
     for left in versions.glob(".*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+        remove_tree(left)
+
+
+def _made_at(version: Location) -> int:
+    """When a version was published, nanoseconds; 0 for what an upload that broke off left."""
+    try:
+        # On object storage a folder has no time of its own; its manifest came last.
+        return (version if isinstance(version, Path) else version / "manifest.json").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import InputError
+from lvm.storage import Location, RemotePath, cache_folder, fetch, fetched, location
 from lvm.vectors.shards import (
     Manifest,
     fingerprint,
@@ -57,7 +58,7 @@ Rows = Sequence[int] | NDArray[Any]
 class VectorArray:
     """All chunks of one encode job by article and position. Every array is memory-mapped and read-only."""
 
-    directory: Path
+    directory: Location
     """The encode job's folder."""
     fingerprint: str
     """Fingerprint of its manifest: another array, another fingerprint."""
@@ -113,14 +114,14 @@ class VectorArray:
         return values
 
 
-def open_vectors(directory: Path | str) -> VectorArray:
+def open_vectors(directory: Location | str) -> VectorArray:
     """The vectors of a finished encode job; the array is made on the first call, in about a second for
-    300,000 chunks.
+    300,000 chunks. That of an encode job on object storage is made in this machine's cache folder.
 
     Raises InputError when the job is not finished, a shard is damaged, a chunk comes twice, or a vector is
     NaN, not of norm 1 or of the wrong dimension; IdentityError when the shards come from two codecs.
     """
-    directory = Path(directory)
+    directory = location(directory)
     manifest = Manifest.load(directory, "vectors")
     folder = _array_folder(directory, manifest.fingerprint)
     if not folder.exists():
@@ -135,7 +136,7 @@ def open_vectors(directory: Path | str) -> VectorArray:
     return array
 
 
-def _reopen(directory: Path, expected: str) -> VectorArray:
+def _reopen(directory: Location, expected: str) -> VectorArray:
     array = open_vectors(directory)
     if array.fingerprint != expected:
         raise InputError(
@@ -145,11 +146,14 @@ def _reopen(directory: Path, expected: str) -> VectorArray:
     return array
 
 
-def _array_folder(directory: Path, manifest_fingerprint: str) -> Path:
-    return directory / "_array" / f"{manifest_fingerprint}-{_ARRAY_LAYOUT}"
+def _array_folder(directory: Location, manifest_fingerprint: str) -> Path:
+    name = f"{manifest_fingerprint}-{_ARRAY_LAYOUT}"
+    if isinstance(directory, RemotePath):
+        return cache_folder() / "arrays" / fingerprint(str(directory)) / name
+    return directory / "_array" / name
 
 
-def _map_array(directory: Path, manifest: Manifest, folder: Path) -> VectorArray:
+def _map_array(directory: Location, manifest: Manifest, folder: Path) -> VectorArray:
     def load(name: str) -> NDArray[Any]:
         path = folder / f"{name}.npy"
         try:
@@ -171,7 +175,7 @@ def _map_array(directory: Path, manifest: Manifest, folder: Path) -> VectorArray
     return VectorArray(directory, manifest.fingerprint, manifest.identity, **arrays, table=table)
 
 
-def _make_array(directory: Path, manifest: Manifest, folder: Path) -> None:
+def _make_array(directory: Location, manifest: Manifest, folder: Path) -> None:
     """Lay the shards out under a temporary name, then rename. Two processes may do so at once: one wins."""
     manifest.verify(directory)
     temporary = temporary_name(folder)
@@ -186,15 +190,18 @@ def _make_array(directory: Path, manifest: Manifest, folder: Path) -> None:
         sync_directory(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(directory, RemotePath):
+            for shard in manifest.shards:  # their copies; all that is in them is in the array now
+                fetched(shard.sha256, ".parquet").unlink(missing_ok=True)
     for other in folder.parent.iterdir():
         # Arrays of vectors that were redone since; the shards hold all that is in them.
         if other != folder and not other.name.startswith("."):
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _fill_array(directory: Path, manifest: Manifest, folder: Path) -> None:
+def _fill_array(directory: Location, manifest: Manifest, folder: Path) -> None:
     identity = manifest.identity
-    paths = [directory / s.file for s in manifest.shards]
+    paths = [fetch(directory / s.file, s.sha256) for s in manifest.shards]
     if not paths:
         raise InputError(f"{directory} holds no shard, expected one or more; run `latent chunk` on some text")
     for path in paths:
@@ -269,7 +276,7 @@ def _fill_array(directory: Path, manifest: Manifest, folder: Path) -> None:
     np.save(folder / "neighbour_cosines.npy", cosines, allow_pickle=False)
 
 
-def _numbers(table: pa.Table, name: str, dtype: Any, directory: Path) -> NDArray[Any]:
+def _numbers(table: pa.Table, name: str, dtype: Any, directory: Location) -> NDArray[Any]:
     column = table.column(name)
     if column.null_count:
         raise InputError(
@@ -280,7 +287,7 @@ def _numbers(table: pa.Table, name: str, dtype: Any, directory: Path) -> NDArray
 
 
 def _require_unique(
-    chunk_ids: NDArray[np.str_], doc_ids: NDArray[np.int32], positions: NDArray[np.int32], directory: Path
+    chunk_ids: NDArray[np.str_], doc_ids: NDArray[np.int32], positions: NDArray[np.int32], directory: Location
 ) -> None:
     names, counts = np.unique(chunk_ids, return_counts=True)
     if (counts > 1).any():

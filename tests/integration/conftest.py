@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.objects import bucket, own_cache, s3_server
+
+__all__ = ["CHECKOUT", "bucket", "own_cache", "ray_cluster", "s3_server"]
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import pytest
 pytestmark = pytest.mark.integration
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-README = (CHECKOUT / "README.md").read_text()
 
 
 def latent(
@@ -180,33 +178,3 @@ def test_options_of_every_command_come_from_its_job() -> None:
         done = latent(*command.split(), "--help")
         assert done.returncode == 0, done.stderr
         assert "--" in done.stdout
-
-
-def commands_of_readme() -> list[str]:
-    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", README, re.DOTALL)
-    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("latent ", "make ", "python -m ", "ray job submit "))]
-
-
-def test_every_command_in_the_readme_exists_with_its_options() -> None:
-    commands = commands_of_readme()
-    assert len(commands) >= 8
-    targets = set(re.findall(r"^([a-z]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
-    for command in commands:
-        words = shlex.split(command.replace("ray job submit --working-dir . -- ", ""), comments=True)
-        if words[0] == "make":
-            assert words[1] in targets, command
-            continue
-        if words[0] == "python":
-            arguments, shown = (
-                words[3:],
-                subprocess.run(
-                    [sys.executable, *words[1:3], "--help"], cwd=CHECKOUT, capture_output=True, text=True
-                ),
-            )
-        else:
-            name = 3 if words[1] == "codec" else 2  # `latent codec eval` is two words
-            arguments, shown = words[name:], latent(*words[1:name], "--help")
-        assert shown.returncode == 0, command
-        for option in (a for a in arguments if a.startswith("--")):
-            assert option in shown.stdout, f"{command}: no option {option}"

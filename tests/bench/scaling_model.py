@@ -1,0 +1,140 @@
+"""What do 500k, 50M and 5G chunks take, from the rates that were measured on two cores?
+
+    python -m tests.bench.scaling_model
+
+Prints the tables of docs/scaling.md; a test holds the two together. Every rate names the results file it was measured
+in; nothing here was measured at the larger sizes. What a stage does on one machine is not divided by the number of
+nodes. The last line is JSON.
+"""
+
+import json
+from dataclasses import dataclass
+
+SIZES = {"500 k": 500_000, "50 M": 50_000_000, "5 G": 5_000_000_000}
+NODES = {"500 k": 1, "50 M": 24, "5 G": 200}
+"""Worker nodes taken for each size: cluster.yaml's own machine type and, at 50 M, its own limit."""
+
+CORES_PER_NODE = 8
+"""vCPUs of cluster.yaml's cpu_spot, an m7i.2xlarge."""
+
+DOLLARS_PER_NODE_HOUR = 0.40
+"""About the list price of an m7i.2xlarge on demand; spot is often a third of it. Look it up before you plan on it."""
+
+PREDICTORS = "predictors_wikipedia-recent_amd-epyc-2core_2026-11.md"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A measured rate and where it stands."""
+
+    chunks: int
+    """Chunks of that run."""
+    seconds: int
+    """Wall time of the stage, on two cores."""
+    spreads: bool
+    """True where more nodes do it faster; False for what one machine does alone."""
+    source: str
+    """File in tests/bench/results."""
+
+    @property
+    def per_core(self) -> float:
+        """Chunks a second on one core."""
+        return self.chunks / self.seconds / 2
+
+
+RATES = {
+    "chunk": Rate(456_459, 44, True, PREDICTORS),
+    "encode": Rate(456_459, 315, True, PREDICTORS),
+    "index": Rate(456_459, 39, False, PREDICTORS),
+}
+
+CHUNK_BYTES = 61
+"""A chunk in a shard of chunks, zstd: 61.3 bytes for the bundled sample's 3,899 (`latent chunk`)."""
+VECTOR_BYTES = 1_544
+"""A chunk in a shard of vectors, float16, zstd: 1,544 for 1,413 chunks of the sample (`latent encode`)."""
+ARRAY_BYTES = 1_842
+"""A chunk in the array that training maps, texts and ids included: measured on the same 1,413 chunks."""
+INDEX_BYTES = 4 * 768 + 8
+"""A vector in IVF_FLAT: float32 numbers and its row."""
+PQ_BYTES = 96 + 8
+"""A vector in IVF_PQ of 96 sub-quantisers, and its row; not built by `latent index` today."""
+ID_BYTES = 32 + 49 + 60
+"""A chunk id in the driver's check that no id is lost or doubled: CPython's text object and its place in a set."""
+SHARD_ROWS = 2_048
+"""Default of --rows-per-shard."""
+MANIFEST_BYTES = 190
+"""A shard's entry in manifest.json."""
+
+
+def hours(size: int, rate: Rate, nodes: int) -> float:
+    """Hours of a stage at this many chunks."""
+    cores = CORES_PER_NODE * (nodes if rate.spreads else 1)
+    return size / (rate.per_core * cores) / 3600
+
+
+def time_of(value: float) -> str:
+    """Hours as people say them."""
+    return f"{value:.2g} h" if value >= 1 else f"{value * 60:.2g} min"
+
+
+def shown(value: float, unit: str) -> str:
+    """A size as people write it."""
+    for step, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= step:
+            return f"{value / step:.3g} {letter}{unit}"
+    return f"{value:.0f} {unit}"
+
+
+def tables() -> str:
+    """Time and space at each size, in Markdown."""
+    lines = ["| | " + " | ".join(SIZES) + " |", "| --- |" + " ---: |" * len(SIZES)]
+    lines.append("| worker nodes of 8 vCPUs | " + " | ".join(str(NODES[s]) for s in SIZES) + " |")
+    for stage, rate in RATES.items():
+        where = "all nodes" if rate.spreads else "one node"
+        cells = [time_of(hours(n, rate, NODES[s])) for s, n in SIZES.items()]
+        lines.append(f"| {stage}, {where} | " + " | ".join(cells) + " |")
+    spent = [hours(n, RATES["encode"], NODES[s]) * NODES[s] for s, n in SIZES.items()]
+    lines.append("| encode, node-hours | " + " | ".join(f"{h:.2g}" for h in spent) + " |")
+    lines.append(
+        "| encode, dollars | " + " | ".join(f"{h * DOLLARS_PER_NODE_HOUR:.2g}" for h in spent) + " |"
+    )
+    sizes = {
+        "shards of chunks": CHUNK_BYTES,
+        "shards of vectors": VECTOR_BYTES,
+        "array that training maps": ARRAY_BYTES,
+        "index, IVF_FLAT": INDEX_BYTES,
+        "index, IVF_PQ (not built today)": PQ_BYTES,
+        "ids in the encode job's own process": ID_BYTES,
+    }
+    for what, each in sizes.items():
+        lines.append(f"| {what} | " + " | ".join(shown(each * n, "B") for n in SIZES.values()) + " |")
+    shards = [-(-n // SHARD_ROWS) for n in SIZES.values()]
+    lines.append("| shards of 2,048 rows | " + " | ".join(f"{n:,}" for n in shards) + " |")
+    lines.append("| manifest.json | " + " | ".join(shown(MANIFEST_BYTES * n, "B") for n in shards) + " |")
+    return "\n".join(lines)
+
+
+def sources() -> str:
+    """The rates and where they stand, in Markdown."""
+    lines = [
+        "| stage | chunks | seconds on 2 cores | chunks/s a core | source |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for stage, rate in RATES.items():
+        link = f"[{rate.source}](../tests/bench/results/{rate.source})"
+        lines.append(f"| {stage} | {rate.chunks:,} | {rate.seconds} | {rate.per_core:,.0f} | {link} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print both tables and one line of JSON."""
+    print(sources(), tables(), sep="\n\n")
+    record = {
+        size: {stage: round(hours(n, rate, NODES[size]), 3) for stage, rate in RATES.items()}
+        for size, n in SIZES.items()
+    }
+    print(json.dumps({"hours": record, "nodes": NODES}))
+
+
+if __name__ == "__main__":
+    main()
