@@ -14,7 +14,8 @@ import functools
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, Protocol
 
@@ -65,6 +66,9 @@ class Encoder(Protocol):
 
 CodecLoader = Callable[[], Encoder]
 """Makes the codec, once in each worker; pickled on the way there."""
+
+REFUSALS = {"IdentityError": IdentityError, "OutputError": OutputError}
+"""Errors a worker's refusal is raised as in the driver; any other is an InputError."""
 
 MAX_THREADS = 8
 """Most threads of one actor; the encoder's matrices are too small to feed more."""
@@ -330,7 +334,8 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts chunks
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
-    num_actors, resources = _plan(ray.cluster_resources(), len(pending))  # type: ignore[no-untyped-call]
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    num_actors, resources = plan(nodes, len(pending))
     rows = [asdict(s) for s in pending]
     finished = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardEncoder,
@@ -350,7 +355,7 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
             error, refusal = row.pop("error"), row.pop("refusal")
             advance(row["rows"])
             if error:
-                refused.append({"IdentityError": IdentityError}.get(refusal, InputError)(error))
+                refused.append(REFUSALS.get(refusal, InputError)(error))
                 continue
             yield Shard(**row)
     if refused:
@@ -358,17 +363,22 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
         raise refused[0]
 
 
-def _plan(cluster: Mapping[str, float], num_shards: int) -> tuple[int, dict[str, Any]]:
+def plan(nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[int, dict[str, Any]]:
     """Number of actors, and what each takes: a GPU and a CPU where there are GPUs, else its part of the CPUs.
 
-    On CPUs an actor a core with one thread each beats fewer with more, as texts are short and matrices small;
-    with fewer shards than cores, each gets the cores the others leave.
+    nodes: Ray resources of each live node. On CPUs an actor a core with one thread each beats fewer with more, as texts
+    are short and matrices small; with fewer shards than cores, each gets cores the others leave, all on one node:
+    an actor that asked for more than any node has would wait for ever.
     """
-    num_gpus, num_cpus = int(cluster.get("GPU", 0)), max(1, int(cluster.get("CPU", 1)))
+    num_gpus = sum(int(n.get("GPU", 0)) for n in nodes)
     if num_gpus:
         return min(num_gpus, num_shards), {"num_gpus": 1, "num_cpus": 1}
-    num_actors = min(num_cpus, num_shards)
-    return num_actors, {"num_cpus": min(num_cpus // num_actors, MAX_THREADS)}
+    cpus = [int(n.get("CPU", 0)) for n in nodes]
+    num_actors = max(1, min(sum(cpus), num_shards))
+    for threads in range(MAX_THREADS, 1, -1):
+        if sum(c // threads for c in cpus) >= num_actors:
+            return num_actors, {"num_cpus": threads}
+    return num_actors, {"num_cpus": 1}
 
 
 def _remove_unlisted(target: Location, manifest: Manifest) -> None:

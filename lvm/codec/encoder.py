@@ -1,7 +1,8 @@
 """Texts to vectors, in three stages that can overlap: tokenise (pre), multiply (core), finish (post)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -9,14 +10,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lvm.codec.inference import Int8Encoder, Int8MiniEncoder
 from lvm.codec.mini import MiniEncoder
-from lvm.codec.runner import Precision, StackRunner
+from lvm.codec.runner import Precision, StackRunner, best_precision
 from lvm.codec.t5 import T5Stack
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.errors import InputError
 
-BATCH_TOKENS = 8192
-"""Tokens a batch, padding included: on two cores larger batches gain nothing and leave the cache."""
+BATCH_TOKENS = {"cpu": 2048}
+"""Tokens a batch, padding included, by device type: on a CPU more leave the cache (tests/bench/results/LOG.md)."""
+
+MORE_BATCH_TOKENS = 32_768
+"""Tokens a batch on any other device: enough rows to fill it."""
+
+MAX_PADDING = 128
+"""Padding a batch may hold: about what one batch more costs. Texts come sorted by length, so most hold none."""
+
+MIN_COSINE = 0.9995
+"""Least cosine to float32 that a lower precision must keep on every one of GATE_TEXTS to be taken."""
+
+GATE_TEXTS = (
+    "Yes.",
+    "The river rises in the hills north of the town.",
+    "In 1871 the company opened a second factory, where it made engines for ships and for railways.",
+    "Most of the species live in warm, shallow water, and feed on plankton during the night.",
+    "x^2 + 3y = 0 (mod 7), ISBN 978-3-16-148410-0; see §4.2!",
+    "Its sugar and coffee were produced by half a million slaves, most of them born in Africa,",
+    "Lech Wałęsa, né à Popowo, čtyřicet, 東京, Αθήνα",
+    "She studied law in Vienna, but gave it up after two years and turned to painting.",
+)
+"""Short and long, plain and odd texts that a lower precision is judged on when a codec loads."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +94,30 @@ class GtrEncoder(nn.Module):
         self.register_buffer("weight", None if dense is None else dense[0])
         self.register_buffer("bias", None if dense is None else dense[1])
         self.stack = stack
-        self.runner: StackRunner | None = None
+        self.runner: StackRunner | Int8Encoder | None = None
         self.normalised = normalised
         self.config = GtrSizes(table.shape[1] if dense is None else dense[0].shape[0])
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B, T) int64 and mask (B, T) bool to (B, D) float32."""
+    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """ids (B, T) int64 and mask (B, T) bool, None when all places are real, to (B, D) float32."""
         embedded = F.embedding(ids, self.table)
         run = self.stack if self.runner is None else self.runner.encode
         states = run(embedded, mask).float()
-        pooled = states.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True)
+        if mask is None:
+            pooled = states.mean(1)
+        else:
+            pooled = states.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True)
         if self.weight is not None:
             pooled = F.linear(pooled, self.weight, self.bias)
         return F.normalize(pooled, dim=-1) if self.normalised else pooled
 
     def prepared(self, precision: Precision) -> "GtrEncoder":
-        """The same encoder for the decode loop, its products in another precision; itself for float32."""
+        """The same encoder with its products in another precision; itself for float32."""
         if precision == "float32":
             return self
         dense = None if self.weight is None else (self.weight, self.bias)
         other = GtrEncoder(self.table, self.stack, dense, self.normalised)
-        other.runner = StackRunner(self.stack, precision)
+        other.runner = Int8Encoder(self.stack) if precision == "int8" else StackRunner(self.stack, precision)
         return other
 
 
@@ -103,13 +129,42 @@ class TextEncoder:
         network: MiniEncoder | GtrEncoder,
         tokenizer: ChunkTokenizer,
         device: torch.device,
-        dtype: torch.dtype | None = None,
+        precision: Precision | Literal["auto"] = "auto",
     ) -> None:
-        """dtype: of the matrix products; None for the fastest the device has."""
+        """precision: of the matrix products; "auto" for the fastest the device has, where it keeps MIN_COSINE."""
         self.network = network.to(device).eval()
         self.tokenizer = tokenizer
         self.device = device
-        self.dtype = dtype or best_dtype(device)
+        self.batch_tokens = BATCH_TOKENS.get(device.type, MORE_BATCH_TOKENS)
+        self.use("float32")
+        if precision == "auto":
+            self.use_fastest()
+        else:
+            self.use(precision)
+
+    def use(self, precision: Precision) -> None:
+        """Multiply in this precision from now on."""
+        self.precision = precision
+        self._forward: Callable[[Tensor, Tensor | None], Tensor] = self.network
+        with torch.inference_mode():
+            if isinstance(self.network, GtrEncoder):
+                self._forward = self.network.prepared(precision)
+            elif precision == "int8":
+                self._forward = Int8MiniEncoder(self.network)
+
+    def use_fastest(self) -> None:
+        """The device's best precision, or float32 where a text's vector would turn too far from float32's.
+
+        Which weights bear int8 cannot be told from their sizes, so it is measured.
+        """
+        self.use("float32")
+        best = best_precision(self.device)
+        if best == "float32":
+            return
+        exact = self.encode(GATE_TEXTS).vectors
+        self.use(best)
+        if not (np.einsum("nd,nd->n", self.encode(GATE_TEXTS).vectors, exact) >= MIN_COSINE).all():
+            self.use("float32")
 
     def pre(
         self, texts: Sequence[str]
@@ -122,26 +177,37 @@ class TextEncoder:
         counts = np.asarray(lengths, np.int32)
         return ids, counts, counts > self.tokenizer.max_tokens
 
-    def batches(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor]]:
-        """Row numbers, padded ids (B, T) and mask (B, T), longest texts first, under the token budget."""
+    def batches(
+        self, ids: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor | None]]:
+        """Row numbers, padded ids (B, T) and mask (B, T), longest texts first, under the token budget.
+
+        The mask is None for a batch without padding, which most are.
+        """
         lengths = np.fromiter((len(r) for r in ids), np.int64, len(ids))
         order = np.argsort(-lengths, kind="stable")
         start = 0
         while start < len(order):
             T = int(lengths[order[start]])
-            rows = order[start : start + max(1, BATCH_TOKENS // T)]
+            rows = order[start : start + max(1, self.batch_tokens // T)]
+            padding = np.cumsum(T - lengths[rows])
+            rows = rows[: int(np.searchsorted(padding, MAX_PADDING, side="right"))]
             padded = np.full((len(rows), T), self.tokenizer.pad_id, np.int64)
             for i, row in enumerate(rows):
                 padded[i, : lengths[row]] = ids[row]
-            mask = np.arange(T)[None] < lengths[rows][:, None]
-            yield rows, torch.from_numpy(padded).to(self.device), torch.from_numpy(mask).to(self.device)
+            mask = None
+            if padding[len(rows) - 1]:
+                mask = torch.from_numpy(np.arange(T)[None] < lengths[rows][:, None]).to(self.device)
+            yield rows, torch.from_numpy(padded).to(self.device), mask
             start += len(rows)
 
     @torch.inference_mode()
-    def core(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Padded ids (B, T) and mask (B, T) to (B, D) float32; the heavy part."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            vectors: Tensor = self.network(ids, mask)
+    def core(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Padded ids (B, T) and mask (B, T), None when all places are real, to (B, D) float32; the heavy part."""
+        # A prepared encoder holds its precision itself.
+        automatic = self.precision == "bfloat16" and self._forward is self.network
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=automatic):
+            vectors: Tensor = self._forward(ids, mask)
         return vectors
 
     def post(

@@ -17,7 +17,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from lvm.errors import InputError
 
 if TYPE_CHECKING:
     from lvm.codec.encoder import TextEncoder
+    from lvm.codec.runner import Precision
     from lvm.codec.zoo import Codec
 
 EMBEDDER = "sentence-transformers/gtr-t5-base"
@@ -222,14 +223,15 @@ def _require_contract(folder: Path) -> None:
         )
 
 
-def load_gtr_encoder(name: str, path: str | Path | None, device: Any) -> tuple["TextEncoder", CodecIdentity]:
-    """Encoder of a GTR codec, in float32, and its identity.
+def load_gtr_encoder(
+    name: str, path: str | Path | None, device: Any, precision: "Precision | Literal['auto']" = "auto"
+) -> tuple["TextEncoder", CodecIdentity]:
+    """Encoder of a GTR codec and its identity.
 
-    Its `encode` gives unit vectors (N, 768) and the norms the network's own had: about 1 for `gtr-ielab`, what the
-    pooling left for `gtr-jxe`. Raises InputError on missing or damaged files and on another contract than the name's.
+    precision: as `TextEncoder` has it. Its `encode` gives unit vectors (N, 768) and the norms the network's own had:
+    about 1 for `gtr-ielab`, what the pooling left for `gtr-jxe`. Raises InputError on missing or damaged files and on
+    another contract than the name's.
     """
-    import torch
-
     from lvm.codec.encoder import GtrEncoder, TextEncoder
     from lvm.codec.vec2text import read_stack, read_weights
 
@@ -272,7 +274,7 @@ def load_gtr_encoder(name: str, path: str | Path | None, device: Any) -> tuple["
         max_tokens=MAX_TOKENS,
         dim=network.config.dim,
     )
-    return TextEncoder(network, tokenizer, device, torch.float32), identity
+    return TextEncoder(network, tokenizer, device, precision), identity
 
 
 def _hash(tensors: dict[str, Any]) -> str:
@@ -291,9 +293,10 @@ def load_gtr(
 ) -> "Codec":
     """A GTR codec ready to encode and decode: encoder, hypothesizer, corrector.
 
-    device: a torch device, the CPU by default. precision: of the decoder. The decoder gets vectors on the encoder's own
-    scale: 1 for `gtr-ielab`; for `gtr-jxe` the mean norm of a few texts, since stored and predicted vectors are of unit
-    norm. Raises InputError as `repository_folders` does, and when the limits of decoder and codec differ.
+    device: a torch device, the CPU by default. precision: as `load_codec` has it. The decoder gets vectors on the
+    encoder's own scale: 1 for `gtr-ielab`; for `gtr-jxe` the mean norm of a few texts, since stored and predicted
+    vectors are of unit norm. Raises InputError as `repository_folders` does, and when the limits of decoder and codec
+    differ.
     """
     import torch
 
@@ -312,7 +315,9 @@ def load_gtr(
             raise InputError(
                 f"{folders[repository]} was trained on {limit} tokens; expected {MAX_TOKENS} for codec {name}"
             )
-    encoder, identity = load_gtr_encoder(name, path, where)
+    encoder, identity = load_gtr_encoder(
+        name, path, where, "auto" if precision == "auto" else require_precision(precision)
+    )
     how = best_precision(where) if precision == "auto" else require_precision(precision)
     first = Hypothesizer(folders[contract.hypothesizer], how, where)
     second = Corrector(folders[contract.corrector], how, where)
@@ -323,9 +328,9 @@ def load_gtr(
                 "load a pair that belongs together"
             )
 
-    # The loop looks at each text again in the decoder's precision; `encode` itself always runs in float32.
+    # The loop looks at each text again in the decoder's precision; `encode` itself only in one that keeps its vectors.
     network = cast(GtrEncoder, encoder.network)
-    look = TextEncoder(network.prepared(how), encoder.tokenizer, where, torch.float32)
+    look = encoder if encoder.precision == how else TextEncoder(network, encoder.tokenizer, where, how)
 
     def embed(texts: Any) -> Any:
         encoded = look.encode(texts)

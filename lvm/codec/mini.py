@@ -139,10 +139,10 @@ class MiniEncoder(nn.Module):
         lexical_energy: float = c.full_tokens * (c.word_weight**2 + c.order_weight**2)
         return math.sqrt(lexical_energy * c.topic_share / (1 - c.topic_share))
 
-    def bound(self, embedded: Tensor, mask: Tensor) -> Tensor:
+    def bound(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """What each token adds to the lexical part, (B, T, L) float32: w e_i + o R_i e_i."""
         c = self.config
-        e = embedded.float() * mask[..., None]
+        e = embedded.float() if mask is None else embedded.float() * mask[..., None]
         out: Tensor = c.word_weight * e + c.order_weight * self.rotation(e)
         return out
 
@@ -157,15 +157,15 @@ class MiniEncoder(nn.Module):
         out: Tensor = bag + self.outward(torch.cat((mean, peak), dim=-1)).float()
         return out
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B, T) int64 and mask (B, T) bool to (B, D) float32 of unit norm.
+    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """ids (B, T) int64 and mask (B, T) bool, None when all places are real, to (B, D) float32 of unit norm.
 
         In training mode the topic part is centred by the batch's own mean, as in batch normalisation; else by
         `centre`, which the training sets from many chunks.
         """
         embedded = self.tokens(ids)
         lexical = self.bound(embedded, mask).sum(1)
-        topic = self.topic(ids, embedded, mask)
+        topic = self.topic(ids, embedded, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask)
         topic = F.normalize(topic - (topic.mean(0) if self.training else self.centre), dim=-1)
         return F.normalize(torch.cat((topic * self.topic_norm, lexical), dim=-1), dim=-1)
 

@@ -165,8 +165,8 @@ def load_codec(
 ) -> Codec:
     """A codec ready to encode and decode.
 
-    device: "auto" (CUDA, then MPS, then CPU) or a torch device. precision: of the decoder, "float32",
-    "bfloat16", "int8", or "auto" for the fastest that keeps the quality. Raises InputError on an unknown name,
+    device: "auto" (CUDA, then MPS, then CPU) or a torch device. precision: "float32", "bfloat16",
+    "int8", or "auto" for the fastest that keeps the quality. Raises InputError on an unknown name,
     missing or damaged files, and when the tokenizer is not the one the weights were trained with.
     """
     import torch
@@ -220,7 +220,9 @@ def load_codec(
         dim=config.dim,
     )
     where = pick_device(device)
-    text_encoder = TextEncoder(encoder, tokenizer, where)
+    text_encoder = TextEncoder(
+        encoder, tokenizer, where, "auto" if precision == "auto" else require_precision(precision)
+    )
     unbinder = Unbinder(
         encoder,
         hypothesizer,

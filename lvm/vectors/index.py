@@ -24,6 +24,7 @@ from lvm.vectors.sequences import VectorArray
 from lvm.vectors.shards import (
     Manifest,
     Shard,
+    cannot_write,
     file_sha256,
     fingerprint,
     publish,
@@ -178,8 +179,11 @@ def build_index(array: VectorArray, directory: Location, settings: IndexSettings
     try:
         file = temporary / "index.faiss"
         unnamed = temporary_name(file)
-        faiss.write_index(store, str(unnamed))
-        publish(unnamed, file)
+        try:
+            faiss.write_index(store, str(unnamed))
+            publish(unnamed, file)
+        except (OSError, RuntimeError) as err:  # faiss raises RuntimeError when a disk is full
+            raise cannot_write(file, err) from err
         shard = Shard(file.name, len(array), file.stat().st_size, file_sha256(file))
         manifest = Manifest(
             kind="index",

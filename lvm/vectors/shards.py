@@ -120,6 +120,15 @@ def publish(temporary: Path, path: Path) -> None:
     sync_directory(path.parent)
 
 
+def cannot_write(path: Location, err: Exception) -> OutputError:
+    """What a full disk or a missing right looks like to the person at the command line."""
+    reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+    return OutputError(
+        f"{path} cannot be written ({reason}); make room or choose another --output, then run this again: what is "
+        "finished is kept"
+    )
+
+
 def write_bytes(path: Location, data: bytes) -> None:
     """Write a small file so that readers see the old one or the new one, never a part of it."""
     if isinstance(path, RemotePath):
@@ -130,6 +139,8 @@ def write_bytes(path: Location, data: bytes) -> None:
     try:
         temporary.write_bytes(data)
         publish(temporary, path)
+    except OSError as err:
+        raise cannot_write(path, err) from err
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -192,6 +203,8 @@ def write_table(path: Location, table: pa.Table) -> Shard:
         pq.write_table(table, temporary, **options)
         shard = Shard(path.name, table.num_rows, temporary.stat().st_size, file_sha256(temporary))
         publish(temporary, path)
+    except OSError as err:
+        raise cannot_write(path, err) from err
     finally:
         temporary.unlink(missing_ok=True)
     return shard

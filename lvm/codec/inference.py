@@ -1,0 +1,189 @@
+"""Encoders prepared for a backfill: the networks' vectors, with matrix products in int8 on a CPU.
+
+Weights are symmetric per output channel, inputs per row (a token), sums exact in int32: so a text's vector does not
+depend on its batch. oneDNN multiplies at the full rate of VNNI or AMX instructions, on two cores without AMX about
+1.0 TOP/s against 0.5 for FBGEMM's products (`lvm.codec.runner`, better for the few rows of a decoder) and 0.25
+TFLOP/s in float32 (tests/bench/results/LOG.md). What is left is passes over memory, so there are few of them:
+
+- T5's layer norm scales a row and weighs its columns. The row's scale leaves its int8 digits as they are and is
+  applied after the product; the columns' weights go into the matrix.
+- After a relu no number is negative, and all 255 steps are used.
+- What `mini` computes of a token before tokens mix (embedding, first projections) is a table, made once.
+
+Letters: B rows, T positions, M = B*T, D model width, L width of `mini`'s networks, H heads, K width of a head.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lvm.codec.mini import MiniEncoder
+from lvm.codec.t5 import Block, RMSNorm, T5Stack
+
+
+class Product:
+    """Digits (M, D) uint8 times one fixed weight (out, D), to (M, out) float32 that still lacks each row's scale."""
+
+    def __init__(self, weight: Tensor, positive_input: bool = False, relu: bool = False) -> None:
+        """positive_input: the digits are `positive_digits`, else `digits`. relu: applied to the result."""
+        weight = weight.detach().float()
+        self.scales = weight.abs().amax(1).clamp_min(1e-30) / 127
+        rounded = torch.round(weight / self.scales[:, None]).to(torch.int8)
+        self.zeros = torch.zeros(len(rounded), dtype=torch.int32)
+        self.step, self.zero = (1 / 255, 0) if positive_input else (1 / 127, 128)
+        self.after = "relu" if relu else "none"
+        self.packed: Any = torch.ops.onednn.qlinear_prepack(rounded, None)
+
+    def __call__(self, digits: Tensor) -> Tensor:
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            digits,
+            self.step,
+            self.zero,
+            self.packed,
+            self.scales,
+            self.zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            self.after,
+            [],
+            "",
+        )
+        return out
+
+
+def digits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x (M, D) as uint8 around 128, 127 steps to each row's largest entry; and that entry, (M, 1)."""
+    largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_min_(1e-30)
+    return _quantised(x / largest, 1 / 127, 128), largest
+
+
+def positive_digits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x (M, D), none negative and overwritten, as uint8 of 255 steps; and each row's largest, (M, 1)."""
+    largest = x.amax(-1, keepdim=True).clamp_min_(1e-30)
+    return _quantised(x.div_(largest), 1 / 255, 0), largest
+
+
+def _quantised(x: Tensor, step: float, zero: int) -> Tensor:
+    with warnings.catch_warnings():
+        # Quantized tensor types are to go from some release after 2.13, which pyproject.toml pins.
+        warnings.simplefilter("ignore")
+        quantised = torch.quantize_per_tensor(x, step, zero, torch.quint8)
+    # Its bytes under another type, not copied: `int_repr` takes several times as long as the rounding.
+    return torch.empty(0, dtype=torch.uint8).set_(
+        quantised.untyped_storage(), 0, quantised.shape, quantised.stride()
+    )
+
+
+def _norm_scale(norm: RMSNorm, x: Tensor) -> Tensor:
+    """What T5's layer norm multiplies each row of x (M, D) with before its columns' weights, (M, 1)."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(length.square_().div_(x.shape[-1]).add_(norm.epsilon))
+
+
+class _Layer:
+    def __init__(self, block: Block) -> None:
+        own, feed = block.attends_itself, block.feeds_forward
+        attention, inside = own.SelfAttention, feed.DenseReluDense
+        self.own_norm, self.feed_norm = own.layer_norm, feed.layer_norm
+        heads = torch.cat([attention.q.weight, attention.k.weight, attention.v.weight])
+        self.heads = Product(heads * own.layer_norm.weight)
+        self.out = Product(attention.o.weight)
+        self.inner = Product(inside.wi.weight * feed.layer_norm.weight, relu=True)
+        self.outer = Product(inside.wo.weight, positive_input=True)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of x (M, D), side by side."""
+        bytes_, largest = digits(x)
+        return self.heads(bytes_).mul_(largest.mul_(_norm_scale(self.own_norm, x)))
+
+    def add_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """x (M, D) and what its tokens gathered, (M, H*K), put through the output projection."""
+        bytes_, largest = digits(mixed)
+        return torch.addcmul(x, self.out(bytes_), largest)
+
+    def add_feed_forward(self, x: Tensor) -> Tensor:
+        """x (M, D) and its feed-forward; relu(s*y) is s*relu(y) for a scale above 0, so all scales come last."""
+        bytes_, largest = digits(x)
+        inner, second = positive_digits(self.inner(bytes_))
+        return x.addcmul_(self.outer(inner), largest.mul_(_norm_scale(self.feed_norm, x)).mul_(second))
+
+
+class Int8Encoder:
+    """A T5 encoder stack to run on a CPU, never to train. Its own copy of the weights."""
+
+    def __init__(self, stack: T5Stack) -> None:
+        self.config = stack.config
+        self.layers = [_Layer(block) for block in stack.blocks]
+        self.final_norm = stack.final_layer_norm
+        self._stack = stack
+        self._biases: dict[int, Tensor] = {}
+
+    def encode(self, x: Tensor, mask: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+        """States (B, T, D) float32 of x (B, T, D) float32.
+
+        mask: (B, T) bool, True on real places; None when all are. first: queries, keys and values (B, T, 3*H*K) of
+        the first layer where the caller has them.
+        """
+        B, T, D = x.shape
+        if T not in self._biases:
+            self._biases[T] = self._stack.position_bias(T).detach().float()
+        bias = self._biases[T]
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(torch.float32).min)
+        x = x.reshape(B * T, D)
+        for number, layer in enumerate(self.layers):
+            heads = layer.project(x) if first is None or number else first
+            q, k, v = heads.view(B, T, 3, self.config.num_heads, self.config.d_kv).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+            x = layer.add_attention(x, mixed.transpose(1, 2).reshape(B * T, -1))
+            x = layer.add_feed_forward(x)
+        scale = _norm_scale(self.final_norm, x)
+        return (x * scale).mul_(self.final_norm.weight).view(B, T, D)
+
+
+class Int8MiniEncoder:
+    """`mini`'s encoder to run on a CPU: `MiniEncoder`'s vectors."""
+
+    def __init__(self, network: MiniEncoder) -> None:
+        self.config = c = network.config
+        self.topic_norm, self.centre, self.outward = network.topic_norm, network.centre, network.outward
+        table = network.tokens.weight.detach().float()
+        inward = network.inward(table) * c.lexical_dim**0.5
+        block = network.contextual.blocks[0].attends_itself
+        attention = block.SelfAttention
+        normed = block.layer_norm(inward)
+        # What a token is before tokens mix, in float32: the residual stream's start and the first projections.
+        self.starts = inward.detach()
+        self.heads = torch.cat([p(normed) for p in (attention.q, attention.k, attention.v)], -1).detach()
+        # A row of zeros for padding, so that sums over places need no mask.
+        self.topics = F.pad(network.topics.weight.detach().float(), (0, 0, 0, 1))
+        a, b = F.pad(table, (0, 0, 0, 1)).chunk(2, dim=-1)
+        self.tokens = torch.complex(a.contiguous(), b.contiguous())
+        # Turning coordinate pairs is a complex product; the place-free part goes into the same factor.
+        rotation = network.rotation
+        self.places = c.word_weight + c.order_weight * torch.complex(rotation.cos, rotation.sin)
+        self.stack = Int8Encoder(network.contextual)
+
+    def __call__(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """ids (B, T) int64 and mask (B, T) bool, None when all places are real, to (B, D) float32 of unit norm."""
+        B, T = ids.shape
+        padded = ids if mask is None else ids.masked_fill(~mask, len(self.topics) - 1)
+        turned = torch.view_as_real((F.embedding(padded, self.tokens) * self.places[:T]).sum(1))
+        lexical = turned.transpose(1, 2).reshape(B, -1)
+        hidden = self.stack.encode(F.embedding(ids, self.starts), mask, F.embedding(ids, self.heads))
+        if mask is None:
+            count = torch.full((B, 1), float(T))
+            mean, peak = hidden.mean(1), hidden.amax(1)
+        else:
+            count = mask.sum(1, keepdim=True).float()
+            mean = hidden.masked_fill(~mask[..., None], 0.0).sum(1) / count
+            peak = hidden.masked_fill(~mask[..., None], float("-inf")).amax(1)
+        bag = F.embedding_bag(padded, self.topics, mode="sum") / count.sqrt()
+        topic = bag + self.outward(torch.cat((mean, peak), dim=-1)) - self.centre
+        topic = F.normalize(topic, dim=-1)
+        return F.normalize(torch.cat((topic * self.topic_norm, lexical), dim=-1), dim=-1)
