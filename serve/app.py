@@ -849,6 +849,8 @@ def build(args: ServeArgs) -> serve.Application:
             },
             ray_actor_options={
                 "num_cpus": scale.num_cpus,
+                "num_gpus": scale.num_gpus,
+                "resources": scale.resources,
                 "runtime_env": {
                     "env_vars": {"OMP_NUM_THREADS": str(scale.num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
                 },

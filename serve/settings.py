@@ -60,6 +60,10 @@ class Scale(_Strict):
     num_cpus: float = Field(0.1, ge=0)
     """Cores Ray reserves for one replica. Small by default, so that the whole application fits a laptop; a
     cluster sets what a replica really takes."""
+    num_gpus: float = Field(0, ge=0)
+    """GPUs Ray reserves for one replica; encoder and decoder take a CUDA device where there is one."""
+    resources: dict[str, float] = {}
+    """Custom Ray resources of one replica: {"edge": 0.01} keeps it on nodes started with --resources='{"edge": 1}'."""
     num_threads: int = Field(1, ge=1)
     """Threads of torch and FAISS in one replica."""
 

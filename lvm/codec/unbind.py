@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lvm.codec.inverter import Embed, Inversion, Inverter, MiniHypothesizing, ToIds, ToTexts
 from lvm.codec.mini import MiniEncoder, MiniHypothesizer
+from lvm.codec.runner import Matrix, Precision
 from lvm.codec.vec2text import Corrector
 from lvm.errors import InputError
 
@@ -69,9 +70,9 @@ class Unbinder:
         hypothesizer: MiniHypothesizer,
         log_frequencies: Sequence[float],
         end_id: int,
-        dtype: torch.dtype = torch.float32,
+        precision: Precision = "float32",
     ) -> None:
-        """log_frequencies: of the V pieces in running text, nats. dtype: of the large products."""
+        """log_frequencies: of the V pieces in running text, nats. precision: of the large products."""
         c = encoder.config
         self._hypothesizer = hypothesizer
         self._end_id = end_id
@@ -81,8 +82,8 @@ class Unbinder:
         self.nothing = c.vocabulary_size
         table = encoder.tokens.weight.detach().float()
         self._table = torch.cat((table, table.new_zeros(1, c.lexical_dim)))  # (V + 1, L)
-        self._fast = self._table.to(dtype)
-        self._fast_across = self._fast.T.contiguous()
+        self._scores = Matrix(self._table, precision)
+        self._mean = Matrix(self._table.T.contiguous(), precision)
         places = [self._rotation(table[:, None], first=t)[:, 0] for t in range(c.max_tokens)]
         square = (self._words**2 + self._order**2) * (table**2).sum(1)
         half = [0.5 * (square + 2 * self._words * self._order * (table * turned).sum(1)) for turned in places]
@@ -180,14 +181,13 @@ class Unbinder:
                 alone = left + mean[:, t]
                 turned_back = self._rotation(alone[:, None], t, back=True)[:, 0]
                 filtered = self._words * alone + self._order * turned_back
-                scores = F.linear(filtered.to(self._fast.dtype), self._fast).float()
+                scores = self._scores(filtered)
                 scores.sub_(self._half_energy[t]).mul_(1 / noise).add_(self._log_prior[t])
                 here = known[:, t : t + 1]
                 prior = self._log_prior[t][here].exp()
                 scores.scatter_add_(1, here, torch.log(HYPOTHESIS_SHARE / prior + 1 - HYPOTHESIS_SHARE))
                 best[:, t] = scores.argmax(-1)
-                weights = scores.softmax(-1).to(self._fast.dtype)
-                embedded = F.linear(weights, self._fast_across).float()
+                embedded = self._mean(scores.softmax(-1))
                 mean[:, t] = self._bind(embedded[:, None], t)[:, 0]
                 left = alone - mean[:, t]
             found[rows] = best
