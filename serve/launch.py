@@ -79,7 +79,7 @@ def main(
         "smoothing": SmoothingArgs(url=smoothing_url, model=smoothing_model).model_dump(),
     }
     if address is None:  # one machine
-        record["inline"] = "predictor,retriever"
+        record["inline"] = "encoder,predictor,retriever"
         record["sockets"] = tempfile.mkdtemp(prefix="latent-serve-")
     for entry in set or []:
         put(record, entry)
