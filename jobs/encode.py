@@ -15,7 +15,6 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, Protocol
 

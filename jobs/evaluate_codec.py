@@ -28,6 +28,7 @@ from lvm.errors import InputError
 from lvm.evaluate.predictability import ridge_retrieval
 from lvm.predict.generate import predictor
 from lvm.predict.record import read_aliases
+from lvm.storage import Location, location
 
 STEPS = (0, 1, 3, 5)
 NUM_DECODED = 2_000
@@ -63,7 +64,7 @@ def windows_of(doc_ids: npt.NDArray[np.int32], most: int) -> npt.NDArray[np.int6
 
 
 def predicted_ladders(
-    loaded: Codec, models: Path, texts: list[str], vectors: Any, doc_ids: npt.NDArray[np.int32]
+    loaded: Codec, models: Location, texts: list[str], vectors: Any, doc_ids: npt.NDArray[np.int32]
 ) -> dict[str, dict[str, Any]]:
     """Read-back of each model's predictions, by model name; `to_truth` is their mean cosine to the true next vector.
 
@@ -118,8 +119,13 @@ def main(
         int, typer.Option(min=0, help="Also fit a ridge regression on this many windows; 0 for none.")
     ] = 0,
     run_folder: Annotated[
-        Path | None,
-        typer.Option("--run", help="Also read back what the predictors of this run make of the input."),
+        PathOrUrl | None,
+        typer.Option(
+            "--run",
+            parser=location,
+            metavar="PATH",
+            help="Also read back what the predictors of this run make of the input.",
+        ),
     ] = None,
     candidates: Annotated[
         int, typer.Option(min=10, help="Chunks among which the next one is looked for.")

@@ -14,7 +14,7 @@ import json
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from lvm.vectors.shards import write_bytes
 from lvm.vectors.tmd import all_labels, nearest
 from serve.breaker import Breaker
 from serve.decoder import Decoder
+from serve.door import Listener
 from serve.encoder import Encoder
 from serve.guard import LOOPBACK, Guard, error_body, read_keys
 from serve.health import TARGETS, Seen, Window
@@ -112,13 +113,13 @@ class Gateway:
         self,
         args: ServeArgs,
         models: dict[str, str],
-        encoder: DeploymentHandle,
-        predictor: DeploymentHandle,
-        retriever: DeploymentHandle,
+        encoder: DeploymentHandle | None,
+        predictor: DeploymentHandle | None,
+        retriever: DeploymentHandle | None,
         decoder: DeploymentHandle,
     ) -> None:
-        """models: alias to record folder. Raises InputError where the service would be open to a network
-        without a key."""
+        """models: alias to record folder. What has no handle runs here, `ServeArgs.inline`. Raises InputError where the
+        service would be open to a network without a key."""
         self._args, self._limits = args, args.limits
         self._keys = [*args.api_keys_sha256, *(read_keys(args.api_keys_file) if args.api_keys_file else [])]
         require_key_unless_loopback(self._keys, _http_host())
@@ -127,13 +128,20 @@ class Gateway:
         self._pending = 0
         self._replicas: dict[str, int] = {}
         self._replicas_at = 0.0
-        self._handles = {
-            "encoder": encoder,
-            "predictor": predictor,
-            "retriever": retriever,
+        if args.inline:
+            import torch
+
+            torch.set_num_threads(1)  # the decoder has the other core
+        parts: dict[str, Any] = {
+            "encoder": encoder or Encoder.func_or_class(args),
+            "predictor": predictor or Predictor.func_or_class(args, models),
+            "retriever": retriever or Retriever.func_or_class(args),
             "decoder": decoder,
         }
-        described = {n: await h.describe.remote() for n, h in self._handles.items()}
+        described = {
+            name: await (part.describe.remote() if isinstance(part, DeploymentHandle) else part.describe())
+            for name, part in parts.items()
+        }
         self._identity = CodecIdentity.from_dict(described["encoder"])
         self._decoder, self._corpus = described["decoder"], described["retriever"]
         for name, record in (("decoder", self._decoder["codec"]), ("retriever", self._corpus["codec"])):
@@ -155,18 +163,19 @@ class Gateway:
         self._chunking = asyncio.Lock()
         self._smoother = Smoother(args.smoothing)
 
-        def stage(name: str, handle: DeploymentHandle, method: str, max_rows: int) -> Stage:
-            call = _call(handle, method)
+        def stage(name: str, part: str, method: str, max_rows: int) -> Stage:
+            where = parts[part]
+            call = _call(where, method) if isinstance(where, DeploymentHandle) else getattr(where, method)
             return Stage(name, call, LOST, args.max_calls, max_rows, self.metrics.measure_call)
 
         self._pipeline = Pipeline(
             self._identity,
-            stage("encode", encoder, "run", args.queue_rows * CONTEXT_CHUNKS),
-            stage("context", retriever, "fill", args.queue_rows),
-            stage("predict", predictor, "run", args.queue_rows),
-            stage("snap", retriever, "snap", args.queue_rows),
-            stage("search", retriever, "near", args.queue_rows),
-            stage("decode", decoder, "run", args.queue_rows),
+            stage("encode", "encoder", "run", args.queue_rows * CONTEXT_CHUNKS),
+            stage("context", "retriever", "fill", args.queue_rows),
+            stage("predict", "predictor", "run", args.queue_rows),
+            stage("snap", "retriever", "snap", args.queue_rows),
+            stage("search", "retriever", "near", args.queue_rows),
+            stage("decode", "decoder", "run", args.queue_rows),
             Breaker(args.breaker),
             self.metrics,
             args.cache_entries,
@@ -182,6 +191,7 @@ class Gateway:
             description=DESCRIPTION,
             docs_url=None,  # its page loads scripts from a CDN; /openapi.json serves any viewer
             redoc_url=None,
+            lifespan=self._listening,
         )
         errors: dict[int | str, dict[str, Any]] = {
             status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 422, 429, 503)
@@ -217,7 +227,17 @@ class Gateway:
             (Exception, self._broken),
         ):
             app.add_exception_handler(kind, handle)
-        return Guard(app, self._limits, self._keys, self.metrics)
+        self._guarded = Guard(app, self._limits, self._keys, self.metrics)
+        return self._guarded
+
+    @asynccontextmanager
+    async def _listening(self, _: FastAPI) -> AsyncIterator[None]:
+        """While the replica lives: its socket for the launcher of this machine, where there is one."""
+        if not self._args.sockets:
+            yield
+            return
+        async with Listener(self._guarded, self._args.sockets).serving(self._limits.max_deadline_s):
+            yield
 
     # ---------------------------------------------------------------------------------------------- generate
 
@@ -829,6 +849,8 @@ def build(args: ServeArgs) -> serve.Application:
             },
             ray_actor_options={
                 "num_cpus": scale.num_cpus,
+                "num_gpus": scale.num_gpus,
+                "resources": scale.resources,
                 "runtime_env": {
                     "env_vars": {"OMP_NUM_THREADS": str(scale.num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
                 },
@@ -841,6 +863,10 @@ def build(args: ServeArgs) -> serve.Application:
         )
 
     calls = args.max_calls
+
+    def apart(name: str, deployment: Any, scale: Scale, max_ongoing: int, *given: Any) -> Any:
+        return None if name in args.inline else scaled(deployment, scale, max_ongoing).bind(args, *given)
+
     return (
         scaled(Gateway, args.gateway, 4 * args.limits.max_pending)
         .options(
@@ -850,9 +876,9 @@ def build(args: ServeArgs) -> serve.Application:
         .bind(  # type: ignore[no-any-return]
             args,
             models,
-            scaled(Encoder, args.encoder, calls).bind(args),
-            scaled(Predictor, args.predictor, calls).bind(args, models),
-            scaled(Retriever, args.retriever, 3 * calls).bind(args),
+            apart("encoder", Encoder, args.encoder, calls),
+            apart("predictor", Predictor, args.predictor, calls, models),
+            apart("retriever", Retriever, args.retriever, 3 * calls),
             scaled(Decoder, args.decoder, calls).bind(args),
         )
     )

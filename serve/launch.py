@@ -11,14 +11,17 @@ import json
 import logging
 import os
 import queue
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lvm.errors import InputError, LvmError
+from serve.door import Door
 from serve.guard import LOOPBACK, check_keys, read_keys
 from serve.settings import ServeArgs, SmoothingArgs
 
@@ -75,10 +78,18 @@ def main(
         "inbox": "" if inbox is None else str(inbox.absolute()),
         "smoothing": SmoothingArgs(url=smoothing_url, model=smoothing_model).model_dump(),
     }
+    if address is None:  # one machine
+        record["inline"] = "encoder,predictor,retriever"
+        record["sockets"] = tempfile.mkdtemp(prefix="latent-serve-")
     for entry in set or []:
         put(record, entry)
+    record["inline"] = [part for part in record.get("inline", "").split(",") if part]
     args = parse(record)
+    door = Door(args.sockets, host, port, args.limits.max_body_bytes) if args.sockets else None
     start(args, host, port, address)
+    if door:
+        door.open()
+        port = door.port
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (
         signal.SIGINT,
@@ -96,6 +107,9 @@ def main(
             say(f"error: not rolled out: {err}")
     say("stopping: requests under way have ten seconds")
     shut_down()
+    if door:
+        door.close()
+        shutil.rmtree(args.sockets, ignore_errors=True)
 
 
 def put(record: dict[str, Any], entry: str) -> None:
@@ -130,7 +144,7 @@ def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
     """Join or start Ray, start Serve, run the application; returns when it answers."""
     import ray
     from ray import serve
-    from ray.serve.config import HTTPOptions
+    from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -145,7 +159,9 @@ def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
         include_dashboard=False if address is None and "RAY_ADDRESS" not in os.environ else None,
     )
     logs = LoggingConfig(encoding="JSON", log_level="INFO", enable_access_log=False)
-    serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logs)
+    # Behind a door of our own, Ray Serve needs none; its options still tell the gateways who may listen.
+    location = ProxyLocation.Disabled if args.sockets else ProxyLocation.EveryNode
+    serve.start(proxy_location=location, http_options=HTTPOptions(host=host, port=port), logging_config=logs)
     deploy(args)
 
 

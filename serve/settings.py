@@ -1,7 +1,7 @@
 """What a person may set about the service: one model for `latent serve`, `serve run` and config.yaml."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -60,6 +60,10 @@ class Scale(_Strict):
     num_cpus: float = Field(0.1, ge=0)
     """Cores Ray reserves for one replica. Small by default, so that the whole application fits a laptop; a
     cluster sets what a replica really takes."""
+    num_gpus: float = Field(0, ge=0)
+    """GPUs Ray reserves for one replica; encoder and decoder take a CUDA device where there is one."""
+    resources: dict[str, float] = {}
+    """Custom Ray resources of one replica: {"edge": 0.01} keeps it on nodes started with --resources='{"edge": 1}'."""
     num_threads: int = Field(1, ge=1)
     """Threads of torch and FAISS in one replica."""
 
@@ -127,6 +131,11 @@ class ServeArgs(_Strict):
     queue_rows: int = Field(32, ge=1)
     """Most rows in one call and in one batch of a replica."""
     limits: Limits = Limits()
+    inline: list[Literal["encoder", "predictor", "retriever"]] = []
+    """Parts that run within each gateway and not as deployments of their own: a call there costs 0.2 ms in place of 5
+    (tests/bench/results/), but cannot be scaled or restarted alone. What `latent serve` puts there on one machine."""
+    sockets: str = ""
+    """Folder where a gateway listens for the launcher of its machine (`serve/door.py`); empty: Ray Serve's proxies."""
     gateway: Scale = Scale(target_ongoing_requests=64)
     encoder: Scale = Scale()
     predictor: Scale = Scale()

@@ -481,12 +481,13 @@ class Inverter:
         vectors: npt.NDArray[np.float32],
         own: npt.NDArray[np.float32],
         hypotheses: Sequence[Sequence[int]],
-    ) -> list[list[int]]:
-        """Token ids of better texts for (B, D) vectors, from hypotheses (ids) and their own vectors (B, D)."""
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Token ids of better texts for (B, D) vectors, from hypotheses (ids) and their own vectors (B, D), and
+        for each row whether it is known that a further step would change nothing."""
         corrector = self._require_corrector(1)
         memory, mask = corrector.memory(self._tensor(vectors), self._tensor(own), hypotheses)
         writer = T5Writer(corrector, memory, mask, self.max_new_tokens)
-        return write(writer, len(vectors), self.max_new_tokens, END_ID)
+        return write(writer, len(vectors), self.max_new_tokens, END_ID), [False] * len(vectors)
 
     def _tensor(self, vectors: npt.NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
@@ -593,11 +594,12 @@ class Rounds:
         vectors = np.stack([row.request.vector for row in rows])
         own = np.stack([row.vector for row in rows if row.vector is not None])
         before = [row.best[0] for row in rows]
-        ids = inverter.correct(vectors, own, [row.ids for row in rows])
+        ids, settled = inverter.correct(vectors, own, [row.ids for row in rows])
         self._look(rows, ids, newer=True)
-        for row, last_best in zip(rows, before, strict=True):
+        for row, last_best, last in zip(rows, before, settled, strict=True):
             row.steps_used += 1
-            stuck = inverter.settings.stop_early and row.cosine < last_best + inverter.settings.min_gain
+            gained = row.cosine >= last_best + inverter.settings.min_gain
+            stuck = inverter.settings.stop_early and (last or not gained)
             row.done = stuck or row.steps_used >= row.request.steps or self._reached(row)
 
     def _look(self, rows: list[_Row], ids: list[list[int]], newer: bool = False) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lvm.codec.inverter import Embed, Inversion, Inverter, MiniHypothesizing, ToIds, ToTexts
 from lvm.codec.mini import MiniEncoder, MiniHypothesizer
+from lvm.codec.runner import Matrix, Precision
 from lvm.codec.vec2text import Corrector
 from lvm.errors import InputError
 
@@ -49,6 +50,10 @@ NO_TEXT = 0.42
 """Unexplained share of x above which no text is behind the vector. At cosine 0.9 from a text's vector about 0.30 stays
 unexplained and correcting helps; at 0.8 it is 0.45 and does not (tests/bench/results)."""
 
+HOPELESS = (0.55, 0.50, 0.46)
+"""Unexplained share after the first, second and third sweep above which a row is taken for a blend and left: of 288
+vectors, texts' own and with noise down to cosine 0.8, none that started higher ended below `NO_TEXT` (LOG.md)."""
+
 LEAST_GAIN = 1e-3
 """Energy a swap must explain, in units of one token's embedding: above float32's rounding of such sums."""
 
@@ -65,9 +70,9 @@ class Unbinder:
         hypothesizer: MiniHypothesizer,
         log_frequencies: Sequence[float],
         end_id: int,
-        dtype: torch.dtype = torch.float32,
+        precision: Precision = "float32",
     ) -> None:
-        """log_frequencies: of the V pieces in running text, nats. dtype: of the large products."""
+        """log_frequencies: of the V pieces in running text, nats. precision: of the large products."""
         c = encoder.config
         self._hypothesizer = hypothesizer
         self._end_id = end_id
@@ -77,8 +82,8 @@ class Unbinder:
         self.nothing = c.vocabulary_size
         table = encoder.tokens.weight.detach().float()
         self._table = torch.cat((table, table.new_zeros(1, c.lexical_dim)))  # (V + 1, L)
-        self._fast = self._table.to(dtype)
-        self._fast_across = self._fast.T.contiguous()
+        self._to_pieces = Matrix(self._table, precision)
+        self._of_pieces = Matrix(self._table.T.contiguous(), precision)
         places = [self._rotation(table[:, None], first=t)[:, 0] for t in range(c.max_tokens)]
         square = (self._words**2 + self._order**2) * (table**2).sum(1)
         half = [0.5 * (square + 2 * self._words * self._order * (table * turned).sum(1)) for turned in places]
@@ -134,42 +139,62 @@ class Unbinder:
         ids = self._pack(rows, x.device)
         share = self._share(x, ids)
         todo = torch.nonzero(share > SOLVED)[:, 0]
+        no_text = todo[:0]
         if todo.numel():
-            found = self._swap(x[todo], self._sweep(x[todo], ids[todo]))
-            again = torch.nonzero(self._share(x[todo], found) > SOLVED)[:, 0]
-            if again.numel():  # once more, from what the first time has settled, and no longer hot
-                part = x[todo][again]
-                cold = self._sweep(part, found[again], sweeps=1, settled=True)
-                found[again] = self._swap(part, cold)
+            found, hopeful = self._sweep(x[todo], ids[todo])
+            found[hopeful] = self._settle(x[todo][hopeful], found[hopeful])
             after = self._share(x[todo], found)
             better = (after < share[todo]) & (after < NO_TEXT)
             ids[todo[better]] = found[better]
             no_text = todo[torch.minimum(after, share[todo]) >= NO_TEXT]
-        else:
-            no_text = todo
         return self._unpack(ids, rows), no_text.tolist()
 
-    def _sweep(self, x: Tensor, ids: Tensor, sweeps: int = SWEEPS, settled: bool = False) -> Tensor:
-        """Most probable ids (B, T) after soft sweeps from the hypothesis ids (B, T).
+    def _settle(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Swaps, and one more sweep and swaps for the rows (B, T) that these could still bring to a text."""
+        ids = self._swap(x, ids)
+        share = self._share(x, ids)
+        again = torch.nonzero((share > SOLVED) & (share < HOPELESS[-1]))[:, 0]
+        if again.numel():  # from what the first time has settled, and no longer hot
+            cold, _ = self._sweep(x[again], ids[again], sweeps=1, settled=True)
+            ids[again] = self._swap(x[again], cold)
+        return ids
+
+    def _sweep(
+        self, x: Tensor, ids: Tensor, sweeps: int = SWEEPS, settled: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Most probable ids (B, T) after soft sweeps from the hypothesis ids (B, T), and the rows (B',) int64 that went
+        through all of them: the others were left as hopeless.
 
         settled: begin from what the hypothesis explains, not from the usual text.
         """
         B, T = ids.shape
         mean = self._bind(self._table[ids]) if settled else self._start.repeat(B, 1, 1)
         left = x - mean.sum(1)
-        best = ids.clone()
+        energy = x.square().sum(1).clamp(min=1e-12)
+        found = ids.clone()
+        rows = torch.arange(B, device=ids.device)
+        known = ids
         for sweep in range(sweeps):
             noise = COLD if sweeps == 1 else HOT * (COLD / HOT) ** (sweep / (sweeps - 1))
+            best = torch.empty_like(known)
             for t in range(T):
                 alone = left + mean[:, t]
                 scores = self._scores(alone, t, noise)
-                known = ids[:, t : t + 1]
-                prior = self._log_prior[t][known].exp()
-                scores.scatter_add_(1, known, torch.log(HYPOTHESIS_SHARE / prior + 1 - HYPOTHESIS_SHARE))
+                here = known[:, t : t + 1]
+                prior = self._log_prior[t][here].exp()
+                scores.scatter_add_(1, here, torch.log(HYPOTHESIS_SHARE / prior + 1 - HYPOTHESIS_SHARE))
                 best[:, t] = scores.argmax(-1)
                 mean[:, t] = self._mean(scores, t)
                 left = alone - mean[:, t]
-        return best
+            found[rows] = best
+            if sweep < min(sweeps - 1, len(HOPELESS)):
+                hopeful = torch.nonzero(left.square().sum(1) <= HOPELESS[sweep] * energy)[:, 0]
+                if len(hopeful) < len(rows):
+                    rows, known, mean = rows[hopeful], known[hopeful], mean[hopeful]
+                    left, energy = left[hopeful], energy[hopeful]
+                if not len(rows):
+                    break
+        return found, rows
 
     def _scores(self, alone: Tensor, t: int, noise: float) -> Tensor:
         """Log probability of each piece at place t, (B, V + 1), but for a constant; alone (B, L) is x less the others.
@@ -178,13 +203,12 @@ class Unbinder:
         """
         turned_back = self._rotation(alone[:, None], t, back=True)[:, 0]
         filtered = self._words * alone + self._order * turned_back
-        scores = F.linear(filtered.to(self._fast.dtype), self._fast).float()
-        return scores.sub_(self._half_energy[t]).div_(noise).add_(self._log_prior[t])
+        scores: Tensor = self._to_pieces(filtered)
+        return scores.sub_(self._half_energy[t]).mul_(1 / noise).add_(self._log_prior[t])
 
     def _mean(self, scores: Tensor, t: int) -> Tensor:
         """What place t holds on average under scores (B, V + 1): (B, L)."""
-        weights = scores.softmax(-1).to(self._fast.dtype)
-        embedded = F.linear(weights, self._fast_across).float()
+        embedded: Tensor = self._of_pieces(scores.softmax(-1))
         return self._bind(embedded[:, None], t)[:, 0]
 
     @torch.inference_mode()
@@ -288,12 +312,14 @@ class UnbindingInverter(Inverter):
         vectors: npt.NDArray[np.float32],
         own: npt.NDArray[np.float32],
         hypotheses: Sequence[Sequence[int]],
-    ) -> list[list[int]]:
-        """Token ids of better texts for unit vectors (B, D), from hypotheses (ids); `own` is not needed."""
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Token ids of better texts for unit vectors (B, D), from hypotheses (ids); `own` is not needed. A vector that
+        is no text's has all it can get: a further step would find the same and write the same."""
         given = self._tensor(vectors)
         ids, no_text = self._unbinder.judge(given, hypotheses)
         if no_text:
             sharpened = self._unbinder.sharpen(given[no_text]).cpu().numpy()
             for row, written in zip(no_text, self.hypothesize(sharpened), strict=True):
                 ids[row] = written
-        return ids
+        blends = set(no_text)
+        return ids, [row in blends for row in range(len(ids))]

@@ -173,7 +173,7 @@ def load_codec(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from lvm.codec.encoder import TextEncoder, best_dtype
+    from lvm.codec.encoder import TextEncoder
     from lvm.codec.inverter import MiniHypothesizing
     from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
     from lvm.codec.runner import best_precision, require_precision
@@ -228,7 +228,7 @@ def load_codec(
         hypothesizer,
         tokenizer.log_frequencies(),
         tokenizer.end_id,
-        best_dtype(where) if precision == "auto" else torch.float32,
+        best_precision(where) if precision == "auto" else require_precision(precision),
     )
     inverter = UnbindingInverter(
         MiniHypothesizing(

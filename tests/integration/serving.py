@@ -84,7 +84,7 @@ class Service:
     """A running service; every call opens a connection of its own, so it may be used by threads."""
 
     port: int
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | None = None
     headers: dict[str, str] = field(default_factory=dict)
     launcher: int = 0
     """Process that runs the application; `process` is the command line, which started it."""
@@ -117,6 +117,7 @@ class Service:
 
     def replica_pids(self, deployment: str) -> list[int]:
         """Processes of a deployment's replicas, found among the descendants of the service."""
+        assert self.process is not None
         name = f"ServeReplica:latent:{deployment}"
         return [pid for pid in descendants(self.process.pid) if name in command_of(pid)]
 

@@ -45,6 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(run: Path) -> Iterator[Service]:
     settings = [
+        "inline=",  # each part a deployment of its own, as on a cluster
         "breaker.max_last_rung_share=1",  # untrained models: nearly every text ends there
         "breaker.open_s=1",
         "decode_patience_s=3",
@@ -150,20 +151,17 @@ def test_a_killed_replica_costs_no_request(service: Service, deployment: str) ->
     assert after < 4 * before + 0.5
 
 
-def test_a_killed_gateway_costs_the_requests_it_held_and_no_more(service: Service) -> None:
+def test_a_killed_gateway_costs_no_request(service: Service) -> None:
     with load(service) as under:
         wait_for("answers before the kill", lambda: len(under.answers) > CLIENTS, 60)
         (victim,) = service.replica_pids("Gateway")
-        os.kill(victim, signal.SIGKILL)
         killed = time.perf_counter()
-        wait_for("a new gateway", lambda: bool(under.statuses(killed + 1)[200]), 60)
-        time.sleep(2)
-    failed = [(status, body) for _, _, status, body in under.answers if status != 200]
-    keep("kill_gateway", {"statuses": under.statuses(), "failed": len(failed)})
-    # Ray Serve's proxy cannot know whether a request may be sent twice, so those in the dead process fail.
-    assert len(failed) <= CLIENTS
-    assert {status for status, _ in failed} <= {500, 503}, failed[:2]
-    assert all(body for _, body in failed)
+        os.kill(victim, signal.SIGKILL)
+        wait_for("answers of a new gateway", lambda: under.statuses(killed + 1)[200] > CLIENTS, 60)
+    slowest = max(s for begun, s, _, _ in under.answers if begun >= killed - 2)
+    keep("kill_gateway", {"statuses": under.statuses(), "slowest_s": slowest})
+    # The door sends again what the dead gateway held.
+    assert set(under.statuses()) == {200}, [a for a in under.answers if a[2] != 200][:2]
 
 
 def test_a_decoder_that_hangs_leaves_extractive_answers_that_say_so(service: Service) -> None:

@@ -123,13 +123,33 @@ def test_a_vector_of_no_text_keeps_its_hypothesis(encoder: MiniEncoder, unbinder
     hypotheses = spoilt(texts(32), 3)
     x = unbinder._hypothesizer.unscale(vectors)
     first = unbinder._pack(hypotheses, x.device)
-    fitted = unbinder._share(x, unbinder._sweep(x, first))
-    assert (fitted < 0.8 * unbinder._share(x, first)).all()  # words that fit better are easily found
+    found, hopeful = unbinder._sweep(x, first)
+    fitted = unbinder._share(x, found)
+    assert (fitted < 0.9 * unbinder._share(x, first)).all()  # words that fit better are easily found
     assert (fitted > NO_TEXT).all()
+    assert len(hopeful) == 0  # and so it is left before the last sweep
     assert unbinder.judge(vectors, hypotheses) == (hypotheses, list(range(32)))
     rows = texts(32)
     mended = unbinder.judge(encode(encoder, rows), spoilt(rows, 1))
     assert len(mended[1]) <= 2  # a text's vector is one
+
+
+def test_leaving_blends_early_takes_no_text_for_one(
+    encoder: MiniEncoder, unbinder: Unbinder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    rows, noise = texts(96, seed=3), torch.nn.functional.normalize(torch.randn(96, TOY.dim), dim=-1)
+    near = torch.linspace(0.8, 1.0, 96)[:, None]
+    vectors = near * encode(encoder, rows) + (1 - near**2).sqrt() * noise
+    hypotheses = spoilt(rows, 2)
+    early = unbinder.judge(vectors, hypotheses)
+    monkeypatch.setattr("lvm.codec.unbind.HOPELESS", (2.0, 2.0, 2.0))
+    patient = unbinder.judge(vectors, hypotheses)
+    texts_taken_for_blends = set(early[1]) - set(patient[1])
+    assert len(patient[1]) > 5
+    assert len(patient[1]) < 60
+    assert len(texts_taken_for_blends) <= 1
+    assert sum(a != b for a, b in zip(early[0], patient[0], strict=True)) <= 2
 
 
 def test_sharpening_takes_the_usual_off_and_keeps_the_topic(encoder: MiniEncoder, unbinder: Unbinder) -> None:
