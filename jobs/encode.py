@@ -318,7 +318,7 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
     """Encode shards in parallel; each comes back as soon as it is on disk, in any order.
 
     A shard that a worker refuses does not keep the others from being finished; the first refusal is raised
-    then.
+    then. Where nothing can be written, that ends it at once.
     """
     import ray
 
@@ -347,11 +347,17 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
             advance(row["rows"])
             if error:
                 refused.append(REFUSALS.get(refusal, InputError)(error))
+                if refusal == "OutputError":
+                    # No other shard could be written either; the rest of the corpus must not be encoded for nothing.
+                    break
                 continue
             yield Shard(**row)
     if refused:
-        say(f"encode: {len(refused)} of {len(pending)} shards were refused; the others are finished and kept")
-        raise refused[0]
+        if not isinstance(refused[-1], OutputError):
+            say(
+                f"encode: {len(refused)} of {len(pending)} shards were refused; the others are finished and kept"
+            )
+        raise refused[-1 if isinstance(refused[-1], OutputError) else 0]
 
 
 def plan(nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[int, dict[str, Any]]:
