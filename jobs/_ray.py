@@ -16,6 +16,10 @@ from lvm.errors import LvmError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
+START_TIMEOUT_S = 600
+"""Longest wait for a cluster to come up with the CPUs or GPUs a job asks for: nodes of a cloud take minutes, and what
+nobody has never comes."""
+
 _joined: list[bool] = []
 """Not empty once this process has joined a cluster by `connect`."""
 

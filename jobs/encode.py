@@ -14,7 +14,7 @@ import functools
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs._ray import Address, connect, finish, run, say, versions
+from jobs._ray import START_TIMEOUT_S, Address, connect, finish, run, say, versions
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import IdentityError, InputError, LvmError, OutputError
 from lvm.vectors.shards import (
@@ -205,8 +205,11 @@ def encode_chunks(
     dtype: VectorType = "float16",
     overwrite: bool = False,
     address: str | None = None,
+    max_workers: int | None = None,
 ) -> EncodeResult:
     """Bring `target` to hold the vectors of `source`, a finished chunk job's folder, and nothing else.
+
+    max_workers: actors an autoscaling cluster may grow to; None for what its nodes hold now.
 
     Raises InputError when chunks are missing or damaged, IdentityError when they were cut for another
     tokenizer, OutputError when `target` was made with other settings. Finished shards stay in each case.
@@ -241,7 +244,7 @@ def encode_chunks(
     if pending:
         connect(address)
         job = EncodeJob(source.resolve(), target.resolve(), settings, identity, load)
-        for made in _encode_with_ray(job, pending):
+        for made in _encode_with_ray(job, pending, max_workers):
             finished[made.file] = made
 
     shards = tuple(finished[s.file] for s in chunks.shards)
@@ -314,7 +317,7 @@ def require_same_ids(source: Path, target: Path, chunks: Manifest) -> int:
     return truncated
 
 
-def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
+def _encode_with_ray(job: EncodeJob, pending: list[Shard], max_workers: int | None = None) -> Iterator[Shard]:
     """Encode shards in parallel; each comes back as soon as it is on disk, in any order.
 
     A shard that a worker refuses does not keep the others from being finished; the first refusal is raised
@@ -327,13 +330,20 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     num_actors, resources = plan(nodes, len(pending))
+    if max_workers is None:
+        sizes = {"size": num_actors}
+    else:
+        most = max(1, min(max_workers, len(pending)))
+        # One CPU each: what the nodes to come are like is not known yet.
+        sizes, resources = {"min_size": 1, "max_size": most}, {**resources, "num_cpus": 1}
+    context.wait_for_min_actors_s = START_TIMEOUT_S
     rows = [asdict(s) for s in pending]
     finished = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardEncoder,
         fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
-            size=num_actors,
+            **sizes,
             max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
             max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,
             enable_true_multi_threading=True,
@@ -341,8 +351,9 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
         **resources,
     )
     refused: list[LvmError] = []
+    rows_done = _or_no_workers(finished.iter_rows(), resources, nodes)
     with progress_bar("encode", sum(s.rows for s in pending), "chunks") as advance:
-        for row in finished.iter_rows():
+        for row in rows_done:
             error, refusal = row.pop("error"), row.pop("refusal")
             advance(row["rows"])
             if error:
@@ -358,6 +369,22 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
                 f"encode: {len(refused)} of {len(pending)} shards were refused; the others are finished and kept"
             )
         raise refused[-1 if isinstance(refused[-1], OutputError) else 0]
+
+
+def _or_no_workers(
+    rows: Iterable[dict[str, Any]], asked: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]
+) -> Iterator[dict[str, Any]]:
+    """The rows. Raises InputError when the cluster does not come up with a worker in START_TIMEOUT_S."""
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        yield from rows
+    except GetTimeoutError as err:
+        there = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes) or "no node"
+        raise InputError(
+            f"no worker with {asked} started within {START_TIMEOUT_S} s; the cluster's nodes have {there}. Add nodes, "
+            "or join another cluster with --address"
+        ) from err
 
 
 def plan(nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[int, dict[str, Any]]:
@@ -416,6 +443,10 @@ def main(
     ] = "float16",
     overwrite: Annotated[bool, typer.Option(help="Replace vectors made with other settings.")] = False,
     address: Address = None,
+    max_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Workers an autoscaling cluster may grow to; none: what is there now."),
+    ] = None,
 ) -> None:
     """Encode chunks to vectors; a second run encodes only what is missing."""
     from lvm.codec.zoo import load_codec
@@ -423,7 +454,7 @@ def main(
     started = time.perf_counter()
     path = None if codec_path is None else codec_path.resolve()
     result = encode_chunks(
-        input, output, functools.partial(load_codec, codec, path), dtype, overwrite, address
+        input, output, functools.partial(load_codec, codec, path), dtype, overwrite, address, max_workers
     )
     seconds = time.perf_counter() - started
     made = {s.file: s.rows for s in result.manifest.shards if s.file in result.encoded}
