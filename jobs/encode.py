@@ -142,10 +142,13 @@ def encode_shard(
 _SHARD = [f.name for f in fields(Shard)]
 
 
-def finished_shard(target: Path, source: Path, footer: dict[str, Any]) -> Shard | None:
+def finished_shard(
+    target: Path, source: Path, footer: dict[str, Any], known_sha256: str | None = None
+) -> Shard | None:
     """The vector shard at `target` when it is whole, made in this way, and holds the ids of `source`.
 
-    None when it has to be made. Every page's checksum is read, so a flipped bit is found as well.
+    None when it has to be made. Every page's checksum is read, so a flipped bit in one is found; one between the pages
+    only with `known_sha256`, what a manifest says of the file.
     """
     if not target.exists():
         return None
@@ -159,7 +162,11 @@ def finished_shard(target: Path, source: Path, footer: dict[str, Any]) -> Shard 
     ids = read_table(source, ["chunk_id"]).column("chunk_id").to_pylist()
     if vectors.column("chunk_id").to_pylist() != ids:
         return None
-    return Shard(target.name, vectors.num_rows, target.stat().st_size, file_sha256(target))
+    sha256 = file_sha256(target)
+    if known_sha256 is not None and sha256 != known_sha256:
+        say(f"encode: {target} is damaged and is made again")
+        return None
+    return Shard(target.name, vectors.num_rows, target.stat().st_size, sha256)
 
 
 class ShardEncoder:
@@ -228,13 +235,16 @@ def encode_chunks(
     done = find(target, "vectors", asdict(settings), inputs)
     if done is not None and not done.damaged(target, deep=True):
         return EncodeResult(done, (), up_to_date=True)
+    # Read before it goes: only it knows each whole file's hash.
+    listed = Manifest.load(target, "vectors").shards if (target / "manifest.json").exists() else ()
+    known = {s.file: s.sha256 for s in listed}
     begin(target, "vectors", asdict(settings))
 
     finished: dict[str, Shard] = {}
     pending: list[Shard] = []
     for shard in chunks.shards:
         footer = footer_of(shard, identity, settings)
-        ready = finished_shard(target / shard.file, source / shard.file, footer)
+        ready = finished_shard(target / shard.file, source / shard.file, footer, known.get(shard.file))
         if ready is None:
             pending.append(shard)
         else:
