@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
+START_TIMEOUT_S = 600
+"""Longest wait for a cluster to come up with the CPUs or GPUs a job asks for: nodes of a cloud take minutes, and what
+nobody has never comes."""
+
 PathOrUrl = Any
 """A path or URL among a job's options: `path_option` makes a `lvm.storage.Location` of it. Typer takes no union."""
 

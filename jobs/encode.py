@@ -14,7 +14,7 @@ import functools
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, Protocol
 
@@ -22,6 +22,7 @@ import numpy as np
 import typer
 
 from jobs._ray import (
+    START_TIMEOUT_S,
     Address,
     PathOrUrl,
     connect,
@@ -150,10 +151,13 @@ def encode_shard(
 _SHARD = [f.name for f in fields(Shard)]
 
 
-def finished_shard(target: Location, source: Location, footer: dict[str, Any]) -> Shard | None:
+def finished_shard(
+    target: Location, source: Location, footer: dict[str, Any], known_sha256: str | None = None
+) -> Shard | None:
     """The vector shard at `target` when it is whole, made in this way, and holds the ids of `source`.
 
-    None when it has to be made. Every page's checksum is read, so a flipped bit is found as well.
+    None when it has to be made. Every page's checksum is read, so a flipped bit in one is found; one between the pages
+    only with `known_sha256`, what a manifest says of the file.
     """
     if not target.exists():
         return None
@@ -167,7 +171,11 @@ def finished_shard(target: Location, source: Location, footer: dict[str, Any]) -
     ids = read_table(source, ["chunk_id"]).column("chunk_id").to_pylist()
     if vectors.column("chunk_id").to_pylist() != ids:
         return None
-    return Shard(target.name, vectors.num_rows, target.stat().st_size, file_sha256(target))
+    sha256 = file_sha256(target)
+    if known_sha256 is not None and sha256 != known_sha256:
+        say(f"encode: {target} is damaged and is made again")
+        return None
+    return Shard(target.name, vectors.num_rows, target.stat().st_size, sha256)
 
 
 class ShardEncoder:
@@ -213,8 +221,11 @@ def encode_chunks(
     dtype: VectorType = "float16",
     overwrite: bool = False,
     address: str | None = None,
+    max_workers: int | None = None,
 ) -> EncodeResult:
     """Bring `target` to hold the vectors of `source`, a finished chunk job's folder, and nothing else.
+
+    max_workers: actors an autoscaling cluster may grow to; None for what its nodes hold now.
 
     Raises InputError when chunks are missing or damaged, IdentityError when they were cut for another
     tokenizer, OutputError when `target` was made with other settings. Finished shards stay in each case.
@@ -233,13 +244,16 @@ def encode_chunks(
     done = find(target, "vectors", asdict(settings), inputs)
     if done is not None and not done.damaged(target, deep=True):
         return EncodeResult(done, (), up_to_date=True)
+    # Read before it goes: only it knows each whole file's hash.
+    listed = Manifest.load(target, "vectors").shards if (target / "manifest.json").exists() else ()
+    known = {s.file: s.sha256 for s in listed}
     begin(target, "vectors", asdict(settings))
 
     finished: dict[str, Shard] = {}
     pending: list[Shard] = []
     for shard in chunks.shards:
         footer = footer_of(shard, identity, settings)
-        ready = finished_shard(target / shard.file, source / shard.file, footer)
+        ready = finished_shard(target / shard.file, source / shard.file, footer, known.get(shard.file))
         if ready is None:
             pending.append(shard)
         else:
@@ -249,7 +263,7 @@ def encode_chunks(
     if pending:
         connect(address)
         job = EncodeJob(source.resolve(), target.resolve(), settings, identity, load)
-        for made in _encode_with_ray(job, pending):
+        for made in _encode_with_ray(job, pending, max_workers):
             finished[made.file] = made
 
     shards = tuple(finished[s.file] for s in chunks.shards)
@@ -322,11 +336,11 @@ def require_same_ids(source: Location, target: Location, chunks: Manifest) -> in
     return truncated
 
 
-def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
+def _encode_with_ray(job: EncodeJob, pending: list[Shard], max_workers: int | None = None) -> Iterator[Shard]:
     """Encode shards in parallel; each comes back as soon as it is on disk, in any order.
 
     A shard that a worker refuses does not keep the others from being finished; the first refusal is raised
-    then.
+    then. Where nothing can be written, that ends it at once.
     """
     import ray
 
@@ -335,13 +349,20 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     num_actors, resources = plan(nodes, len(pending))
+    if max_workers is None:
+        sizes = {"size": num_actors}
+    else:
+        most = max(1, min(max_workers, len(pending)))
+        # One CPU each: what the nodes to come are like is not known yet.
+        sizes, resources = {"min_size": 1, "max_size": most}, {**resources, "num_cpus": 1}
+    context.wait_for_min_actors_s = START_TIMEOUT_S
     rows = [asdict(s) for s in pending]
     finished = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardEncoder,
         fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
-            size=num_actors,
+            **sizes,
             max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
             max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,
             enable_true_multi_threading=True,
@@ -349,17 +370,40 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard]) -> Iterator[Shard]:
         **resources,
     )
     refused: list[LvmError] = []
+    rows_done = _or_no_workers(finished.iter_rows(), resources, nodes)
     with progress_bar("encode", sum(s.rows for s in pending), "chunks") as advance:
-        for row in finished.iter_rows():
+        for row in rows_done:
             error, refusal = row.pop("error"), row.pop("refusal")
             advance(row["rows"])
             if error:
                 refused.append(REFUSALS.get(refusal, InputError)(error))
+                if refusal == "OutputError":
+                    # No other shard could be written either; the rest of the corpus must not be encoded for nothing.
+                    break
                 continue
             yield Shard(**row)
     if refused:
-        say(f"encode: {len(refused)} of {len(pending)} shards were refused; the others are finished and kept")
-        raise refused[0]
+        if not isinstance(refused[-1], OutputError):
+            say(
+                f"encode: {len(refused)} of {len(pending)} shards were refused; the others are finished and kept"
+            )
+        raise refused[-1 if isinstance(refused[-1], OutputError) else 0]
+
+
+def _or_no_workers(
+    rows: Iterable[dict[str, Any]], asked: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]
+) -> Iterator[dict[str, Any]]:
+    """The rows. Raises InputError when the cluster does not come up with a worker in START_TIMEOUT_S."""
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        yield from rows
+    except GetTimeoutError as err:
+        there = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes) or "no node"
+        raise InputError(
+            f"no worker with {asked} started within {START_TIMEOUT_S} s; the cluster's nodes have {there}. Add nodes, "
+            "or join another cluster with --address"
+        ) from err
 
 
 def plan(nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[int, dict[str, Any]]:
@@ -404,12 +448,16 @@ def main(
     ] = "float16",
     overwrite: Annotated[bool, typer.Option(help="Replace vectors made with other settings.")] = False,
     address: Address = None,
+    max_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Workers an autoscaling cluster may grow to; none: what is there now."),
+    ] = None,
 ) -> None:
     """Encode chunks to vectors; a second run encodes only what is missing."""
     started = time.perf_counter()
     path = None if codec_path is None else codec_path.resolve()
     result = encode_chunks(
-        input, output, functools.partial(load_codec_at, codec, path), dtype, overwrite, address
+        input, output, functools.partial(load_codec_at, codec, path), dtype, overwrite, address, max_workers
     )
     seconds = time.perf_counter() - started
     made = {s.file: s.rows for s in result.manifest.shards if s.file in result.encoded}

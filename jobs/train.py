@@ -69,6 +69,9 @@ CHECKPOINTS_KEPT = 3
 RESTARTS = 2
 """Times a run goes on from its last checkpoint after its worker died (out of memory, lost node)."""
 
+STARTS = 10
+"""Times Ray Train tries for a minute to get a run's CPUs and GPUs; then they are not there, and the run fails."""
+
 POLL_S = 0.25
 """How often Ray Train's controllers and this process look for news, in seconds; Ray's own 2 s are longer than
 an epoch on the sample."""
@@ -287,10 +290,13 @@ def plan_resources(
     are small, and one alone leaves most of a GPU idle. The cores to share are those of a cluster of one
     machine, None on more: there a run keeps to its own threads.
     """
-    cpus = _fitting([n.get("CPU", 0.0) for n in nodes], num_runs, most=math.inf)
+    with_gpu = [n for n in nodes if n.get("GPU")]
+    # With GPUs each run needs a part of one, so its CPUs have to be found on the same node.
+    usable = with_gpu or nodes
+    cpus = _fitting([n.get("CPU", 0.0) for n in usable], num_runs, most=math.inf)
     resources = {"CPU": cpus}
-    if any(n.get("GPU") for n in nodes):
-        resources["GPU"] = _fitting([n.get("GPU", 0.0) for n in nodes], num_runs, most=1.0)
+    if with_gpu:
+        resources["GPU"] = _fitting([n["GPU"] for n in with_gpu], num_runs, most=1.0)
     cores = int(nodes[0].get("CPU", 1.0)) if len(nodes) == 1 else None
     return resources, max(1, int(cpus)), cores
 
@@ -370,7 +376,7 @@ def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
                     checkpoint_config=CheckpointConfig(
                         num_to_keep=CHECKPOINTS_KEPT, checkpoint_score_attribute="val_cosine"
                     ),
-                    failure_config=FailureConfig(max_failures=RESTARTS),
+                    failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=STARTS),
                     logging_config=LoggingConfig(log_level="ERROR"),
                 ),
             )
