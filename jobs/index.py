@@ -51,7 +51,10 @@ def build_with_ray(source: Location, target: Location, settings: IndexSettings, 
 def main(
     input: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
     output: Annotated[PathOrUrl, path_option("Folder for the index and its versions.")],
-    probes: Annotated[int, typer.Option(min=1, help="Lists a search looks into.")] = IndexSettings.probes,
+    probes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Lists a search looks into; by default 16, or 64 where they hold codes."),
+    ] = None,
     address: Address = None,
 ) -> None:
     """Build and publish the search index; a second run on the same vectors changes nothing."""
@@ -63,7 +66,7 @@ def main(
         raise OutputError(
             f"{output} holds {kind}, expected an index or an empty folder; choose another --output"
         )
-    settings = IndexSettings(probes=probes)
+    settings = IndexSettings() if probes is None else IndexSettings(probes=probes, coded_probes=probes)
     array = open_vectors(input)
     index = find_index(array, output, settings)
     up_to_date = index is not None

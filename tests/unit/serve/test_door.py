@@ -56,7 +56,9 @@ class Gateway:
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(folder),))
+        self._thread = threading.Thread(
+            target=self._loop.run_until_complete, args=(self._run(folder),), daemon=True
+        )
         self._thread.start()
         assert self._ready.wait(10)
 
@@ -145,8 +147,12 @@ def test_a_stream_is_passed_on_as_it_comes(gateway: Gateway, door: Door) -> None
         assert time.perf_counter() - begun > 0.3
 
 
-def test_a_head_request_has_no_body(gateway: Gateway, door: Door) -> None:
-    assert ask(door, "HEAD", "/a")[2] == b""
+def test_after_an_answer_without_a_body_the_connection_goes_on(gateway: Gateway, door: Door) -> None:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", door.port, timeout=5)) as connection:
+        connection.request("HEAD", "/a")
+        assert connection.getresponse().read() == b""
+        connection.request("GET", "/b")
+        assert json.loads(connection.getresponse().read())["path"] == "/b"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +195,7 @@ def test_a_request_a_dying_gateway_held_goes_to_the_next(folder: Path, door: Doo
     dying.bind(str(folder / "1-1.sock"))
     dying.listen()
     answers: list[Any] = []
-    client = threading.Thread(target=lambda: answers.append(ask(door, "POST", "/v1/x", b"body")))
+    client = threading.Thread(target=lambda: answers.append(ask(door, "POST", "/v1/x", b"body")), daemon=True)
     client.start()
     taken, _ = dying.accept()
     assert b"body" in taken.recv(1000)

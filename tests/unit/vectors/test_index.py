@@ -40,6 +40,33 @@ def lists(large_array: VectorArray, tmp_path_factory: pytest.TempPathFactory) ->
     return build_index(large_array, tmp_path_factory.mktemp("lists"))
 
 
+@pytest.fixture(scope="module")
+def coded(large_array: VectorArray, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return build_index(large_array, tmp_path_factory.mktemp("coded"), IndexSettings(coded_from=5000))
+
+
+def test_lists_of_codes_find_more_since_the_best_are_compared_exactly(
+    large_array: VectorArray, lists: Index, coded: Index
+) -> None:
+    settings = coded.manifest.settings
+    assert (settings["type"], settings["nlist"], settings["probes"]) == ("IVF_PQ4_REFINED", 64, 64)
+    assert not IndexSettings().coded(99_999)
+    assert IndexSettings().coded(100_000)
+    assert coded.manifest.report["recall_stored"] > max(0.9, lists.manifest.report["recall_stored"])
+    queries = large_array.vectors[:40].astype(np.float32)
+    scores, rows = coded.search(queries, 16)
+    true = np.einsum("bd,bkd->bk", queries, large_array.vectors[rows].astype(np.float32))
+    np.testing.assert_allclose(scores, true, atol=1e-3)  # and not a code's guess
+    np.testing.assert_array_equal(rows[:, 0], np.arange(40))
+    _, one_list = coded.search(queries, 16, probes=1)
+    assert (one_list != rows).any()
+    np.testing.assert_allclose(coded.reconstruct([7, 4000]), large_array.vectors[[7, 4000]], atol=1e-3)
+    again = load_index(coded.directory.parents[1])
+    np.testing.assert_array_equal(again.search(queries, 16)[1], rows)
+    _, many = coded.search(queries[:2], 3000, probes=1)
+    assert all(len(set(r)) == 3000 for r in many.tolist())
+
+
 @pytest.mark.parametrize(
     ("num_vectors", "num_lists"),
     [
