@@ -137,7 +137,7 @@ def test_a_failed_write_leaves_neither_shard_nor_temporary_file(
         raise OSError("no space left")
 
     monkeypatch.setattr("lvm.vectors.shards.os.replace", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OutputError, match=r"cannot be written \(no space left\); make room"):
         write_table(tmp_path / "part-00000.parquet", chunks)
     assert list(tmp_path.iterdir()) == []
 
