@@ -33,7 +33,7 @@ import psutil
 
 from tests.doubles import FakeCodec, fake_articles, write_chunks
 
-SECONDS_A_SHARD = 2.0
+SECONDS_A_SHARD = 3.0
 NUM_SHARDS = 40
 CHECKOUT = Path(__file__).parents[2]
 
@@ -73,7 +73,13 @@ class GrowingCluster:
             },
             "max_workers": 3,
             "upscaling_speed": 1.0,
-            "idle_timeout_minutes": 0.15,
+            "idle_timeout_minutes": 0.2,
+            # Nothing is copied to or run on a node that is a process here, but Ray's autoscaler wants the fields.
+            **{key: {} for key in ("file_mounts", "auth", "docker")},
+            **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+            **{f"{when}_commands": [] for when in ("initialization", "setup", "head_setup", "worker_setup")},
+            **{f"{who}_start_ray_commands": [] for who in ("head", "worker")},
+            "file_mounts_sync_continuously": False,
         }
         self._folder = tempfile.TemporaryDirectory()
         file = Path(self._folder.name, "growing.json")
@@ -84,12 +90,13 @@ class GrowingCluster:
         self._process = subprocess.Popen(
             [str(ray), *command[1:]],
             env={**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            stderr=sys.stderr,
         )
         end = time.monotonic() + 60
         while time.monotonic() < end:
             with contextlib.suppress(OSError), socket.create_connection(self.address.split(":"), 1):  # type: ignore[arg-type]
+                time.sleep(5)  # the port opens before the head's own node is there
                 return
             time.sleep(0.5)
         self.close()
