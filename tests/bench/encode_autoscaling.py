@@ -34,7 +34,7 @@ import psutil
 from tests.doubles import FakeCodec, fake_articles, write_chunks
 
 SECONDS_A_SHARD = 3.0
-NUM_SHARDS = 40
+NUM_SHARDS = 30
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -96,7 +96,7 @@ class GrowingCluster:
         end = time.monotonic() + 60
         while time.monotonic() < end:
             with contextlib.suppress(OSError), socket.create_connection(self.address.split(":"), 1):  # type: ignore[arg-type]
-                time.sleep(5)  # the port opens before the head's own node is there
+                time.sleep(15)  # the port opens before the head's own node is there
                 return
             time.sleep(0.5)
         self.close()
