@@ -65,7 +65,12 @@ class GrowingCluster:
         worker = {"resources": {"CPU": 1, "object_store_memory": 100 << 20}, "node_config": {}}
         config = {
             "cluster_name": "growing",
-            "provider": {"type": "fake_multinode", "gcs_address": self.address},
+            "provider": {
+                "type": "fake_multinode",
+                "gcs_address": self.address,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+            },
             "head_node_type": "ray.head.default",
             "available_node_types": {
                 "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
@@ -75,7 +80,8 @@ class GrowingCluster:
             "upscaling_speed": 1.0,
             "idle_timeout_minutes": 0.2,
             # Nothing is copied to or run on a node that is a process here, but Ray's autoscaler wants the fields.
-            **{key: {} for key in ("file_mounts", "auth", "docker")},
+            "auth": {"ssh_user": "nobody"},
+            **{key: {} for key in ("file_mounts", "docker")},
             **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
             **{f"{when}_commands": [] for when in ("initialization", "setup", "head_setup", "worker_setup")},
             **{f"{who}_start_ray_commands": [] for who in ("head", "worker")},
