@@ -27,6 +27,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m tests.bench.codec_read_back
 	$(BIN)/python -m tests.bench.decode_batch --quick
 	$(BIN)/python -m tests.bench.decode_stream
+	$(BIN)/python -m tests.bench.encode_throughput --quick
 	$(BIN)/python -m tests.bench.serve_latency --quick
 
 clean:

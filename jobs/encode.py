@@ -343,6 +343,7 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard], max_workers: int | No
     then. Where nothing can be written, that ends it at once.
     """
     import ray
+    from ray.autoscaler.sdk import request_resources
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts chunks
@@ -370,18 +371,25 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard], max_workers: int | No
         **resources,
     )
     refused: list[LvmError] = []
+    if max_workers is not None:
+        # Ray Data asks for no more than the cluster has; it takes on what comes, up to `max_size`.
+        request_resources(bundles=[{"CPU": 1.0, "GPU": float(resources.get("num_gpus", 0))}] * most)
     rows_done = _or_no_workers(finished.iter_rows(), resources, nodes)
-    with progress_bar("encode", sum(s.rows for s in pending), "chunks") as advance:
-        for row in rows_done:
-            error, refusal = row.pop("error"), row.pop("refusal")
-            advance(row["rows"])
-            if error:
-                refused.append(REFUSALS.get(refusal, InputError)(error))
-                if refusal == "OutputError":
-                    # No other shard could be written either; the rest of the corpus must not be encoded for nothing.
-                    break
-                continue
-            yield Shard(**row)
+    try:
+        with progress_bar("encode", sum(s.rows for s in pending), "chunks") as advance:
+            for row in rows_done:
+                error, refusal = row.pop("error"), row.pop("refusal")
+                advance(row["rows"])
+                if error:
+                    refused.append(REFUSALS.get(refusal, InputError)(error))
+                    if refusal == "OutputError":
+                        # No other shard could be written either; the rest must not be encoded for nothing.
+                        break
+                    continue
+                yield Shard(**row)
+    finally:
+        if max_workers is not None:
+            request_resources(bundles=[])  # nodes without work may go
     if refused:
         if not isinstance(refused[-1], OutputError):
             say(

@@ -33,8 +33,8 @@ import psutil
 
 from tests.doubles import FakeCodec, fake_articles, write_chunks
 
-SECONDS_A_SHARD = 2.0
-NUM_SHARDS = 40
+SECONDS_A_SHARD = 3.0
+NUM_SHARDS = 30
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -65,7 +65,12 @@ class GrowingCluster:
         worker = {"resources": {"CPU": 1, "object_store_memory": 100 << 20}, "node_config": {}}
         config = {
             "cluster_name": "growing",
-            "provider": {"type": "fake_multinode", "gcs_address": self.address},
+            "provider": {
+                "type": "fake_multinode",
+                "gcs_address": self.address,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+            },
             "head_node_type": "ray.head.default",
             "available_node_types": {
                 "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
@@ -73,7 +78,14 @@ class GrowingCluster:
             },
             "max_workers": 3,
             "upscaling_speed": 1.0,
-            "idle_timeout_minutes": 0.15,
+            "idle_timeout_minutes": 0.2,
+            # Nothing is copied to or run on a node that is a process here, but Ray's autoscaler wants the fields.
+            "auth": {"ssh_user": "nobody"},
+            **{key: {} for key in ("file_mounts", "docker")},
+            **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+            **{f"{when}_commands": [] for when in ("initialization", "setup", "head_setup", "worker_setup")},
+            **{f"{who}_start_ray_commands": [] for who in ("head", "worker")},
+            "file_mounts_sync_continuously": False,
         }
         self._folder = tempfile.TemporaryDirectory()
         file = Path(self._folder.name, "growing.json")
@@ -84,12 +96,13 @@ class GrowingCluster:
         self._process = subprocess.Popen(
             [str(ray), *command[1:]],
             env={**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            stderr=sys.stderr,
         )
         end = time.monotonic() + 60
         while time.monotonic() < end:
             with contextlib.suppress(OSError), socket.create_connection(self.address.split(":"), 1):  # type: ignore[arg-type]
+                time.sleep(15)  # the port opens before the head's own node is there
                 return
             time.sleep(0.5)
         self.close()
