@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,7 +22,16 @@ from tests.integration.conftest import CHECKOUT
 
 pytestmark = pytest.mark.slow
 
-ARTICLES = 40
+ARTICLES = 60
+
+
+@pytest.fixture(autouse=True)
+def own_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder for Ray's files: in the usual one, a job without --address joins whatever cluster was there last."""
+    folder = tempfile.mkdtemp(prefix="latent-", dir="/tmp")  # short, as Ray's sockets lie in it
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def command(*arguments: str) -> list[str]:
@@ -47,7 +59,7 @@ def test_the_flow_on_object_storage(bucket: RemotePath) -> None:
         str(bucket / "run" / d) for d in ("chunks", "vectors", "index", "models")
     )
     stages = {
-        "chunk": ["--input", str(bucket / "corpus"), "--output", chunks, "--rows-per-shard", "64"],
+        "chunk": ["--input", str(bucket / "corpus"), "--output", chunks, "--rows-per-shard", "32"],
         "encode": ["--input", chunks, "--output", vectors],
         "index": ["--input", vectors, "--output", index],
         "train": ["--vectors", vectors, "--output", models, "--model", "amn", "--max-minutes", "0.05"],
