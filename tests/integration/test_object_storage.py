@@ -1,4 +1,4 @@
-"""Every stage on an S3 server of this machine: killed, run again, and nothing left to do at the end."""
+"""From articles to a predictor on an S3 server of this machine: killed, run again, and nothing left to do at the end."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.integration.conftest import CHECKOUT
 
 pytestmark = pytest.mark.slow
 
-ARTICLES = 60
+ARTICLES = 40
 
 
 @pytest.fixture(autouse=True)
@@ -63,19 +63,9 @@ def test_the_flow_on_object_storage(bucket: RemotePath) -> None:
         "encode": ["--input", chunks, "--output", vectors],
         "index": ["--input", vectors, "--output", index],
         "train": ["--vectors", vectors, "--output", models, "--model", "amn", "--max-minutes", "0.05"],
-        "evaluate": [
-            "--vectors",
-            vectors,
-            "--index",
-            index,
-            "--models",
-            models,
-            "--output",
-            str(bucket / "run/eval"),
-        ],
     }
     cut = summary_of(latent("chunk", *stages["chunk"]))
-    assert cut["rows"] > 1000
+    assert cut["rows"] > 600
     assert not [f for f in files_below(location(chunks)) if "_work" in str(f)]
 
     # Encoding, killed as soon as two shards are there, then run again.
@@ -111,7 +101,7 @@ def test_the_flow_on_object_storage(bucket: RemotePath) -> None:
     assert np.einsum("nd,nd->n", array.vectors[rows].astype(np.float32), expected).min() > 0.999
 
     # The rest; then all of it again, which finds nothing to do.
-    for stage in ("index", "train", "evaluate"):
+    for stage in ("index", "train"):
         latent(stage, *stages[stage])
     assert load_record(location(models), "amn").folder.name == read_aliases(location(models))["amn"]
     names = {f.name for f in files_below(bucket / "run")}
@@ -120,7 +110,6 @@ def test_the_flow_on_object_storage(bucket: RemotePath) -> None:
         "CURRENT",
         "index.faiss",
         "aliases.json",
-        "report.html",
         "progress.json",
     } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -135,8 +124,6 @@ def test_the_flow_on_object_storage(bucket: RemotePath) -> None:
         "predict", "--run", str(bucket / "run"), "--model", "amn", "A first text.", "And a second one."
     )
     assert said.stdout.strip()
-    latent("export", "--vectors", vectors, "--output", str(bucket / "sequences.npz"))
-    assert summary_of(latent("check", str(bucket / "sequences.npz")))["ok"]
 
 
 def test_storage_that_is_not_there_is_one_line(bucket: RemotePath) -> None:
