@@ -78,6 +78,7 @@ def main(
         "inbox": "" if inbox is None else str(inbox.absolute()),
         "smoothing": SmoothingArgs(url=smoothing_url, model=smoothing_model).model_dump(),
     }
+    address = address or os.environ.get("RAY_ADDRESS")
     if address is None:  # one machine
         record["inline"] = "encoder,predictor,retriever"
         record["sockets"] = tempfile.mkdtemp(prefix="latent-serve-")
@@ -152,11 +153,11 @@ def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     ray.init(
-        address=address,
+        address=address or "local",  # without a word Ray joins whatever was last started here, be it dead
         runtime_env={"env_vars": {"PYTHONPATH": python_path}},
         logging_level=logging.WARNING,
         log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
-        include_dashboard=False if address is None and "RAY_ADDRESS" not in os.environ else None,
+        include_dashboard=False if address is None else None,
     )
     logs = LoggingConfig(encoding="JSON", log_level="INFO", enable_access_log=False)
     # Behind a door of our own, Ray Serve needs none; its options still tell the gateways who may listen.

@@ -7,6 +7,7 @@ import random
 import re
 import string
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -719,9 +720,10 @@ def mutated(rng: random.Random) -> tuple[str, bytes]:
     return f"/v1/{path}", raw
 
 
-def test_a_thousand_odd_requests_get_no_5xx_and_the_service_lives(service: Service) -> None:
+def test_odd_requests_get_no_5xx_and_the_service_lives(service: Service) -> None:
+    """LATENT_FUZZ: how many, where a thousand are too few."""
     rng = random.Random(5)
-    requests = [mutated(rng) for _ in range(1000)]
+    requests = [mutated(rng) for _ in range(int(os.environ.get("LATENT_FUZZ", "1000")))]
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda r: service.ask("POST", *r), requests))
     bad = [
@@ -730,9 +732,11 @@ def test_a_thousand_odd_requests_get_no_5xx_and_the_service_lives(service: Servi
         if reply.status >= 500
     ]
     assert not bad, bad[:3]
-    statuses = {reply.status for reply in replies}
-    assert {200, 422} <= statuses
+    statuses = Counter(reply.status for reply in replies)
+    assert {200, 422} <= set(statuses)
     assert service.post("/v1/generate", {"chunks": FIVE}).status == 200
+    if folder := os.environ.get("LATENT_RESULTS"):
+        (Path(folder) / "fuzz.json").write_text(json.dumps(statuses))
 
 
 def test_schemathesis_finds_no_5xx_from_the_openapi_document(service: Service) -> None:
