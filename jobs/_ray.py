@@ -70,7 +70,8 @@ def connect(address: str | None) -> None:
     # busy cores took five times as long for a training step as one thread each.
     workers = {"PYTHONPATH": python_path, "OMP_WAIT_POLICY": "PASSIVE"}
     ray.init(
-        address=address,
+        # Without an address Ray joins whatever cluster of this machine wrote its file last, alive or not.
+        address="local" if starts_one else address,
         runtime_env={"env_vars": workers},
         logging_level=logging.WARNING,
         log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",

@@ -1,4 +1,4 @@
-"""From articles to a predictor on an S3 server of this machine: killed, run again, and nothing left to do at the end."""
+"""From articles to a predictor on an S3 server of this machine: killed, run again, nothing left to do at the end."""
 
 import json
 import os
