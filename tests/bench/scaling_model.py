@@ -20,6 +20,7 @@ CORES_PER_NODE = 8
 DOLLARS_PER_NODE_HOUR = 0.40
 """About the list price of an m7i.2xlarge on demand; spot is often a third of it. Look it up before you plan on it."""
 
+BACKFILL = "backfill_mini_intel-xeon-2core_2026-11.md"
 PREDICTORS = "predictors_wikipedia-recent_amd-epyc-2core_2026-11.md"
 
 
@@ -43,8 +44,8 @@ class Rate:
 
 
 RATES = {
-    "chunk": Rate(456_459, 44, True, PREDICTORS),
-    "encode": Rate(456_459, 315, True, PREDICTORS),
+    "chunk": Rate(505_986, 42, True, BACKFILL),
+    "encode": Rate(505_986, 191, True, BACKFILL),
     "index": Rate(456_459, 39, False, PREDICTORS),
 }
 
@@ -54,10 +55,8 @@ VECTOR_BYTES = 1_544
 """A chunk in a shard of vectors, float16, zstd: 1,544 for 1,413 chunks of the sample (`latent encode`)."""
 ARRAY_BYTES = 1_842
 """A chunk in the array that training maps, texts and ids included: measured on the same 1,413 chunks."""
-INDEX_BYTES = 4 * 768 + 8
-"""A vector in IVF_FLAT: float32 numbers and its row."""
-PQ_BYTES = 96 + 8
-"""A vector in IVF_PQ of 96 sub-quantisers, and its row; not built by `latent index` today."""
+INDEX_BYTES = 96 + 2 * 768 + 8
+"""A vector in an index that holds codes: 192 of 4 bits, float16 numbers to compare the best with, and its row."""
 ID_BYTES = 32 + 49 + 60
 """A chunk id in the driver's check that no id is lost or doubled: CPython's text object and its place in a set."""
 SHARD_ROWS = 2_048
@@ -102,8 +101,7 @@ def tables() -> str:
         "shards of chunks": CHUNK_BYTES,
         "shards of vectors": VECTOR_BYTES,
         "array that training maps": ARRAY_BYTES,
-        "index, IVF_FLAT": INDEX_BYTES,
-        "index, IVF_PQ (not built today)": PQ_BYTES,
+        "index, 4-bit codes and float16": INDEX_BYTES,
         "ids in the encode job's own process": ID_BYTES,
     }
     for what, each in sizes.items():
