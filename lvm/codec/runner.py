@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lvm.codec.inference import Int8Encoder
 from lvm.codec.t5 import RMSNorm, T5Stack
 from lvm.errors import InputError
 
@@ -211,7 +212,10 @@ class StackRunner:
     def __init__(self, stack: T5Stack, precision: Precision) -> None:
         self.config = stack.config
         self.precision = precision
-        self.layers = [_Layer(stack, i, precision) for i in range(stack.config.num_layers)]
+        # An encoder's many rows at once are twice as fast in oneDNN's int8 products, a decoder's few in FBGEMM's.
+        wide = precision == "int8" and not stack.config.is_decoder
+        self._wide = Int8Encoder(stack) if wide else None
+        self.layers = [] if wide else [_Layer(stack, i, precision) for i in range(stack.config.num_layers)]
         self.final_norm = stack.final_layer_norm
         self._stack = stack
         self._biases: dict[int, Tensor] = {}
@@ -224,6 +228,8 @@ class StackRunner:
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """An encoder's states: x (B, T, D) float32 and mask (B, T) bool, True on real places, to (B, T, D)."""
+        if self._wide is not None:
+            return self._wide.encode(x, mask)
         c = self.config
         B, T, _ = x.shape
         bias = self._bias(T)

@@ -21,6 +21,7 @@ def ray_cluster() -> Iterator[str]:
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     context = ray.init(
+        address="local",  # else a cluster that some other process left behind is joined, dead or alive
         num_cpus=2,
         include_dashboard=False,
         logging_level=logging.WARNING,
