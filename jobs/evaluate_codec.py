@@ -64,13 +64,19 @@ def windows_of(doc_ids: npt.NDArray[np.int32], most: int) -> npt.NDArray[np.int6
 
 
 def predicted_ladders(
-    loaded: Codec, models: Location, texts: list[str], vectors: Any, doc_ids: npt.NDArray[np.int32]
+    loaded: Codec,
+    models: Location,
+    texts: list[str],
+    vectors: Any,
+    doc_ids: npt.NDArray[np.int32],
+    most: int,
 ) -> dict[str, dict[str, Any]]:
-    """Read-back of each model's predictions, by model name; `to_truth` is their mean cosine to the true next vector.
+    """Read-back of each model's predictions on at most `most` contexts, by model name; `to_truth` is their mean cosine to the
+    true next vector.
 
     Raises InputError where no article has a context and a next chunk, or where `models` holds no model.
     """
-    starts = windows_of(doc_ids, NUM_TURNED)
+    starts = windows_of(doc_ids, most)
     if not len(starts):
         raise InputError(
             f"no article of the input has {CONTEXT + 1} chunks; --run needs a context of {CONTEXT} and the next"
@@ -171,7 +177,9 @@ def main(
             off = turned(vectors[picked[few]], distance)
             summary["at_cosine"][f"{distance:g}"] = ladder(loaded, some, off, steps[:3])
     if run_folder is not None:
-        summary["predicted"] = predicted_ladders(loaded, run_folder / "models", texts, vectors, doc_ids)
+        summary["predicted"] = predicted_ladders(
+            loaded, run_folder / "models", texts, vectors, doc_ids, min(NUM_TURNED, len(picked))
+        )
     head = slice(0, candidates)
     dim = loaded.identity.dim
     baseline = next_chunk_retrieval(tfidf_svd_vectors(texts[head], dim), doc_ids[head])
