@@ -71,8 +71,8 @@ def predicted_ladders(
     doc_ids: npt.NDArray[np.int32],
     most: int,
 ) -> dict[str, dict[str, Any]]:
-    """Read-back of each model's predictions on at most `most` contexts, by model name; `to_truth` is their mean cosine to the
-    true next vector.
+    """Read-back of each model's predictions on at most `most` contexts, by model name; `to_truth` is their mean cosine
+    to the true next vector.
 
     Raises InputError where no article has a context and a next chunk, or where `models` holds no model.
     """
