@@ -158,7 +158,7 @@ class Stages:
         def reached() -> bool:
             return len(list(target.glob("part-*.parquet"))) >= begun
 
-        damaged = 0
+        damaged, most_in_hand = 0, IN_FLIGHT
         if schedule.fault == "disk full":
             share = sum(p.stat().st_size for p in (self.base / "encode" / "vectors").glob("part-*.parquet"))
             with small_disk(target, max(16 << 10, int(share * schedule.moment))) as grow:
@@ -169,6 +169,9 @@ class Stages:
                     f"a full disk should be refused in words, it {ended}: {str(attempt.error)[:300]}",
                 )
                 require(not list(target.glob(".*.tmp")), "temporary files are left on the full disk")
+                # Actors may try every shard there is before the driver has heard of the first refusal; what was written
+                # must not be tried again.
+                most_in_hand = NUM_SHARDS - len(list(target.glob("part-*.parquet")))
                 grow()
                 again("encode", folder)
         elif schedule.fault.startswith("kill driver"):
@@ -212,8 +215,7 @@ class Stages:
         again("encode", folder)
         self._check_vectors(folder)
         redone = len((folder / "log").read_bytes()) - NUM_SHARDS
-        # On a full disk every actor comes to its next shards before the driver has heard of the first refusal.
-        most = damaged + IN_FLIGHT * (2 if schedule.fault == "disk full" else 1)
+        most = damaged + most_in_hand
         require(redone <= most, f"{redone} shards were encoded twice, expected at most {most}")
         return Outcome(ended, redone)
 
