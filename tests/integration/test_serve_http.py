@@ -199,7 +199,11 @@ def test_a_rollout_equals_asking_again_with_each_answer(service: Service) -> Non
         (single,) = generate(service, chunks=chunks, model="amn")["results"][0]["generated"]
         assert single["text"] == step["text"]
         chunks.append(single["text"])
-    assert len({step["text"] for step in rolled}) == 3  # an extractive answer is never one just read
+    read = list(FIVE)
+    for step in rolled:  # an extractive answer is never one just read
+        assert step["rung"] != "extractive" or step["text"] not in read
+        read.append(step["text"])
+    assert any(step["rung"] == "extractive" for step in rolled)
 
 
 def events_of(body: bytes) -> list[tuple[str, dict[str, Any]]]:
@@ -262,9 +266,10 @@ def test_vectors_decode_to_their_text(service: Service) -> None:
         "results"
     ]
     assert [r["rung"] for r in exactly] == ["steps=0"] * 5
-    assert [r["cosine"] for r in exactly] < [
-        r["cosine"] for r in reply.json["results"]
-    ]  # a step brings it nearer
+    for first, corrected in zip(
+        exactly, reply.json["results"], strict=True
+    ):  # a step brings it no further off
+        assert 0.5 < first["cosine"] <= corrected["cosine"] + 1e-6
 
 
 def test_vectors_predict_a_vector(service: Service, run: Path) -> None:
