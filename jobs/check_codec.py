@@ -11,11 +11,10 @@ import json
 import time
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from jobs._ray import PathOrUrl, load_codec_at, path_option, run, say
-from lvm.codec.quality import MISMATCHED_COSINE, read_back
+from lvm.codec.quality import MISMATCHED_COSINE, read_back, spread
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
 from lvm.errors import InputError
@@ -46,7 +45,7 @@ def main(
         chunks = [c.text for a in read_articles(input, None) for c in chunker.chunk([a])[0]]
         if not chunks:
             raise InputError(f"{input} gives no chunk; expected articles with text")
-        texts = [chunks[i] for i in np.unique(np.linspace(0, len(chunks) - 1, num_chunks).astype(int))]
+        texts = [chunks[i] for i in spread(len(chunks), num_chunks)]
     encoded = loaded.encode(texts)
     decoded = loaded.decode(encoded.vectors, steps=number, norms=encoded.norms)
     mean = float(decoded.cosines.mean())

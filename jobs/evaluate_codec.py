@@ -20,12 +20,12 @@ import numpy.typing as npt
 import typer
 
 from jobs._ray import PathOrUrl, load_codec_at, path_option, run, say
-from lvm.codec.quality import next_chunk_retrieval, read_back, tfidf_svd_vectors, turned
+from lvm.codec.quality import next_chunk_retrieval, read_back, spread, tfidf_svd_vectors, turned
 from lvm.codec.zoo import Codec
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
 from lvm.errors import InputError
-from lvm.evaluate.predictability import ridge_retrieval
+from lvm.evaluate.predictability import CONTEXT, contexts_of, ridge_retrieval, targets_of
 from lvm.predict.generate import predictor
 from lvm.predict.record import read_aliases
 from lvm.storage import Location, location
@@ -34,7 +34,6 @@ STEPS = (0, 1, 3, 5)
 NUM_DECODED = 2_000
 NUM_TURNED = 500
 NUM_CANDIDATES = 10_000
-CONTEXT = 5
 FIGURES = ("bleu", "token_f1", "exact", "cosine")
 
 
@@ -57,12 +56,6 @@ def ladder(
     return out
 
 
-def windows_of(doc_ids: npt.NDArray[np.int32], most: int) -> npt.NDArray[np.int64]:
-    """First rows (N,) of contexts whose chunks and next chunk are one article's, evenly spread, at most `most`."""
-    starts = np.flatnonzero(doc_ids[:-CONTEXT] == doc_ids[CONTEXT:])
-    return starts[np.unique(np.linspace(0, len(starts) - 1, most).astype(int))] if len(starts) else starts
-
-
 def predicted_ladders(
     loaded: Codec,
     models: Location,
@@ -76,8 +69,8 @@ def predicted_ladders(
 
     Raises InputError where no article has a context and a next chunk, or where `models` holds no model.
     """
-    starts = windows_of(doc_ids, most)
-    if not len(starts):
+    targets = targets_of(doc_ids)
+    if not len(targets):
         raise InputError(
             f"no article of the input has {CONTEXT + 1} chunks; --run needs a context of {CONTEXT} and the next"
         )
@@ -86,9 +79,10 @@ def predicted_ladders(
         raise InputError(
             f"{models} holds no model; expected the folder of `latent run` or `latent demo` for --run"
         )
-    contexts = vectors[starts[:, None] + np.arange(CONTEXT)]
-    truth = vectors[starts + CONTEXT]
-    sources = [texts[i] for i in starts + CONTEXT]
+    targets = targets[spread(len(targets), most)]
+    contexts = vectors[contexts_of(targets)]
+    truth = vectors[targets]
+    sources = [texts[i] for i in targets]
     out: dict[str, dict[str, Any]] = {}
     for name in names:
         folder, predict = predictor(models, name, loaded)
@@ -157,7 +151,7 @@ def main(
     say(f"{num_articles} articles, {len(texts)} chunks")
     encoded = loaded.encode(texts)
     vectors = encoded.vectors
-    picked = np.unique(np.linspace(0, len(texts) - 1, decoded).astype(int))
+    picked = spread(len(texts), decoded)
     sources = [texts[i] for i in picked]
     figures = ladder(loaded, sources, vectors[picked], steps, encoded.norms[picked])
     summary: dict[str, Any] = {
@@ -169,7 +163,7 @@ def main(
         **figures,
     }
     if distances:
-        few = np.unique(np.linspace(0, len(picked) - 1, NUM_TURNED).astype(int))
+        few = spread(len(picked), NUM_TURNED)
         some = [sources[i] for i in few]
         summary["at_cosine"] = {}
         for distance in distances:

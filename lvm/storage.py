@@ -444,13 +444,17 @@ def local_folder(folder: Location) -> Path:
             source = folder._at(PurePosixPath(info.path))
             copy = temporary / source.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with source.open() as opened, copy.open("wb") as file:
-                shutil.copyfileobj(opened, file, BUFFER_BYTES)
+            _download(source, copy)
         with suppress(OSError):  # another process was first: its copy is as good
             os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _download(source: RemotePath, target: Path) -> None:
+    with source.open() as opened, target.open("wb") as file:
+        shutil.copyfileobj(opened, file, BUFFER_BYTES)
 
 
 @contextmanager
@@ -461,8 +465,7 @@ def local_input(path: Location) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="latent-") as folder:
         copy = Path(folder, path.name)
-        with path.open() as opened, copy.open("wb") as file:
-            shutil.copyfileobj(opened, file, BUFFER_BYTES)
+        _download(path, copy)
         yield copy
 
 

@@ -10,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from lvm.codec.identity import require_same_codec
 from lvm.codec.ladder import Answer, DecodeCache
 from lvm.codec.stream import LadderStream
-from lvm.codec.zoo import load_codec
 from serve.metrics import replica_metrics
 from serve.rows import Outcome, StreamQueue
-from serve.settings import ServeArgs, require_run
+from serve.settings import ServeArgs, codec_of_run
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,7 @@ class Decoder:
         import torch
 
         torch.set_num_threads(args.decoder.num_threads)
-        manifest = require_run(args.run)
-        self._codec = load_codec(args.codec or manifest.identity.name, args.codec_path)
-        require_same_codec(self._codec.identity, manifest.identity, "the loaded codec", f"{args.run}/vectors")
+        self._codec = codec_of_run(args)
         self._stream = LadderStream(self._codec, cache=DecodeCache(args.cache_entries))
         self._codec.decode(self._codec.encode(["warm up"]).vectors, self._stream.ladder.steps[0])
         self._queue: StreamQueue[VectorRow, Answer] = StreamQueue(

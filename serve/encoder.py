@@ -8,11 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from lvm.codec.identity import require_same_codec
-from lvm.codec.zoo import load_codec
 from serve.metrics import replica_metrics
 from serve.rows import Outcome, RowQueue
-from serve.settings import ServeArgs, require_run
+from serve.settings import ServeArgs, codec_of_run
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,7 @@ class Encoder:
         import torch
 
         torch.set_num_threads(args.encoder.num_threads)
-        manifest = require_run(args.run)
-        self._codec = load_codec(args.codec or manifest.identity.name, args.codec_path)
-        require_same_codec(self._codec.identity, manifest.identity, "the loaded codec", f"{args.run}/vectors")
+        self._codec = codec_of_run(args)
         self._codec.encode(["warm up"])
         self._queue: RowQueue[str, EncodedText] = RowQueue(
             self._work, args.queue_rows * 5, measure=replica_metrics().measure

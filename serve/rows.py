@@ -58,26 +58,21 @@ class Stream(Protocol[Item_contra, Value_co]):
         """One round; what left, by ticket."""
 
 
-class StreamQueue(Generic[Item, Value]):
-    """Rows for a `Stream`, one round after another in a thread of its own while there are any."""
+class _Queue(Generic[Item, Value]):
+    """Rows that wait, and the task that takes them for as long as there are any."""
 
     def __init__(
-        self,
-        stream: Stream[Item, Value],
-        max_rows: int,
-        measure: Callable[[int, int, int], None] | None = None,
+        self, max_rows: int, measure: Callable[[int, int, int], None] | None, thread_name: str
     ) -> None:
-        """max_rows: most in the rounds at once. measure: as of `RowQueue`, called after each round."""
-        self._stream, self._max_rows, self._measure = stream, max_rows, measure
+        self._max_rows, self._measure = max_rows, measure
         self._waiting: deque[_Waiting[Item, Value]] = deque()
-        self._inside: dict[int, tuple[_Waiting[Item, Value], float]] = {}
         self._runner: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rounds")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=thread_name)
         self.dropped = 0
         """Rows dropped so far."""
 
     async def submit(self, items: Sequence[Item], remaining_s: Sequence[float]) -> list[Outcome[Value]]:
-        """As of `RowQueue`."""
+        """An Outcome for each row, in order. remaining_s: what each row's caller will still wait."""
         now = time.monotonic()
         rows: list[_Waiting[Item, Value]] = [
             _Waiting(item, now + left) for item, left in zip(items, remaining_s, strict=True)
@@ -88,9 +83,40 @@ class StreamQueue(Generic[Item, Value]):
         try:
             return [await row.done for row in rows]
         except asyncio.CancelledError:
-            for row in rows:
+            for row in rows:  # the caller is gone: their rows are taken out by `_live` or the rounds
                 row.done.cancel()
             raise
+
+    async def _run(self) -> None:
+        """Take rows until none is left."""
+        raise NotImplementedError
+
+    def _live(self) -> _Waiting[Item, Value] | None:
+        """The oldest row if somebody still waits for it; else None, and the row is dropped."""
+        row = self._waiting.popleft()
+        if row.done.done():
+            self.dropped += 1
+        elif row.expires <= time.monotonic():
+            self.dropped += 1
+            row.done.set_result(Outcome(error=EXPIRED, queue_ms=_ms(row.since)))
+        else:
+            return row
+        return None
+
+
+class StreamQueue(_Queue[Item, Value]):
+    """Rows for a `Stream`, one round after another in a thread of its own while there are any."""
+
+    def __init__(
+        self,
+        stream: Stream[Item, Value],
+        max_rows: int,
+        measure: Callable[[int, int, int], None] | None = None,
+    ) -> None:
+        """max_rows: most in the rounds at once. measure: as of `RowQueue`, called after each round."""
+        super().__init__(max_rows, measure, "rounds")
+        self._stream = stream
+        self._inside: dict[int, tuple[_Waiting[Item, Value], float]] = {}
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -125,21 +151,15 @@ class StreamQueue(Generic[Item, Value]):
                     row.done.set_result(Outcome(error=EXPIRED, queue_ms=(begun - row.since) * 1000))
 
     def _join(self) -> None:
-        now = time.monotonic()
         while self._waiting and len(self._inside) < self._max_rows:
-            row = self._waiting.popleft()
-            if row.done.done():
-                self.dropped += 1
-            elif row.expires <= now:
-                self.dropped += 1
-                row.done.set_result(Outcome(error=EXPIRED, queue_ms=_ms(row.since)))
+            if (row := self._live()) is None:
+                continue
+            try:
+                ticket = self._stream.add(row.item)
+            except Exception as err:
+                row.done.set_result(Outcome(error=_words(err)))
             else:
-                try:
-                    ticket = self._stream.add(row.item)
-                except Exception as err:
-                    row.done.set_result(Outcome(error=_words(err)))
-                else:
-                    self._inside[ticket] = (row, time.perf_counter())
+                self._inside[ticket] = (row, time.perf_counter())
 
     def _fail(self, err: Exception) -> None:
         """A round that failed ends every row in it: which of them was the cause, it does not say."""
@@ -150,7 +170,7 @@ class StreamQueue(Generic[Item, Value]):
         self._inside.clear()
 
 
-class RowQueue(Generic[Item, Value]):
+class RowQueue(_Queue[Item, Value]):
     """Batches rows for one `work` function, which runs in a thread of its own, one batch at a time."""
 
     def __init__(
@@ -162,31 +182,11 @@ class RowQueue(Generic[Item, Value]):
     ) -> None:
         """work: rows to as many values, in order. group: rows of one batch have one group (as many steps).
         measure: called after each batch with its rows, the rows still waiting, and rows dropped before it."""
-        self._work, self._max_rows, self._group, self._measure = work, max_rows, group, measure
-        self._waiting: deque[_Waiting[Item, Value]] = deque()
-        self._runner: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rows")
-        self.dropped = 0
-        """Rows dropped so far."""
+        super().__init__(max_rows, measure, "rows")
+        self._work, self._group = work, group
 
     def __len__(self) -> int:
         return len(self._waiting)
-
-    async def submit(self, items: Sequence[Item], remaining_s: Sequence[float]) -> list[Outcome[Value]]:
-        """An Outcome for each row, in order. remaining_s: what each row's caller will still wait."""
-        now = time.monotonic()
-        rows: list[_Waiting[Item, Value]] = [
-            _Waiting(item, now + left) for item, left in zip(items, remaining_s, strict=True)
-        ]
-        self._waiting.extend(rows)
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.create_task(self._run())
-        try:
-            return [await row.done for row in rows]
-        except asyncio.CancelledError:
-            for row in rows:  # the caller is gone: rows not yet at work are taken out by `_next`
-                row.done.cancel()
-            raise
 
     async def _run(self) -> None:
         while self._waiting:
@@ -199,18 +199,13 @@ class RowQueue(Generic[Item, Value]):
 
     def _next(self) -> list[_Waiting[Item, Value]]:
         """Up to `max_rows` live rows of the oldest row's group; the others keep their order."""
-        now = time.monotonic()
         batch: list[_Waiting[Item, Value]] = []
         kept: list[_Waiting[Item, Value]] = []
         group: Any = None
         while self._waiting and len(batch) < self._max_rows:
-            row = self._waiting.popleft()
-            if row.done.done():
-                self.dropped += 1
-            elif row.expires <= now:
-                self.dropped += 1
-                row.done.set_result(Outcome(error=EXPIRED, queue_ms=_ms(row.since)))
-            elif not batch or self._group is None or self._group(row.item) == group:
+            if (row := self._live()) is None:
+                continue
+            if not batch or self._group is None or self._group(row.item) == group:
                 if not batch and self._group is not None:
                     group = self._group(row.item)
                 batch.append(row)

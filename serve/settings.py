@@ -5,11 +5,22 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lvm.codec.identity import require_same_codec
+from lvm.codec.zoo import Codec, load_codec
 from lvm.errors import InputError
 from lvm.predict.steer import PASSTHROUGH
 from lvm.vectors.shards import Manifest
 
-__all__ = ["PASSTHROUGH", "BreakerArgs", "Limits", "Scale", "ServeArgs", "SmoothingArgs", "require_run"]
+__all__ = [
+    "PASSTHROUGH",
+    "BreakerArgs",
+    "Limits",
+    "Scale",
+    "ServeArgs",
+    "SmoothingArgs",
+    "codec_of_run",
+    "require_run",
+]
 
 
 class _Strict(BaseModel):
@@ -157,3 +168,11 @@ def require_run(run: str) -> Manifest:
                 f"(stage {stage} makes it)"
             )
     return Manifest.load(folder / "vectors", "vectors")
+
+
+def codec_of_run(args: ServeArgs) -> Codec:
+    """The codec that answers for `args.run`, loaded; raises IdentityError where the run's vectors are another's."""
+    manifest = require_run(args.run)
+    codec = load_codec(args.codec or manifest.identity.name, args.codec_path)
+    require_same_codec(codec.identity, manifest.identity, "the loaded codec", f"{args.run}/vectors")
+    return codec

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lvm.codec.inference import Int8Encoder, Int8MiniEncoder
+from lvm.codec.inference import Int8MiniEncoder
 from lvm.codec.mini import MiniEncoder
 from lvm.codec.runner import Precision, StackRunner, best_precision
 from lvm.codec.t5 import T5Stack
@@ -56,18 +56,6 @@ class Encoded:
     """(N,) True where the text was longer than the codec's limit and was cut."""
 
 
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it fast, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu":
-        capability = torch.cpu.get_capabilities()
-        return (
-            torch.bfloat16 if capability.get("avx512_bf16") or capability.get("amx_bf16") else torch.float32
-        )
-    return torch.float32
-
-
 @dataclass(frozen=True)
 class GtrSizes:
     """What callers ask of an encoder's configuration."""
@@ -94,7 +82,7 @@ class GtrEncoder(nn.Module):
         self.register_buffer("weight", None if dense is None else dense[0])
         self.register_buffer("bias", None if dense is None else dense[1])
         self.stack = stack
-        self.runner: StackRunner | Int8Encoder | None = None
+        self.runner: StackRunner | None = None
         self.normalised = normalised
         self.config = GtrSizes(table.shape[1] if dense is None else dense[0].shape[0])
 
@@ -117,7 +105,7 @@ class GtrEncoder(nn.Module):
             return self
         dense = None if self.weight is None else (self.weight, self.bias)
         other = GtrEncoder(self.table, self.stack, dense, self.normalised)
-        other.runner = Int8Encoder(self.stack) if precision == "int8" else StackRunner(self.stack, precision)
+        other.runner = StackRunner(self.stack, precision)
         return other
 
 

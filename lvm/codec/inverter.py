@@ -158,10 +158,10 @@ class MiniWriter:
 
     def choose(self) -> Tensor:
         network, c = self._parts.network, self._parts.network.config
-        priors, glimpse = network.priors(self._lexical, self._residual, first=self._place)
-        if self._after is not None:  # the decoder's glimpse stays what it was trained on
-            clearer = self._residual - self._after[:, self._place : self._place + 1]
-            priors, _ = network.priors(self._lexical, clearer, first=self._place)
+        clearer = (
+            None if self._after is None else self._residual - self._after[:, self._place : self._place + 1]
+        )
+        priors, glimpse = network.priors(self._lexical, self._residual, self._place, clearer)
         x = self._previous * c.lexical_dim**0.5 + self._parts.glimpse(glimpse[:, 0])
         state = self._parts.runner.step(self._cache, x)
         directions = network.head(state, priors[:, 0])
@@ -406,7 +406,7 @@ class Inverter:
         one after the other, so memory grows with `width` and not with its square. Raises InputError without a
         corrector, or when steps or width are below 1.
         """
-        corrector = self._require_corrector(steps)
+        corrector = self._t5_corrector(steps)
         if steps < 1 or width < 1:
             raise InputError(f"got {steps} steps and a beam of {width}; expected 1 or more of each")
         size = max(1, self.settings.max_rows // width)
@@ -484,7 +484,7 @@ class Inverter:
     ) -> tuple[list[list[int]], list[bool]]:
         """Token ids of better texts for (B, D) vectors, from hypotheses (ids) and their own vectors (B, D), and
         for each row whether it is known that a further step would change nothing."""
-        corrector = self._require_corrector(1)
+        corrector = self._t5_corrector(1)
         memory, mask = corrector.memory(self._tensor(vectors), self._tensor(own), hypotheses)
         writer = T5Writer(corrector, memory, mask, self.max_new_tokens)
         return write(writer, len(vectors), self.max_new_tokens, END_ID), [False] * len(vectors)
@@ -492,12 +492,22 @@ class Inverter:
     def _tensor(self, vectors: npt.NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
 
-    def _require_corrector(self, steps: int) -> Corrector:
-        if self.corrector is None:
+    @property
+    def can_correct(self) -> bool:
+        """Whether `correct` can be called."""
+        return self.corrector is not None
+
+    def require_correcting(self, steps: int) -> None:
+        """Raises InputError where `steps` corrector steps cannot be taken, there being no corrector."""
+        if not self.can_correct:
             raise InputError(
                 f"this codec has a hypothesizer and no corrector: expected steps 0, got {steps}; "
                 "ask for 0 steps or load a codec with a corrector"
             )
+
+    def _t5_corrector(self, steps: int) -> Corrector:
+        self.require_correcting(steps)
+        assert self.corrector is not None
         return self.corrector
 
 
@@ -541,7 +551,7 @@ class Rounds:
         if request.steps < 0:
             raise InputError(f"got {request.steps} steps; expected 0 or more")
         if request.steps:
-            self._inverter._require_corrector(request.steps)
+            self._inverter.require_correcting(request.steps)
         ticket = self._next_ticket
         self._next_ticket += 1
         self._waiting.append(_Row(ticket, request))

@@ -217,16 +217,21 @@ class MiniHypothesizer(nn.Module):
         memory: Tensor = self.memory(vectors)
         return memory.view(-1, self.config.memory_tokens, self.config.lexical_dim)
 
-    def priors(self, lexical: Tensor, residual: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    def priors(
+        self, lexical: Tensor, residual: Tensor, first: int = 0, clearer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The four prior directions (B, T, 4, L), and the decoder's glimpse input (B, T, 3L).
 
         lexical: (B, T, L), the vector's lexical part; residual: (B, T, L), the same less what the tokens
-        before each position explain. first: place of the first row.
+        before each position explain. first: place of the first row. clearer: (B, T, L) residual that the priors read
+        in place of `residual`; the glimpse stays what the decoder was trained on.
         """
         here_all = self.rotation(lexical, first, back=True)
         here = self.rotation(residual, first, back=True)
         following = self.rotation(residual, first + 1, back=True)
         glimpse = torch.cat((here, following, residual), dim=-1)
+        if clearer is not None:
+            here, residual = self.rotation(clearer, first, back=True), clearer
         return torch.stack((here_all, here, lexical, residual), dim=-2), glimpse
 
     def hidden(self, inputs: Tensor, glimpse: Tensor) -> Tensor:

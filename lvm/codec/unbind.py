@@ -22,7 +22,6 @@ Letters: B batch, T places, L = 512 (words and order), V vocabulary; id V stands
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +32,6 @@ from torch import Tensor
 from lvm.codec.inverter import Embed, Inversion, Inverter, MiniHypothesizing, ToIds, ToTexts
 from lvm.codec.mini import MiniEncoder, MiniHypothesizer
 from lvm.codec.runner import Matrix, Precision
-from lvm.codec.vec2text import Corrector
 from lvm.errors import InputError
 
 HOT, COLD = 0.1, 0.01
@@ -297,9 +295,9 @@ class UnbindingInverter(Inverter):
         super().__init__(hypothesizer, None, embed, to_texts, to_ids, max_new_tokens, device)
         self._unbinder = unbinder
 
-    def _require_corrector(self, steps: int) -> Corrector:
-        # The rounds ask for leave to take steps and do not use what comes; `correct` below is all they call.
-        return cast(Corrector, self._unbinder)
+    @property
+    def can_correct(self) -> bool:
+        return True
 
     def invert_with_beam(self, vectors: npt.NDArray[np.float32], steps: int, width: int) -> list[Inversion]:
         """Raises InputError: a step here gives one text, the one that explains most."""

@@ -167,8 +167,8 @@ class _Seq2Seq:
     decoder: StackRunner
 
 
-class Hypothesizer:
-    """vec2text's InversionModel: vectors to first texts."""
+class _Checkpoint:
+    """What both of vec2text's models hold: a configuration and a T5."""
 
     def __init__(self, folder: str | Path, precision: Precision, device: torch.device | None = None) -> None:
         """Reads `folder`; raises InputError when it is no such checkpoint."""
@@ -177,6 +177,17 @@ class Hypothesizer:
         self.config = read_config(folder)
         tensors = read_weights(folder)
         self.t5 = _Seq2Seq(tensors, folder, precision, device)
+        self._read(tensors, folder, device)
+
+    def _read(self, tensors: Mapping[str, Tensor], folder: Path, device: torch.device) -> None:
+        """Take the model's own parts."""
+        raise NotImplementedError
+
+
+class Hypothesizer(_Checkpoint):
+    """vec2text's InversionModel: vectors to first texts."""
+
+    def _read(self, tensors: Mapping[str, Tensor], folder: Path, device: torch.device) -> None:
         self.transform = _Projection(tensors, "embedding_transform", self.t5.width, folder)
         self.transform.to(device)
 
@@ -190,16 +201,10 @@ class Hypothesizer:
         return self.t5.encoder.encode(self.transform(vectors)), None
 
 
-class Corrector:
+class Corrector(_Checkpoint):
     """vec2text's CorrectorEncoderModel: vectors, hypotheses and their vectors to better texts."""
 
-    def __init__(self, folder: str | Path, precision: Precision, device: torch.device | None = None) -> None:
-        """Reads `folder`; raises InputError when it is no such checkpoint."""
-        folder = Path(folder)
-        device = device or torch.device("cpu")
-        self.config = read_config(folder)
-        tensors = read_weights(folder)
-        self.t5 = _Seq2Seq(tensors, folder, precision, device)
+    def _read(self, tensors: Mapping[str, Tensor], folder: Path, device: torch.device) -> None:
         self.transforms = [
             _Projection(tensors, f"embedding_transform_{i}", self.t5.width, folder) for i in (1, 2, 3)
         ]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lvm.codec.quality import spread
 from lvm.errors import InputError
 from lvm.evaluate.baselines import Batches, RidgeSettings, fit_ridge
 
@@ -13,6 +14,13 @@ CONTEXT = 5
 """Chunks that are known."""
 BATCH_WINDOWS = 2048
 """Windows handed on at once."""
+
+
+def targets_of(doc_ids: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Rows (N,) that have a whole context of their own article before them; doc_ids in article order."""
+    last = np.arange(CONTEXT, len(doc_ids))
+    whole: NDArray[np.bool_] = doc_ids[last] == doc_ids[last - CONTEXT]
+    return last[whole]
 
 
 def ridge_retrieval(
@@ -35,8 +43,7 @@ def ridge_retrieval(
     starts = np.flatnonzero(np.r_[True, doc_ids[1:] != doc_ids[:-1]])
     enough = starts[len(doc_ids) - starts >= num_candidates]
     first = int(enough[-1]) if enough.size else 0
-    last = np.arange(CONTEXT, len(doc_ids))
-    targets = last[doc_ids[last] == doc_ids[last - CONTEXT]]
+    targets = targets_of(doc_ids)
     known, asked = targets[targets < first], targets[targets >= first]
     if len(known) < 10 or not asked.size:
         raise InputError(
@@ -46,7 +53,7 @@ def ridge_retrieval(
     centred = vectors - vectors[:first].mean(0)
     vectors = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)
     # An article that lies on both sides of `first` cannot be: `first` is where one begins.
-    known = known[np.unique(np.linspace(0, len(known) - 1, num_windows).astype(np.int64))]
+    known = known[spread(len(known), num_windows)]
     cut = len(known) * 9 // 10
     settings = RidgeSettings(max_train_windows=cut, max_val_windows=len(known) - cut)
     ridge = fit_ridge(_batches(vectors, known[:cut]), _batches(vectors, known[cut:]), settings)
@@ -55,10 +62,10 @@ def ridge_retrieval(
     cosine = np.empty(len(asked), np.float32)
     for low in range(0, len(asked), BATCH_WINDOWS):
         rows = asked[low : low + BATCH_WINDOWS]
-        near = ridge(vectors[_contexts(rows)]) @ candidates.T
+        near = ridge(vectors[contexts_of(rows)]) @ candidates.T
         here = np.arange(len(rows))
         truth = near[here, rows - first]
-        near[here[:, None], _contexts(rows) - first] = -np.inf
+        near[here[:, None], contexts_of(rows) - first] = -np.inf
         ranks[low : low + BATCH_WINDOWS] = (near >= truth[:, None]).sum(1)
         cosine[low : low + BATCH_WINDOWS] = truth
     return {
@@ -72,8 +79,8 @@ def ridge_retrieval(
     }
 
 
-def _contexts(targets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(B, 5) rows before each target."""
+def contexts_of(targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows (B, 5) of the contexts of targets (B,)."""
     return targets[:, None] + np.arange(-CONTEXT, 0)
 
 
@@ -81,6 +88,6 @@ def _batches(vectors: NDArray[np.float32], targets: NDArray[np.int64]) -> Batche
     def each() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         for low in range(0, len(targets), BATCH_WINDOWS):
             rows = targets[low : low + BATCH_WINDOWS]
-            yield vectors[_contexts(rows)], vectors[rows]
+            yield vectors[contexts_of(rows)], vectors[rows]
 
     return each
