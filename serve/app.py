@@ -355,10 +355,11 @@ class Gateway:
             "codec": self._codec.model_dump(),
             "inputs": [{"chunks": chunks} for chunks in inputs],
         }
-        with self._admitted(len(inputs)):
-            yield _event("start", opening)
-            task = asyncio.create_task(write_all())
-            try:
+        task: asyncio.Task[None] | None = None
+        try:
+            with self._admitted(len(inputs)):
+                yield _event("start", opening)
+                task = asyncio.create_task(write_all())
                 since = begun
                 while (item := await queue.get()) is not None:
                     number, place, generated = item
@@ -366,12 +367,23 @@ class Gateway:
                     since = time.perf_counter()
                     yield _event("chunk", {"input": number, "place": place, **generated.model_dump()})
                 await task
-                yield _event("done", {"milliseconds": _ms(begun)})
-            except (DeadlineError, FullError, StageError, UnavailableError) as err:
-                status = 408 if isinstance(err, DeadlineError) else 429 if isinstance(err, FullError) else 503
-                yield _event("error", error_body(status, str(err), _request_id(request)))
-            finally:
+            yield _event("done", {"milliseconds": _ms(begun)})
+        except (DeadlineError, FullError, StageError, UnavailableError) as err:
+            self._note(err, request, time.perf_counter() - begun)
+            status = 408 if isinstance(err, DeadlineError) else 429 if isinstance(err, FullError) else 503
+            yield _event("error", error_body(status, str(err), _request_id(request)))
+        finally:
+            if task is not None:
                 task.cancel()  # the reader may have gone: what nobody reads is not computed
+
+    def _note(self, err: Exception, request: Request, seconds: float | None = None) -> None:
+        """Count a request that got no answer. seconds: where it asked for text, what it took."""
+        if isinstance(err, DeadlineError):
+            self.metrics.deadline.inc(1, {"route": request.scope["route"].path})
+        elif isinstance(err, FullError):
+            self.metrics.refused.inc(1, {"reason": "full"})
+        if seconds is not None:
+            self._window.add(Seen(seconds, not isinstance(err, DeadlineError | FullError)))
 
     def _see(self, generated: Generated, seconds: float) -> None:
         quality = judge(generated.text, generated.context.texts)
@@ -763,7 +775,6 @@ class Gateway:
 
     def _require_room(self, inputs: int) -> None:
         if self._pending + inputs > self._limits.max_pending:
-            self.metrics.refused.inc(1, {"reason": "full"})
             raise FullError(
                 f"{self._pending} inputs are at work and {inputs} more would pass limit max_pending, "
                 f"{self._limits.max_pending}; try again after the time in Retry-After"
@@ -807,11 +818,12 @@ class Gateway:
         return _error(request, 422, str(err))
 
     async def _late(self, request: Request, err: Exception) -> Response:
-        self.metrics.deadline.inc(1, {"route": request.url.path})
+        self._note(err, request)
         return _error(request, 408, f"{err}; ask for less at once, or name a longer deadline_s")
 
     async def _full(self, request: Request, err: Exception) -> Response:
         assert isinstance(err, FullError)
+        self._note(err, request)
         return _error(request, 429, str(err), err.retry_after_s)
 
     async def _unavailable(self, request: Request, err: Exception) -> Response:

@@ -15,6 +15,8 @@ import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,8 @@ import httptools
 import uvicorn
 
 from serve.guard import App, Message, Receive, Scope, Send, error_body
+from serve.settings import Limits
 
-MAX_HEADER_BYTES = 64 * 2**10
-"""Bytes of a request line and its headers; a browser's are about 1 kB."""
 IDLE_S = 75.0
 """Seconds a client may be silent between requests, or within one."""
 RETRY_S = 30.0
@@ -33,6 +34,9 @@ HOP_HEADERS = frozenset(
     {b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"expect", b"upgrade"}
 )
 """Of one connection, not of the request (RFC 9110, 7.6.1)."""
+
+Count = Callable[[int, str], None]
+"""Told of each request that no gateway saw: the status of its answer, and why."""
 
 
 class Listener:
@@ -102,15 +106,26 @@ class Listener:
                 work.cancel()
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """What the door itself answers."""
+
+    status: int
+    reason: str
+    """One word, for the metrics."""
+    message: str
+
+
 class _Requests:
     """A connection's bytes to whole requests."""
 
-    def __init__(self, max_body_bytes: int) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.ready: deque[_Request] = deque()
         self.expects = False
         """True where a client waits for leave to send its body."""
-        self.too_large = False
-        self._max = max_body_bytes
+        self.refusal = _Refusal(400, "http", "the request is no HTTP/1.1 this service can read")
+        """What to answer where `feed` raised."""
+        self._limits = limits
         self._open: _Request | None = None
         self._header_bytes = 0
         self._parser = httptools.HttpRequestParser(self)
@@ -120,8 +135,14 @@ class _Requests:
         if self._open is None or not self._open.head_done:
             self._header_bytes += len(data)
         self._parser.feed_data(data)
-        if self._open is not None and not self._open.head_done and self._header_bytes > MAX_HEADER_BYTES:
-            raise httptools.HttpParserError(f"more than {MAX_HEADER_BYTES} bytes of headers")
+        if self._open is not None and not self._open.head_done:
+            most = self._limits.max_header_bytes
+            if self._header_bytes > most:
+                message = (
+                    f"the headers are too large, limit max_header_bytes is {most}; send fewer or shorter ones"
+                )
+                self.refusal = _Refusal(431, "headers", message)
+                raise httptools.HttpParserError
 
     def on_message_begin(self) -> None:
         self._open = _Request()
@@ -134,6 +155,8 @@ class _Requests:
         assert self._open is not None
         if name.lower() == b"expect":
             self.expects = True
+        if name.lower() == b"content-length" and value.isdigit() and len(value) < 20:
+            self._open.announced = int(value)
         if name.lower() not in HOP_HEADERS:
             self._open.headers.append((name, value))
 
@@ -141,14 +164,13 @@ class _Requests:
         assert self._open is not None
         self._open.head_done, self._header_bytes = True, 0
         self._open.method = self._parser.get_method()
+        self._require_small(self._open.announced)  # before a byte of the body is read
 
     def on_body(self, body: bytes) -> None:
         assert self._open is not None
         self._open.body.append(body)
         self._open.size += len(body)
-        if self._open.size > self._max:
-            self.too_large = True
-            raise ValueError
+        self._require_small(self._open.size)
 
     def on_message_complete(self) -> None:
         assert self._open is not None
@@ -156,10 +178,19 @@ class _Requests:
         self.ready.append(self._open)
         self._open, self.expects = None, False
 
+    def _require_small(self, size: int) -> None:
+        most = self._limits.max_body_bytes
+        if size > most:
+            message = f"the body is too large, limit max_body_bytes is {most}; send less at once"
+            self.refusal = _Refusal(413, "body", message)
+            raise ValueError
+
 
 class _Request:
     def __init__(self) -> None:
         self.method, self.url, self.size = b"", b"", 0
+        self.announced = 0
+        """Bytes of the body by its Content-Length."""
         self.headers: list[tuple[bytes, bytes]] = []
         self.body: list[bytes] = []
         self.head_done = self.keep_alive = False
@@ -198,10 +229,11 @@ _Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class Door:
     """The launcher's end: listens on host and port in a thread of its own."""
 
-    def __init__(self, folder: str, host: str, port: int, max_body_bytes: int) -> None:
+    def __init__(self, folder: str, host: str, port: int, limits: Limits) -> None:
         """folder: where gateways put their sockets; only this user may enter it. Binds at once: OSError where the
         address is taken."""
-        self._folder, self._max = Path(folder), max_body_bytes
+        self._folder, self._limits = Path(folder), limits
+        self._count: Count = lambda status, reason: None
         self._socket = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
         )
@@ -211,8 +243,9 @@ class Door:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
 
-    def open(self) -> None:
-        """Let clients in."""
+    def open(self, count: Count) -> None:
+        """Let clients in. count: called in the door's thread."""
+        self._count = count
         self._thread.start()
 
     def close(self) -> None:
@@ -230,7 +263,7 @@ class Door:
         """One connection; its requests one after another."""
         # asyncio sets it only where the socket was made with its protocol's number; without, each answer waits 40 ms.
         writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        requests = _Requests(self._max)
+        requests = _Requests(self._limits)
         ahead = asyncio.ensure_future(reader.read(2**16))
         try:
             while True:
@@ -256,13 +289,7 @@ class Door:
                 if not request.keep_alive:
                     return
         except (httptools.HttpParserError, ValueError):
-            status, words = 400, "the request is no HTTP/1.1 this service can read"
-            if requests.too_large:
-                status, words = (
-                    413,
-                    f"the body is too large, limit max_body_bytes is {self._max}; send less at once",
-                )
-            writer.write(_reply(status, words))
+            writer.write(self._refuse(requests.refusal))
             await self._linger(reader, writer, ahead)
         except (TimeoutError, OSError, _LostError):
             pass  # silent too long, gone, or its answer broke off: closing says so
@@ -297,12 +324,19 @@ class Door:
                     if err.begun:
                         raise
             if time.monotonic() > until:
-                client.write(
-                    _reply(503, "no gateway answers; try again in a few seconds", "Retry-After: 5\r\n")
-                )
+                refusal = _Refusal(503, "no gateway", "no gateway answers; try again in a few seconds")
+                client.write(self._refuse(refusal, "Retry-After: 5\r\n"))
                 request.keep_alive = False
                 return
             await asyncio.sleep(0.1)
+
+    def _refuse(self, refusal: _Refusal, header: str = "") -> bytes:
+        """The answer of the door itself, counted."""
+        self._count(refusal.status, refusal.reason)
+        body = json.dumps(error_body(refusal.status, refusal.message, uuid.uuid4().hex)).encode()
+        head = [f"HTTP/1.1 {refusal.status} {_WORDS[refusal.status]}", "Content-Type: application/json"]
+        head += [f"Content-Length: {len(body)}", "Connection: close"]
+        return ("\r\n".join(head) + f"\r\n{header}\r\n").encode() + body
 
     def _gateways(self) -> list[Path]:
         """Sockets, the least busy first and of equals the newest."""
@@ -349,10 +383,9 @@ class Door:
                     writer.close()
 
 
-def _reply(status: int, message: str, header: str = "") -> bytes:
-    body = json.dumps(error_body(status, message, uuid.uuid4().hex)).encode()
-    reason = {400: "Bad Request", 413: "Content Too Large", 503: "Service Unavailable"}[status]
-    return (
-        f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\n{header}"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    ).encode() + body
+_WORDS = {
+    400: "Bad Request",
+    413: "Content Too Large",
+    431: "Request Header Fields Too Large",
+    503: "Service Unavailable",
+}

@@ -23,6 +23,7 @@ import typer
 from lvm.errors import InputError, LvmError
 from serve.door import Door
 from serve.guard import LOOPBACK, check_keys, read_keys
+from serve.metrics import DoorMetrics
 from serve.settings import ServeArgs, SmoothingArgs
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -86,10 +87,10 @@ def main(
         put(record, entry)
     record["inline"] = [part for part in record.get("inline", "").split(",") if part]
     args = parse(record)
-    door = Door(args.sockets, host, port, args.limits.max_body_bytes) if args.sockets else None
+    door = Door(args.sockets, host, port, args.limits) if args.sockets else None
     start(args, host, port, address)
     if door:
-        door.open()
+        door.open(DoorMetrics().count)
         port = door.port
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (

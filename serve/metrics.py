@@ -7,6 +7,7 @@ Ray puts `ray_` before each name and adds the labels `application`, `deployment`
 from functools import cache
 
 from ray.serve.metrics import Counter, Gauge, Histogram
+from ray.util import metrics as plain
 
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.3, 2.5, 5.0, 10.0, 30.0]
 """Bounds of latency histograms; 1.0 and 1.3 are the targets of p50 and p95."""
@@ -14,13 +15,28 @@ ROWS = [1, 2, 4, 8, 16, 32, 64, 128]
 COSINES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
 
 
+REQUESTS = ("latent_http_requests_total", "Requests by route and status.", ("route", "status"))
+REFUSED = ("latent_refused_total", "Requests refused at once, by reason.", ("reason",))
+
+
+class DoorMetrics:
+    """Of requests that no gateway saw. In the launcher, which is no replica: without the labels of one."""
+
+    def __init__(self) -> None:
+        """Needs a connected Ray."""
+        self._requests, self._refused = plain.Counter(*REQUESTS), plain.Counter(*REFUSED)
+
+    def count(self, status: int, reason: str) -> None:
+        """Of `Door`."""
+        self._requests.inc(1, {"route": "none", "status": str(status)})
+        self._refused.inc(1, {"reason": reason})
+
+
 class GatewayMetrics:
     """Of requests and answers. One in each gateway replica."""
 
     def __init__(self) -> None:
-        self.requests = Counter(
-            "latent_http_requests_total", "Requests by route and status.", ("route", "status")
-        )
+        self.requests = Counter(*REQUESTS)
         self.duration = Histogram(
             "latent_http_request_duration_seconds", "Whole request.", SECONDS, ("route",)
         )
@@ -36,7 +52,7 @@ class GatewayMetrics:
         self.waiting = Gauge("latent_stage_waiting_rows", "Rows waiting in the gateway.", ("stage",))
         self.retries = Counter("latent_stage_retries_total", "Calls sent again after a loss.", ("stage",))
         self.pending = Gauge("latent_pending_inputs", "Inputs at work in the gateway.")
-        self.refused = Counter("latent_refused_total", "Requests refused at once, by reason.", ("reason",))
+        self.refused = Counter(*REFUSED)
         self.cache = Counter("latent_cache_lookups_total", "Cache look-ups.", ("cache", "result"))
         self.answers = Counter("latent_answers_total", "Answers by model and rung.", ("model", "rung"))
         self.gibberish = Counter(

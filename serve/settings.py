@@ -33,6 +33,8 @@ class Limits(_Strict):
 
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Bytes of a request's body. 64 contexts of five vectors take 5 MB as JSON numbers."""
+    max_header_bytes: int = Field(64 * 2**10, ge=1024)
+    """Bytes of a request line and its headers, at the door of one machine; Ray Serve's proxies have their own limit."""
     max_texts: int = Field(64, ge=1)
     """Texts, chunk lists or queries in one call."""
     max_characters: int = Field(20_000, ge=1)

@@ -2,9 +2,12 @@
 
     python -m tests.bench.serve_latency --quick
     python -m tests.bench.serve_latency --run out/demo --model lstm
+    python -m tests.bench.serve_latency --quick --codec-path out/gtr
 
 The comparison calls the same weights the way the original did: one request at a time, float32, first texts through
-transformers' own T5 stack, cache and `generate`, then the same ladder with the same corrector steps. The service
+transformers' own T5 stack, cache and `generate`, then the same ladder with the same corrector steps. With
+`--codec-path`, of weights in GTR's layout, it is vec2text itself, and both sides take `--steps` corrector steps and do
+not climb; where the folder is not there, seeded weights of `--size` are made in it. The service
 is `latent serve` with its defaults but for the caches, which each request turns off, and the breaker, which would
 answer without decoding. The load comes from this process, on the same machine: what it costs is part of the
 result. Contexts are held-out windows of the run, no two alike.
@@ -20,19 +23,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lvm.codec.ladder import Answer, DecodeCache, Ladder, Nearest
-from lvm.codec.zoo import Codec, codec_folder, load_codec
+from lvm.codec.zoo import Codec, load_codec
 from lvm.predict.generate import predictor
-from lvm.predict.steer import snap
-from lvm.vectors.index import load_index
-from lvm.vectors.sequences import open_vectors
+from lvm.vectors.sequences import open_vectors, split_articles
+from tests.bench.decode_batch import SIZES, sample_texts
+from tests.bench.serve_comparison import mini_comparison, one_at_a_time, vec2text_comparison
+from tests.checkpoints import make_checkpoints
 from tests.integration.serving import Service, make_run, running
 
 CLIENTS = 32
@@ -40,172 +43,6 @@ CLIENTS = 32
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------- the comparison
-
-
-def transformers_decoder(codec_name: str) -> Callable[[np.ndarray], list[int]]:
-    """One (D,) vector to token ids through `generate` of transformers, float32, with its key-value cache.
-
-    The mini hypothesizer's T5 stack is transformers' own, loaded with the same tensors; around it stand the
-    vector's priors, computed as in training (`lvm/codec/mini.py`).
-    """
-    import torch
-    from safetensors.torch import load_file
-    from transformers import (
-        DynamicCache,
-        EncoderDecoderCache,
-        GenerationConfig,
-        GenerationMixin,
-        PretrainedConfig,
-        PreTrainedModel,
-        T5Config,
-    )
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-    from transformers.models.t5.modeling_t5 import T5Stack
-
-    from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
-
-    folder = codec_folder(codec_name)
-    config = MiniConfig(**json.loads((folder / "config.json").read_text())["config"])
-    encoder = MiniEncoder(config)
-    encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
-    ours = MiniHypothesizer(config, encoder.topic_norm)
-    ours.load_state_dict(load_file(folder / "hypothesizer.safetensors"))
-    encoder, ours = encoder.eval(), ours.eval()
-    L = config.lexical_dim
-    stack_config = T5Config(
-        vocab_size=config.vocabulary_size,
-        d_model=L,
-        d_kv=L // config.num_heads,
-        num_heads=config.num_heads,
-        d_ff=config.d_ff,
-        num_layers=config.decoder_layers,
-        is_decoder=True,
-        use_cache=True,
-        dropout_rate=0.0,
-    )
-    stack = T5Stack(stack_config)
-    missing = stack.load_state_dict(ours.decoder.state_dict(), strict=False)
-    assert not missing.unexpected_keys, missing
-    assert all("embed_tokens" in k for k in missing.missing_keys), missing
-    end_id = load_codec(codec_name).tokenizer.end_id
-
-    class Generating(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-        config_class = PretrainedConfig
-        main_input_name = "input_ids"
-        _supports_cache_class = True
-
-        def __init__(self) -> None:
-            super().__init__(
-                PretrainedConfig(vocab_size=config.vocabulary_size, num_hidden_layers=config.decoder_layers)
-            )
-            self.stack = stack.eval()
-            self.vectors = torch.zeros(1, config.dim)
-            self.cache: Any = None
-
-        def prepare_inputs_for_generation(
-            self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **_: Any
-        ) -> dict[str, Any]:
-            return {"input_ids": input_ids, "past_key_values": past_key_values}
-
-        def forward(
-            self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **_: Any
-        ) -> Any:
-            written = input_ids[:, 1:]  # the first place stands for "nothing written yet"
-            t = written.shape[1]
-            lexical = ours.unscale(self.vectors)[:, None]
-            residual = lexical
-            if t:
-                embedded = encoder.tokens(written)
-                residual = (
-                    lexical
-                    - encoder.bound(embedded, torch.ones_like(written, dtype=torch.bool)).sum(1)[:, None]
-                )
-                previous = embedded[:, -1:]
-            else:
-                previous = torch.zeros(1, 1, L)
-                # T5's own kind of cache; `generate` would make the kind of a model without cross-attention.
-                self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            priors, glimpse = ours.priors(lexical, residual, first=t)
-            out = self.stack(
-                inputs_embeds=ours.hidden(previous, glimpse),
-                encoder_hidden_states=ours.remember(self.vectors),
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-            state = ours.head(out.last_hidden_state, priors)
-            logits = state @ encoder.tokens.weight.T + ours.bias
-            return CausalLMOutputWithPast(logits=logits)
-
-    model = Generating()
-    settings = GenerationConfig(
-        max_new_tokens=config.max_tokens,
-        do_sample=False,
-        eos_token_id=end_id,
-        pad_token_id=0,
-        use_cache=False,
-    )
-
-    @torch.inference_mode()
-    def decode(vector: np.ndarray) -> list[int]:
-        model.vectors = torch.from_numpy(vector)[None]
-        first = torch.zeros(1, 1, dtype=torch.int64)
-        out = model.generate(first, attention_mask=torch.ones_like(first), generation_config=settings)
-        return [int(i) for i in out[0, 1:]]
-
-    return decode
-
-
-def one_at_a_time(run: Path, model: str, contexts: Sequence[list[str]], seconds: float) -> dict[str, Any]:
-    """Requests per second of the comparison, over at least `seconds`, and whether it writes our texts."""
-    import torch
-
-    torch.set_num_threads(2)
-    codec = load_codec("mini", precision="float32")
-    codec._encoder.dtype = torch.float32
-    ours = load_codec("mini", precision="float32").inverter
-    array, index = open_vectors(run / "vectors"), load_index(run / "index")
-    _, predict = predictor(run / "models", model, codec)
-    write = transformers_decoder("mini")
-    # The same ladder over the same engine, but every first text comes from transformers, one vector at a time.
-    codec.inverter.hypothesize = lambda vectors: [write(v) for v in vectors]  # type: ignore[method-assign]
-
-    def nearest(vectors: np.ndarray) -> list[Nearest]:
-        scores, rows = index.search(vectors, 1)
-        return [Nearest(t, float(s)) for t, s in zip(array.texts(rows[:, 0]), scores[:, 0], strict=True)]
-
-    ladder = Ladder(codec, nearest, cache=DecodeCache(0))
-
-    def answer(texts: list[str]) -> tuple[np.ndarray, Answer]:
-        vectors = codec.encode(texts).vectors[None]
-        raw = predict(vectors)
-        steered = snap(raw, vectors[:, -1], vectors.mean(1), index, array.vectors).vectors
-        return steered, ladder.decode(steered, [" ".join(texts)])[0]
-
-    for texts in contexts[:3]:
-        answer(texts)
-    same = total = done = 0
-    taken: list[float] = []
-    rungs: Counter[str] = Counter()
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < seconds:
-        since = time.perf_counter()
-        vector, said = answer(contexts[done % len(contexts)])
-        taken.append(time.perf_counter() - since)
-        done += 1
-        rungs[said.rung] += 1
-        if total < 20:  # it must be the same work: the same first texts, but for rounding at a near tie
-            same += [int(i) for i in ours.hypothesize(vector)[0]] == write(vector[0])
-            total += 1
-            begun += time.perf_counter() - since - taken[-1]
-    return {
-        "requests_per_s": done / (time.perf_counter() - begun),
-        "median_ms": 1000 * float(np.median(taken)),
-        "same_texts": f"{same}/{total}",
-        "rungs": dict(rungs),
-    }
 
 
 # ------------------------------------------------------------------------------------------------------- the load
@@ -234,8 +71,8 @@ class Client:
             self._streams[1].close()
 
 
-def request(texts: list[str], model: str, cache: bool = False) -> bytes:
-    return json.dumps({"chunks": texts, "model": model, "cache": cache}).encode()
+def request(texts: list[str], model: str, cache: bool = False, steps: int | None = None) -> bytes:
+    return json.dumps({"chunks": texts, "model": model, "cache": cache, "steps": steps}).encode()
 
 
 async def closed_loop(service: Service, bodies: Sequence[bytes], seconds: float) -> dict[str, Any]:
@@ -354,12 +191,12 @@ async def predict_overheads(
 
 
 def held_out(run: Path, count: int) -> list[list[str]]:
-    """Windows of five chunks from the articles no model trained on (the last tenth by article), no two alike; from
-    all of them where those are too few."""
+    """Windows of five chunks from the test articles, which no model trained on, no two alike; from all of them where
+    those are too few."""
     array = open_vectors(run / "vectors")
     starts = np.flatnonzero(array.doc_ids[4:] == array.doc_ids[:-4])
     random = np.random.default_rng(0)
-    test = starts[array.doc_ids[starts] >= np.quantile(array.doc_ids, 0.9)]
+    test = starts[np.isin(array.doc_ids[starts], split_articles(np.unique(array.doc_ids))["test"])]
     chosen = random.permutation(test)
     if len(chosen) < count:
         chosen = np.concatenate([chosen, random.permutation(np.setdiff1d(starts, test))])
@@ -372,27 +209,51 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, default=None, help="folder of latent run; none makes a small one")
     parser.add_argument("--model", default="lstm")
+    parser.add_argument("--codec-path", type=Path, help="weights in GTR's layout, read as gtr-jxe")
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="small", help="of seeded weights in --codec-path"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=1, help="corrector steps of both sides with --codec-path"
+    )
     parser.add_argument("--quick", action="store_true", help="shorter trials; ends within five minutes")
     parser.add_argument("--set", action="append", default=[], help="more settings of the service")
     options = parser.parse_args()
     seconds, trials = (8.0, 2) if options.quick else (20.0, 5)
     with ExitStack() as stack:
+        root, steps = options.codec_path, None
+        if root is not None:
+            steps = options.steps
+            if not root.exists():
+                say(
+                    f"no folder {root}: making seeded weights of size {options.size} in it; texts mean nothing"
+                )
+                make_checkpoints(root, sample_texts(), SIZES[options.size])
+        codec = load_codec("mini") if root is None else load_codec("gtr-jxe", root)
         run = options.run
         if run is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            run = make_run(folder / "run", 60, ("amn", "lstm", "gru", "transformer"))
+            run = make_run(folder / "run", 60, ("amn", "lstm", "gru", "transformer"), codec)
             say("no --run: untrained models on the bundled sample; rungs mean nothing")
         contexts = held_out(run, 4000)
-        models = [m for m in ("amn", "lstm", "gru", "transformer") if (run / "models").glob(f"{m}-*")]
-        baselines = [one_at_a_time(run, options.model, contexts, seconds) for _ in range(trials)]
+        models = [m for m in json.loads((run / "models" / "aliases.json").read_text()) if m != "best"]
+        side = (
+            mini_comparison(run, options.model)
+            if root is None
+            else vec2text_comparison(run, options.model, root, options.steps)
+        )
+        baselines = [one_at_a_time(side, contexts, seconds) for _ in range(trials)]
+        del side
         base = float(np.median([b["requests_per_s"] for b in baselines]))
         first = baselines[0]
         say(
             f"one at a time   {base:8.2f} requests/s  {first['median_ms']:.0f} ms  same texts {first['same_texts']}"
         )
         settings = [f"--set={s}" for s in ("breaker.enabled=false", *options.set)]
+        if root is not None:
+            settings.append(f"--codec-path={root}")
         service = stack.enter_context(running(run, *settings))
-        bodies = [request(c, options.model) for c in contexts]
+        bodies = [request(c, options.model, steps=steps) for c in contexts]
         asyncio.run(closed_loop(service, bodies, 5))  # warm-up, dropped
         closed = [
             asyncio.run(closed_loop(service, bodies[200 * i :] + bodies[: 200 * i], seconds))
@@ -409,10 +270,11 @@ def main() -> None:
             f"steady {half['rate']:.1f}/s    p50 {half['p50_s']:.3f} s  p95 {half['p95_s']:.3f} s  {half['statuses']}"
         )
         times = 50 if options.quick else 200
-        hit = asyncio.run(repeated(service, "/v1/generate", request(contexts[0], options.model, True), times))
+        hit = asyncio.run(
+            repeated(service, "/v1/generate", request(contexts[0], options.model, True, steps), times)
+        )
         alone = asyncio.run(repeated(service, "/v1/generate", b"", times, bodies))
         say(f"cache hit       {np.median(hit):8.2f} ms   alone, cache off {np.median(alone):.1f} ms")
-        codec = load_codec("mini")
         predicts = asyncio.run(predict_overheads(service, run, codec, models, contexts, times))
         for name, row in predicts.items():
             say(f"predict {name:12s} {row}")
@@ -437,6 +299,8 @@ def main() -> None:
                 "failed": sum(n for c in (*closed, half) for s, n in c["statuses"].items() if s != 200),
                 "clients": CLIENTS,
                 "model": options.model,
+                "codec": str(codec.identity),
+                "steps": steps,
                 "cpu": platform.processor() or platform.machine(),
             }
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lvm.codec.zoo import load_codec
+from lvm.codec.zoo import Codec, load_codec
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
 from lvm.models import CONFIGS, MODELS
@@ -31,12 +31,17 @@ START_S = 240
 """A loaded machine of two cores takes most of a minute to start Ray, Serve and five processes with torch."""
 
 
-def make_run(folder: Path, num_articles: int = 24, models: tuple[str, ...] = ("lstm", "amn")) -> Path:
-    """What `latent run` leaves, of the bundled sample, in this process: the shipped codec, a real index, and
-    models of the default sizes that were never trained, since no test here asks how well they predict."""
+def make_run(
+    folder: Path,
+    num_articles: int = 24,
+    models: tuple[str, ...] = ("lstm", "amn"),
+    codec: Codec | None = None,
+) -> Path:
+    """What `latent run` leaves, of the bundled sample, in this process: the shipped codec (or another), a real index,
+    and models of the default sizes that were never trained, since no test here asks how well they predict."""
     import torch
 
-    codec = load_codec("mini")
+    codec = codec or load_codec("mini")
     articles = list(read_articles(CHECKOUT / "data" / "sample"))[:num_articles]
     texts = [[c.text for c in chunks] for chunks in Chunker(codec.tokenizer).chunk(articles)]
     write_chunks(folder / "chunks", texts, tokenizer=codec.tokenizer)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from serve.door import Door, Listener
+from serve.settings import Limits
 
 LIMIT = 200_000
 
@@ -86,9 +87,15 @@ def gateway(folder: Path) -> Iterator[Gateway]:
 
 
 @pytest.fixture
-def door(folder: Path) -> Iterator[Door]:
-    made = Door(str(folder), "127.0.0.1", 0, LIMIT)
-    made.open()
+def counted() -> list[tuple[int, str]]:
+    """Refusals the door told of."""
+    return []
+
+
+@pytest.fixture
+def door(folder: Path, counted: list[tuple[int, str]]) -> Iterator[Door]:
+    made = Door(str(folder), "127.0.0.1", 0, Limits(max_body_bytes=LIMIT))
+    made.open(lambda *refusal: counted.append(refusal))
     yield made
     made.close()
 
@@ -156,29 +163,55 @@ def test_after_an_answer_without_a_body_the_connection_goes_on(gateway: Gateway,
 
 
 @pytest.mark.parametrize(
-    ("sent", "status", "message"),
+    ("sent", "status", "reason", "message"),
     [
-        (b"nonsense\r\n\r\n", 400, "no HTTP/1.1"),
-        (b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000, 400, "no HTTP/1.1"),
+        (b"nonsense\r\n\r\n", 400, "http", "no HTTP/1.1"),
+        (
+            b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000,
+            431,
+            "headers",
+            "limit max_header_bytes is 65536",
+        ),
+        (
+            b"POST / HTTP/1.1\r\nContent-Length: 300000\r\n\r\n",  # refused before a byte of it came
+            413,
+            "body",
+            "limit max_body_bytes is 200000",
+        ),
         (
             b"POST / HTTP/1.1\r\nContent-Length: 300000\r\n\r\n" + b"a" * 300_000,
             413,
+            "body",
+            "limit max_body_bytes is 200000",
+        ),
+        (
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n493e0\r\n" + b"a" * 300_000,
+            413,
+            "body",
             "limit max_body_bytes is 200000",
         ),
         (
             b"POST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             400,
+            "http",
             "no HTTP/1.1",
         ),  # two lengths: the way requests are smuggled
     ],
 )
 def test_what_is_refused_at_the_door(
-    gateway: Gateway, door: Door, sent: bytes, status: int, message: str
+    gateway: Gateway,
+    door: Door,
+    counted: list[tuple[int, str]],
+    sent: bytes,
+    status: int,
+    reason: str,
+    message: str,
 ) -> None:
     got = raw(door, sent)
     assert got.startswith(b"HTTP/1.1 %d " % status), got[:200]
     assert message in json.loads(got.partition(b"\r\n\r\n")[2])["error"]["message"]
     assert gateway.app.asked == 0
+    assert counted == [(status, reason)]
 
 
 def test_work_of_a_client_that_has_gone_is_dropped(gateway: Gateway, door: Door) -> None:
@@ -226,10 +259,11 @@ def test_a_gateway_that_stops_ends_its_requests_and_the_next_takes_over(folder: 
 
 
 def test_without_a_gateway_there_is_an_answer_in_the_end(
-    folder: Path, door: Door, monkeypatch: pytest.MonkeyPatch
+    folder: Path, door: Door, counted: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve.door.RETRY_S", 0.3)
     status, headers, body = ask(door, "GET", "/a")
     assert status == 503
     assert headers["retry-after"] == "5"
     assert "no gateway answers" in json.loads(body)["error"]["message"]
+    assert counted == [(503, "no gateway")]
