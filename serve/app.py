@@ -447,11 +447,13 @@ class Gateway:
             vectors=[pack(e.vector, body.encoding_format) for e in encoded],
             num_tokens=[e.num_tokens for e in encoded],
             truncated=[e.truncated for e in encoded],
+            cached=[e.cached for e in encoded],
             milliseconds=Milliseconds(**clock.finish()),
         )
 
-    async def embeddings(self, body: EmbeddingsRequest) -> EmbeddingsReply:
+    async def embeddings(self, request: Request, body: EmbeddingsRequest) -> EmbeddingsReply:
         """Texts to vectors in OpenAI's form; `model` is the codec's name."""
+        clock = Clock()
         self._check_codec(body.model, "model")
         if body.dimensions not in (None, self._identity.dim):
             raise RefusedError(
@@ -459,7 +461,8 @@ class Gateway:
             )
         texts = self._texts(body.input, "input")
         with self._admitted(len(texts)):
-            encoded, _ = await self._pipeline.encode(texts, self._deadline(None))
+            encoded, timing = await self._pipeline.encode(texts, self._deadline(None))
+        clock.add("encode", timing)
         tokens = sum(min(e.num_tokens, self._identity.max_tokens) for e in encoded)
         return EmbeddingsReply(
             data=[
@@ -468,6 +471,9 @@ class Gateway:
             ],
             model=self._identity.name,
             usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
+            request_id=_request_id(request),
+            codec=self._codec,
+            milliseconds=Milliseconds(**clock.finish()),
         )
 
     async def predict(self, request: Request, body: PredictRequest) -> PredictReply:

@@ -22,6 +22,8 @@ class EncodedText:
     norm: float
     num_tokens: int
     truncated: bool
+    cached: bool = False
+    """Whether it was held from an earlier request."""
 
 
 @serve.deployment

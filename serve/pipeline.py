@@ -147,7 +147,7 @@ class Pipeline:
             for text in texts:
                 held = self._vectors.get(text.encode())
                 if held is not None:
-                    found[text] = held
+                    found[text] = replace(held, cached=True)
             hits = sum(t in found for t in texts)
             self._look("text", hits, len(texts) - hits)
         missing = [t for t in dict.fromkeys(texts) if t not in found]

@@ -23,6 +23,10 @@ STORY = [
 ]
 
 
+VECTOR = base64.b64encode(np.full(768, 768**-0.5, "<f4").tobytes()).decode()
+"""An example: a unit vector of `mini` or GTR as base64."""
+
+
 class RefusedError(Exception):
     """A request that cannot be answered, with the status and the message of the reply."""
 
@@ -236,6 +240,7 @@ class EncodeReply(_Reply):
     truncated: list[bool] = Field(
         description="True where a text was longer than the codec's limit, and was cut."
     )
+    cached: list[bool] = Field(description="True where the vector was held from an earlier request.")
     milliseconds: Milliseconds
 
 
@@ -265,18 +270,23 @@ class Usage(_Reply):
 
 
 class EmbeddingsReply(_Reply):
-    """OpenAI's form."""
+    """OpenAI's form, and what every reply here says beside it."""
 
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
     usage: Usage
+    request_id: str
+    codec: CodecRecord
+    milliseconds: Milliseconds
 
 
 class PredictRequest(_Request):
     """Context vectors to the next vector."""
 
-    vectors: list[Vector] | None = Field(None, description="One context, oldest first.")
+    vectors: list[Vector] | None = Field(
+        None, description="One context, oldest first.", examples=[[VECTOR, VECTOR]]
+    )
     contexts: list[list[Vector]] | None = Field(None, description="Several contexts.")
     model: Name | None = None
     encoding_format: Literal["float", "base64"] = "float"
@@ -296,7 +306,7 @@ class PredictReply(_Reply):
 class DecodeRequest(_Request):
     """Vectors to text."""
 
-    vectors: list[Vector] = Field(description="Of the loaded codec; scaled to norm 1.")
+    vectors: list[Vector] = Field(description="Of the loaded codec; scaled to norm 1.", examples=[[VECTOR]])
     steps: Steps = None
     codec: Name | None = Field(None, description="Refused where another codec is loaded.")
     subscribers: OneOrMany | None = Field(None, description="The original's name for codecs: jxe, ielab.")

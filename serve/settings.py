@@ -127,6 +127,9 @@ class ServeArgs(_Strict):
     """Codec name; by default the one the vectors were made with."""
     codec_path: str | None = None
     """Folder of a codec of your own."""
+    release: str = ""
+    """Any word. Ray builds an application of an unchanged config.yaml only once: another word here makes `serve deploy`
+    build it again, and so take up what the run's model aliases point to now."""
     default_model: str | None = None
     """Model of a request that names none; by default lstm where there is one, else the first."""
     api_keys_sha256: list[str] = []

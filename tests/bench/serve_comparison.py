@@ -83,7 +83,7 @@ def vec2text_comparison(run: Path, model: str, root: Path, steps: int) -> Compar
         vectors = (own / np.linalg.norm(own, axis=1, keepdims=True))[None]
         raw = predict(vectors)
         steered = snap(raw, vectors[:, -1], vectors.mean(1), index, array.vectors).vectors
-        text = codec.tokenizer.decode(write(steered[0], steps))
+        text = codec.tokenizer.decode([write(steered[0], steps)])[0]
         if not faults(text, " ".join(texts), LadderSettings()):
             return steered[0], f"steps={steps}"
         array.texts(index.search(steered, 1)[1][0])

@@ -1,6 +1,7 @@
 """A run folder of real parts in seconds, and the service on it as a child process, over real HTTP."""
 
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -31,6 +32,12 @@ START_S = 240
 """A loaded machine of two cores takes most of a minute to start Ray, Serve and five processes with torch."""
 
 
+@functools.cache
+def shipped_codec() -> Codec:
+    """`mini`, loaded once for all tests of a run: choosing a precision tries each, which takes seconds."""
+    return load_codec("mini")
+
+
 def make_run(
     folder: Path,
     num_articles: int = 24,
@@ -41,7 +48,7 @@ def make_run(
     and models of the default sizes that were never trained, since no test here asks how well they predict."""
     import torch
 
-    codec = codec or load_codec("mini")
+    codec = codec or shipped_codec()
     articles = list(read_articles(CHECKOUT / "data" / "sample"))[:num_articles]
     texts = [[c.text for c in chunks] for chunks in Chunker(codec.tokenizer).chunk(articles)]
     write_chunks(folder / "chunks", texts, tokenizer=codec.tokenizer)  # type: ignore[arg-type]
@@ -114,8 +121,8 @@ class Service:
         finally:
             connection.close()
 
-    def get(self, path: str) -> Reply:
-        return self.ask("GET", path)
+    def get(self, path: str, **headers: str) -> Reply:
+        return self.ask("GET", path, **headers)
 
     def post(self, path: str, body: Any, timeout_s: float = 60, **headers: str) -> Reply:
         return self.ask("POST", path, json.dumps(body).encode(), timeout_s, **headers)

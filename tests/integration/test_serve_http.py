@@ -18,13 +18,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from lvm.codec.zoo import load_codec
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
 from lvm.predict.generate import Generator
 from lvm.vectors.tmd import all_labels, nearest, unpack
 from tests.integration import browser
-from tests.integration.serving import CHECKOUT, Service, make_run, running, vectors_of
+from tests.integration.serving import CHECKOUT, Service, make_run, running, shipped_codec, vectors_of
 
 KEYS = ("the-first-key-of-this-test", "another-key-of-this-test")
 
@@ -89,7 +88,8 @@ def service(run: Path, chat: str, inbox: Path) -> Iterator[Service]:
         *("--set", "limits.max_body_bytes=1000000", "--set", "limits.max_pending=24"),
         *("--set", "breaker.max_last_rung_share=1"),  # untrained models: nearly every text ends there
     ]
-    with running(run, *options, environment={"LATENT_API_KEYS": ",".join(KEYS)}, key=KEYS[0]) as service:
+    environment = {"LATENT_API_KEYS": ",".join(KEYS), "RAY_metrics_report_interval_ms": "1000"}
+    with running(run, *options, environment=environment, key=KEYS[0]) as service:
         yield service
 
 
@@ -105,7 +105,7 @@ def test_a_text_becomes_the_next_text_and_the_reply_says_how(service: Service) -
     answer = reply.json
     assert answer["model"]["name"] == "lstm"
     assert answer["model"]["folder"].startswith("lstm-")
-    assert answer["codec"]["digest"] == load_codec("mini").identity.digest
+    assert answer["codec"]["digest"] == shipped_codec().identity.digest
     (result,) = answer["results"]
     (step,) = result["generated"]
     assert result["chunks"] == FIVE
@@ -129,7 +129,7 @@ def test_a_text_becomes_the_next_text_and_the_reply_says_how(service: Service) -
 
 
 def test_answers_equal_those_of_the_library(service: Service, run: Path) -> None:
-    codec = load_codec("mini")
+    codec = shipped_codec()
     for model in ("lstm", "amn", "passthrough"):
         expected = Generator.load(run, model, codec).next_chunk(FIVE)
         (step,) = generate(service, chunks=FIVE, model=model)["results"][0]["generated"]
@@ -258,7 +258,7 @@ def test_vectors_decode_to_their_text(service: Service) -> None:
     packed = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in vectors]
     reply = service.post("/v1/decode", {"vectors": packed, "sources": FIVE, "codec": "mini"})
     assert reply.status == 200, reply.body
-    expected = load_codec("mini").decode(vectors, steps=1)
+    expected = shipped_codec().decode(vectors, steps=1)
     for text, result, written in zip(FIVE, reply.json["results"], expected.texts, strict=True):
         assert result["text"] == written
         assert len(set(result["text"].split()) & set(text.split())) >= len(text.split()) // 2
@@ -276,7 +276,7 @@ def test_vectors_predict_a_vector(service: Service, run: Path) -> None:
     from lvm.predict.generate import predictor
 
     vectors = vectors_of(service, FIVE)
-    _, predict = predictor(run / "models", "amn", load_codec("mini"))
+    _, predict = predictor(run / "models", "amn", shipped_codec())
     expected = predict(vectors[None])[0]
     reply = service.post("/v1/predict", {"vectors": vectors.tolist(), "model": "amn"})
     assert reply.status == 200, reply.body
@@ -310,6 +310,7 @@ def test_the_official_openai_client_gets_embeddings(service: Service) -> None:
     reply = client.embeddings.create(model="mini", input=FIVE)
     assert reply.usage.prompt_tokens > 5 * 10
     np.testing.assert_allclose(np.array([d.embedding for d in reply.data]), expected, atol=1e-6)
+    assert reply.codec["digest"] == shipped_codec().identity.digest  # beside OpenAI's own fields
     as_floats = client.embeddings.create(model="mini", input=FIVE[0], encoding_format="float")
     np.testing.assert_allclose(np.array(as_floats.data[0].embedding), expected[0], atol=1e-6)
     assert "lstm" in {m.id for m in client.models.list().data}
@@ -345,7 +346,7 @@ def test_texts_get_the_codes_of_their_nearest_labels(service: Service) -> None:
         assert tmd.names == (result["domain"], result["task"], result["modifier"])
         assert result["features"] == tmd.features().tolist()
     vectors = vectors_of(service, ["Mathematics"])
-    ((expected, cosines),) = nearest(vectors, load_codec("mini").encode(list(all_labels())).vectors)
+    ((expected, cosines),) = nearest(vectors, shipped_codec().encode(list(all_labels())).vectors)
     assert reply.json["results"][1]["code"] == expected.code
     assert reply.json["results"][1]["domain"] == "Mathematics"
     assert reply.json["results"][1]["cosines"] == pytest.approx(cosines, abs=0.01)
@@ -363,7 +364,7 @@ def test_ingested_articles_lie_in_the_inbox_with_the_chunks_the_next_run_will_ma
     assert again.json["file"] == reply.json["file"]
     assert [p.name for p in inbox.iterdir()] == [reply.json["file"]]
     read = list(read_articles(inbox))
-    chunks = Chunker(load_codec("mini").tokenizer).chunk(read)
+    chunks = Chunker(shipped_codec().tokenizer).chunk(read)
     assert [[c.chunk_id for c in cs] for cs in chunks] == [
         [c["chunk_id"] for c in cs] for cs in reply.json["results"]
     ]
@@ -603,6 +604,40 @@ def test_a_deadline_is_kept_and_its_work_is_dropped(service: Service) -> None:
     assert after.seconds < 5
 
 
+def test_the_examples_of_the_openapi_document_are_answered(service: Service) -> None:
+    document = service.get("/openapi.json").json
+    asked = 0
+    for path, operations in document["paths"].items():
+        if "post" not in operations:
+            continue
+        (reference,) = operations["post"]["requestBody"]["content"]["application/json"]["schema"].values()
+        schema = document["components"]["schemas"][reference.rpartition("/")[2]]
+        body = (schema.get("examples") or [{}])[0] or {
+            name: field["examples"][0] for name, field in schema["properties"].items() if "examples" in field
+        }
+        reply = service.post(path, body)
+        assert reply.status == 200, (path, reply.body)
+        assert set(schema.get("required", ())) <= set(body)
+        asked += 1
+    assert asked == 9
+
+
+def test_a_request_is_one_line_of_the_log_under_the_id_it_came_with(service: Service) -> None:
+    wanted = "an-id-of-this-test.1"
+    reply = service.post("/v1/generate", {"chunks": FIVE, "model": "amn"}, X_Request_ID=wanted)
+    assert reply.headers["x-request-id"] == reply.json["request_id"] == wanted
+    assert len(service.get("/v1/nothing", X_Request_ID="no good id").headers["x-request-id"]) == 32
+    (gateway,) = service.replica_pids("Gateway")
+    # Where the replica writes: the log file it holds open.
+    files = {os.readlink(fd) for fd in Path(f"/proc/{gateway}/fd").iterdir() if fd.exists()}
+    (log,) = [Path(file) for file in files if "replica_latent_Gateway" in file]
+    (line,) = [line for line in log.read_text().splitlines() if wanted in line]
+    fields = json.loads(line)["log_fields"]
+    assert (fields["route"], fields["status"], fields["model"]) == ("/v1/generate", 200, "amn")
+    assert fields["rungs"] == [reply.json["results"][0]["generated"][0]["rung"]]
+    assert fields["milliseconds"] > 0
+
+
 def test_health_says_ready_and_counts_replicas(service: Service) -> None:
     reply = service.get("/health")
     assert reply.status == 200
@@ -616,15 +651,20 @@ def test_health_says_ready_and_counts_replicas(service: Service) -> None:
 
 def test_metrics_have_the_stages_and_are_drawn_by_the_dashboard(service: Service) -> None:
     generate(service, chunks=FIVE, cache=False)
-    limit = time.monotonic() + 40  # Ray's processes report every ten seconds
+    assert service.ask("POST", "/v1/generate", b"", Content_Length="1000001").status == 413  # by the door
+    assert service.ask("POST", "/v1/generate", b"[" * 100).status == 400  # by the gateway
+    limit = time.monotonic() + 40  # Ray's processes report once in a while
     while True:
         text = service.get("/metrics").body.decode()
-        if (
-            re.search(r'ray_latent_stage_duration_seconds_bucket{[^}]*stage="decode"', text)
-            or time.monotonic() > limit
-        ):
+        counted = (
+            re.search(r'ray_latent_stage_duration_seconds_bucket{[^}]*stage="decode"', text),
+            *(re.search(rf'ray_latent_refused_total{{[^}}]*reason="{r}"', text) for r in ("body", "depth")),
+            re.search(r'ray_latent_http_requests_total{[^}]*status="413"', text),
+        )
+        if all(counted) or time.monotonic() > limit:
             break
         time.sleep(1)
+    assert all(counted), text
     exported = {re.sub(r"_(bucket|sum|count)$", "", n) for n in re.findall(r"^(ray_latent_\w+){", text, re.M)}
     for stage in ("queue", "encode", "predict", "snap", "decode"):
         assert f'stage="{stage}"' in text, stage
@@ -637,7 +677,6 @@ def test_metrics_have_the_stages_and_are_drawn_by_the_dashboard(service: Service
         "ray_latent_entity_hits_total",
         "ray_latent_gibberish_total",
         "ray_latent_dropped_rows_total",
-        "ray_latent_refused_total",
         "ray_latent_keyword_hits_total",
     }  # counters that no event of this module need have touched
     assert drawn - rare <= exported, drawn - rare - exported

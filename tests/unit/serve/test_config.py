@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.schema import ServeDeploySchema
 
 from lvm.errors import InputError
@@ -22,6 +23,19 @@ def test_the_shipped_config_is_one_ray_and_build_accept() -> None:
     assert application["import_path"] == "serve.app:build"
     assert args.decoder.max_replicas > args.decoder.min_replicas
     assert record["http_options"]["request_timeout_s"] > args.limits.max_deadline_s
+
+
+def test_another_release_and_nothing_less_makes_ray_build_again() -> None:
+    record = yaml.safe_load(CONFIG.read_text())
+    args = record["applications"][0]["args"]
+
+    def version(**changed: str) -> str:
+        record["applications"][0]["args"] = {**args, **changed}
+        return get_app_code_version(ServeDeploySchema.model_validate(record).applications[0])
+
+    assert version() == version()
+    assert version(release="2") != version()
+    assert ServeArgs.model_validate({**args, "release": "2"}).release == "2"
 
 
 def test_the_shipped_config_is_open_to_a_network_only_with_keys() -> None:
