@@ -155,6 +155,23 @@ async def repeated(
     return taken[5:]
 
 
+async def rungs_of(service: Service, bodies: Sequence[bytes]) -> dict[str, float]:
+    """Shares of the rungs that answered these requests, CLIENTS at a time."""
+    rungs: Counter[str] = Counter()
+    waiting = list(bodies)
+
+    async def client() -> None:
+        connection = Client(service)
+        while waiting:
+            status, reply = await connection.post("/v1/generate", waiting.pop())
+            assert status == 200, reply
+            rungs[json.loads(reply)["results"][0]["generated"][0]["rung"]] += 1
+        connection.close()
+
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return {rung: round(count / len(bodies), 4) for rung, count in sorted(rungs.items())}
+
+
 async def predict_overheads(
     service: Service,
     run: Path,
@@ -278,9 +295,12 @@ def main() -> None:
         predicts = asyncio.run(predict_overheads(service, run, codec, models, contexts, times))
         for name, row in predicts.items():
             say(f"predict {name:12s} {row}")
-        rungs: Counter[str] = Counter()
-        for c in closed:
-            rungs.update(c["rungs"])
+        count = 64 if options.quick else 400
+        rungs = {}
+        for model in (*models, "passthrough"):
+            asked = [request(c, model, steps=steps) for c in contexts[:count]]
+            rungs[model] = asyncio.run(rungs_of(service, asked))
+            say(f"rungs {model:14s} {rungs[model]} of {count}")
     ratios = [c["requests_per_s"] / base for c in closed]
     print(
         json.dumps(
@@ -295,7 +315,7 @@ def main() -> None:
                 "same_texts": baselines[0]["same_texts"],
                 "alone_ms": round(float(np.median(alone)), 1),
                 "predict": predicts,
-                "rung_shares": {k: round(v / rungs.total(), 4) for k, v in rungs.items()},
+                "rungs": rungs,
                 "failed": sum(n for c in (*closed, half) for s, n in c["statuses"].items() if s != 200),
                 "clients": CLIENTS,
                 "model": options.model,

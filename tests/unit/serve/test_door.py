@@ -21,7 +21,7 @@ LIMIT = 200_000
 
 
 class Application:
-    """Answers with what it was asked; `/slow` after a second, `/stream` bit by bit."""
+    """Answers with what it was asked; `/slow` after a second, `/stream` bit by bit, `/pieces` in quick succession."""
 
     def __init__(self, name: str) -> None:
         self.name, self.asked, self.cancelled = name, 0, 0
@@ -43,9 +43,9 @@ class Application:
         said = {"by": self.name, "method": scope["method"], "path": scope["path"], "bytes": len(body)}
         said["headers"] = {k.decode(): v.decode() for k, v in scope["headers"]}
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x-is", b"test")]})
-        for part in [b"a", b"b"] if scope["path"] == "/stream" else []:
+        for part in [b"a", b"b"] if scope["path"] in ("/stream", "/pieces") else []:
             await send({"type": "http.response.body", "body": part, "more_body": True})
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2 if scope["path"] == "/stream" else 0.002)
         await send({"type": "http.response.body", "body": json.dumps(said).encode()})
 
 
@@ -154,6 +154,19 @@ def test_a_stream_is_passed_on_as_it_comes(gateway: Gateway, door: Door) -> None
         assert time.perf_counter() - begun > 0.3
 
 
+def test_no_piece_of_an_answer_waits_for_the_one_before_to_be_acknowledged(
+    gateway: Gateway, door: Door
+) -> None:
+    taken = []
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", door.port, timeout=5)) as connection:
+        for _ in range(12):
+            begun = time.perf_counter()
+            connection.request("GET", "/pieces")
+            connection.getresponse().read()
+            taken.append(time.perf_counter() - begun)
+    assert min(taken[2:]) < 0.03  # a client acknowledges after 40 ms
+
+
 def test_after_an_answer_without_a_body_the_connection_goes_on(gateway: Gateway, door: Door) -> None:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", door.port, timeout=5)) as connection:
         connection.request("HEAD", "/a")
@@ -241,6 +254,18 @@ def test_a_request_a_dying_gateway_held_goes_to_the_next(folder: Path, door: Doo
     second.stop()
     ((status, _, body),) = answers
     assert (status, json.loads(body)["by"]) == (200, "second")
+
+
+def test_of_two_idle_gateways_the_newest_is_asked_and_of_two_the_less_busy(folder: Path, door: Door) -> None:
+    first, second = Gateway(folder, "first"), Gateway(folder, "second")
+    assert [json.loads(ask(door, "GET", "/a")[2])["by"] for _ in range(3)] == ["second"] * 3
+    client = threading.Thread(target=lambda: ask(door, "GET", "/slow"))
+    client.start()
+    time.sleep(0.3)
+    assert json.loads(ask(door, "GET", "/a")[2])["by"] == "first"
+    client.join(10)
+    for gateway in (first, second):
+        gateway.stop()
 
 
 def test_a_gateway_that_stops_ends_its_requests_and_the_next_takes_over(folder: Path, door: Door) -> None:

@@ -44,6 +44,7 @@ class Parts:
         self.fault: str | None = None
         self.decode_s = 0.0
         self.decoder_lost = False
+        self.folder = "lstm-1"
         self.near_texts = ["a corpus chunk of the river", "another corpus chunk"]
 
     async def encode(self, rows: list[str], _: list[float]) -> list[Outcome[Any]]:
@@ -53,7 +54,7 @@ class Parts:
 
     async def predict(self, rows: list[Any], _: list[float]) -> list[Outcome[Any]]:
         self.calls["predict"] += len(rows)
-        return [Outcome(Predicted(row.vectors[0], "lstm-1")) for row in rows]
+        return [Outcome(Predicted(row.vectors[0], self.folder)) for row in rows]
 
     async def snap(self, rows: list[Any], _: list[float]) -> list[Outcome[Any]]:
         self.calls["snap"] += len(rows)
@@ -134,6 +135,32 @@ def test_the_same_again_comes_from_memory_unless_told_otherwise() -> None:
     assert asyncio.run(main()) == [None, "answer", None, None]
     assert parts.calls["decode"] == 3
     assert parts.calls["encode"] == 10  # once, and once more without the cache
+
+
+def test_answers_of_a_version_that_is_being_replaced_are_not_kept() -> None:
+    parts = Parts()
+    pipeline = parts.pipeline()
+
+    async def main() -> list[tuple[str, str | None]]:
+        parts.folder = "lstm-0"
+        said = [await pipeline.say(FIVE, wish())]
+        parts.folder = "lstm-1"
+        said += [await pipeline.say(FIVE, wish()) for _ in range(2)]
+        return [(s.folder, s.cached) for s in said]
+
+    assert asyncio.run(main()) == [("lstm-0", None), ("lstm-1", None), ("lstm-1", "answer")]
+
+
+def test_texts_met_before_are_marked() -> None:
+    parts = Parts()
+    pipeline = parts.pipeline()
+
+    async def main() -> list[bool]:
+        await pipeline.encode(FIVE[:2], time.monotonic() + 10)
+        encoded, _ = await pipeline.encode(FIVE[:3], time.monotonic() + 10)
+        return [e.cached for e in encoded]
+
+    assert asyncio.run(main()) == [True, True, False]
 
 
 def test_a_decoder_that_takes_too_long_leaves_an_extractive_answer_that_is_not_kept() -> None:
