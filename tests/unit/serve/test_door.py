@@ -254,6 +254,7 @@ def test_a_request_a_dying_gateway_held_goes_to_the_next(folder: Path, door: Doo
     second.stop()
     ((status, _, body),) = answers
     assert (status, json.loads(body)["by"]) == (200, "second")
+    assert not (folder / "1-1.sock").exists()  # nobody tries it again
 
 
 def test_of_two_idle_gateways_the_newest_is_asked_and_of_two_the_less_busy(folder: Path, door: Door) -> None:

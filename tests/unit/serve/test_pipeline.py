@@ -106,6 +106,34 @@ def test_a_good_text_needs_no_corpus() -> None:
     assert said.prediction_cosine == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
 
 
+def test_no_more_is_read_than_a_predictor_reads() -> None:
+    parts = Parts()
+    said = asyncio.run(parts.pipeline().say(["older", "old", *FIVE], wish()))
+    assert said.context.texts == tuple(FIVE)
+    assert parts.calls["encode"] == 5
+
+
+def test_without_a_snap_the_prediction_itself_is_decoded() -> None:
+    parts = Parts()
+    said = asyncio.run(parts.pipeline().say(FIVE, wish(snap=False)))
+    assert said.prediction_cosine == pytest.approx(1.0, abs=1e-5)
+    assert "snap" not in parts.calls
+
+
+def test_answers_that_all_end_on_the_last_rung_open_the_breaker() -> None:
+    parts = Parts()
+    parts.fault = "no keyword shared with the source"
+    pipeline = parts.pipeline(window=4)
+
+    async def main() -> list[str]:
+        return [(await pipeline.say([*FIVE, str(n)], wish())).answer.reasons[0] for n in range(6)]
+
+    reasons = asyncio.run(main())
+    assert reasons[:4] == ["steps=1: no keyword shared with the source"] * 4
+    assert all("ended on the last rung" in r for r in reasons[4:])
+    assert parts.calls["decode"] == 4
+
+
 def test_passthrough_predicts_and_snaps_nothing() -> None:
     parts = Parts()
     said = asyncio.run(parts.pipeline().say(FIVE, wish("passthrough")))

@@ -88,7 +88,7 @@ def test_rows_whose_caller_is_gone_are_dropped_without_work() -> None:
         first = asyncio.create_task(queue.submit([1], [10]))
         while not work.batches:
             await asyncio.sleep(0.001)
-        gone = asyncio.create_task(queue.submit([2], [10]))
+        gone = asyncio.create_task(queue.submit([2, 4], [10, 10]))
         stays = asyncio.create_task(queue.submit([3], [10]))
         await asyncio.sleep(0.01)
         gone.cancel()
