@@ -11,6 +11,7 @@ module starts nothing.
 import asyncio
 import hashlib
 import json
+import logging
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -89,6 +90,8 @@ from serve.settings import Scale, ServeArgs, require_run
 from serve.smoothing import Smoother, SmoothingError
 from serve.stage import Call, DeadlineError, FullError, Stage, StageError, UnavailableError
 
+logger = logging.getLogger("ray.serve")
+
 WEB = Path(__file__).parent / "web"
 
 SUBSCRIBERS = {"jxe": "gtr-jxe", "ielab": "gtr-ielab"}
@@ -96,6 +99,11 @@ SUBSCRIBERS = {"jxe": "gtr-jxe", "ielab": "gtr-ielab"}
 
 LOST = (RayActorError, DeploymentUnavailableError)
 """The call did not come back; every operation is a function of its input, so it may be sent again."""
+
+IN_STREAM = {DeadlineError: 408, FullError: 429, StageError: 503, UnavailableError: 503}
+"""What the reply's status would have been, told in the stream's last event."""
+
+OUR_FAULT = "the service failed, which is its fault; its log has request {}"
 
 DESCRIPTION = """Documents to vectors, a model that predicts the next vector, and the vector back to text.
 
@@ -368,10 +376,18 @@ class Gateway:
                     yield _event("chunk", {"input": number, "place": place, **generated.model_dump()})
                 await task
             yield _event("done", {"milliseconds": _ms(begun)})
-        except (DeadlineError, FullError, StageError, UnavailableError) as err:
+        except Exception as err:  # the status line has been sent: all that is left is to say it in the stream
             self._note(err, request, time.perf_counter() - begun)
-            status = 408 if isinstance(err, DeadlineError) else 429 if isinstance(err, FullError) else 503
-            yield _event("error", error_body(status, str(err), _request_id(request)))
+            status, message = (
+                next((s for kind, s in IN_STREAM.items() if isinstance(err, kind)), 500),
+                str(err),
+            )
+            if status == 500:
+                logger.exception(
+                    "a stream failed", extra={"log_fields": {"request_id": _request_id(request)}}
+                )
+                message = OUR_FAULT.format(_request_id(request))
+            yield _event("error", error_body(status, message, _request_id(request)))
         finally:
             if task is not None:
                 task.cancel()  # the reader may have gone: what nobody reads is not computed
@@ -836,10 +852,7 @@ class Gateway:
         return _error(request, 503, str(err), 5)
 
     async def _broken(self, request: Request, err: Exception) -> Response:
-        request_id = _request_id(request)
-        return _error(
-            request, 500, f"the service failed, which is its fault; its log has request {request_id}"
-        )
+        return _error(request, 500, OUR_FAULT.format(_request_id(request)))
 
 
 def build(args: ServeArgs) -> serve.Application:

@@ -598,6 +598,9 @@ def test_a_deadline_is_kept_and_its_work_is_dropped(service: Service) -> None:
     assert reply.status == 408, reply.body
     assert "deadline" in reply.message
     assert reply.seconds < 3
+    streamed = events_of(service.post("/v1/generate", {**body, "stream": True}).body)
+    assert (streamed[0][0], streamed[-1][0]) == ("start", "error")
+    assert streamed[-1][1]["error"]["code"] == 408
     # Twelve rollouts of 32 are minutes of decoding; dropped, the next request is served at once.
     after = service.post("/v1/generate", {"chunks": FIVE[::-1], "cache": False})
     assert after.status == 200

@@ -165,6 +165,21 @@ def test_the_same_again_comes_from_memory_unless_told_otherwise() -> None:
     assert parts.calls["encode"] == 10  # once, and once more without the cache
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"model": "passthrough"}, {"fill": "repeat"}, {"snap": False}, {"steps": 1}, {"neighbours": 1}],
+    ids=lambda other: next(iter(other)),
+)
+def test_what_was_wished_otherwise_is_another_answer(other: dict[str, Any]) -> None:
+    pipeline = Parts().pipeline()
+
+    async def main() -> list[str | None]:
+        wishes = [wish(), wish(**other), wish(**other)]
+        return [(await pipeline.say(FIVE, w)).cached for w in wishes]
+
+    assert asyncio.run(main()) == [None, None, "answer"]
+
+
 def test_answers_of_a_version_that_is_being_replaced_are_not_kept() -> None:
     parts = Parts()
     pipeline = parts.pipeline()
