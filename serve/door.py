@@ -238,8 +238,8 @@ class Door:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
         )
         self.port = int(self._socket.getsockname()[1])
-        self._idle: dict[Path, list[_Streams]] = {}
-        self._under_way: dict[Path, int] = {}
+        self._idle: dict[str, list[_Streams]] = {}
+        self._under_way: dict[str, int] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
 
@@ -338,21 +338,22 @@ class Door:
         head += [f"Content-Length: {len(body)}", "Connection: close"]
         return ("\r\n".join(head) + f"\r\n{header}\r\n").encode() + body
 
-    def _gateways(self) -> list[Path]:
+    def _gateways(self) -> list[str]:
         """Sockets, the least busy first and of equals the newest."""
-        found = sorted(self._folder.glob("*.sock"), reverse=True)
+        names = [name for name in os.listdir(self._folder) if name.endswith(".sock")]
+        found = [f"{self._folder}/{name}" for name in sorted(names, reverse=True)]
         return sorted(found, key=lambda path: self._under_way.get(path, 0))
 
-    async def _exchange(self, path: Path, raw: bytes, method: bytes, client: asyncio.StreamWriter) -> None:
+    async def _exchange(self, path: str, raw: bytes, method: bytes, client: asyncio.StreamWriter) -> None:
         """One request over one connection to a gateway. Raises _LostError where the gateway is gone."""
         idle = self._idle.setdefault(path, [])
         while True:
             pooled = bool(idle)
             try:
-                reader, writer = idle.pop() if pooled else await asyncio.open_unix_connection(str(path))
+                reader, writer = idle.pop() if pooled else await asyncio.open_unix_connection(path)
             except OSError as err:
                 if isinstance(err, ConnectionRefusedError):
-                    path.unlink(missing_ok=True)  # nobody listens there any more
+                    Path(path).unlink(missing_ok=True)  # nobody listens there any more
                 self._idle.pop(path, None)
                 raise _LostError(False) from err
             self._under_way[path] = self._under_way.get(path, 0) + 1
