@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lvm.codec.inverter import FORESEEN_SHARE
 from lvm.codec.ladder import EXTRACTIVE, DecodeCache, Ladder, LadderSettings, Nearest, faults
 from lvm.codec.zoo import codec_folder, load_codec
 from lvm.predict.generate import predictor
@@ -40,7 +41,7 @@ def mini_comparison(run: Path, model: str) -> Comparison:
     ours = load_codec("mini", precision="float32").inverter
     array, index = open_vectors(run / "vectors"), load_index(run / "index")
     _, predict = predictor(run / "models", model, codec)
-    write = transformers_decoder("mini")
+    write = transformers_decoder("mini", ours.hypothesizer.foresee)
     codec.inverter.hypothesize = lambda vectors: [write(v) for v in vectors]  # type: ignore[method-assign]
 
     def nearest(vectors: np.ndarray) -> list[Nearest]:
@@ -127,8 +128,10 @@ def one_at_a_time(side: Comparison, contexts: Sequence[list[str]], seconds: floa
     }
 
 
-def transformers_decoder(codec_name: str) -> Callable[[np.ndarray], list[int]]:
+def transformers_decoder(codec_name: str, foresee: Any) -> Callable[[np.ndarray], list[int]]:
     """One (D,) vector to token ids through `generate` of transformers, float32, with its key-value cache.
+
+    foresee: of `MiniHypothesizing`, what the places after each probably hold.
 
     The mini hypothesizer's T5 stack is transformers' own, loaded with the same tensors; around it stand the
     vector's priors, computed as in training (`lvm/codec/mini.py`).
@@ -186,6 +189,7 @@ def transformers_decoder(codec_name: str) -> Callable[[np.ndarray], list[int]]:
             self.stack = stack.eval()
             self.vectors = torch.zeros(1, config.dim)
             self.cache: Any = None
+            self.after = torch.zeros(1, config.max_tokens, L)
 
         def prepare_inputs_for_generation(
             self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **_: Any
@@ -210,7 +214,8 @@ def transformers_decoder(codec_name: str) -> Callable[[np.ndarray], list[int]]:
                 previous = torch.zeros(1, 1, L)
                 # T5's own kind of cache; `generate` would make the kind of a model without cross-attention.
                 self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            priors, glimpse = ours.priors(lexical, residual, first=t)
+                self.after = FORESEEN_SHARE * foresee(lexical[:, 0])
+            priors, glimpse = ours.priors(lexical, residual, t, residual - self.after[:, t : t + 1])
             out = self.stack(
                 inputs_embeds=ours.hidden(previous, glimpse),
                 encoder_hidden_states=ours.remember(self.vectors),
