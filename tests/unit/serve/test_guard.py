@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lvm.errors import InputError
@@ -73,6 +73,7 @@ def levels(value: object) -> int:
     return 1 + max(map(levels, value.values()), default=0) if isinstance(value, dict) else 0
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine draws slowly
 @given(nested)
 def test_depth_of_json_is_that_of_its_brackets_outside_strings(value: object) -> None:
     assert depth_of(json.dumps(value).encode()) == levels(value)
