@@ -58,10 +58,13 @@ from lvm.predict.training import (
 )
 from lvm.storage import Location, RemotePath, local_folder_for, local_input, move_tree
 from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
-from lvm.vectors.shards import Manifest, fingerprint
+from lvm.vectors.shards import Manifest, file_sha256, fingerprint
 
 TRAINING_VERSION = 1
 """Raised when the same settings give other weights than before, so that models are trained anew."""
+
+CHECKSUMS = "sha256.json"
+"""In each checkpoint, by file name: weights and an optimiser's state do not show that a bit of them turned."""
 
 CHECKPOINTS_KEPT = 3
 """By val cosine; Ray Train keeps the latest one besides."""
@@ -253,6 +256,8 @@ def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[
             save_file(state, Path(folder, "model.safetensors"))
             torch.save(optimiser.state_dict(), Path(folder, "optimiser.pt"))
             Path(folder, "progress.json").write_text(json.dumps(progress.to_dict()))
+            sums = {name: file_sha256(Path(folder, name)) for name in os.listdir(folder)}
+            Path(folder, CHECKSUMS).write_text(json.dumps(sums))
             row = progress.curve[-1]
             ray.train.report(
                 {"epoch": row["epoch"], "val_cosine": row["val_cosine"]},
@@ -314,8 +319,8 @@ def _fitting(free: Sequence[float], num_runs: int, most: float) -> float:
 def set_aside_if_broken(this: TrainRun) -> None:
     """Move a run's folder away when Ray Train could not go on from it.
 
-    Ray Train writes its list of checkpoints in place, so a kill in that very moment leaves half a file. The
-    run then starts anew; what it had is kept beside it.
+    Ray Train writes its list of checkpoints in place, so a kill in that very moment leaves half a file; and a
+    checkpoint itself may have been damaged. The run then starts anew; what it had is kept beside it.
     """
     import ray.train
     from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
@@ -323,7 +328,9 @@ def set_aside_if_broken(this: TrainRun) -> None:
     if not (this.folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).exists():
         return
     try:
-        ray.train.Result.from_path(*_for_ray(this.folder).values())
+        found = ray.train.Result.from_path(*_for_ray(this.folder).values())
+        for checkpoint in (found.checkpoint, *(c for c, _ in found.best_checkpoints)):
+            require_whole(checkpoint)
     except Exception as err:
         # Whatever it is, Ray Train would fail with the same on the way in, and say less about what to do.
         aside = this.folder.with_name(f"{this.folder.name}.broken-{time.time_ns()}")
@@ -332,6 +339,21 @@ def set_aside_if_broken(this: TrainRun) -> None:
             f"train: {this.model}: its checkpoints cannot be read ({str(err).splitlines()[0]}); it starts "
             f"anew, what there was is in {aside}"
         )
+
+
+def require_whole(checkpoint: Any) -> None:
+    """Return when every file of a checkpoint is as it was written, else raise InputError naming one.
+
+    Those on object storage are taken as they are: it has checksums of its own, and they would travel for this alone.
+    """
+    folder = Path(checkpoint.path)
+    if not folder.is_dir() or not (folder / CHECKSUMS).exists():
+        return
+    for name, sha256 in json.loads((folder / CHECKSUMS).read_text()).items():
+        if name == "optimiser.pt" and not (folder / name).exists():
+            continue  # it goes when the run has its record
+        if (got := file_sha256(folder / name)) != sha256:
+            raise InputError(f"{folder / name} has SHA-256 {got[:16]}…, expected {sha256[:16]}…")
 
 
 def _for_ray(folder: Location) -> dict[str, Any]:

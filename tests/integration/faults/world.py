@@ -28,6 +28,9 @@ class World:
         # A dead worker node is missed after this long instead of 30 s.
         os.environ.setdefault("RAY_health_check_period_ms", "500")
         os.environ.setdefault("RAY_health_check_failure_threshold", "4")
+        # A worker process takes seconds to import what it needs; the second run of a stage may have the first one's.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        os.environ.setdefault("RAY_num_workers_soft_limit", "4")
         self.num_workers = num_workers
         self.cluster: Any = Cluster(
             initialize_head=True,
@@ -129,7 +132,7 @@ def small_disk(path: Path, num_bytes: int) -> Iterator[Callable[[], None]]:
         raise PermissionError(f"no tmpfs could be mounted ({done.stderr.strip()}); run as root")
 
     def grow() -> None:
-        subprocess.run(["mount", "-o", "remount,size=64m", str(path)], check=True)
+        subprocess.run(["mount", "-o", "remount,size=256m", str(path)], check=True)
 
     try:
         yield grow
