@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Address, PathOrUrl, connect, finish, path_option, run, say
+from jobs._ray import Address, PathOrUrl, connect, finish, nodes_with, path_option, run, say
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.storage import Location
 from lvm.vectors.index import IndexSettings, build_index, find_index
@@ -41,8 +41,7 @@ def build_with_ray(source: Location, target: Location, settings: IndexSettings, 
 
     connect(address)
     # All CPUs of the smallest node: k-means and adding vectors use every thread there is.
-    cpus = [int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-    threads = max(1, min((c for c in cpus if c), default=1))
+    threads = min(int(n["CPU"]) for n in nodes_with() if n.get("CPU", 0) >= 1)
     task = ray.remote(num_cpus=threads)(build)
     if refusal := ray.get(task.remote(source.resolve(), target.resolve(), settings, threads)):
         raise InputError(refusal)

@@ -32,7 +32,18 @@ import numpy as np
 import typer
 from safetensors.torch import load_file, save_file
 
-from jobs._ray import Address, PathOrUrl, connect, finish, path_option, run, say
+from jobs._ray import (
+    GPUS_HELP,
+    Address,
+    PathOrUrl,
+    connect,
+    finish,
+    nodes_with,
+    path_option,
+    run,
+    say,
+    unseen_gpu,
+)
 from lvm.codec.identity import require_same_codec
 from lvm.corpus.coherence import Coherence, require_sequential
 from lvm.errors import InputError, LvmError, OutputError, TrainingError
@@ -239,6 +250,8 @@ def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[
     share_cores(ray.get(board.in_flight.remote()))
     device = pick_device()
     model.to(device)
+    if note := unseen_gpu():
+        ray.get(board.post.remote(this.model, {"note": note}))
     events = ExitStack()
     curves = events.enter_context(local_folder_for(this.folder / "tensorboard"))
     writer = SummaryWriter(curves, purge_step=start + 1)
@@ -363,18 +376,19 @@ def _for_ray(folder: Location) -> dict[str, Any]:
     return {"storage_path": str(folder), "storage_filesystem": None}
 
 
-def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
+def train_with_ray(runs: Sequence[TrainRun], gpus: int | None = None) -> Iterator[tuple[TrainRun, Any]]:
     """Train all at once; each comes back as soon as it ends, with its `ray.train.Result` or its exception.
+    Raises InputError when `gpus` GPUs do not come.
 
     Each `TrainTrainer.fit` blocks, so each has a thread of its own in this process; the work is done by the
     workers Ray starts for it.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    nodes = nodes_with(gpus)
     resources, threads, cores = plan_resources(nodes, len(runs))
     # Read by Ray Train's controllers, which inherit them from this process.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
@@ -388,6 +402,8 @@ def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
         try:
             trainer = TorchTrainer(
                 train_loop_per_worker,
+                # A run is one worker, which has nobody to talk to; NCCL would not start where torch sees no GPU.
+                torch_config=TorchConfig(backend="gloo"),
                 train_loop_config={"run": this, "board": board, "threads": threads, "cores": cores},
                 scaling_config=ScalingConfig(
                     num_workers=1, use_gpu="GPU" in resources, resources_per_worker=resources
@@ -424,6 +440,9 @@ def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
 
 
 def _say_row(model: str, row: Mapping[str, Any]) -> None:
+    if "note" in row:
+        say(f"train: {model}: {row['note']}")
+        return
     if "resumed" in row:
         say(f"train: {model:<11} goes on after epoch {row['resumed']}")
         return
@@ -538,11 +557,13 @@ def train_models(
     windows: WindowSettings | None = None,
     allow_non_sequential: str | None = None,
     address: str | None = None,
+    gpus: int | None = None,
 ) -> TrainResult:
     """Bring `models` to hold a record of each architecture, trained on `vectors` in this way.
 
-    A run that fails is listed in `failed`; the others are trained and saved. Raises InputError before any
-    training when the vectors are not finished, not sequential, or too few to split, and IdentityError when
+    A run that fails is listed in `failed`; the others are trained and saved. gpus: how many to wait for; None for those
+    there are. Raises InputError before any training when the vectors are not finished, not sequential, or too few to
+    split, or when the cluster does not come to have what is asked for, and IdentityError when
     `models` holds models of another codec.
     """
     for name in names:
@@ -578,7 +599,7 @@ def train_models(
         connect(address)
         for this in pending:
             set_aside_if_broken(this)
-        for this, outcome in train_with_ray(pending):
+        for this, outcome in train_with_ray(pending, gpus):
             try:
                 if isinstance(outcome, Exception):
                     raise TrainingError(f"{this.model}: the run failed: {_first_line(outcome)}") from outcome
@@ -691,6 +712,7 @@ def main(
         PathOrUrl | None,
         path_option('Train nothing; make a record of this original checkpoint {"model_state_dict": …}.'),
     ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
     address: Address = None,
 ) -> None:
     """Train predictors, all at once; a second run on the same vectors trains nothing."""
@@ -714,6 +736,7 @@ def main(
             seed,
             allow_non_sequential=allow_non_sequential,
             address=address,
+            gpus=gpus,
         )
     if result.failed:
         saved = ", ".join(result.trained) or "none"

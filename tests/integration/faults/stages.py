@@ -339,7 +339,7 @@ class Stages:
         most_redone = 1  # the epoch in flight
 
         def reached() -> bool:
-            return len(list(runs.glob("*/checkpoint_*"))) > epochs
+            return len(list(runs.glob("*/checkpoint_2*"))) >= epochs
 
         if schedule.fault in ("kill driver", "corrupt checkpoint"):
             process = start_driver("train", folder, self.world.address)
@@ -349,7 +349,7 @@ class Stages:
             ended = f"driver exit {process.returncode}"
             self._let_go("RayTrainWorker")
             if schedule.fault == "corrupt checkpoint":
-                latest = max(runs.glob("*/checkpoint_*"))
+                latest = max(runs.glob("*/checkpoint_2*"))
                 damaged = latest / ("model.safetensors", "optimiser.pt")[schedule.pick % 2]
                 if schedule.moment < 0.5:
                     damaged.write_bytes(damaged.read_bytes()[: int(damaged.stat().st_size * schedule.moment)])
