@@ -8,8 +8,9 @@ whole and measured; the version before it stays on disk. When the published inde
 the job changes nothing.
 """
 
+import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +55,14 @@ def main(
         int | None,
         typer.Option(min=1, help="Lists a search looks into; by default 16, or 64 where they hold codes."),
     ] = None,
+    codes: Annotated[
+        bool | None,
+        typer.Option(
+            "--codes/--no-codes",
+            help="Lists of 4-bit codes whose best are compared exactly, or of whole vectors (IVF_FLAT, larger and, "
+            "looking into as many lists, slower); by default codes from 100,000 vectors on.",
+        ),
+    ] = None,
     address: Address = None,
 ) -> None:
     """Build and publish the search index; a second run on the same vectors changes nothing."""
@@ -66,6 +75,8 @@ def main(
             f"{output} holds {kind}, expected an index or an empty folder; choose another --output"
         )
     settings = IndexSettings() if probes is None else IndexSettings(probes=probes, coded_probes=probes)
+    if codes is not None:
+        settings = replace(settings, coded_from=0 if codes else sys.maxsize)
     array = open_vectors(input)
     index = find_index(array, output, settings)
     up_to_date = index is not None

@@ -336,7 +336,9 @@ class Stages:
     def _train(self, schedule: Schedule, folder: Path) -> Outcome:
         runs = folder / "models" / "runs"
         epochs = 1 + int(schedule.moment * 2)
-        most_redone = 1  # the epoch in flight
+        # The epoch in flight, and the one before, whose checkpoint Ray Train may not have listed yet: its controller
+        # looks every POLL_S, which is longer than such epochs.
+        most_redone = 2
 
         def reached() -> bool:
             return len(list(runs.glob("*/checkpoint_2*"))) >= epochs
@@ -368,8 +370,8 @@ class Stages:
                 )
                 grow()
                 again("train", folder)
-            # Each of the attempts Ray Train makes at a run may lose its last epoch.
-            most_redone = 1 + RESTARTS
+            # Each of the attempts Ray Train makes at a run may lose as much.
+            most_redone *= 1 + RESTARTS
         else:
             attempt = Attempt("train", folder)
             wait_for(reached, attempt.alive)

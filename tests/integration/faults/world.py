@@ -31,6 +31,8 @@ class World:
         # A worker process takes seconds to import what it needs; the second run of a stage may have the first one's.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         os.environ.setdefault("RAY_num_workers_soft_limit", "4")
+        # A thread of a disturbed run that is still there at the end must not start a Ray of its own.
+        os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         self.num_workers = num_workers
         self.cluster: Any = Cluster(
             initialize_head=True,

@@ -148,6 +148,22 @@ def damage_truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def damage_a_bit(folder: Path) -> None:
+    """Still a file of finite numbers, and of other answers."""
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+
+
+def damage_before_hashes(folder: Path) -> None:
+    """A record of an older version, whose config.json has no hash."""
+    damage_truncate(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["weights_sha256"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def damage_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model": "lstm"')
 
@@ -171,7 +187,9 @@ def damage_metrics(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, r"model\.safetensors cannot be read"),
+        (damage_truncate, r"model\.safetensors has SHA-256 .* damaged or replaced"),
+        (damage_a_bit, r"model\.safetensors has SHA-256 .* damaged or replaced"),
+        (damage_before_hashes, r"model\.safetensors cannot be read"),
         (damage_config, r"config\.json cannot be read"),
         (damage_sizes, r"model\.safetensors does not fit its architecture: lstm\.bias_hh_l0 is \(128,\)"),
         (damage_codec, "edited or damaged"),
