@@ -175,11 +175,12 @@ def record_folders(models: Location) -> list[Location]:
 
 
 def find_record(models: Location, name: str, **wanted: Any) -> Location | None:
-    """The newest record of this architecture whose config.json has these values; None where there is none."""
+    """The newest whole record of this architecture whose config.json has these values; None where there is none."""
     for folder in reversed(record_folders(models)):
         config = _read_json(folder / CONFIG)
         complete = all((folder / file).is_file() for file in (WEIGHTS, METRICS))
-        if complete and config.get("model") == name and all(config.get(k) == v for k, v in wanted.items()):
+        fits = config.get("model") == name and all(config.get(k) == v for k, v in wanted.items())
+        if complete and fits and config.get("weights_sha256") in (None, file_sha256(folder / WEIGHTS)):
             return folder
     return None
 

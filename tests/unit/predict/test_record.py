@@ -136,6 +136,8 @@ def test_find_record_goes_by_config_and_takes_the_newest(tmp_path: Path) -> None
     save(tmp_path, name="gru", run="b")
     assert find_record(tmp_path, "lstm", run="b") == wanted
     assert find_record(tmp_path, "lstm", run="c") is None
+    damage_a_bit(wanted)
+    assert find_record(tmp_path, "lstm", run="b") != wanted  # it is trained anew, or published again
     assert find_record(tmp_path / "nowhere", "lstm", run="b") is None
     assert len(record_folders(tmp_path)) == 3
 
