@@ -5,7 +5,7 @@ import json
 import shutil
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,9 @@ class Stages:
             outcome: Outcome = getattr(self, f"_{schedule.stage}")(schedule, folder)
         finally:
             self.world.mend()
+            left = self.world.free_leftovers()
+        if left:
+            outcome = replace(outcome, what=f"{outcome.what}; Ray kept {left} placement group")
         shutil.rmtree(folder)
         return outcome
 
