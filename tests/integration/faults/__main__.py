@@ -70,6 +70,9 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=Path, help="JSON lines of what is done: read first, added to as it grows"
     )
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for the undisturbed runs' results, kept for the next run"
+    )
     parser.add_argument("--output", type=Path, help="write the table to this file as well, as it grows")
     args = parser.parse_args()
     stages = tuple(args.stages.split(","))
@@ -78,7 +81,8 @@ def main() -> None:
     rows = rows_in(args.rows, args.seed, args.stages)
     done = {r["number"] for r in rows}
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="faults") as scratch:
+    with tempfile.TemporaryDirectory(prefix="faults") as own:
+        scratch = str(args.scratch.resolve()) if args.scratch else own
         world = World()
         try:
             prepared = Stages(world, Path(scratch), stages)

@@ -72,6 +72,15 @@ class Attempt:
         require(not self.alive(), "the job hung for two minutes")
         return self.ended
 
+    def wait_for_refusal(self, word: str) -> str:
+        """How it ended: refused by an error that holds `word`. Raises Broken otherwise."""
+        ended = self.wait()
+        require(
+            ended.startswith("refused") and word in str(self.error),
+            f"it should be refused for {word!r}, it {ended}: {str(self.error)[:300]}",
+        )
+        return ended
+
 
 def again(stage: str, folder: Path) -> None:
     """Run a stage undisturbed in this process; it must succeed."""
@@ -110,7 +119,10 @@ def shards_of(folder: Path) -> dict[str, str]:
 
 
 class Stages:
-    """What all schedules share: the cluster, and inputs with the results of undisturbed runs."""
+    """What all schedules share: the cluster, and inputs with the results of undisturbed runs.
+
+    What an earlier run of the harness left in `scratch` is taken as it is, as far as it got.
+    """
 
     def __init__(self, world: World, scratch: Path, stages: tuple[str, ...]) -> None:
         self.world, self.scratch = world, scratch
@@ -121,8 +133,10 @@ class Stages:
             write_chunks(base / "encode" / "chunks", articles, ARTICLES_A_SHARD)
             again("encode", base / "encode")
             self.vectors = shards_of(base / "encode" / "vectors")
-            (base / "encode" / "log").unlink()
+            (base / "encode" / "log").unlink(missing_ok=True)
         if "index" in stages:
+            for left in (base / "index", scratch / "count"):
+                shutil.rmtree(left, ignore_errors=True)
             write_vectors(base / "index" / "vectors", fake_articles(20, 6, seed=1))
             build_index(open_vectors(base / "index" / "vectors"), base / "index" / "index")
             self.old_version = load_index(base / "index" / "index").directory.name
@@ -136,12 +150,12 @@ class Stages:
             require(self.new_version != self.old_version, "the two indexes should differ")
         if "train" in stages or "evaluate" in stages:
             write_vectors(base / "train" / "vectors", fake_articles(24, 12))
-            shutil.copytree(base / "train", scratch / "trained")
+            shutil.copytree(base / "train", scratch / "trained", dirs_exist_ok=True)
             again("train", scratch / "trained")
             self.metrics = self._metrics(scratch / "trained")
             build_index(open_vectors(scratch / "trained" / "vectors"), scratch / "trained" / "index")
         if "evaluate" in stages:
-            shutil.copytree(scratch / "trained", scratch / "evaluated")
+            shutil.copytree(scratch / "trained", scratch / "evaluated", dirs_exist_ok=True)
             again("evaluate", scratch / "evaluated")
             self.scores = self._scores(scratch / "evaluated")
         self.base = base
@@ -152,6 +166,7 @@ class Stages:
         source = self.scratch / "trained" if schedule.stage == "evaluate" else self.base / schedule.stage
         # The reference's vectors are what this run has to make.
         leave = shutil.ignore_patterns("vectors") if schedule.stage == "encode" else None
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source, folder, ignore=leave)
         try:
             outcome: Outcome = getattr(self, f"_{schedule.stage}")(schedule, folder)
@@ -179,11 +194,7 @@ class Stages:
             share = sum(p.stat().st_size for p in (self.base / "encode" / "vectors").glob("part-*.parquet"))
             with small_disk(target, max(16 << 10, int(share * schedule.moment))) as grow:
                 attempt = Attempt("encode", folder)
-                ended = attempt.wait()
-                require(
-                    ended.startswith("refused") and "space" in str(attempt.error),
-                    f"a full disk should be refused in words, it {ended}: {str(attempt.error)[:300]}",
-                )
+                ended = attempt.wait_for_refusal("space")
                 require(not list(target.glob(".*.tmp")), "temporary files are left on the full disk")
                 # Actors may try every shard there is before the driver has heard of the first refusal; what was written
                 # must not be tried again.
@@ -301,10 +312,7 @@ class Stages:
             with small_disk(index, used + (64 << 10) + int(schedule.moment * used)) as grow:
                 shutil.copytree(with_room, index, dirs_exist_ok=True)
                 attempt = Attempt("index", folder)
-                ended = attempt.wait()
-                require(
-                    ended.startswith("refused"), f"a full disk should be refused, it {ended}: {attempt.error}"
-                )
+                ended = attempt.wait_for_refusal("cannot be written")
                 self._require_whole(index)
                 grow()
                 again("index", folder)
@@ -417,26 +425,20 @@ class Stages:
             report = output / "evaluation.json"
             report.write_bytes(report.read_bytes()[: int(report.stat().st_size * schedule.moment)])
             attempt = Attempt("evaluate", folder)
-            ended = attempt.wait()
-            require(str(report) in str(attempt.error), f"the damaged record is not named: {attempt.error}")
+            ended = attempt.wait_for_refusal(str(report))
             report.unlink()
         elif schedule.fault == "corrupt model":
             (weights,) = (folder / "models").glob("amn-*/model.safetensors")
             intact = weights.read_bytes()
             flip(weights, schedule.pick)
             attempt = Attempt("evaluate", folder)
-            ended = attempt.wait()
-            require(str(weights) in str(attempt.error), f"the damaged model is not named: {attempt.error}")
+            ended = attempt.wait_for_refusal(str(weights))
             weights.write_bytes(intact)
         elif schedule.fault == "disk full":
             whole = sum(p.stat().st_size for p in (self.scratch / "evaluated" / "evaluation").iterdir())
             with small_disk(output, max(4 << 10, int(whole * schedule.moment))) as grow:
                 attempt = Attempt("evaluate", folder)
-                ended = attempt.wait()
-                require(
-                    ended.startswith("refused") and "space" in str(attempt.error),
-                    f"a full disk should be refused in words, it {ended}: {str(attempt.error)[:300]}",
-                )
+                ended = attempt.wait_for_refusal("space")
                 grow()
                 again("evaluate", folder)
         elif schedule.fault in ("kill worker", "kill raylet"):
