@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lvm.errors import LvmError
+from lvm.errors import InputError, LvmError
 from lvm.storage import Location, local_folder, location
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ def path_option(help: str) -> Any:
 _joined: list[bool] = []
 """Not empty once this process has joined a cluster by `connect`."""
 
+_started: list[bool] = []
+"""Not empty once `connect` has started a cluster on this machine."""
+
+GPUS_HELP = "GPUs to wait for; an autoscaling cluster starts nodes for them. None: those that are there now."
+
 Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster to join (host:port, ray://… or auto); none starts one on this machine."),
@@ -62,6 +67,7 @@ def connect(address: str | None) -> None:
     # Ray 2.60 turns to its new defaults for these; said here so that no warning hides our own lines.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     starts_one = address is None and "RAY_ADDRESS" not in os.environ
+    _started[:] = [True] * starts_one
     if starts_one:
         # Four trainings at once are some twenty small processes; Ray warns from four times this number.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
@@ -80,6 +86,62 @@ def connect(address: str | None) -> None:
     if threading.current_thread() is threading.main_thread():
         # After Ray, whose own handler ends the process on the spot and prints its stack.
         signal.signal(signal.SIGTERM, _stopped)
+
+
+def nodes_with(gpus: int | None = None, workers: int = 1) -> list[dict[str, float]]:
+    """Ray resources of each live node, once a CPU is among them, and `gpus` GPUs in all; None: those that are there.
+
+    What is not there is asked of the autoscaler, with `workers` CPUs to begin with. Raises InputError naming what there
+    is when it has not come within START_TIMEOUT_S; at once on a cluster that this process started, as that one never
+    grows.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    wanted = "a CPU" if gpus is None else f"{gpus} GPU{'s' * (gpus != 1)} and a CPU"
+    end, asked = time.monotonic() + START_TIMEOUT_S, False
+    try:
+        while True:
+            nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+            if any(n.get("CPU", 0) >= 1 for n in nodes) and sum(n.get("GPU", 0) for n in nodes) >= (
+                gpus or 0
+            ):
+                return nodes
+            there = (
+                "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes) or "no node"
+            )
+            if _started or time.monotonic() > end:
+                waited = "" if _started else f" after {START_TIMEOUT_S:g} s"
+                raise InputError(
+                    f"expected {wanted} on the cluster, its nodes have {there}{waited}. Ask for less, add nodes (an "
+                    "autoscaling cluster needs a node type with that and room under its max_workers), or join another "
+                    "cluster with --address"
+                )
+            if not asked:
+                asked = True
+                say(f"waiting up to {START_TIMEOUT_S:g} s for {wanted}; the cluster's nodes have {there}")
+                bundle = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
+                request_resources(bundles=[bundle] * max(workers, gpus or 1))
+            time.sleep(0.5)
+    finally:
+        if asked:
+            request_resources(bundles=[])  # from here on the work itself keeps them
+
+
+def unseen_gpu() -> str:
+    """What is wrong when Ray has given this worker a part of a GPU and torch sees none; "" when nothing is."""
+    import ray
+
+    if not ray.get_gpu_ids():  # type: ignore[no-untyped-call]
+        return ""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    return (
+        f"Ray gave it a GPU on {platform.node()}, but torch {torch.__version__} sees none there: it works on the CPU. "
+        "Install a build of torch for that GPU and its driver, or start that node with --num-gpus=0"
+    )
 
 
 def _stopped(number: int, _: object) -> None:

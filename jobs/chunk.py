@@ -35,7 +35,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs._ray import Address, PathOrUrl, ProgressLines, connect, finish, path_option, run, say, versions
+from jobs._ray import (
+    Address,
+    PathOrUrl,
+    ProgressLines,
+    connect,
+    finish,
+    nodes_with,
+    path_option,
+    run,
+    say,
+    versions,
+)
 from lvm.corpus.chunker import RULES, Chunker, Tokenizer
 from lvm.corpus.readers import (
     BROKEN_SHOWN,
@@ -517,7 +528,7 @@ class BlockCutter:
         )
         self._cut = ray.remote(num_cpus=1)(cut_block)
         self._tokenizer = [ray.put(tokenizer)]
-        self._cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+        self._cpus = int(sum(n.get("CPU", 0) for n in nodes_with()))
         self._readers: dict[Any, _Reading] = {}
         self._tasks: dict[Any, _Reading] = {}
 

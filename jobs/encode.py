@@ -22,16 +22,19 @@ import numpy as np
 import typer
 
 from jobs._ray import (
+    GPUS_HELP,
     START_TIMEOUT_S,
     Address,
     PathOrUrl,
     connect,
     finish,
     load_codec_at,
+    nodes_with,
     path_option,
     progress_bar,
     run,
     say,
+    unseen_gpu,
     versions,
 )
 from lvm.codec.identity import CodecIdentity, require_same_codec
@@ -185,6 +188,7 @@ class ShardEncoder:
         # How many threads PyTorch takes is Ray's doing: it sets OMP_NUM_THREADS to the actor's num_cpus.
         self.job = job
         self.failure: LvmError | None = None
+        self.note = unseen_gpu()
         try:
             self.codec = job.load()
             worker = f"the worker on {platform.node()}"
@@ -201,7 +205,7 @@ class ShardEncoder:
     def encode(self, chunks: Shard) -> dict[str, Any]:
         """The finished shard's fields; on a refusal `error` and `refusal`, as an exception that travels
         through Ray would lose its one-line message."""
-        blank = {**asdict(chunks), "error": "", "refusal": ""}
+        blank = {**asdict(chunks), "error": "", "refusal": "", "note": self.note}
         try:
             if self.failure is not None:
                 raise self.failure
@@ -222,13 +226,16 @@ def encode_chunks(
     overwrite: bool = False,
     address: str | None = None,
     max_workers: int | None = None,
+    gpus: int | None = None,
 ) -> EncodeResult:
     """Bring `target` to hold the vectors of `source`, a finished chunk job's folder, and nothing else.
 
-    max_workers: actors an autoscaling cluster may grow to; None for what its nodes hold now.
+    max_workers: actors an autoscaling cluster may grow to; None for what its nodes hold now. gpus: how many to wait
+    for; None for those there are.
 
-    Raises InputError when chunks are missing or damaged, IdentityError when they were cut for another
-    tokenizer, OutputError when `target` was made with other settings. Finished shards stay in each case.
+    Raises InputError when chunks are missing or damaged, or the cluster does not come to have what is asked for,
+    IdentityError when they were cut for another tokenizer, OutputError when `target` was made with other settings.
+    Finished shards stay in each case.
     """
     if source.resolve() == target.resolve():
         raise OutputError(f"--output {target} is the --input; choose another folder for the vectors")
@@ -263,7 +270,7 @@ def encode_chunks(
     if pending:
         connect(address)
         job = EncodeJob(source.resolve(), target.resolve(), settings, identity, load)
-        for made in _encode_with_ray(job, pending, max_workers):
+        for made in _encode_with_ray(job, pending, max_workers, gpus):
             finished[made.file] = made
 
     shards = tuple(finished[s.file] for s in chunks.shards)
@@ -336,7 +343,9 @@ def require_same_ids(source: Location, target: Location, chunks: Manifest) -> in
     return truncated
 
 
-def _encode_with_ray(job: EncodeJob, pending: list[Shard], max_workers: int | None = None) -> Iterator[Shard]:
+def _encode_with_ray(
+    job: EncodeJob, pending: list[Shard], max_workers: int | None = None, gpus: int | None = None
+) -> Iterator[Shard]:
     """Encode shards in parallel; each comes back as soon as it is on disk, in any order.
 
     A shard that a worker refuses does not keep the others from being finished; the first refusal is raised
@@ -348,7 +357,7 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard], max_workers: int | No
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts chunks
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = nodes_with(gpus, min(max_workers or 1, len(pending)))
     num_actors, resources = plan(nodes, len(pending))
     if max_workers is None:
         sizes = {"size": num_actors}
@@ -374,11 +383,15 @@ def _encode_with_ray(job: EncodeJob, pending: list[Shard], max_workers: int | No
     if max_workers is not None:
         # Ray Data asks for no more than the cluster has; it takes on what comes, up to `max_size`.
         request_resources(bundles=[{"CPU": 1.0, "GPU": float(resources.get("num_gpus", 0))}] * most)
+    slow = ""
     rows_done = _or_no_workers(finished.iter_rows(), resources, nodes)
     try:
         with progress_bar("encode", sum(s.rows for s in pending), "chunks") as advance:
             for row in rows_done:
-                error, refusal = row.pop("error"), row.pop("refusal")
+                error, refusal, note = row.pop("error"), row.pop("refusal"), row.pop("note")
+                if note and not slow:
+                    say(f"encode: {note}")
+                slow = slow or note
                 advance(row["rows"])
                 if error:
                     refused.append(REFUSALS.get(refusal, InputError)(error))
@@ -460,12 +473,20 @@ def main(
         int | None,
         typer.Option(min=1, help="Workers an autoscaling cluster may grow to; none: what is there now."),
     ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
 ) -> None:
     """Encode chunks to vectors; a second run encodes only what is missing."""
     started = time.perf_counter()
     path = None if codec_path is None else codec_path.resolve()
     result = encode_chunks(
-        input, output, functools.partial(load_codec_at, codec, path), dtype, overwrite, address, max_workers
+        input,
+        output,
+        functools.partial(load_codec_at, codec, path),
+        dtype,
+        overwrite,
+        address,
+        max_workers,
+        gpus,
     )
     seconds = time.perf_counter() - started
     made = {s.file: s.rows for s in result.manifest.shards if s.file in result.encoded}

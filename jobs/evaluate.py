@@ -30,6 +30,7 @@ from jobs._ray import (
     connect,
     finish,
     load_codec_at,
+    nodes_with,
     path_option,
     progress_bar,
     run,
@@ -148,7 +149,7 @@ def evaluate(
     parts = windows.split(entrants.seed)
     test = at_most(parts["test"], settings.max_test_windows, settings.seed)
     connect(address)
-    cpus, gpus = cluster_size()
+    cpus, gpus, largest = cluster_size()
     contest = Contest(
         train=at_most(parts["train"], settings.ridge.max_train_windows, settings.seed),
         val=at_most(parts["val"], settings.max_val_windows, settings.seed),
@@ -159,7 +160,7 @@ def evaluate(
         },
         sample=text_sample(test, settings.text_windows, settings.seed),
         settings=settings,
-        threads=max(1, min(MAX_THREADS, cpus // (len(records) + NUM_BASELINES))),
+        threads=threads_a_task(cpus, largest, len(records) + NUM_BASELINES),
     )
     seconds = {"prepare": time.perf_counter() - began}
 
@@ -326,12 +327,17 @@ def choose_field(records: dict[str, Record], array: VectorArray) -> Field:
     return Field({name: fitting[name] for name in records if name in fitting}, *split, left_out)
 
 
-def cluster_size() -> tuple[int, int]:
-    """CPUs and GPUs of the Ray cluster."""
-    import ray
+def cluster_size() -> tuple[int, int, int]:
+    """CPUs and GPUs of the Ray cluster, and the CPUs of its largest node. Raises InputError where no CPU comes."""
+    nodes = nodes_with()
+    cpus = [int(n.get("CPU", 0)) for n in nodes]
+    return sum(cpus), int(sum(n.get("GPU", 0) for n in nodes)), max(cpus)
 
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
+
+def threads_a_task(cpus: int, largest: int, num_tasks: int) -> int:
+    """CPUs of each of so many scoring tasks: its part of the cluster's, and no more than one node has, which would have
+    it wait for ever."""
+    return max(1, min(MAX_THREADS, largest, cpus // num_tasks))
 
 
 def as_they_finish(references: Sequence[Any]) -> Iterator[Any]:

@@ -8,13 +8,14 @@ whole and measured; the version before it stays on disk. When the published inde
 the job changes nothing.
 """
 
+import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Address, PathOrUrl, connect, finish, path_option, run, say
+from jobs._ray import Address, PathOrUrl, connect, finish, nodes_with, path_option, run, say
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.storage import Location
 from lvm.vectors.index import IndexSettings, build_index, find_index
@@ -41,8 +42,7 @@ def build_with_ray(source: Location, target: Location, settings: IndexSettings, 
 
     connect(address)
     # All CPUs of the smallest node: k-means and adding vectors use every thread there is.
-    cpus = [int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-    threads = max(1, min((c for c in cpus if c), default=1))
+    threads = min(int(n["CPU"]) for n in nodes_with() if n.get("CPU", 0) >= 1)
     task = ray.remote(num_cpus=threads)(build)
     if refusal := ray.get(task.remote(source.resolve(), target.resolve(), settings, threads)):
         raise InputError(refusal)
@@ -54,6 +54,14 @@ def main(
     probes: Annotated[
         int | None,
         typer.Option(min=1, help="Lists a search looks into; by default 16, or 64 where they hold codes."),
+    ] = None,
+    codes: Annotated[
+        bool | None,
+        typer.Option(
+            "--codes/--no-codes",
+            help="Lists of 4-bit codes whose best are compared exactly, or of whole vectors (IVF_FLAT, larger and, "
+            "looking into as many lists, slower); by default codes from 100,000 vectors on.",
+        ),
     ] = None,
     address: Address = None,
 ) -> None:
@@ -67,6 +75,8 @@ def main(
             f"{output} holds {kind}, expected an index or an empty folder; choose another --output"
         )
     settings = IndexSettings() if probes is None else IndexSettings(probes=probes, coded_probes=probes)
+    if codes is not None:
+        settings = replace(settings, coded_from=0 if codes else sys.maxsize)
     array = open_vectors(input)
     index = find_index(array, output, settings)
     up_to_date = index is not None

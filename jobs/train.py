@@ -32,7 +32,18 @@ import numpy as np
 import typer
 from safetensors.torch import load_file, save_file
 
-from jobs._ray import Address, PathOrUrl, connect, finish, path_option, run, say
+from jobs._ray import (
+    GPUS_HELP,
+    Address,
+    PathOrUrl,
+    connect,
+    finish,
+    nodes_with,
+    path_option,
+    run,
+    say,
+    unseen_gpu,
+)
 from lvm.codec.identity import require_same_codec
 from lvm.corpus.coherence import Coherence, require_sequential
 from lvm.errors import InputError, LvmError, OutputError, TrainingError
@@ -58,10 +69,13 @@ from lvm.predict.training import (
 )
 from lvm.storage import Location, RemotePath, local_folder_for, local_input, move_tree
 from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
-from lvm.vectors.shards import Manifest, fingerprint
+from lvm.vectors.shards import Manifest, file_sha256, fingerprint
 
 TRAINING_VERSION = 1
 """Raised when the same settings give other weights than before, so that models are trained anew."""
+
+CHECKSUMS = "sha256.json"
+"""In each checkpoint, by file name: weights and an optimiser's state do not show that a bit of them turned."""
 
 CHECKPOINTS_KEPT = 3
 """By val cosine; Ray Train keeps the latest one besides."""
@@ -236,6 +250,8 @@ def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[
     share_cores(ray.get(board.in_flight.remote()))
     device = pick_device()
     model.to(device)
+    if note := unseen_gpu():
+        ray.get(board.post.remote(this.model, {"note": note}))
     events = ExitStack()
     curves = events.enter_context(local_folder_for(this.folder / "tensorboard"))
     writer = SummaryWriter(curves, purge_step=start + 1)
@@ -253,6 +269,8 @@ def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[
             save_file(state, Path(folder, "model.safetensors"))
             torch.save(optimiser.state_dict(), Path(folder, "optimiser.pt"))
             Path(folder, "progress.json").write_text(json.dumps(progress.to_dict()))
+            sums = {name: file_sha256(Path(folder, name)) for name in os.listdir(folder)}
+            Path(folder, CHECKSUMS).write_text(json.dumps(sums))
             row = progress.curve[-1]
             ray.train.report(
                 {"epoch": row["epoch"], "val_cosine": row["val_cosine"]},
@@ -314,8 +332,8 @@ def _fitting(free: Sequence[float], num_runs: int, most: float) -> float:
 def set_aside_if_broken(this: TrainRun) -> None:
     """Move a run's folder away when Ray Train could not go on from it.
 
-    Ray Train writes its list of checkpoints in place, so a kill in that very moment leaves half a file. The
-    run then starts anew; what it had is kept beside it.
+    Ray Train writes its list of checkpoints in place, so a kill in that very moment leaves half a file; and a
+    checkpoint itself may have been damaged. The run then starts anew; what it had is kept beside it.
     """
     import ray.train
     from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
@@ -323,7 +341,9 @@ def set_aside_if_broken(this: TrainRun) -> None:
     if not (this.folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).exists():
         return
     try:
-        ray.train.Result.from_path(*_for_ray(this.folder).values())
+        found = ray.train.Result.from_path(*_for_ray(this.folder).values())
+        for checkpoint in (found.checkpoint, *(c for c, _ in found.best_checkpoints)):
+            require_whole(checkpoint)
     except Exception as err:
         # Whatever it is, Ray Train would fail with the same on the way in, and say less about what to do.
         aside = this.folder.with_name(f"{this.folder.name}.broken-{time.time_ns()}")
@@ -334,6 +354,21 @@ def set_aside_if_broken(this: TrainRun) -> None:
         )
 
 
+def require_whole(checkpoint: Any) -> None:
+    """Return when every file of a checkpoint is as it was written, else raise InputError naming one.
+
+    Those on object storage are taken as they are: it has checksums of its own, and they would travel for this alone.
+    """
+    folder = Path(checkpoint.path)
+    if not folder.is_dir() or not (folder / CHECKSUMS).exists():
+        return
+    for name, sha256 in json.loads((folder / CHECKSUMS).read_text()).items():
+        if name == "optimiser.pt" and not (folder / name).exists():
+            continue  # it goes when the run has its record
+        if (got := file_sha256(folder / name)) != sha256:
+            raise InputError(f"{folder / name} has SHA-256 {got[:16]}…, expected {sha256[:16]}…")
+
+
 def _for_ray(folder: Location) -> dict[str, Any]:
     """Where Ray Train is to keep runs, in its own words."""
     if isinstance(folder, RemotePath):
@@ -341,18 +376,19 @@ def _for_ray(folder: Location) -> dict[str, Any]:
     return {"storage_path": str(folder), "storage_filesystem": None}
 
 
-def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
+def train_with_ray(runs: Sequence[TrainRun], gpus: int | None = None) -> Iterator[tuple[TrainRun, Any]]:
     """Train all at once; each comes back as soon as it ends, with its `ray.train.Result` or its exception.
+    Raises InputError when `gpus` GPUs do not come.
 
     Each `TrainTrainer.fit` blocks, so each has a thread of its own in this process; the work is done by the
     workers Ray starts for it.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    nodes = nodes_with(gpus)
     resources, threads, cores = plan_resources(nodes, len(runs))
     # Read by Ray Train's controllers, which inherit them from this process.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
@@ -366,6 +402,8 @@ def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
         try:
             trainer = TorchTrainer(
                 train_loop_per_worker,
+                # A run is one worker, which has nobody to talk to; NCCL would not start where torch sees no GPU.
+                torch_config=TorchConfig(backend="gloo"),
                 train_loop_config={"run": this, "board": board, "threads": threads, "cores": cores},
                 scaling_config=ScalingConfig(
                     num_workers=1, use_gpu="GPU" in resources, resources_per_worker=resources
@@ -402,6 +440,9 @@ def train_with_ray(runs: Sequence[TrainRun]) -> Iterator[tuple[TrainRun, Any]]:
 
 
 def _say_row(model: str, row: Mapping[str, Any]) -> None:
+    if "note" in row:
+        say(f"train: {model}: {row['note']}")
+        return
     if "resumed" in row:
         say(f"train: {model:<11} goes on after epoch {row['resumed']}")
         return
@@ -516,11 +557,13 @@ def train_models(
     windows: WindowSettings | None = None,
     allow_non_sequential: str | None = None,
     address: str | None = None,
+    gpus: int | None = None,
 ) -> TrainResult:
     """Bring `models` to hold a record of each architecture, trained on `vectors` in this way.
 
-    A run that fails is listed in `failed`; the others are trained and saved. Raises InputError before any
-    training when the vectors are not finished, not sequential, or too few to split, and IdentityError when
+    A run that fails is listed in `failed`; the others are trained and saved. gpus: how many to wait for; None for those
+    there are. Raises InputError before any training when the vectors are not finished, not sequential, or too few to
+    split, or when the cluster does not come to have what is asked for, and IdentityError when
     `models` holds models of another codec.
     """
     for name in names:
@@ -556,7 +599,7 @@ def train_models(
         connect(address)
         for this in pending:
             set_aside_if_broken(this)
-        for this, outcome in train_with_ray(pending):
+        for this, outcome in train_with_ray(pending, gpus):
             try:
                 if isinstance(outcome, Exception):
                     raise TrainingError(f"{this.model}: the run failed: {_first_line(outcome)}") from outcome
@@ -669,6 +712,7 @@ def main(
         PathOrUrl | None,
         path_option('Train nothing; make a record of this original checkpoint {"model_state_dict": …}.'),
     ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
     address: Address = None,
 ) -> None:
     """Train predictors, all at once; a second run on the same vectors trains nothing."""
@@ -692,6 +736,7 @@ def main(
             seed,
             allow_non_sequential=allow_non_sequential,
             address=address,
+            gpus=gpus,
         )
     if result.failed:
         saved = ", ".join(result.trained) or "none"

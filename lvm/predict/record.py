@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError, StorageError
 from lvm.models import MODELS, Predictor, build
 from lvm.storage import Location, RemotePath, cache_folder, upload_folder
-from lvm.vectors.shards import sync_directory, temporary_name, write_json
+from lvm.vectors.shards import cannot_write, file_sha256, sync_directory, temporary_name, write_json
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "MODEL_CARD.md"
 ALIASES = "aliases.json"
@@ -76,8 +76,9 @@ def save_record(
 ) -> Location:
     """The new folder of this model, complete and named; the alias does not move.
 
-    config, metrics: JSON-able; config gets `model`, `sizes`, `parameters` and `codec` besides. provenance:
-    the lines of the card, in order ("Data source": "…"). issues: known ones of this very model.
+    config, metrics: JSON-able; config gets `model`, `sizes`, `parameters`, `codec` and the weights' hash besides.
+    provenance: the lines of the card, in order ("Data source": "…"). issues: known ones of this very model.
+    Raises OutputError when the disk is full.
     """
     created = datetime.now(UTC)
     models.mkdir(parents=True, exist_ok=True)
@@ -93,6 +94,7 @@ def save_record(
             "parameters": num_parameters,
             "codec": identity.to_dict(),
             "created": created.isoformat(timespec="seconds"),
+            "weights_sha256": file_sha256(temporary / WEIGHTS),
             **config,
         }
         _write_text(temporary / CONFIG, json.dumps(full, indent=2, ensure_ascii=False) + "\n")
@@ -109,6 +111,8 @@ def save_record(
             sync_directory(temporary)
             os.rename(temporary, folder)
             sync_directory(folder.parent)
+    except (OSError, SafetensorError) as err:
+        raise cannot_write(models, err) from err
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -130,18 +134,20 @@ def load_record(models: Location, name_or_folder: str) -> Record:
     identity = CodecIdentity.from_dict(config["codec"])
     model = build(config["model"], config["sizes"])
     try:
-        weights = read_weights(folder / WEIGHTS)
+        data = (folder / WEIGHTS).read_bytes()  # from object storage in one request
+        found = hashlib.sha256(data).hexdigest()
+        if found != config.get("weights_sha256", found):  # records of older versions have none
+            raise InputError(
+                f"{folder / WEIGHTS} has SHA-256 {found[:16]}…, its {CONFIG} says {config['weights_sha256'][:16]}…: it "
+                "was damaged or replaced; train the model again"
+            )
+        weights = load(data)
     except StorageError:
         raise
     except (OSError, SafetensorError) as err:
         raise InputError(f"{folder / WEIGHTS} cannot be read ({err}); train the model again") from err
     _load_weights(model, weights, folder / WEIGHTS)
     return Record(config["model"], folder, model.eval(), config, metrics, identity)
-
-
-def read_weights(path: Location) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, by name; from object storage in one request."""
-    return load(path.read_bytes()) if isinstance(path, RemotePath) else load_file(path)
 
 
 def resolve(models: Location, name_or_folder: str) -> Location:
@@ -169,11 +175,12 @@ def record_folders(models: Location) -> list[Location]:
 
 
 def find_record(models: Location, name: str, **wanted: Any) -> Location | None:
-    """The newest record of this architecture whose config.json has these values; None where there is none."""
+    """The newest whole record of this architecture whose config.json has these values; None where there is none."""
     for folder in reversed(record_folders(models)):
         config = _read_json(folder / CONFIG)
         complete = all((folder / file).is_file() for file in (WEIGHTS, METRICS))
-        if complete and config.get("model") == name and all(config.get(k) == v for k, v in wanted.items()):
+        fits = config.get("model") == name and all(config.get(k) == v for k, v in wanted.items())
+        if complete and fits and config.get("weights_sha256") in (None, file_sha256(folder / WEIGHTS)):
             return folder
     return None
 

@@ -8,6 +8,8 @@ Afterwards: ids in = ids out, cosine to float32 on a sample, bytes written, reca
     python -m tests.bench.encode_backfill --input wiki.jsonl.gz --output OUT --limit 2300
     python -m tests.bench.encode_backfill --input sample --output OUT      # a small one
 
+From 100,000 chunks on, `latent index` holds codes; the stage `ivf-flat` builds the index of whole vectors instead.
+
 Stages that are finished in OUT are reported as up to date, with their few seconds. The last line of stdout is JSON.
 """
 
@@ -145,7 +147,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for chunks, vectors and index")
     parser.add_argument("--limit", type=int, help="articles")
     parser.add_argument("--codec", default="mini")
-    parser.add_argument("--stages", default="chunk,encode,index", help="which of the three, by comma")
+    parser.add_argument("--stages", default="chunk,encode,index", help="which of the four, by comma")
     args = parser.parse_args()
     out = args.output.resolve()
     source = args.input if args.input == "sample" else str(Path(args.input).resolve())
@@ -154,6 +156,7 @@ def main() -> None:
         "chunk": ("chunks", ["jobs.chunk", "--input", source, *limit, "--codec", args.codec]),
         "encode": ("vectors", ["jobs.encode", "--input", str(out / "chunks"), "--codec", args.codec]),
         "index": ("index", ["jobs.index", "--input", str(out / "vectors")]),
+        "ivf-flat": ("index_ivf_flat", ["jobs.index", "--input", str(out / "vectors"), "--no-codes"]),
     }
     report: dict[str, Any] = {}
     for name in args.stages.split(","):
@@ -168,6 +171,8 @@ def main() -> None:
             f"{stage['bytes_written'] / 1e6:,.0f} MB in {folder}/",
             flush=True,
         )
+        if "recall" in stage:
+            print(f"        {stage['settings']['type']}, {stage['recall']}")
         if name == "encode":
             print("| s | chunks/s | PSS, MiB |\n| ---: | ---: | ---: |")
             for row in rates(stage):

@@ -1,14 +1,17 @@
 """Clusters of several nodes: where work is placed, growing and shrinking, and what nobody has."""
 
+import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.encode import plan
+from jobs.evaluate import threads_a_task
 from jobs.train import plan_resources
+from lvm.models import MODELS
 from tests.integration.conftest import CHECKOUT
 
 GPU_NODE, CPU_NODE = {"CPU": 2.0, "GPU": 1.0}, {"CPU": 2.0}
@@ -38,37 +41,62 @@ def test_four_models_fit_at_once_beside_the_one_gpu_and_its_cpus() -> None:
     assert (threads, cores) == (1, None)
 
 
-NOTHING_THERE = """
-import sys
-import subprocess
-import sys
-from pathlib import Path
-import jobs.encode, jobs._ray
-from lvm.errors import LvmError
-from tests.doubles import fake_articles, fake_codec, write_chunks
-from tests.integration.faults.world import World
-
-jobs.encode.START_TIMEOUT_S = 3
-world = World(num_workers=0)
-world.connect()
-folder = Path(sys.argv[1])
-write_chunks(folder / "chunks", fake_articles(2))
-try:
-    jobs.encode.encode_chunks(folder / "chunks", folder / "vectors", fake_codec)
-except LvmError as err:
-    print("refused:", err, flush=True)
-world.close()
-"""
+@pytest.mark.parametrize(
+    ("cpus", "largest", "tasks", "expected"),
+    [(2, 2, 8, 1), (64, 64, 8, 8), (64, 2, 5, 2), (16, 16, 8, 2)],
+)
+def test_a_scoring_task_asks_for_no_more_than_one_node_has(
+    cpus: int, largest: int, tasks: int, expected: int
+) -> None:
+    assert threads_a_task(cpus, largest, tasks) == expected
 
 
-def test_what_no_node_has_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
+# ---- a real cluster: a head without CPUs, then a node with a "GPU" that torch cannot see, and two with CPUs alone
 
+
+@pytest.fixture(scope="module")
+def placement(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What `placement.py` reports, and what it and the jobs said on stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", NOTHING_THERE, str(tmp_path)],
+        [sys.executable, "-m", "tests.integration.placement", str(tmp_path_factory.mktemp("placement"))],
         cwd=CHECKOUT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=540,
         check=False,
     )
-    assert "refused: no worker with {'num_cpus': 1} started within 3 s" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_four_models_are_placed_on_the_gpu_node_all_at_once(placement: tuple[dict[str, Any], str]) -> None:
+    report, _ = placement
+    assert report["failed"] == {}
+    assert report["placed"] == [[report["gpu_node"]]] * len(MODELS)
+    assert report["resources"] == [{"CPU": 0.5, "GPU": 0.25}] * len(MODELS)
+    assert report["most_at_once"] == len(MODELS)
+
+
+def test_a_gpu_that_torch_cannot_see_is_said_and_the_cpu_does_the_work(
+    placement: tuple[dict[str, Any], str],
+) -> None:
+    report, said = placement
+    assert report["devices"] == dict.fromkeys(MODELS, "cpu")
+    assert report["encoded"] == 48
+    for who in ("encode", *(f"train: {name}" for name in MODELS)):
+        lines = [line for line in said.splitlines() if line.startswith(f"{who}: Ray gave it a GPU on ")]
+        assert len(lines) == 1, who
+        assert "it works on the CPU" in lines[0]
+
+
+def test_what_no_node_has_is_an_error_and_not_a_wait(placement: tuple[dict[str, Any], str]) -> None:
+    report, said = placement
+    for key, wanted in (("no_node", "a CPU"), ("two_gpus", "2 GPUs and a CPU")):
+        assert report[key]["said"].startswith(f"expected {wanted} on the cluster, its nodes have "), report[
+            key
+        ]
+        assert 2 <= report[key]["seconds"] < 30
+        assert f"waiting up to 2 s for {wanted}; the cluster's nodes have " in said
+    assert "0 CPUs, 0 GPUs" in report["no_node"]["said"]
+    assert "2 CPUs, 1 GPUs" in report["two_gpus"]["said"]

@@ -20,6 +20,9 @@ from tests.doubles import FakeCodec
 SECONDS_A_SHARD = 0.12
 """How long the codec takes over a shard, so that a fault finds some in flight."""
 
+RECIPE_EPOCHS = 4
+"""Epochs of a training run."""
+
 WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 
 
@@ -90,7 +93,7 @@ def run_stage(stage: str, folder: Path) -> str:
         from jobs.train import train_models
         from lvm.predict.training import FAST
 
-        recipe = replace(FAST, epochs=4, patience=None)
+        recipe = replace(FAST, epochs=RECIPE_EPOCHS, patience=None)
         result = train_models(folder / "vectors", folder / "models", ["amn"], recipe)
         if result.failed:
             raise RuntimeError(str(result.failed))

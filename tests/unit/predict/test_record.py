@@ -136,6 +136,8 @@ def test_find_record_goes_by_config_and_takes_the_newest(tmp_path: Path) -> None
     save(tmp_path, name="gru", run="b")
     assert find_record(tmp_path, "lstm", run="b") == wanted
     assert find_record(tmp_path, "lstm", run="c") is None
+    damage_a_bit(wanted)
+    assert find_record(tmp_path, "lstm", run="b") != wanted  # it is trained anew, or published again
     assert find_record(tmp_path / "nowhere", "lstm", run="b") is None
     assert len(record_folders(tmp_path)) == 3
 
@@ -146,6 +148,22 @@ def test_find_record_goes_by_config_and_takes_the_newest(tmp_path: Path) -> None
 def damage_truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_a_bit(folder: Path) -> None:
+    """Still a file of finite numbers, and of other answers."""
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+
+
+def damage_before_hashes(folder: Path) -> None:
+    """A record of an older version, whose config.json has no hash."""
+    damage_truncate(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["weights_sha256"]
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def damage_config(folder: Path) -> None:
@@ -171,7 +189,9 @@ def damage_metrics(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, r"model\.safetensors cannot be read"),
+        (damage_truncate, r"model\.safetensors has SHA-256 .* damaged or replaced"),
+        (damage_a_bit, r"model\.safetensors has SHA-256 .* damaged or replaced"),
+        (damage_before_hashes, r"model\.safetensors cannot be read"),
         (damage_config, r"config\.json cannot be read"),
         (damage_sizes, r"model\.safetensors does not fit its architecture: lstm\.bias_hh_l0 is \(128,\)"),
         (damage_codec, "edited or damaged"),

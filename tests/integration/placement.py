@@ -1,0 +1,104 @@
+"""What the jobs do on a cluster of three nodes, one of them with a "GPU": where they run, and what is refused.
+
+    python -m tests.integration.placement FOLDER
+
+A process of its own, as it is the driver of its own cluster. Its last line of stdout is one JSON object.
+"""
+
+import json
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jobs._ray
+from jobs.encode import encode_chunks
+from jobs.train import train_models
+from lvm.errors import LvmError
+from lvm.models import MODELS
+from lvm.predict.record import load_record
+from lvm.predict.training import FAST
+from tests.doubles import fake_articles, fake_codec, write_chunks, write_vectors
+from tests.integration.faults.world import World
+
+
+def refusal(work: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """What a job said instead of doing its work, and after how many seconds."""
+    begun = time.monotonic()
+    try:
+        work(*arguments, **options)
+    except LvmError as err:
+        return {"said": str(err), "seconds": round(time.monotonic() - begun, 1)}
+    return {"said": "", "seconds": round(time.monotonic() - begun, 1)}
+
+
+class Watch:
+    """The placement groups of Ray Train's runs while they live: on which node, how many at once."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, set[str]] = {}
+        self.resources: dict[str, Any] = {}
+        self.most_at_once = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        from ray.util import placement_group_table
+
+        while not self._over.wait(0.1):
+            alive = {k: g for k, g in placement_group_table().items() if g["state"] == "CREATED"}
+            self.most_at_once = max(self.most_at_once, len(alive))
+            for key, group in alive.items():
+                self.nodes.setdefault(key, set()).update(group["bundles_to_node_id"].values())
+                self.resources[key] = group["bundles"][0]
+
+
+def main() -> None:
+    """As the module's docstring has it."""
+    folder = Path(sys.argv[1])
+    write_chunks(folder / "chunks", fake_articles(4), 2)
+    write_vectors(folder / "data", fake_articles(40))
+    recipe = replace(FAST, epochs=1, patience=None)
+    jobs._ray.START_TIMEOUT_S = 2
+    world = World(num_workers=0)
+    world.connect()
+    report: dict[str, Any] = {}
+    try:
+        encode = (folder / "chunks", folder / "vectors", fake_codec)
+        report["no_node"] = refusal(encode_chunks, *encode)
+        nodes = [
+            world.cluster.add_node(num_cpus=2, num_gpus=gpus, object_store_memory=100 << 20)
+            for gpus in (1, 0, 0)
+        ]
+        report["gpu_node"] = nodes[0].node_id
+        world.cluster.wait_for_nodes()
+        train = (folder / "data", folder / "models", list(MODELS), recipe)
+        report["two_gpus"] = refusal(train_models, *train, gpus=2)
+        report["encoded"] = encode_chunks(*encode, gpus=1).manifest.rows
+        with Watch() as watch:
+            result = train_models(*train, gpus=1)
+        report["failed"] = result.failed
+        report["devices"] = {n: load_record(folder / "models", n).config["device"] for n in result.trained}
+        report["placed"] = [sorted(found) for found in watch.nodes.values()]
+        report["resources"] = list(watch.resources.values())
+        report["most_at_once"] = watch.most_at_once
+    finally:
+        world.close()
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    # By its own name, so that workers import what they unpickle.
+    from tests.integration.placement import main as report_placement
+
+    report_placement()
