@@ -14,7 +14,7 @@ import functools
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, Protocol
 
@@ -401,6 +401,8 @@ def _encode_with_ray(
                     continue
                 yield Shard(**row)
     finally:
+        # What is still open when the interpreter ends would start a Ray of its own to close itself, and wait for ever.
+        rows_done.close()
         if max_workers is not None:
             request_resources(bundles=[])  # nodes without work may go
     if refused:
@@ -413,7 +415,7 @@ def _encode_with_ray(
 
 def _or_no_workers(
     rows: Iterable[dict[str, Any]], asked: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """The rows. Raises InputError when the cluster does not come up with a worker in START_TIMEOUT_S."""
     from ray.exceptions import GetTimeoutError
 
