@@ -5,8 +5,8 @@ has them (`wikipedia_recent.jsonl.gz`), else of the bundled sample. Sizes: `mini
 with seeded random ones (speed does not depend on their values). Sides, each in processes of its own:
 
 - sentence-transformers `encode` with its defaults: float32, batch 32, sorted by length, all cores;
-- the same at its best of float32 and bfloat16, two larger batches, and one process a core in place of threads; `mini`
-  is a module of its own there, the same network in their loop;
+- the same at its best of float32 and bfloat16, larger batches (one with --quick), and one process a core in place of
+  threads; `mini` is a module of its own there, the same network in their loop;
 - vec2text's embedding call as `invert_strings` has it, padded to 128 tokens, and padded to the codec's 32; `mini`,
   which vec2text lacks, is padded to its 32;
 - ours without Ray, a process a core: texts in memory to vectors in memory (`bare`), and chunk shards to vector shards
@@ -70,7 +70,7 @@ class Plan:
     """Shards of the jobs."""
 
 
-QUICK = {"mini": Plan(4096, 2048, 16384, 1024, 32), "gtr-base": Plan(320, 64, 768, 96, 24)}
+QUICK = {"mini": Plan(4096, 2048, 16384, 2048, 40), "gtr-base": Plan(256, 32, 576, 96, 20)}
 FULL = {"mini": Plan(16384, 8192, 65536, 2048, 60), "gtr-base": Plan(1024, 256, 4096, 128, 60)}
 
 
@@ -368,7 +368,7 @@ def _say(row: dict[str, Any]) -> None:
 
 
 def measure_size(
-    size: str, root: Path, plan: Plan, trials: int
+    size: str, root: Path, plan: Plan, trials: int, batches: Sequence[int]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Every side at one size: the ratios, and a row for each measurement."""
     cores = os.cpu_count() or 1
@@ -379,10 +379,10 @@ def measure_size(
         return rows[-1]
 
     default = take("sentence-transformers:float32,32", plan.theirs)
-    settings = [(f"{t},{b}", 1) for t in ("float32", "bfloat16") for b in BATCHES]
+    settings = [(f"{t},{b}", 1) for t in ("float32", "bfloat16") for b in batches]
     tried = [
         take(f"sentence-transformers:{how}", plan.theirs // 2, processes, 1)
-        for how, processes in [*settings, (f"float32,{BATCHES[1]}", cores)]
+        for how, processes in [*settings, (f"float32,{batches[-1]}", cores)]
     ]
     found = max([default, *tried], key=lambda r: r["chunks_per_second"])
     best = default if found is default else take(found["side"], plan.theirs, found["processes"])
@@ -434,7 +434,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer texts, two trials")
+    parser.add_argument("--quick", action="store_true", help="fewer texts, two trials, one larger batch")
     parser.add_argument("--size", choices=["mini", "gtr-base"], help="one size alone")
     parser.add_argument(
         "--tiny", action="store_true", help="a one-layer encoder at size gtr-base: does it run?"
@@ -466,7 +466,8 @@ def main() -> None:
             step = plan.shard_rows
             shards = [texts[i : i + step] for i in range(0, step * plan.shards, step)]
             write_chunks(root / "chunks", shards, 1, load_ours(size, root).tokenizer)
-            summary, new = measure_size(size, root, plan, 2 if args.quick else 4)
+            trials, batches = (2, BATCHES[-1:]) if args.quick else (4, BATCHES)
+            summary, new = measure_size(size, root, plan, trials, batches)
             report[size] = summary
             rows += new
     print(table(rows))
