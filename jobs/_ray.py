@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -107,9 +107,7 @@ def nodes_with(gpus: int | None = None, workers: int = 1) -> list[dict[str, floa
                 gpus or 0
             ):
                 return nodes
-            there = (
-                "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes) or "no node"
-            )
+            there = in_words(nodes)
             if _started or time.monotonic() > end:
                 waited = "" if _started else f" after {START_TIMEOUT_S:g} s"
                 raise InputError(
@@ -126,6 +124,11 @@ def nodes_with(gpus: int | None = None, workers: int = 1) -> list[dict[str, floa
     finally:
         if asked:
             request_resources(bundles=[])  # from here on the work itself keeps them
+
+
+def in_words(nodes: Sequence[Mapping[str, float]]) -> str:
+    """CPUs and GPUs of each of these Ray nodes, for an error."""
+    return "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes) or "no node"
 
 
 def unseen_gpu() -> str:

@@ -28,6 +28,7 @@ from jobs._ray import (
     PathOrUrl,
     connect,
     finish,
+    in_words,
     load_codec_at,
     nodes_with,
     path_option,
@@ -383,15 +384,15 @@ def _encode_with_ray(
     if max_workers is not None:
         # Ray Data asks for no more than the cluster has; it takes on what comes, up to `max_size`.
         request_resources(bundles=[{"CPU": 1.0, "GPU": float(resources.get("num_gpus", 0))}] * most)
-    slow = ""
+    noted = False
     rows_done = _or_no_workers(finished.iter_rows(), resources, nodes)
     try:
         with progress_bar("encode", sum(s.rows for s in pending), "chunks") as advance:
             for row in rows_done:
                 error, refusal, note = row.pop("error"), row.pop("refusal"), row.pop("note")
-                if note and not slow:
+                if note and not noted:  # once is enough
                     say(f"encode: {note}")
-                slow = slow or note
+                    noted = True
                 advance(row["rows"])
                 if error:
                     refused.append(REFUSALS.get(refusal, InputError)(error))
@@ -422,10 +423,9 @@ def _or_no_workers(
     try:
         yield from rows
     except GetTimeoutError as err:
-        there = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes) or "no node"
         raise InputError(
-            f"no worker with {asked} started within {START_TIMEOUT_S} s; the cluster's nodes have {there}. Add nodes, "
-            "or join another cluster with --address"
+            f"no worker with {asked} started within {START_TIMEOUT_S} s; the cluster's nodes have {in_words(nodes)}. "
+            "Add nodes, or join another cluster with --address"
         ) from err
 
 

@@ -342,7 +342,9 @@ def set_aside_if_broken(this: TrainRun) -> None:
         return
     try:
         found = ray.train.Result.from_path(*_for_ray(this.folder).values())
-        for checkpoint in (found.checkpoint, *(c for c, _ in found.best_checkpoints)):
+        # The latest is as a rule among the best: each folder is read once.
+        kept = (found.checkpoint, *(c for c, _ in found.best_checkpoints))
+        for checkpoint in {c.path: c for c in kept}.values():
             require_whole(checkpoint)
     except Exception as err:
         # Whatever it is, Ray Train would fail with the same on the way in, and say less about what to do.
