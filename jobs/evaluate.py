@@ -77,7 +77,7 @@ from lvm.predict.record import Record, load_record, read_aliases
 from lvm.storage import Location
 from lvm.vectors.index import load_index
 from lvm.vectors.sequences import VectorArray, WindowSettings, make_windows, open_vectors
-from lvm.vectors.shards import Manifest, write_bytes, write_json
+from lvm.vectors.shards import Manifest, sweep_temporaries, write_bytes, write_json
 
 MAX_THREADS = 8
 """Most threads of one scoring task; predictors are too small to feed more."""
@@ -268,8 +268,9 @@ def find_evaluation(
 
 
 def write(output: Location, evaluation: Evaluation) -> None:
-    """Put the three files in place; evaluation.json last."""
+    """Put the three files in place, evaluation.json last, and take away what a killed run left half written."""
     output.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(output)
     (output / FILES[0]).unlink(missing_ok=True)
     write_bytes(output / FILES[1], markdown_page(evaluation).encode())
     write_bytes(output / FILES[2], html_page(evaluation).encode())

@@ -171,10 +171,10 @@ class Gateway:
         self._chunking = asyncio.Lock()
         self._smoother = Smoother(args.smoothing)
 
-        def stage(name: str, part: str, method: str, max_rows: int) -> Stage:
+        def stage(name: str, part: str, method: str, max_rows: int, max_calls: int = args.max_calls) -> Stage:
             where = parts[part]
             call = _call(where, method) if isinstance(where, DeploymentHandle) else getattr(where, method)
-            return Stage(name, call, LOST, args.max_calls, max_rows, self.metrics.measure_call)
+            return Stage(name, call, LOST, max_calls, max_rows, self.metrics.measure_call)
 
         self._pipeline = Pipeline(
             self._identity,
@@ -183,7 +183,7 @@ class Gateway:
             stage("predict", "predictor", "run", args.queue_rows),
             stage("snap", "retriever", "snap", args.queue_rows),
             stage("search", "retriever", "near", args.queue_rows),
-            stage("decode", "decoder", "run", args.queue_rows),
+            stage("decode", "decoder", "run", args.queue_rows, max_calls=args.queue_rows),
             Breaker(args.breaker),
             self.metrics,
             args.cache_entries,
@@ -910,7 +910,7 @@ def build(args: ServeArgs) -> serve.Application:
             apart("encoder", Encoder, args.encoder, calls),
             apart("predictor", Predictor, args.predictor, calls, models),
             apart("retriever", Retriever, args.retriever, 3 * calls),
-            scaled(Decoder, args.decoder, calls).bind(args),
+            scaled(Decoder, args.decoder, 2 * args.queue_rows).bind(args),
         )
     )
 

@@ -28,6 +28,8 @@ class VectorRow:
     steps: int | None = None
     """Exactly this many corrector steps; None climbs the ladder."""
     cache: bool = True
+    coming: int = 0
+    """Other requests of the same gateway on their way to the decoder when this one was sent."""
 
 
 class _Rows:
@@ -58,7 +60,7 @@ class Decoder:
 
     async def run(self, rows: list[VectorRow], remaining_s: list[float]) -> list[Outcome[Answer]]:
         """One outcome a vector. An answer whose last reason names its own rung was refused there."""
-        return await self._queue.submit(rows, remaining_s)
+        return await self._queue.submit(rows, remaining_s, rows[-1].coming if rows else 0)
 
     async def describe(self) -> dict[str, Any]:
         """The codec's identity, the steps it takes, and the cache."""

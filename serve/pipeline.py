@@ -92,6 +92,21 @@ class Said:
     retries: int = 0
 
 
+@dataclass(frozen=True)
+class _Steered:
+    """A request as the decoder meets it."""
+
+    folder: str
+    context: Context
+    truncated: int
+    raw: NDArray[np.float32]
+    """(D,), the prediction."""
+    steered: NDArray[np.float32]
+    """(D,), what is decoded."""
+    drifted: bool
+    near: list[CorpusChunk]
+
+
 class Clock:
     """Milliseconds by stage; what a stage did not work counts as queue."""
 
@@ -137,6 +152,8 @@ class Pipeline:
         self._metrics, self._patience_s, self._folders = metrics, decode_patience_s, folders
         self._vectors: Cache[EncodedText] = Cache(cache_entries)
         self._answers: Cache[Said] = Cache(cache_entries)
+        self._on_their_way = 0
+        """Requests between their first stage and the decoder."""
 
     async def encode(
         self, texts: Sequence[str], deadline: float, cache: bool = True
@@ -179,36 +196,26 @@ class Pipeline:
                 self._count(said, wish)
                 return said
         clock = Clock()
-        read = texts[-CONTEXT_CHUNKS:]  # no predictor reads more
-        encoded, timing = await self.encode(read, wish.deadline, wish.cache)
-        clock.add("encode", timing)
-        vectors = np.stack([e.vector for e in encoded])
-        context = await self._context(vectors, read, wish, clock)
-        folder, raw = await self._predict(context, wish, clock)
-        steered, drifted = raw, False
-        if wish.model != PASSTHROUGH and wish.snap:  # passthrough shows the codec alone
-            row = SnapRow(raw, context.vectors[-1], context.vectors.mean(0))
-            ((steered, drifted),), timing = await self.snapper.run([row], wish.deadline)
-            clock.add("snap", timing)
-        near: list[CorpusChunk] = []
-        if wish.neighbours:
-            near = await self._near(steered, max(wish.neighbours, 1), context, wish.deadline, clock, "snap")
-        source = " ".join(context.texts)
-        answer = await self._decode(steered, source, wish, context, near, clock)
+        self._on_their_way += 1
+        try:
+            way = await self._steer(texts[-CONTEXT_CHUNKS:], wish, clock)  # no predictor reads more
+        finally:
+            self._on_their_way -= 1
+        answer = await self._decode(way, wish, clock)
         said = Said(
             answer,
-            folder,
-            context,
-            sum(e.truncated for e in encoded),
-            float((raw * steered).sum()),
-            drifted,
-            tuple(near),
+            way.folder,
+            way.context,
+            way.truncated,
+            float((way.raw * way.steered).sum()),
+            way.drifted,
+            tuple(way.near),
             clock.finish(),
             "vector" if answer.cached else None,
             clock.retries,
         )
         whole = not self._emergency(answer)
-        if wish.cache and whole and folder == self._folders.get(wish.model, PASSTHROUGH):
+        if wish.cache and whole and way.folder == self._folders.get(wish.model, PASSTHROUGH):
             # Not kept: what was answered in an emergency, and answers of a version that is being replaced.
             self._answers.put(key, said)
         self._count(said, wish)
@@ -265,6 +272,23 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------- the stages
 
+    async def _steer(self, texts: Sequence[str], wish: Wish, clock: Clock) -> "_Steered":
+        """All that comes before the decoder."""
+        encoded, timing = await self.encode(texts, wish.deadline, wish.cache)
+        clock.add("encode", timing)
+        vectors = np.stack([e.vector for e in encoded])
+        context = await self._context(vectors, texts, wish, clock)
+        folder, raw = await self._predict(context, wish, clock)
+        steered, drifted = raw, False
+        if wish.model != PASSTHROUGH and wish.snap:  # passthrough shows the codec alone
+            row = SnapRow(raw, context.vectors[-1], context.vectors.mean(0))
+            ((steered, drifted),), timing = await self.snapper.run([row], wish.deadline)
+            clock.add("snap", timing)
+        near: list[CorpusChunk] = []
+        if wish.neighbours:
+            near = await self._near(steered, wish.neighbours, context, wish.deadline, clock, "snap")
+        return _Steered(folder, context, sum(e.truncated for e in encoded), raw, steered, drifted, near)
+
     async def _context(
         self, vectors: NDArray[np.float32], texts: Sequence[str], wish: Wish, clock: Clock
     ) -> Context:
@@ -297,19 +321,12 @@ class Pipeline:
         clock.add(stage, timing)
         return near  # type: ignore[no-any-return]
 
-    async def _decode(
-        self,
-        vector: NDArray[np.float32],
-        source: str,
-        wish: Wish,
-        context: Context,
-        near: Sequence[CorpusChunk],
-        clock: Clock,
-    ) -> Answer:
+    async def _decode(self, way: "_Steered", wish: Wish, clock: Clock) -> Answer:
         refusal = self.breaker.refuses(self.decoder.depth)
         answer: Answer | None = None
         if refusal is None:
-            row = VectorRow(vector, source, wish.steps, wish.cache)
+            source = " ".join(way.context.texts)
+            row = VectorRow(way.steered, source, wish.steps, wish.cache, self._on_their_way)
             try:
                 (answer,), timing = await self._decode_rows([row], wish.deadline, True)
                 clock.add("decode", timing)
@@ -320,8 +337,9 @@ class Pipeline:
                 refusal = str(err)
         if answer is not None and not refused(answer):
             return answer
+        near: Sequence[CorpusChunk] = way.near
         if not near:
-            near = await self._near(vector, 1, context, wish.deadline, clock, "decode")
+            near = await self._near(way.steered, 1, way.context, wish.deadline, clock, "decode")
         return extract(answer, near[0], refusal)
 
     async def _decode_rows(

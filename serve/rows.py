@@ -1,7 +1,8 @@
 """The queue inside a replica: rows of many callers share a batch, and rows nobody waits for are dropped.
 
 No timer holds a batch back. While one is at work the next gathers; when the replica is idle a lone row starts
-at once. A row whose deadline has passed before its batch starts is dropped without work.
+at once. Rounds wait for rows that callers say are on their way, while these are more than are here. A row whose
+deadline has passed before its batch starts is dropped without work.
 """
 
 import asyncio
@@ -117,27 +118,57 @@ class StreamQueue(_Queue[Item, Value]):
         super().__init__(max_rows, measure, "rounds")
         self._stream = stream
         self._inside: dict[int, tuple[_Waiting[Item, Value], float]] = {}
+        self._coming = 0
+        self._arrived = asyncio.Event()
+        self._round_s = 0.0
+
+    async def submit(
+        self, items: Sequence[Item], remaining_s: Sequence[float], coming: int = 0
+    ) -> list[Outcome[Value]]:
+        """As of any queue. coming: rows the caller has on their way here besides these."""
+        self._coming = coming
+        self._arrived.set()
+        return await super().submit(items, remaining_s)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting or self._inside:
+            await self._gather()
             dropped_before = self.dropped
             self._sweep()
             self._join()
             rows = len(self._inside)
             if rows:
+                begun = time.perf_counter()
                 try:
                     left = await loop.run_in_executor(self._thread, self._stream.run)
                 except Exception as err:
                     self._fail(err)
                     continue
+                self._round_s = time.perf_counter() - begun
                 for ticket, value in left.items():
-                    row, begun = self._inside.pop(ticket)
+                    row, joined = self._inside.pop(ticket)
                     if not row.done.done():
-                        queued = (begun - row.since) * 1000
-                        row.done.set_result(Outcome(value, None, queued, _ms(begun), rows))
+                        queued = (joined - row.since) * 1000
+                        row.done.set_result(Outcome(value, None, queued, _ms(joined), rows))
             if self._measure is not None:
                 self._measure(rows, len(self._waiting), self.dropped - dropped_before)
+
+    async def _gather(self) -> None:
+        """Let rows arrive while more are on their way than are here, for at most half of what the last round took.
+
+        A round of two rows takes half the time of one of thirty (tests/bench/results/LOG.md), and who comes just too
+        late waits for all of it.
+        """
+        until = time.perf_counter() + self._round_s / 2
+        while self._coming > len(self._inside) + len(self._waiting):
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout(max(0.0, until - time.perf_counter())):
+                    await self._arrived.wait()
+            except TimeoutError:
+                self._coming = 0  # they went elsewhere, or are slow: not waited for again
+                break
 
     def _sweep(self) -> None:
         """Take out of the rounds what nobody waits for any more."""

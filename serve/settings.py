@@ -143,7 +143,8 @@ class ServeArgs(_Strict):
     decode_patience_s: float = Field(10.0, gt=0)
     """Seconds a prediction waits for the decoder; then the answer is extractive and says so."""
     max_calls: int = Field(8, ge=1)
-    """Calls one gateway has under way to one deployment; what waits meanwhile shares the next call."""
+    """Calls one gateway has under way to one deployment; what waits meanwhile shares the next call. To the decoder
+    `queue_rows` of them: a row that waits for a call to come back misses a round."""
     queue_rows: int = Field(32, ge=1)
     """Most rows in one call and in one batch of a replica."""
     limits: Limits = Limits()
@@ -155,9 +156,10 @@ class ServeArgs(_Strict):
     gateway: Scale = Scale(target_ongoing_requests=64)
     encoder: Scale = Scale()
     predictor: Scale = Scale()
-    decoder: Scale = Scale()
-    """One replica by default: on two cores a second one splits the batch and the cores, and four gave 8 requests/s
-    where one gave 15 (tests/bench/results/). A cluster sets max_replicas."""
+    decoder: Scale = Scale(target_ongoing_requests=16)
+    """Its calls carry one row each until `queue_rows` are under way. One replica by default: on two cores a second one
+    splits the batch and the cores, and four gave 8 requests/s where one gave 15 (tests/bench/results/). A cluster sets
+    max_replicas."""
     retriever: Scale = Scale()
     breaker: BreakerArgs = BreakerArgs()
     smoothing: SmoothingArgs = SmoothingArgs()

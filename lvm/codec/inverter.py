@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvm.codec.mini import MiniEncoder, MiniHypothesizer
+from lvm.codec.mini import MiniEncoder, MiniHypothesizer, flat, paired, unpaired
 from lvm.codec.runner import Matrix, Precision, StackRunner, first_largest
 from lvm.codec.vec2text import END_ID, START_ID, Corrector, Hypothesizer
 from lvm.errors import InputError
@@ -124,7 +124,8 @@ class MiniHypothesizing:
         precision: Precision,
         foresee: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """foresee: from lexical parts (B, L) what the places after each probably hold together, (B, T, L)."""
+        """foresee: from lexical parts (B, H) what the places after each probably hold together, (B, T, H); as complex
+        pairs (`mini.paired`)."""
         self.end_id = end_id
         self.foresee = foresee
         self.network = hypothesizer.float()
@@ -132,7 +133,18 @@ class MiniHypothesizing:
         self.table = encoder.tokens.weight.detach().float()
         # Float32 tables are shared with the encoder, others are copies in their precision.
         self.head = Matrix(self.table, precision)
-        self.glimpse = Matrix(hypothesizer.glimpse.weight, precision)
+        c = hypothesizer.config
+        turns = hypothesizer.rotation.turns
+        self.binding = c.word_weight + c.order_weight * turns
+        """(T + 2, H): what a token's embedding at a place is times in the vector."""
+        back = turns.conj().resolve_conj()
+        self.back = back[:-1]
+        """(T + 1, H): turns a place back."""
+        self.looks = torch.stack((back[:-1], back[1:], torch.ones_like(back[1:])), dim=1)
+        """(T + 1, 3, H): the glimpse turned back by a place, by the one after, and not."""
+        # Columns as the complex numbers of a glimpse lie in memory.
+        by_pairs = hypothesizer.glimpse.weight.detach().unflatten(1, (3, 2, -1)).transpose(2, 3).flatten(1)
+        self.glimpse = Matrix(by_pairs, precision)
         self.remember = Matrix(hypothesizer.memory.weight, precision)
 
     def writer(self, vectors: Tensor, max_new_tokens: int) -> "MiniWriter":
@@ -142,7 +154,8 @@ class MiniHypothesizing:
 class MiniWriter:
     """Greedy writing with `mini`: what has been written is subtracted from the vector's lexical part.
 
-    So is, for the priors, some of what is expected to follow; else all words still to come are noise to the first.
+    So is, for the priors, some of what is expected to follow; else all words still to come are noise to the first. The
+    numbers are those of `MiniHypothesizer.forward`, on complex pairs in a third of the calls.
     """
 
     def __init__(self, parts: MiniHypothesizing, vectors: Tensor, max_new_tokens: int) -> None:
@@ -151,34 +164,33 @@ class MiniWriter:
         self._place = 0
         memory = parts.remember(vectors).view(-1, c.memory_tokens, c.lexical_dim)
         self._cache = parts.runner.begin(memory, None, max_new_tokens)
-        self._lexical = parts.network.unscale(vectors)[:, None]  # (B, 1, L)
-        self._residual = self._lexical.clone()
-        self._after = None if parts.foresee is None else FORESEEN_SHARE * parts.foresee(self._lexical[:, 0])
+        lexical = paired(parts.network.unscale(vectors))  # (B, H)
+        self._residual = lexical
+        self._after = None if parts.foresee is None else FORESEEN_SHARE * parts.foresee(lexical)
+        # What the priors read: the whole, and what is left of it
+        self._read = torch.stack((lexical, lexical), dim=1)  # (B, 2, H)
         self._previous = vectors.new_zeros(len(vectors), c.lexical_dim)
 
     def choose(self) -> Tensor:
-        network, c = self._parts.network, self._parts.network.config
-        clearer = (
-            None if self._after is None else self._residual - self._after[:, self._place : self._place + 1]
-        )
-        priors, glimpse = network.priors(self._lexical, self._residual, self._place, clearer)
-        x = self._previous * c.lexical_dim**0.5 + self._parts.glimpse(glimpse[:, 0])
-        state = self._parts.runner.step(self._cache, x)
-        directions = network.head(state, priors[:, 0])
-        return first_largest(self._parts.head(directions) + network.bias)
+        parts, t = self._parts, self._place
+        network, c = parts.network, parts.network.config
+        glimpse = flat(self._residual[:, None] * parts.looks[t]).flatten(1)
+        x = parts.glimpse(glimpse).add_(self._previous, alpha=c.lexical_dim**0.5)
+        state = parts.runner.step(self._cache, x)
+        gates = network.gates(state)[..., None]  # (B, 4, 1), in the order of `MiniHypothesizer.priors`
+        self._read[:, 1] = self._residual if self._after is None else self._residual - self._after[:, t]
+        prior = ((gates[:, :2] * parts.back[t] + gates[:, 2:]) * self._read).sum(1)
+        scores, scale = parts.head.unscaled(state + unpaired(prior))
+        return first_largest(torch.addcmul(network.bias, scores, scale))
 
     def accept(self, ids: Tensor) -> None:
-        network, c = self._parts.network, self._parts.network.config
         self._previous = self._parts.table[ids]
-        e = self._previous[:, None]
-        self._residual = (
-            self._residual - c.word_weight * e - c.order_weight * network.rotation(e, self._place)
-        )
+        self._residual = self._residual - paired(self._previous) * self._parts.binding[self._place]
         self._place += 1
 
     def keep(self, rows: Tensor) -> None:
         self._cache.keep(rows)
-        self._lexical, self._residual = self._lexical[rows], self._residual[rows]
+        self._read, self._residual = self._read[rows], self._residual[rows]
         if self._after is not None:
             self._after = self._after[rows]
 

@@ -19,7 +19,7 @@ the decoder and a prior added to its output: logits = (h + gates * priors) E^T +
 matrix product of its own. Explaining away is how sparse superposition codes are read (Barron & Joseph 2012,
 arXiv:1006.3780).
 
-Letters: B batch, T positions, D = 768, L = 512 (words and order), P = 256 (topic), V vocabulary.
+Letters: B batch, T positions, D = 768, L = 512 (words and order), H = L/2, P = 256 (topic), V vocabulary.
 """
 
 import math
@@ -85,6 +85,22 @@ class MiniConfig:
         return asdict(self)
 
 
+def paired(x: Tensor) -> Tensor:
+    """(…, L) with each coordinate and the one that `Rotation` turns it with as a complex number, (…, H)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.complex(first, second)
+
+
+def unpaired(z: Tensor) -> Tensor:
+    """What `paired` was given, (…, L), from (…, H) complex."""
+    return torch.cat((z.real, z.imag), dim=-1)
+
+
+def flat(z: Tensor) -> Tensor:
+    """The numbers of (…, H) complex as they lie in memory, (…, L) real: for inner products, in which order is free."""
+    return torch.view_as_real(z).flatten(-2)
+
+
 class Rotation(nn.Module):
     """Turns coordinate pairs by place times a fixed random angle; an orthogonal map for each place."""
 
@@ -97,6 +113,11 @@ class Rotation(nn.Module):
         phase = torch.arange(num_places, dtype=torch.float64)[:, None] * (2 * math.pi * angles)[None]
         self.register_buffer("cos", phase.cos().float(), persistent=False)
         self.register_buffer("sin", phase.sin().float(), persistent=False)
+
+    @property
+    def turns(self) -> Tensor:
+        """(num_places, H) complex: `paired` vectors at a place times its row are turned, times the conjugate back."""
+        return torch.complex(self.cos, self.sin)
 
     def forward(self, x: Tensor, first: int = 0, back: bool = False) -> Tensor:
         """x (B, T, L) with its t-th row turned by first + t places, or turned back."""
@@ -217,21 +238,17 @@ class MiniHypothesizer(nn.Module):
         memory: Tensor = self.memory(vectors)
         return memory.view(-1, self.config.memory_tokens, self.config.lexical_dim)
 
-    def priors(
-        self, lexical: Tensor, residual: Tensor, first: int = 0, clearer: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def priors(self, lexical: Tensor, residual: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """The four prior directions (B, T, 4, L), and the decoder's glimpse input (B, T, 3L).
 
         lexical: (B, T, L), the vector's lexical part; residual: (B, T, L), the same less what the tokens
-        before each position explain. first: place of the first row. clearer: (B, T, L) residual that the priors read
-        in place of `residual`; the glimpse stays what the decoder was trained on.
+        before each position explain. first: place of the first row. Writing does the same on complex pairs
+        (`lvm.codec.inverter.MiniWriter`).
         """
         here_all = self.rotation(lexical, first, back=True)
         here = self.rotation(residual, first, back=True)
         following = self.rotation(residual, first + 1, back=True)
         glimpse = torch.cat((here, following, residual), dim=-1)
-        if clearer is not None:
-            here, residual = self.rotation(clearer, first, back=True), clearer
         return torch.stack((here_all, here, lexical, residual), dim=-2), glimpse
 
     def hidden(self, inputs: Tensor, glimpse: Tensor) -> Tensor:

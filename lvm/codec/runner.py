@@ -37,6 +37,10 @@ LONG_MEMORY = 48
 is the cost there, while below it is the call (measured; tests/bench/results/LOG.md)."""
 
 
+FEW_KEYS = 8
+"""Keys below which a query row's attention is sums of products: of so few, batched products take twice as long."""
+
+
 def best_precision(device: torch.device) -> Precision:
     """The fastest precision that keeps the quality gate: what the processor has instructions for."""
     if device.type == "cuda":
@@ -84,7 +88,9 @@ class Matrix:
         return torch.cat([first_largest(self.unscaled(part)[0]) for part in x.split(INT8_ROWS)])
 
     def unscaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """An int8 product (M, out) and the scale (M, 1) it still lacks, for M rows of x (M, D)."""
+        """A product (M, out) and the scale (M, 1) it still lacks, for M rows of x (M, D); 1 where it is not in int8."""
+        if self.precision != "int8":
+            return self(x), x.new_ones(len(x), 1)
         # In two passes, since vector_norm(inf) and aminmax over the last axis take ten times as long on a CPU.
         largest = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
         # Each row now spans -1 to 1, so one scale and zero point serve all of them.
@@ -92,6 +98,15 @@ class Matrix:
             x / largest, 1 / 127, 128, self.packed
         )
         return out, largest
+
+    def of_shares(self, x: Tensor) -> Tensor:
+        """The product for rows (M, D) of numbers from 0 to 1 with a 1 among them: in int8 with 255 steps, no scale."""
+        if self.precision != "int8":
+            return self(x)
+        out: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x, 1 / 255, 0, self.packed
+        )
+        return out
 
     def _product(self, x: Tensor) -> Tensor:
         out, scale = self.unscaled(x)
@@ -128,6 +143,8 @@ def _pack(weight: Tensor) -> Any:
 
 def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function over (…, D), INT8_ROWS rows at a time."""
+    if x.dim() == 2 and len(x) <= INT8_ROWS:  # a decoder's step, whose cost is in the number of calls
+        return function(x)
     rows = x.reshape(-1, x.shape[-1])
     parts = [function(part) for part in rows.split(INT8_ROWS)]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -284,6 +301,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
     Two batched products: with a single row, fused attention kernels were 1.5 to 8 times slower.
     """
+    if k.shape[2] < FEW_KEYS and k.dtype == torch.float32:
+        few = (q[:, :, None] * k).sum(-1)  # (B, H, S)
+        if bias is not None:
+            few += bias
+        return (few.softmax(-1)[..., None] * v).sum(2).flatten(1)
     scores = torch.matmul(q[:, :, None].to(k.dtype), k.transpose(2, 3)).float()  # (B, H, 1, S)
     if bias is not None:
         scores += bias[:, :, None]

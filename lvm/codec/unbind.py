@@ -18,7 +18,12 @@ That needs no weights but the codec's own table. Three parts:
   words, while what is said only once or twice fades. So the usual text is taken off and the rest amplified to a
   text's length; else it writes "The the of a and".
 
-Letters: B batch, T places, L = 512 (words and order), V vocabulary; id V stands for "no token here".
+The coordinate pairs that a rotation turns are held as complex numbers here, so that turning, and all of A_t, is one
+product: A_t e is (w + o r_t) e, its transpose the conjugate's, and inner products are the real parts'. For a few rows
+the cost of a sweep is in the number of calls.
+
+Letters: B batch, T places, L = 512 (words and order), H = L/2 of its pairs, V vocabulary; id V stands for "no token
+here".
 """
 
 from collections.abc import Sequence
@@ -30,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lvm.codec.inverter import Embed, Inversion, Inverter, MiniHypothesizing, ToIds, ToTexts
-from lvm.codec.mini import MiniEncoder, MiniHypothesizer
-from lvm.codec.runner import Matrix, Precision
+from lvm.codec.mini import MiniEncoder, MiniHypothesizer, flat, paired, unpaired
+from lvm.codec.runner import ARGMAX_BLOCK, Matrix, Precision, first_largest
 from lvm.errors import InputError
 
 HOT, COLD = 0.1, 0.01
@@ -40,6 +45,9 @@ that of all other tokens together (26 * 1.64 / 512 = 0.08), and well above what 
 
 SWEEPS = 4
 """Sweeps from hot to cold."""
+
+NOISES = tuple(HOT * (COLD / HOT) ** (sweep / (SWEEPS - 1)) for sweep in range(SWEEPS))
+"""Assumed noise variance of each sweep."""
 
 SOLVED = 0.002
 """Unexplained share of x under which nothing is left to correct."""
@@ -59,6 +67,11 @@ HYPOTHESIS_SHARE = 0.5
 """Prior that the hypothesis is right at a place; the other half follows the pieces' frequencies."""
 
 
+def _square(z: Tensor) -> Tensor:
+    """|z|^2, real."""
+    return torch.view_as_real(z).square().sum(-1)
+
+
 class Unbinder:
     """Better texts for vectors from first texts, by explaining away in both directions."""
 
@@ -74,44 +87,45 @@ class Unbinder:
         c = encoder.config
         self._hypothesizer = hypothesizer
         self._end_id = end_id
-        self._words, self._order = c.word_weight, c.order_weight
-        self._rotation = encoder.rotation
-        self.num_places = c.max_tokens
+        self._order = c.order_weight
+        self.num_places = T = c.max_tokens
         self.nothing = c.vocabulary_size
         table = encoder.tokens.weight.detach().float()
-        self._table = torch.cat((table, table.new_zeros(1, c.lexical_dim)))  # (V + 1, L)
-        self._to_pieces = Matrix(self._table, precision)
-        self._of_pieces = Matrix(self._table.T.contiguous(), precision)
-        places = [self._rotation(table[:, None], first=t)[:, 0] for t in range(c.max_tokens)]
-        square = (self._words**2 + self._order**2) * (table**2).sum(1)
-        half = [0.5 * (square + 2 * self._words * self._order * (table * turned).sum(1)) for turned in places]
-        half_energy = torch.stack(half)  # |A_t e|^2 / 2 of each place and piece, (T, V)
-        self._half_energy = F.pad(half_energy, (0, 1))
+        self._table = paired(torch.cat((table, table.new_zeros(1, c.lexical_dim))))  # (V + 1, H)
+        # Filled up for `first_largest`; no row ever chooses what fills.
+        filling = -(c.vocabulary_size + 1) % ARGMAX_BLOCK
+        full = F.pad(flat(self._table), (0, 0, 0, filling))
+        self._to_pieces = Matrix(full, precision)
+        self._of_pieces = Matrix(full.T.contiguous(), precision)
+        self._turns = turns = encoder.rotation.turns[:T]  # (T, H)
+        self._binding = c.word_weight + c.order_weight * turns  # A_t, (T, H)
+        self._matching = self._binding.conj().resolve_conj()  # its transpose
+        energies = (
+            _square(self._binding) @ _square(self._table).T
+        )  # |A_t e|^2 of each place and piece, (T, V + 1)
         # A place is the emptier the later it lies; roughly what chunks cut at max_tokens show.
-        empty = 0.01 + 0.9 * (torch.arange(c.max_tokens, device=table.device) / c.max_tokens) ** 2
-        self._log_prior = (
-            torch.tensor([*log_frequencies, 0.0]).to(table).repeat(c.max_tokens, 1)
-        )  # (T, V + 1)
+        empty = 0.01 + 0.9 * (torch.arange(T, device=table.device) / T) ** 2
+        self._log_prior = torch.tensor([*log_frequencies, 0.0]).to(table).repeat(T, 1)  # (T, V + 1)
         self._log_prior[:, -1] = empty.log()
-        usual = self._log_prior.softmax(-1) @ self._table
-        self._start = self._bind(usual[None])[0]  # what a place holds before anything is known, (T, L)
-        energy = (self._log_prior[0, :-1].softmax(-1) * 2 * half_energy[0]).sum()
+        # What a sweep adds to the matched filter's scores over its noise, (SWEEPS, T, V + 1 and what fills)
+        offsets = torch.stack([self._log_prior - 0.5 * energies / noise for noise in NOISES])
+        self._offsets = F.pad(offsets, (0, filling), value=float("-inf"))
+        usual = self._log_prior.softmax(-1) @ flat(self._table)
+        # What a place holds before anything is known, (T, H)
+        self._start = torch.view_as_complex(usual.view(T, -1, 2)) * self._binding
+        self._usual_text = unpaired(self._start.sum(0))
+        energy = (self._log_prior[0, :-1].softmax(-1) * energies[0, :-1]).sum()
         self._usual_norm = float((c.full_tokens * energy).sqrt())
-        # cos(d * angle) of each coordinate pair and distance d, (L / 2, T)
-        self._cosines = self._rotation.cos[: c.max_tokens].T.contiguous()
-
-    def _bind(self, embedded: Tensor, first: int = 0) -> Tensor:
-        """A_t e for embeddings (B, K, L) at places first, first + 1, …"""
-        out: Tensor = self._words * embedded + self._order * self._rotation(embedded, first)
-        return out
+        # cos(d * angle) of each coordinate pair and distance d, (H, T)
+        self._cosines = turns.real.T.contiguous()
 
     def _left(self, x: Tensor, ids: Tensor) -> Tensor:
-        """What ids (B, T) leave of x (B, L)."""
-        return x - self._bind(self._table[ids]).sum(1)
+        """What ids (B, T) leave of x (B, H)."""
+        return x - (self._table[ids] * self._binding).sum(1)
 
     def _share(self, x: Tensor, ids: Tensor) -> Tensor:
         """(B,) unexplained share of x's energy."""
-        share: Tensor = self._left(x, ids).square().sum(1) / x.square().sum(1).clamp(min=1e-12)
+        share: Tensor = _square(self._left(x, ids)).sum(1) / _square(x).sum(1).clamp(min=1e-12)
         return share
 
     @torch.inference_mode()
@@ -122,7 +136,7 @@ class Unbinder:
     @torch.inference_mode()
     def sharpen(self, vectors: Tensor) -> Tensor:
         """Blends (B, D) float32 with the usual text taken off their words and the rest as long as a text's; unit."""
-        content = self._hypothesizer.unscale(vectors) - self._start.sum(0)
+        content = self._hypothesizer.unscale(vectors) - self._usual_text
         norms = content.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         content = content * (self._usual_norm / norms).clamp(min=1.0)
         topic = F.normalize(vectors[:, : -content.shape[1]], dim=-1) * self._hypothesizer.topic_norm
@@ -133,7 +147,7 @@ class Unbinder:
         """As `improve`, and the rows whose vector is no text's."""
         if not rows:
             return [], []
-        x = self._hypothesizer.unscale(vectors)
+        x = paired(self._hypothesizer.unscale(vectors))
         ids = self._pack(rows, x.device)
         share = self._share(x, ids)
         todo = torch.nonzero(share > SOLVED)[:, 0]
@@ -153,40 +167,37 @@ class Unbinder:
         share = self._share(x, ids)
         again = torch.nonzero((share > SOLVED) & (share < HOPELESS[-1]))[:, 0]
         if again.numel():  # from what the first time has settled, and no longer hot
-            cold, _ = self._sweep(x[again], ids[again], sweeps=1, settled=True)
+            cold, _ = self._sweep(x[again], ids[again], settled=True)
             ids[again] = self._swap(x[again], cold)
         return ids
 
-    def _sweep(
-        self, x: Tensor, ids: Tensor, sweeps: int = SWEEPS, settled: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _sweep(self, x: Tensor, ids: Tensor, settled: bool = False) -> tuple[Tensor, Tensor]:
         """Most probable ids (B, T) after soft sweeps from the hypothesis ids (B, T), and the rows (B',) int64 that went
         through all of them: the others were left as hopeless.
 
-        settled: begin from what the hypothesis explains, not from the usual text.
+        settled: begin from what the hypothesis explains, not from the usual text, and sweep once, cold.
         """
         B, T = ids.shape
-        mean = self._bind(self._table[ids]) if settled else self._start.repeat(B, 1, 1)
+        mean = self._table[ids] * self._binding if settled else self._start.repeat(B, 1, 1)
         left = x - mean.sum(1)
-        energy = x.square().sum(1).clamp(min=1e-12)
+        energy = _square(x).sum(1).clamp(min=1e-12)
         found = ids.clone()
         rows = torch.arange(B, device=ids.device)
         known = ids
-        for sweep in range(sweeps):
-            noise = COLD if sweeps == 1 else HOT * (COLD / HOT) ** (sweep / (sweeps - 1))
+        for sweep in range(SWEEPS - 1 if settled else 0, SWEEPS):
+            prior = self._log_prior.gather(1, known.T).T.exp()
+            more = torch.log(HYPOTHESIS_SHARE / prior + 1 - HYPOTHESIS_SHARE)  # (B, T)
             best = torch.empty_like(known)
             for t in range(T):
                 alone = left + mean[:, t]
-                scores = self._scores(alone, t, noise)
-                here = known[:, t : t + 1]
-                prior = self._log_prior[t][here].exp()
-                scores.scatter_add_(1, here, torch.log(HYPOTHESIS_SHARE / prior + 1 - HYPOTHESIS_SHARE))
-                best[:, t] = scores.argmax(-1)
-                mean[:, t] = self._mean(scores, t)
-                left = alone - mean[:, t]
+                scores = self._scores(alone, t, sweep)
+                scores.scatter_add_(1, known[:, t : t + 1], more[:, t : t + 1])
+                best[:, t] = first_largest(scores)
+                mean[:, t] = here = self._mean(scores, t)
+                left = alone - here
             found[rows] = best
-            if sweep < min(sweeps - 1, len(HOPELESS)):
-                hopeful = torch.nonzero(left.square().sum(1) <= HOPELESS[sweep] * energy)[:, 0]
+            if sweep < len(HOPELESS):
+                hopeful = torch.nonzero(_square(left).sum(1) <= HOPELESS[sweep] * energy)[:, 0]
                 if len(hopeful) < len(rows):
                     rows, known, mean = rows[hopeful], known[hopeful], mean[hopeful]
                     left, energy = left[hopeful], energy[hopeful]
@@ -194,24 +205,22 @@ class Unbinder:
                     break
         return found, rows
 
-    def _scores(self, alone: Tensor, t: int, noise: float) -> Tensor:
-        """Log probability of each piece at place t, (B, V + 1), but for a constant; alone (B, L) is x less the others.
-
-        noise: assumed variance a coordinate.
-        """
-        turned_back = self._rotation(alone[:, None], t, back=True)[:, 0]
-        filtered = self._words * alone + self._order * turned_back
-        scores: Tensor = self._to_pieces(filtered)
-        return scores.sub_(self._half_energy[t]).mul_(1 / noise).add_(self._log_prior[t])
+    def _scores(self, alone: Tensor, t: int, sweep: int) -> Tensor:
+        """Log probability of each piece at place t but for a constant, (B, V + 1 and what fills); alone (B, H) is x
+        less the others."""
+        matched, scale = self._to_pieces.unscaled(flat(alone * self._matching[t]))
+        return torch.addcmul(self._offsets[sweep, t], matched, scale.div_(NOISES[sweep]))
 
     def _mean(self, scores: Tensor, t: int) -> Tensor:
-        """What place t holds on average under scores (B, V + 1): (B, L)."""
-        embedded: Tensor = self._of_pieces(scores.softmax(-1))
-        return self._bind(embedded[:, None], t)[:, 0]
+        """What place t holds on average under scores (B, V + 1 and what fills), which are overwritten: (B, H)."""
+        # Below e^-40 is nothing, and exp is slow where its result is denormal.
+        weights = scores.sub_(scores.amax(-1, keepdim=True)).clamp_min_(-40).exp_()
+        embedded = self._of_pieces.of_shares(weights).div_(weights.sum(-1, keepdim=True))
+        return torch.view_as_complex(embedded.view(len(scores), -1, 2)) * self._binding[t]
 
     @torch.inference_mode()
     def foresee(self, x: Tensor) -> Tensor:
-        """What the places after each probably hold together, (B, T, L), from lexical parts x (B, L) alone.
+        """What the places after each probably hold together, (B, T, H), from lexical parts x (B, H) alone; as pairs.
 
         One soft sweep from the last place to the first. A writer that takes some of it off reads its next word
         against less noise (`lvm.codec.inverter.FORESEEN_SHARE`).
@@ -221,10 +230,10 @@ class Unbinder:
         after = torch.zeros_like(mean)
         for t in range(self.num_places - 1, -1, -1):
             alone = left + mean[:, t]
-            mean[:, t] = self._mean(self._scores(alone, t, HOT), t)
-            left = alone - mean[:, t]
+            here = self._mean(self._scores(alone, t, 0), t)
+            left = alone - here
             if t:
-                after[:, t - 1] = after[:, t] + mean[:, t]
+                after[:, t - 1] = after[:, t] + here
         return after
 
     def _swap(self, x: Tensor, ids: Tensor, most: int = 8) -> Tensor:
@@ -239,20 +248,20 @@ class Unbinder:
         apart = (torch.arange(T)[:, None] - torch.arange(T)[None]).abs().to(ids.device).expand(B, T, T)
         for _ in range(most):
             e = self._table[ids]
+            real, turned = flat(e), e * self._turns
             left = self._left(x, ids)
-            places = self._rotation(left[:, None].expand(-1, T, -1), 0, back=True)
-            seen = places @ e.transpose(1, 2)  # <R_i^T left, e_j>
+            places = left[:, None] * self._turns.conj()
+            seen = flat(places) @ real.transpose(1, 2)  # <R_i^T left, e_j>
             own = seen.diagonal(dim1=1, dim2=2)
             along = self._order * (seen + seen.transpose(1, 2) - own[:, :, None] - own[:, None])
             # |d|^2 = 2 o^2 (|e_j - e_i|^2 - <R_i (e_j - e_i), R_j (e_j - e_i)>); the last term by coordinate pairs,
             # where R_i^T R_j turns by (j - i) angles.
-            gram = e @ e.transpose(1, 2)
+            gram = real @ real.transpose(1, 2)
             square = gram.diagonal(dim1=1, dim2=2)
             apart2 = square[:, :, None] + square[:, None] - 2 * gram
-            a, b = e.chunk(2, dim=-1)
-            by_distance = (a.square() + b.square()) @ self._cosines  # (B, T, distance)
+            by_distance = _square(e) @ self._cosines  # (B, T, distance)
             single = by_distance.gather(2, apart) + by_distance.gather(2, apart).transpose(1, 2)
-            forth, back = self._rotation(e), self._rotation(e, back=True)
+            forth, back = flat(turned), flat(e * self._turns.conj())
             mixed = forth @ forth.transpose(1, 2) + back @ back.transpose(1, 2)
             gain = 2 * along - 2 * self._order**2 * (apart2 - (single - mixed))
             most_gain, at = gain.flatten(1).max(1)

@@ -150,7 +150,7 @@ def transformers_decoder(codec_name: str, foresee: Any) -> Callable[[np.ndarray]
     from transformers.modeling_outputs import CausalLMOutputWithPast
     from transformers.models.t5.modeling_t5 import T5Stack
 
-    from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
+    from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer, paired, unpaired
 
     folder = codec_folder(codec_name)
     config = MiniConfig(**json.loads((folder / "config.json").read_text())["config"])
@@ -214,8 +214,9 @@ def transformers_decoder(codec_name: str, foresee: Any) -> Callable[[np.ndarray]
                 previous = torch.zeros(1, 1, L)
                 # T5's own kind of cache; `generate` would make the kind of a model without cross-attention.
                 self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-                self.after = FORESEEN_SHARE * foresee(lexical[:, 0])
-            priors, glimpse = ours.priors(lexical, residual, t, residual - self.after[:, t : t + 1])
+                self.after = FORESEEN_SHARE * unpaired(foresee(paired(lexical[:, 0])))
+            priors, _ = ours.priors(lexical, residual - self.after[:, t : t + 1], t)
+            _, glimpse = ours.priors(lexical, residual, t)
             out = self.stack(
                 inputs_embeds=ours.hidden(previous, glimpse),
                 encoder_hidden_states=ours.remember(self.vectors),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.evaluate import FILES, Paths, evaluate, print_result
+from jobs.evaluate import FILES, Paths, evaluate, print_result, write
 from lvm.codec.ladder import EXTRACTIVE
 from lvm.errors import IdentityError, InputError, OutputError
 from lvm.evaluate.baselines import RidgeSettings
@@ -170,6 +170,14 @@ def test_second_run_computes_nothing_and_changes_no_file(paths: Paths, evaluatio
     assert up_to_date
     assert again == evaluation
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths.output.iterdir()} == before
+
+
+def test_what_a_killed_run_left_half_written_goes(
+    paths: Paths, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    (tmp_path / ".report.html.0123456789ab.tmp").write_text("half a p")
+    write(tmp_path, evaluation)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths.output.iterdir())
 
 
 def test_other_settings_are_refused_and_keep_what_is_there(paths: Paths, evaluation: Evaluation) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
+from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer, paired, unpaired
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.codec.unbind import NO_TEXT, SOLVED, Unbinder
 from lvm.codec.zoo import CODECS
@@ -77,7 +77,7 @@ def test_a_text_of_the_wrong_length_is_mended(encoder: MiniEncoder, unbinder: Un
 def test_exchanged_tokens_are_put_back(encoder: MiniEncoder, unbinder: Unbinder) -> None:
     rows = [row for row in texts(40, seed=3) if len(row) > 6]
     exchanged = [[row[4], *row[1:4], row[0], *row[5:]] for row in rows]
-    x = unbinder._hypothesizer.unscale(encode(encoder, rows))
+    x = paired(unbinder._hypothesizer.unscale(encode(encoder, rows)))
     ids = unbinder._swap(x, unbinder._pack(exchanged, x.device))
     assert unbinder._unpack(ids, rows) == rows
 
@@ -86,12 +86,12 @@ def test_a_swap_takes_off_what_brute_force_says_and_the_best_goes_first(
     encoder: MiniEncoder, unbinder: Unbinder
 ) -> None:
     rows = texts(12, seed=5)
-    x = unbinder._hypothesizer.unscale(encode(encoder, rows))
+    x = paired(unbinder._hypothesizer.unscale(encode(encoder, rows)))
     before = unbinder._pack(spoilt(texts(12, seed=5), 5), x.device)
     after = unbinder._swap(x, before, most=1)
 
     def energy(ids: torch.Tensor) -> torch.Tensor:
-        return unbinder._left(x, ids).square().sum(1)
+        return unbinder._left(x, ids).abs().square().sum(1)
 
     best = energy(before)
     for i in range(TOY.max_tokens):
@@ -108,7 +108,7 @@ def test_a_right_text_stays_and_no_text_gets_worse(encoder: MiniEncoder, unbinde
     vectors = encode(encoder, rows)
     assert unbinder.improve(vectors, rows) == rows
     noisy = torch.nn.functional.normalize(vectors + 0.5 * torch.randn(vectors.shape) / 288**0.5, dim=-1)
-    x = unbinder._hypothesizer.unscale(noisy)
+    x = paired(unbinder._hypothesizer.unscale(noisy))
     hypotheses = spoilt(rows, 3)
     before = unbinder._share(x, unbinder._pack(hypotheses, x.device))
     after = unbinder._share(x, unbinder._pack(unbinder.improve(noisy, hypotheses), x.device))
@@ -121,7 +121,7 @@ def test_a_vector_of_no_text_keeps_its_hypothesis(encoder: MiniEncoder, unbinder
     torch.manual_seed(2)
     vectors = torch.nn.functional.normalize(torch.randn(32, TOY.dim), dim=-1)
     hypotheses = spoilt(texts(32), 3)
-    x = unbinder._hypothesizer.unscale(vectors)
+    x = paired(unbinder._hypothesizer.unscale(vectors))
     first = unbinder._pack(hypotheses, x.device)
     found, hopeful = unbinder._sweep(x, first)
     fitted = unbinder._share(x, found)
@@ -159,7 +159,7 @@ def test_sharpening_takes_the_usual_off_and_keeps_the_topic(encoder: MiniEncoder
     torch.testing.assert_close(sharp.norm(dim=-1), torch.ones(12))
     P = TOY.topic_dim
     torch.testing.assert_close(*(torch.nn.functional.normalize(v[:, :P], dim=-1) for v in (sharp, blends)))
-    usual = torch.nn.functional.normalize(unbinder._start.sum(0), dim=0)
+    usual = torch.nn.functional.normalize(unbinder._usual_text, dim=0)
     unscale = unbinder._hypothesizer.unscale
     assert float((unscale(blends) @ usual).mean()) > float((unscale(sharp) @ usual).mean()) + 0.2
     assert unscale(sharp).norm(dim=-1).min() > unbinder._usual_norm * 0.99
@@ -191,7 +191,7 @@ def test_what_follows_each_place_is_foreseen(encoder: MiniEncoder, unbinder: Unb
     hypothesizer = MiniHypothesizer(TOY, encoder.topic_norm)
     with torch.inference_mode():
         x = hypothesizer.unscale(vectors)
-        foreseen = unbinder.foresee(x)
+        foreseen = unpaired(unbinder.foresee(paired(x)))
         embedded = encoder.tokens.weight[
             torch.tensor([row + [0] * (TOY.max_tokens - len(row)) for row in rows])
         ]
