@@ -325,6 +325,19 @@ class Inversion:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What a corrector step found for one row."""
+
+    ids: list[int]
+    """Token ids of the better text; of the hypothesis where `rewrite` is set."""
+    settled: bool = False
+    """It is known that a further step would change nothing."""
+    rewrite: npt.NDArray[np.float32] | None = None
+    """(D,), where no better text was found: what the hypothesizer writes from in its stead, which ends the step and the
+    row. That is done with the next round's first texts: two half-full batches cost nearly as much as two full ones."""
+
+
+@dataclass(frozen=True)
 class InverterSettings:
     """How rows go through the rounds."""
 
@@ -355,6 +368,7 @@ class _Row:
     cosine: float = -2.0
     best: tuple[float, str, tuple[int, ...]] = (-2.0, "", ())
     steps_used: int = 0
+    rewrite: npt.NDArray[np.float32] | None = None
     done: bool = False
 
 
@@ -493,13 +507,12 @@ class Inverter:
         vectors: npt.NDArray[np.float32],
         own: npt.NDArray[np.float32],
         hypotheses: Sequence[Sequence[int]],
-    ) -> tuple[list[list[int]], list[bool]]:
-        """Token ids of better texts for (B, D) vectors, from hypotheses (ids) and their own vectors (B, D), and
-        for each row whether it is known that a further step would change nothing."""
+    ) -> list[Correction]:
+        """Better texts for (B, D) vectors, from hypotheses (ids) and their own vectors (B, D)."""
         corrector = self._t5_corrector(1)
         memory, mask = corrector.memory(self._tensor(vectors), self._tensor(own), hypotheses)
         writer = T5Writer(corrector, memory, mask, self.max_new_tokens)
-        return write(writer, len(vectors), self.max_new_tokens, END_ID), [False] * len(vectors)
+        return [Correction(ids) for ids in write(writer, len(vectors), self.max_new_tokens, END_ID)]
 
     def _tensor(self, vectors: npt.NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
@@ -581,13 +594,12 @@ class Rounds:
         return {row.ticket: self._leave(row) for row in self._inside}
 
     def run(self) -> dict[int, Inversion]:
-        """One round; returns the rows that left, by ticket. First texts for those that joined, then one
-        corrector step for every row that wants one."""
+        """One round; returns the rows that left, by ticket. First texts for those that joined, with texts for those
+        that the last round's corrector left to write; then one corrector step for every row that wants one."""
         room = self._inverter.settings.max_rows - len(self._inside)
         fresh = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-        if fresh:
-            self._begin(fresh)
-            self._inside += fresh
+        self._write(fresh, [row for row in self._inside if row.rewrite is not None])
+        self._inside += fresh
         wanting = [row for row in self._inside if not row.done]
         if wanting:
             self._step(wanting)
@@ -595,33 +607,43 @@ class Rounds:
         self._inside = [row for row in self._inside if not row.done]
         return left
 
-    def _begin(self, rows: list[_Row]) -> None:
+    def _write(self, fresh: list[_Row], again: list[_Row]) -> None:
+        """First texts, and those of rows that are written again."""
         inverter = self._inverter
-        given = [row for row in rows if row.request.start is not None]
-        written = [row for row in rows if row.request.start is None or not row.request.start_always]
+        given = [row for row in fresh if row.request.start is not None]
+        written = [row for row in fresh if row.request.start is None or not row.request.start_always]
         candidates: list[tuple[_Row, list[int]]] = []
         if given:
             ids = inverter._to_ids([row.request.start or "" for row in given])
             # The corrector never reads a last token past its own limit.
             candidates += [(row, i[: inverter.max_new_tokens]) for row, i in zip(given, ids, strict=True)]
-        if written:
-            ids = inverter.hypothesize(np.stack([row.request.vector for row in written]))
-            candidates += list(zip(written, ids, strict=True))
+        sources = [row.request.vector for row in written]
+        sources += [row.rewrite for row in again if row.rewrite is not None]
+        if sources:
+            ids = inverter.hypothesize(np.stack(sources))
+            candidates += list(zip(written, ids, strict=False))
+            self._take(again, [Correction(i, settled=True) for i in ids[len(written) :]])
         self._look([row for row, _ in candidates], [ids for _, ids in candidates])
-        for row in rows:
+        for row in fresh:
             row.done = row.request.steps == 0 or self._reached(row)
 
     def _step(self, rows: list[_Row]) -> None:
-        inverter = self._inverter
         vectors = np.stack([row.request.vector for row in rows])
         own = np.stack([row.vector for row in rows if row.vector is not None])
+        found = self._inverter.correct(vectors, own, [row.ids for row in rows])
+        for row, correction in zip(rows, found, strict=True):
+            row.rewrite = correction.rewrite
+        self._take([row for row in rows if row.rewrite is None], [c for c in found if c.rewrite is None])
+
+    def _take(self, rows: list[_Row], corrections: list[Correction]) -> None:
+        """A step's texts: each row goes on from its own, or is done."""
         before = [row.best[0] for row in rows]
-        ids, settled = inverter.correct(vectors, own, [row.ids for row in rows])
-        self._look(rows, ids, newer=True)
-        for row, last_best, last in zip(rows, before, settled, strict=True):
+        self._look(rows, [c.ids for c in corrections], newer=True)
+        for row, last_best, correction in zip(rows, before, corrections, strict=True):
+            row.rewrite = None
             row.steps_used += 1
-            gained = row.cosine >= last_best + inverter.settings.min_gain
-            stuck = inverter.settings.stop_early and (last or not gained)
+            gained = row.cosine >= last_best + self._inverter.settings.min_gain
+            stuck = self._inverter.settings.stop_early and (correction.settled or not gained)
             row.done = stuck or row.steps_used >= row.request.steps or self._reached(row)
 
     def _look(self, rows: list[_Row], ids: list[list[int]], newer: bool = False) -> None:

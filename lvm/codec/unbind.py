@@ -34,9 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvm.codec.inverter import Embed, Inversion, Inverter, MiniHypothesizing, ToIds, ToTexts
+from lvm.codec.inverter import Correction, Embed, Inversion, Inverter, MiniHypothesizing, ToIds, ToTexts
 from lvm.codec.mini import MiniEncoder, MiniHypothesizer, flat, paired, unpaired
-from lvm.codec.runner import ARGMAX_BLOCK, Matrix, Precision, first_largest
+from lvm.codec.runner import ARGMAX_BLOCK, INT8_ROWS, Matrix, Precision, first_largest
 from lvm.errors import InputError
 
 HOT, COLD = 0.1, 0.01
@@ -48,6 +48,11 @@ SWEEPS = 4
 
 NOISES = tuple(HOT * (COLD / HOT) ** (sweep / (SWEEPS - 1)) for sweep in range(SWEEPS))
 """Assumed noise variance of each sweep."""
+
+TOGETHER = 2
+"""Places read at once from the second sweep on, each against what the others held before: half the calls for the few
+rows that come so far. With 2 one step's BLEU on 600 chunks stays (98.1 and 97.8, at cosine 0.9 83.7 and 83.5); with 4
+it is 97.9 and 81.2, with 8 96.0 and 75.1, and in the first sweep 2 already cost 2 % of the exact texts (LOG.md)."""
 
 SOLVED = 0.002
 """Unexplained share of x under which nothing is left to correct."""
@@ -188,13 +193,18 @@ class Unbinder:
             prior = self._log_prior.gather(1, known.T).T.exp()
             more = torch.log(HYPOTHESIS_SHARE / prior + 1 - HYPOTHESIS_SHARE)  # (B, T)
             best = torch.empty_like(known)
-            for t in range(T):
-                alone = left + mean[:, t]
-                scores = self._scores(alone, t, sweep)
-                scores.scatter_add_(1, known[:, t : t + 1], more[:, t : t + 1])
-                best[:, t] = first_largest(scores)
-                mean[:, t] = here = self._mean(scores, t)
-                left = alone - here
+            together = TOGETHER if sweep else 1
+            for part in torch.arange(len(known)).split(INT8_ROWS // together):
+                some = slice(int(part[0]), int(part[-1]) + 1)
+                for t in range(0, T, together):
+                    at = slice(t, t + together)
+                    old = mean[some, at]
+                    scores = self._scores(left[some, None] + old, at, sweep)
+                    scores.scatter_add_(2, known[some, at, None], more[some, at, None])
+                    best[some, at] = first_largest(scores.flatten(0, 1)).view(scores.shape[:2])
+                    here = self._mean(scores, at)
+                    left[some] += (old - here).sum(1)
+                    mean[some, at] = here
             found[rows] = best
             if sweep < len(HOPELESS):
                 hopeful = torch.nonzero(_square(left).sum(1) <= HOPELESS[sweep] * energy)[:, 0]
@@ -205,18 +215,20 @@ class Unbinder:
                     break
         return found, rows
 
-    def _scores(self, alone: Tensor, t: int, sweep: int) -> Tensor:
-        """Log probability of each piece at place t but for a constant, (B, V + 1 and what fills); alone (B, H) is x
-        less the others."""
-        matched, scale = self._to_pieces.unscaled(flat(alone * self._matching[t]))
-        return torch.addcmul(self._offsets[sweep, t], matched, scale.div_(NOISES[sweep]))
+    def _scores(self, alone: Tensor, places: slice, sweep: int) -> Tensor:
+        """Log probability of each piece at K places but for a constant, (B, K, V + 1 and what fills); alone (B, K, H)
+        is x less what the others hold."""
+        B, K, _ = alone.shape
+        matched, scale = self._to_pieces.unscaled(flat(alone * self._matching[places]).flatten(0, 1))
+        noise = scale.div_(NOISES[sweep]).view(B, K, 1)
+        return torch.addcmul(self._offsets[sweep, places], matched.view(B, K, -1), noise)
 
-    def _mean(self, scores: Tensor, t: int) -> Tensor:
-        """What place t holds on average under scores (B, V + 1 and what fills), which are overwritten: (B, H)."""
+    def _mean(self, scores: Tensor, places: slice) -> Tensor:
+        """What K places hold on average, (B, K, H); scores (B, K, V + 1 and what fills) are overwritten."""
         # Below e^-40 is nothing, and exp is slow where its result is denormal.
-        weights = scores.sub_(scores.amax(-1, keepdim=True)).clamp_min_(-40).exp_()
+        weights = scores.sub_(scores.amax(-1, keepdim=True)).clamp_min_(-40).exp_().flatten(0, 1)
         embedded = self._of_pieces.of_shares(weights).div_(weights.sum(-1, keepdim=True))
-        return torch.view_as_complex(embedded.view(len(scores), -1, 2)) * self._binding[t]
+        return torch.view_as_complex(embedded.view(*scores.shape[:2], -1, 2)) * self._binding[places]
 
     @torch.inference_mode()
     def foresee(self, x: Tensor) -> Tensor:
@@ -229,11 +241,12 @@ class Unbinder:
         left = x - mean.sum(1)
         after = torch.zeros_like(mean)
         for t in range(self.num_places - 1, -1, -1):
-            alone = left + mean[:, t]
-            here = self._mean(self._scores(alone, t, 0), t)
-            left = alone - here
+            at = slice(t, t + 1)
+            alone = left[:, None] + mean[:, at]
+            here = self._mean(self._scores(alone, at, 0), at)
+            left = (alone - here)[:, 0]
             if t:
-                after[:, t - 1] = after[:, t] + here
+                after[:, t - 1] = after[:, t] + here[:, 0]
         return after
 
     def _swap(self, x: Tensor, ids: Tensor, most: int = 8) -> Tensor:
@@ -319,14 +332,15 @@ class UnbindingInverter(Inverter):
         vectors: npt.NDArray[np.float32],
         own: npt.NDArray[np.float32],
         hypotheses: Sequence[Sequence[int]],
-    ) -> tuple[list[list[int]], list[bool]]:
-        """Token ids of better texts for unit vectors (B, D), from hypotheses (ids); `own` is not needed. A vector that
-        is no text's has all it can get: a further step would find the same and write the same."""
+    ) -> list[Correction]:
+        """Better texts for unit vectors (B, D), from hypotheses (ids); `own` is not needed. A vector that is no text's
+        is written from again, sharpened; a further step would find the same and write the same."""
         given = self._tensor(vectors)
         ids, no_text = self._unbinder.judge(given, hypotheses)
+        found = [Correction(row) for row in ids]
         if no_text:
-            sharpened = self._unbinder.sharpen(given[no_text]).cpu().numpy()
-            for row, written in zip(no_text, self.hypothesize(sharpened), strict=True):
-                ids[row] = written
-        blends = set(no_text)
-        return ids, [row in blends for row in range(len(ids))]
+            for row, vector in zip(
+                no_text, self._unbinder.sharpen(given[no_text]).cpu().numpy(), strict=True
+            ):
+                found[row] = Correction(ids[row], rewrite=vector)
+        return found

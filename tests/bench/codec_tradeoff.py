@@ -41,7 +41,7 @@ def mixed(vectors: Any, topic_dim: int, own_share: float, share: float) -> Any:
 def one_step(codec: Codec, vectors: Any) -> list[str]:
     """Texts after one corrector step, without a look at their vectors, which would be of the shipped share."""
     ids = codec.inverter.hypothesize(vectors)
-    return codec.tokenizer.decode(codec.inverter.correct(vectors, vectors, ids)[0])
+    return codec.tokenizer.decode([c.ids for c in codec.inverter.correct(vectors, vectors, ids)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
