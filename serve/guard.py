@@ -24,8 +24,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/", "/health", "/style.css", "/page.js", "/favicon.ico"})
-"""Answered without a key: the page holds no data, and a load balancer must be able to ask for health."""
+OPEN_PATHS = frozenset({"/", "/health", "/openapi.json", "/style.css", "/page.js", "/favicon.ico"})
+"""Answered without a key: page and document hold no data, and a load balancer must be able to ask for health."""
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 

@@ -1,4 +1,4 @@
-"""`serve deploy` of the shipped configuration on a cluster of two nodes, one of which is killed under load.
+"""`serve deploy` of the shipped configuration on a cluster of two nodes, again with a new model, and a node killed.
 
 Set LATENT_RESULTS to a folder to keep what was measured, as JSON.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tests.integration.serving import CHECKOUT, Service, free_port, make_run
+from tests.integration.serving import CHECKOUT, Service, add_model, free_port, make_run
 from tests.integration.test_serve_faults import CLIENTS, keep, load, wait_for
 
 KEY = "the-key-of-the-cluster-test"
@@ -43,7 +43,7 @@ def two_nodes() -> Iterator[tuple[Any, Any, int]]:
         os.environ.update(before)
 
 
-def write_config(folder: Path, run: Path, port: int) -> Path:
+def write_config(folder: Path, run: Path, port: int, release: str) -> Path:
     """serve/config.yaml with this machine's paths and sizes: two replicas of what may die, the gateway kept on the
     head, since the requests of a dead gateway cannot be sent again by Ray Serve's proxy."""
     (folder / "keys").write_text(KEY + "\n")
@@ -54,6 +54,7 @@ def write_config(folder: Path, run: Path, port: int) -> Path:
     application["runtime_env"]["env_vars"]["PYTHONPATH"] = str(CHECKOUT)
     application["args"] |= {
         "run": str(run),
+        "release": release,
         "api_keys_file": str(folder / "keys"),
         "inline": ["predictor"],
         "gateway": {"min_replicas": 1, "max_replicas": 1, "num_cpus": 0.1, "resources": {"edge": 0.1}},
@@ -67,18 +68,23 @@ def write_config(folder: Path, run: Path, port: int) -> Path:
     return path
 
 
-def test_deployed_by_config_a_killed_worker_node_costs_no_request(tmp_path: Path) -> None:
+def deploy(config: Path, dashboard: int) -> None:
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "ray.serve.scripts", "deploy", str(config)),
+            *("--address", f"http://127.0.0.1:{dashboard}"),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+
+
+def test_deployed_by_config_neither_a_new_release_nor_a_killed_node_costs_a_request(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_articles=12, models=("lstm",))
     port = free_port()
     with two_nodes() as (cluster, worker, dashboard):
-        config = write_config(tmp_path, run, port)
-        command = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(config)]
-        subprocess.run(
-            [*command, "--address", f"http://127.0.0.1:{dashboard}"],
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
+        deploy(write_config(tmp_path, run, port, release="first"), dashboard)
         service = Service(port, headers={"Authorization": f"Bearer {KEY}"})
         deployed = time.perf_counter()
 
@@ -91,9 +97,20 @@ def test_deployed_by_config_a_killed_worker_node_costs_no_request(tmp_path: Path
         wait_for("two replicas of each", lambda: replicas() == both, 200)
         ready_s = time.perf_counter() - deployed
         assert service.ask("GET", "/v1/models", Authorization="Bearer wrong").status == 401
+
+        def folder() -> str:
+            return str(
+                service.post("/v1/generate", {"text": "Steam.", "cache": False}).json["model"]["folder"]
+            )
+
         with load(service) as under:
             wait_for("answers before the kill", lambda: len(under.answers) > 2 * CLIENTS, 90)
             before = under.median_s(0)
+            record = add_model(run, "lstm").name
+            assert folder() != record
+            deploy(write_config(tmp_path, run, port, release="second"), dashboard)
+            release_s = wait_for("the new model answers", lambda: folder() == record, 120)
+            wait_for("two replicas of each, of the new release", lambda: replicas() == both, 60)
             cluster.remove_node(worker, allow_graceful=False)
             killed = time.perf_counter()
             wait_for("the loss is seen", lambda: replicas() not in (both, {}), 60)
@@ -107,6 +124,7 @@ def test_deployed_by_config_a_killed_worker_node_costs_no_request(tmp_path: Path
             {
                 "statuses": under.statuses(),
                 "ready_s": ready_s,
+                "release_s": release_s,
                 "back_s": back_s,
                 "before_s": before,
                 "after_s": under.median_s(settled),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lvm.codec.inverter import Request, Rounds
 from lvm.codec.ladder import DecodeCache, Ladder
 from lvm.codec.stream import LadderStream
 from lvm.codec.zoo import Codec, load_codec
@@ -90,3 +91,24 @@ def test_a_dropped_row_leaves_no_answer_and_takes_no_round(codec: Codec, vectors
     answers = drain(stream)
     assert set(answers) == {stays}
     assert stream.run() == {}
+
+
+def test_a_text_that_is_written_again_shares_the_next_rounds_writing(
+    codec: Codec, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, blend = vectors[0], vectors[3]
+    alone = codec.inverter.invert(np.stack([blend, text]), steps=1)
+    written: list[int] = []
+    hypothesize = codec.inverter.hypothesize
+    monkeypatch.setattr(
+        codec.inverter, "hypothesize", lambda v: (written.append(len(v)), hypothesize(v))[1], raising=True
+    )
+    rounds = Rounds(codec.inverter)
+    first = rounds.add(Request(blend, steps=1))
+    assert rounds.run() == {}
+    assert rounds.inside()[first].steps_used == 0
+    second = rounds.add(Request(text, steps=1))
+    left = rounds.run()
+    assert written == [1, 2]
+    assert [left[first], left[second]] == alone
+    assert left[first].steps_used == 1

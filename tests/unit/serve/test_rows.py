@@ -231,3 +231,27 @@ def test_a_row_whose_time_is_over_before_it_joins_never_joins() -> None:
 
     asyncio.run(main())
     assert stream.rounds == [1]
+
+
+def test_a_round_waits_for_rows_on_their_way_and_a_lone_row_for_nobody() -> None:
+    stream = Countdown()
+    stream.go.set()
+
+    async def main() -> float:
+        queue: StreamQueue[int, int] = StreamQueue(stream, max_rows=8)
+        queue._round_s = 20.0  # of the last round: half of it is waited at most
+        first = asyncio.create_task(queue.submit([1], [10], coming=2))
+        await asyncio.sleep(0.05)
+        assert stream.rounds == []
+        await queue.submit([1], [10], coming=1)  # as many are here as are to come: no more waiting
+        await first
+        queue._round_s = 20.0
+        begun = time.perf_counter()
+        await queue.submit([1], [10])
+        alone_s = time.perf_counter() - begun
+        queue._round_s = 0.1
+        await queue.submit([1], [10], coming=5)  # who never come
+        return alone_s
+
+    assert asyncio.run(main()) < 5
+    assert stream.rounds == [2, 1, 1]
