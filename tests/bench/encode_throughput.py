@@ -7,14 +7,18 @@ with seeded random ones (speed does not depend on their values). Sides, each in 
 - sentence-transformers `encode` with its defaults: float32, batch 32, sorted by length, all cores;
 - the same at its best of float32 and bfloat16, larger batches (one with --quick), and one process a core in place of
   threads; `mini` is a module of its own there, the same network in their loop;
-- vec2text's embedding call as `invert_strings` has it, padded to 128 tokens, and padded to the codec's 32; `mini`,
-  which vec2text lacks, is padded to its 32;
+- vec2text's embedding call as `invert_strings` has it, padded to 128 tokens, and, without --quick, to the codec's 32;
+  `mini`, which vec2text lacks, is padded to its 32;
 - ours without Ray, a process a core: texts in memory to vectors in memory (`bare`), and chunk shards to vector shards
   (`bare job`, the job's own function in a loop);
-- the Ray job, in steady state: the rate between its first and its last shards, without start and end.
+- the Ray job, in steady state: the rate between the first third of its shards and its last, without start and end.
+
+On CUDA (`--device`, by itself where there is one) also our encoder in one process on one GPU: chunks a second, and the
+share of what one large bfloat16 product reaches there.
 
 What limits the numbers: matrix products at GTR-base size; `mini` is as much tables and passes over memory.
-`ray_overhead` is the Ray job's time a chunk over that of `bare job`; `ray_overhead_to_encode_alone` is over that of
+`ray_overhead` is the Ray job's time a chunk over that of `bare job`, measured before and after it;
+`ray_overhead_to_encode_alone` is over that of
 `bare`, so it holds reading, checking, compressing and writing as well.
 
     python -m tests.bench.encode_throughput --quick     # under six minutes on two cores
@@ -35,6 +39,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +75,7 @@ class Plan:
     """Shards of the jobs."""
 
 
-QUICK = {"mini": Plan(4096, 2048, 16384, 2048, 40), "gtr-base": Plan(256, 32, 576, 96, 20)}
+QUICK = {"mini": Plan(4096, 2048, 16384, 2048, 60), "gtr-base": Plan(192, 32, 576, 96, 24)}
 FULL = {"mini": Plan(16384, 8192, 65536, 2048, 60), "gtr-base": Plan(1024, 256, 4096, 128, 60)}
 
 
@@ -112,15 +117,15 @@ def make_gtr(root: Path, texts: Sequence[str], sizes: Sizes) -> None:
     T5EncoderModel(config).save_pretrained(root / EMBEDDER)
 
 
-def load_ours(size: str, root: Path) -> Any:
+def load_ours(size: str, root: Path, device: str = "cpu") -> Any:
     """The codec's encoder; a top-level function, as workers of the job call it."""
     if size == "mini":
         from lvm.codec.zoo import load_codec
 
-        return load_codec("mini")
+        return load_codec("mini", device=device)
     from lvm.codec.gtr import load_gtr_encoder
 
-    return GtrOnly(*load_gtr_encoder("gtr-jxe", root, torch.device("cpu")))
+    return GtrOnly(*load_gtr_encoder("gtr-jxe", root, torch.device(device)))
 
 
 class GtrOnly:
@@ -259,7 +264,7 @@ def child(size: str, root: Path, side: str, part: int, parts: int, rows: int) ->
 
     run(mine[:32] if kind != "bare job" else mine[:1])
     if part == 0 and (kind == "bare" or side == "sentence-transformers:float32,32"):
-        np.save(root / "checked.npy", np.asarray(run(texts[:CHECKED]), np.float32))
+        np.save(root / f"{kind}.npy", np.asarray(run(texts[:CHECKED]), np.float32))
     print("ready", flush=True)
     for _ in sys.stdin:
         begun = time.perf_counter()
@@ -270,49 +275,61 @@ def child(size: str, root: Path, side: str, part: int, parts: int, rows: int) ->
 # ------------------------------------------------------------------------------------------- measurements
 
 
-def measure(size: str, root: Path, side: str, rows: int, trials: int, processes: int = 1) -> dict[str, Any]:
-    """Chunks a second of one side over `trials`, and the vectors of the first texts."""
-    cores = os.cpu_count() or 1
-    threads = str(max(1, cores // processes))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
-    (root / "checked.npy").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tests.bench.encode_throughput", "--child", side, "--size", size]
-    children = [
-        subprocess.Popen(
-            [*command, "--root", str(root), "--part", f"{i}/{processes}", "--rows", str(rows)],
-            cwd=CHECKOUT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    try:
-        for process in children:
+class Side:
+    """The processes of one side. All sides start together, since loading takes longer than most measurements; while one
+    is measured the others wait for a line, and take no time."""
+
+    def __init__(self, size: str, root: Path, side: str, rows: int, processes: int = 1) -> None:
+        self.size, self.side, self.rows, self.processes = size, side, rows, processes
+        self._root = root
+        threads = str(max(1, (os.cpu_count() or 1) // processes))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
+        command = [sys.executable, "-m", "tests.bench.encode_throughput", "--child", side, "--size", size]
+        self._children = [
+            subprocess.Popen(
+                [*command, "--root", str(root), "--part", f"{i}/{processes}", "--rows", str(rows)],
+                cwd=CHECKOUT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for i in range(processes)
+        ]
+
+    def wait(self) -> None:
+        """Until every process is ready."""
+        for process in self._children:
             while (line := process.stdout.readline()) != "ready\n":  # type: ignore[union-attr]
                 if not line:
-                    raise RuntimeError(f"{side} at size {size} did not start; run it with --child to see why")
+                    raise RuntimeError(
+                        f"{self.side} at size {self.size} did not start; run it with --child to see why"
+                    )
+
+    def measure(self, trials: int) -> dict[str, Any]:
+        """Chunks a second over `trials`, and the vectors of the first texts."""
         speeds = []
         for _ in range(trials):
-            for process in children:
+            for process in self._children:
                 process.stdin.write("go\n")  # type: ignore[union-attr]
                 process.stdin.flush()  # type: ignore[union-attr]
-            seconds = max(float(p.stdout.readline()) for p in children)  # type: ignore[union-attr]
-            speeds.append(rows / seconds)
-    finally:
-        for process in children:
+            seconds = max(float(p.stdout.readline()) for p in self._children)  # type: ignore[union-attr]
+            speeds.append(self.rows / seconds)
+        row = {"size": self.size, "side": self.side, "processes": self.processes}
+        row |= {"chunks_per_second": max(speeds), "trials": [round(s, 1) for s in speeds], "rows": self.rows}
+        checked = self._root / f"{self.side.partition(':')[0]}.npy"
+        if checked.exists():
+            vectors = np.load(checked).astype(np.float32)
+            row["vectors"] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        _say(row)
+        return row
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._children:
             process.stdin.close()  # type: ignore[union-attr]
             process.wait()
-    row = {"size": size, "side": side, "processes": processes, "chunks_per_second": max(speeds)}
-    row |= {"trials": [round(s, 1) for s in speeds], "rows": rows}
-    checked = root / "checked.npy"
-    if checked.exists():
-        vectors = np.load(checked).astype(np.float32)
-        row["vectors"] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    _say(row)
-    return row
 
 
 def measure_ray(size: str, root: Path, plan: Plan) -> dict[str, Any]:
@@ -333,7 +350,8 @@ def measure_ray(size: str, root: Path, plan: Plan) -> dict[str, Any]:
     wall = time.perf_counter() - begun
     ends = sorted(p.stat().st_mtime for p in (root / "vectors").glob("part-*.parquet"))
     round_ = 2 * (os.cpu_count() or 1)  # shards in flight at once
-    inside = ends[round_ - 1 : len(ends) - round_]
+    # Ray starts processes of its own beside the first shards: a third of them is left out.
+    inside = ends[max(round_, len(ends) // 3) - 1 : len(ends) - round_]
     speed = (len(inside) - 1) * plan.shard_rows / (inside[-1] - inside[0])
     row = {"size": size, "side": "ray job", "processes": os.cpu_count(), "chunks_per_second": speed}
     row |= {
@@ -343,6 +361,49 @@ def measure_ray(size: str, root: Path, plan: Plan) -> dict[str, Any]:
     }
     _say(row)
     return row
+
+
+def token_flops(size: str, sizes: Sizes) -> int:
+    """Floating-point operations of the matrix products one token passes, 2 for each weight; attention, under 1 % of it
+    for texts this short, and tables left out."""
+    if size == "mini":
+        from lvm.codec.mini import MiniConfig
+
+        c = MiniConfig()
+        L = c.lexical_dim
+        return 2 * (L * L + c.encoder_layers * (4 * L * L + 2 * L * c.d_ff))
+    inner = sizes.embedder_heads * sizes.embedder_d_kv
+    return 2 * sizes.embedder_layers * (4 * 768 * inner + 2 * 768 * sizes.embedder_d_ff)
+
+
+def matrix_peak(device: str) -> float:
+    """Operations a second of one large bfloat16 product on this device, the best of five. On a CPU in float32: ours is
+    int8 there, so a share above 1 is no error; it only shows that this part runs."""
+    side = 8192 if device == "cuda" else 2048
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    taken = []
+    for _ in range(6):
+        begun = time.perf_counter()
+        float((a @ b)[0, 0])  # reading a number waits for the device
+        taken.append(time.perf_counter() - begun)
+    return 2 * side**3 / min(taken[1:])
+
+
+def measure_device(size: str, root: Path, texts: Sequence[str], device: str, sizes: Sizes) -> dict[str, Any]:
+    """Our encoder alone in one process on one device: chunks a second, and the share of what `matrix_peak` reaches."""
+    codec = load_ours(size, root, device)
+    codec.encode(texts[:2048])
+    begun = time.perf_counter()
+    encoded = codec.encode(texts)
+    seconds = time.perf_counter() - begun
+    speed = int(encoded.num_tokens.sum()) * token_flops(size, sizes) / seconds
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "chunks_per_second_per_device": round(len(texts) / seconds, 1),
+        "tflops": round(speed / 1e12, 3),
+        "share_of_peak": round(speed / matrix_peak(device), 3),
+    }
 
 
 def _stored(folder: Path) -> np.ndarray:
@@ -367,31 +428,50 @@ def _say(row: dict[str, Any]) -> None:
     )
 
 
+def _speed(row: dict[str, Any]) -> float:
+    return float(row["chunks_per_second"])
+
+
 def measure_size(
-    size: str, root: Path, plan: Plan, trials: int, batches: Sequence[int]
+    size: str, root: Path, plan: Plan, trials: int, batches: Sequence[int], quick: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Every side at one size: the ratios, and a row for each measurement."""
     cores = os.cpu_count() or 1
+    theirs = "sentence-transformers:"
+    how = [f"{t},{b}" for t in ("float32", "bfloat16") for b in batches]
+    job_rows = plan.shard_rows * plan.shards
+    sides = {
+        "default": Side(size, root, f"{theirs}float32,32", plan.theirs),
+        **{h: Side(size, root, f"{theirs}{h}", plan.theirs) for h in how},
+        "processes": Side(size, root, f"{theirs}float32,{batches[-1]}", plan.theirs, cores),
+        "padded": Side(size, root, f"vec2text:{128 if size != 'mini' else MAX_TOKENS}", plan.padded),
+        "bare": Side(size, root, f"bare:{plan.shard_rows}", plan.ours, cores),
+        "job": Side(size, root, "bare job:", job_rows, cores),
+    }
+    if size != "mini" and not quick:
+        sides["short"] = Side(size, root, f"vec2text:{MAX_TOKENS}", plan.padded)
     rows = []
+    try:
+        for side in sides.values():
+            side.wait()
 
-    def take(side: str, count: int, processes: int = 1, trials: int = trials) -> dict[str, Any]:
-        rows.append(measure(size, root, side, count, trials, processes))
-        return rows[-1]
+        def take(name: str, trials: int = trials) -> dict[str, Any]:
+            rows.append(sides[name].measure(trials))
+            return rows[-1]
 
-    default = take("sentence-transformers:float32,32", plan.theirs)
-    settings = [(f"{t},{b}", 1) for t in ("float32", "bfloat16") for b in batches]
-    tried = [
-        take(f"sentence-transformers:{how}", plan.theirs // 2, processes, 1)
-        for how, processes in [*settings, (f"float32,{batches[-1]}", cores)]
-    ]
-    found = max([default, *tried], key=lambda r: r["chunks_per_second"])
-    best = default if found is default else take(found["side"], plan.theirs, found["processes"])
-    padded = take(f"vec2text:{128 if size != 'mini' else MAX_TOKENS}", plan.padded)
-    short = padded if size == "mini" else take(f"vec2text:{MAX_TOKENS}", plan.padded)
-    bare = take(f"bare:{plan.shard_rows}", plan.ours, cores)
-    job = take("bare job:", plan.shard_rows * plan.shards, cores, 1)
-    rows.append(measure_ray(size, root, plan))
-    ray = rows[-1]
+        default = take("default")
+        best = max([default, *(take(name) for name in [*how, "processes"])], key=_speed)
+        padded = take("padded")
+        short = take("short") if "short" in sides else padded
+        bare = take("bare")
+        before = take("job", 1)
+        rows.append(measure_ray(size, root, plan))
+        ray = rows[-1]
+        # Before and after, since a virtual machine's speed changes within a minute.
+        job_speed = statistics.fmean([_speed(before), _speed(take("job", 1))])
+    finally:
+        for side in sides.values():
+            side.close()
 
     def ratio(row: dict[str, Any]) -> float:
         return round(bare["chunks_per_second"] / row["chunks_per_second"], 3)
@@ -400,12 +480,11 @@ def measure_size(
         # `vectors` of the defaults are float32 by another library's code.
         return round(float(np.einsum("nd,nd->n", row["vectors"], default["vectors"]).min()), 6)
 
-    summary = {
+    summary: dict[str, Any] = {
         "vs_sentence_transformers_default": ratio(default),
         "vs_sentence_transformers_best": ratio(best),
         "vs_vec2text": ratio(padded),
-        "vs_vec2text_padded_to_32": ratio(short),
-        "ray_overhead": round(job["chunks_per_second"] / ray["chunks_per_second"], 3),
+        "ray_overhead": round(job_speed / ray["chunks_per_second"], 3),
         "ray_overhead_to_encode_alone": round(bare["chunks_per_second"] / ray["chunks_per_second"], 3),
         "chunks_per_second": round(bare["chunks_per_second"], 1),
         "ray_chunks_per_second": round(ray["chunks_per_second"], 1),
@@ -413,6 +492,8 @@ def measure_size(
         "min_cosine_to_float32": cosine(bare),
         "min_cosine_to_float32_stored": cosine(ray),
     }
+    if "short" in sides or size == "mini":
+        summary["vs_vec2text_padded_to_32"] = ratio(short)
     for name in ("min_cosine_to_float32", "min_cosine_to_float32_stored"):
         if summary[name] < 0.9995:
             raise RuntimeError(f"{size}: {name} is {summary[name]}, expected 0.9995; the speeds mean nothing")
@@ -439,6 +520,15 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="a one-layer encoder at size gtr-base: does it run?"
     )
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else None,
+        help="measure our encoder on one such device as well, against its peak; cuda where there is one",
+    )
+    parser.add_argument(
+        "--only-device", action="store_true", help="that alone, without peers: needs torch and tokenizers"
+    )
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -459,16 +549,21 @@ def main() -> None:
         for size in sizes:
             plan, root = plans[size], Path(scratch) / size
             root.mkdir()
+            sizes_of = TINY if args.tiny else GTR_BASE
             (root / "texts.json").write_text(json.dumps(texts))
             if size != "mini":
-                make_gtr(root, texts[:4000], TINY if args.tiny else GTR_BASE)
+                make_gtr(root, texts[:4000], sizes_of)
+            if args.device:
+                report[size] = measure_device(size, root, texts[: plan.ours], args.device, sizes_of)
+            if args.only_device:
+                continue
             # One made-up article a shard: ids do not matter here, lengths and their order do.
             step = plan.shard_rows
             shards = [texts[i : i + step] for i in range(0, step * plan.shards, step)]
             write_chunks(root / "chunks", shards, 1, load_ours(size, root).tokenizer)
             trials, batches = (2, BATCHES[-1:]) if args.quick else (4, BATCHES)
-            summary, new = measure_size(size, root, plan, trials, batches)
-            report[size] = summary
+            summary, new = measure_size(size, root, plan, trials, batches, args.quick)
+            report[size] = {**report.get(size, {}), **summary}
             rows += new
     print(table(rows))
     lengths = [len(t) for t in texts]
@@ -480,9 +575,8 @@ def main() -> None:
                 "seconds": round(time.perf_counter() - begun, 1),
                 "mean_letters": round(statistics.fmean(lengths), 1),
                 "cores": os.cpu_count(),
-                "device": "cpu",
                 "processor": platform.processor() or platform.machine(),
-                "versions": {n: version(n) for n in names},
+                "versions": {n: version(n) for n in names if find_spec(n.replace("-", "_"))},
             }
         )
     )
