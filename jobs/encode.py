@@ -361,7 +361,11 @@ def _encode_with_ray(
     nodes = nodes_with(gpus, min(max_workers or 1, len(pending)))
     num_actors, resources = plan(nodes, len(pending))
     if max_workers is None:
-        sizes = {"size": num_actors}
+        # Ray Data begins when the least are there, so that is what has room now; a core that another job holds is
+        # taken when it is free.
+        kind = "GPU" if "num_gpus" in resources else "CPU"
+        room = ray.available_resources().get(kind, 0) // resources[f"num_{kind.lower()}s"]
+        sizes = {"min_size": max(1, min(num_actors, int(room))), "max_size": num_actors}
     else:
         most = max(1, min(max_workers, len(pending)))
         # One CPU each: what the nodes to come are like is not known yet.

@@ -98,6 +98,27 @@ def test_every_chunk_comes_out_once_with_the_vector_of_its_text(encoded_once: Pa
         assert read_footer(path)["codec"] == FakeCodec().identity.to_dict()
 
 
+def test_a_core_that_another_job_holds_is_not_waited_for(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr("jobs.encode.START_TIMEOUT_S", 60)  # then the job gives up
+
+    @ray.remote(num_cpus=1)
+    class Holder:
+        def here(self) -> bool:
+            return True
+
+    holder = Holder.remote()
+    assert ray.get(holder.here.remote(), timeout=60)
+    try:
+        write_chunks(tmp_path / "chunks", fake_articles(40))
+        assert len(encode(tmp_path).encoded) == 5
+    finally:
+        ray.kill(holder)
+
+
 def test_the_manifest_says_where_the_vectors_come_from(folder: Path) -> None:
     manifest = Manifest.load(folder / "vectors", "vectors")
     manifest.verify(folder / "vectors", deep=True)
