@@ -1,5 +1,6 @@
 """What unit and integration tests share: the `integration` mark goes by folder."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,3 +12,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if folder in item.path.parents:
             item.add_marker(pytest.mark.integration)
+
+
+def pytest_unconfigure() -> None:
+    """torch's compiler logs once more when the interpreter ends, to a stream that pytest has closed by then."""
+    logging.raiseExceptions = False
