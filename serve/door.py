@@ -307,7 +307,7 @@ class Door:
         with contextlib.suppress(TimeoutError, OSError):
             writer.write_eof()
             async with asyncio.timeout(2):
-                if not ahead.done() and await ahead:
+                if ahead.done() or await ahead:
                     while await reader.read(2**16):
                         pass
 

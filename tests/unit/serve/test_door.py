@@ -227,6 +227,15 @@ def test_what_is_refused_at_the_door(
     assert counted == [(status, reason)]
 
 
+def test_a_client_that_still_sends_when_it_is_refused_reads_why(gateway: Gateway, door: Door) -> None:
+    with socket.create_connection(("127.0.0.1", door.port), timeout=5) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nContent-Length: 900000\r\n\r\n")
+        for _ in range(9):  # the refusal is there after the first
+            time.sleep(0.05)
+            client.sendall(b"a" * 100_000)
+        assert b"limit max_body_bytes is 200000" in client.recv(2**16)
+
+
 def test_work_of_a_client_that_has_gone_is_dropped(gateway: Gateway, door: Door) -> None:
     with socket.create_connection(("127.0.0.1", door.port)) as s:
         s.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
