@@ -77,9 +77,9 @@ REFUSALS = {"IdentityError": IdentityError, "OutputError": OutputError}
 MAX_THREADS = 8
 """Most threads of one actor; the encoder's matrices are too small to feed more."""
 
-CALLS_PER_ACTOR = 2
-"""Shards an actor works on at once: one is read, tokenised or written while the other's matrices multiply
-(PyTorch, Arrow and the tokenizer all release the GIL)."""
+SHARDS_PER_ACTOR = 2
+"""Shards handed to an actor: the one at work, and the next, so that it never waits. One at a time is encoded: against a
+loop without Ray that takes 1.08 times as long, two at once in two threads 1.25 (tests/bench/results/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -378,9 +378,7 @@ def _encode_with_ray(
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             **sizes,
-            max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
-            max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,
-            enable_true_multi_threading=True,
+            max_tasks_in_flight_per_actor=SHARDS_PER_ACTOR,
         ),
         **resources,
     )
