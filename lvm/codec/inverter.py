@@ -133,11 +133,8 @@ class MiniHypothesizing:
         self.table = encoder.tokens.weight.detach().float()
         # Float32 tables are shared with the encoder, others are copies in their precision.
         self.head = Matrix(self.table, precision)
-        c = hypothesizer.config
-        turns = hypothesizer.rotation.turns
-        self.binding = c.word_weight + c.order_weight * turns
-        """(T + 2, H): what a token's embedding at a place is times in the vector."""
-        back = turns.conj().resolve_conj()
+        self.binding = encoder.binding
+        back = encoder.rotation.turns.conj().resolve_conj()
         self.back = back[:-1]
         """(T + 1, H): turns a place back."""
         self.looks = torch.stack((back[:-1], back[1:], torch.ones_like(back[1:])), dim=1)
@@ -621,7 +618,7 @@ class Rounds:
         sources += [row.rewrite for row in again if row.rewrite is not None]
         if sources:
             ids = inverter.hypothesize(np.stack(sources))
-            candidates += list(zip(written, ids, strict=False))
+            candidates += list(zip(written, ids[: len(written)], strict=True))
             self._take(again, [Correction(i, settled=True) for i in ids[len(written) :]])
         self._look([row for row, _ in candidates], [ids for _, ids in candidates])
         for row in fresh:

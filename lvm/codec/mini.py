@@ -160,6 +160,12 @@ class MiniEncoder(nn.Module):
         lexical_energy: float = c.full_tokens * (c.word_weight**2 + c.order_weight**2)
         return math.sqrt(lexical_energy * c.topic_share / (1 - c.topic_share))
 
+    @property
+    def binding(self) -> Tensor:
+        """(T + 2, H) complex: `paired` embeddings at a place times its row are what they add, as `bound` has it."""
+        out: Tensor = self.config.word_weight + self.config.order_weight * self.rotation.turns
+        return out
+
     def bound(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """What each token adds to the lexical part, (B, T, L) float32: w e_i + o R_i e_i."""
         c = self.config

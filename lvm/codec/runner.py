@@ -94,17 +94,18 @@ class Matrix:
         # In two passes, since vector_norm(inf) and aminmax over the last axis take ten times as long on a CPU.
         largest = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
         # Each row now spans -1 to 1, so one scale and zero point serve all of them.
-        out: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x / largest, 1 / 127, 128, self.packed
-        )
-        return out, largest
+        return self._int8(x / largest, 1 / 127, 128), largest
 
     def of_shares(self, x: Tensor) -> Tensor:
         """The product for rows (M, D) of numbers from 0 to 1 with a 1 among them: in int8 with 255 steps, no scale."""
         if self.precision != "int8":
             return self(x)
+        return self._int8(x, 1 / 255, 0)
+
+    def _int8(self, x: Tensor, step: float, zero: int) -> Tensor:
+        """The product for x in digits of `step` around `zero`."""
         out: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x, 1 / 255, 0, self.packed
+            x, step, zero, self.packed
         )
         return out
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lvm.codec.inverter import Correction, Embed, Inversion, Inverter, MiniHypothesizing, ToIds, ToTexts
 from lvm.codec.mini import MiniEncoder, MiniHypothesizer, flat, paired, unpaired
-from lvm.codec.runner import ARGMAX_BLOCK, INT8_ROWS, Matrix, Precision, first_largest
+from lvm.codec.runner import ARGMAX_BLOCK, Matrix, Precision, first_largest
 from lvm.errors import InputError
 
 HOT, COLD = 0.1, 0.01
@@ -103,11 +103,10 @@ class Unbinder:
         self._to_pieces = Matrix(full, precision)
         self._of_pieces = Matrix(full.T.contiguous(), precision)
         self._turns = turns = encoder.rotation.turns[:T]  # (T, H)
-        self._binding = c.word_weight + c.order_weight * turns  # A_t, (T, H)
+        self._binding = encoder.binding[:T]  # A_t, (T, H)
         self._matching = self._binding.conj().resolve_conj()  # its transpose
-        energies = (
-            _square(self._binding) @ _square(self._table).T
-        )  # |A_t e|^2 of each place and piece, (T, V + 1)
+        # |A_t e|^2 of each place and piece, (T, V + 1)
+        energies = _square(self._binding) @ _square(self._table).T
         # A place is the emptier the later it lies; roughly what chunks cut at max_tokens show.
         empty = 0.01 + 0.9 * (torch.arange(T, device=table.device) / T) ** 2
         self._log_prior = torch.tensor([*log_frequencies, 0.0]).to(table).repeat(T, 1)  # (T, V + 1)
@@ -194,17 +193,15 @@ class Unbinder:
             more = torch.log(HYPOTHESIS_SHARE / prior + 1 - HYPOTHESIS_SHARE)  # (B, T)
             best = torch.empty_like(known)
             together = TOGETHER if sweep else 1
-            for part in torch.arange(len(known)).split(INT8_ROWS // together):
-                some = slice(int(part[0]), int(part[-1]) + 1)
-                for t in range(0, T, together):
-                    at = slice(t, t + together)
-                    old = mean[some, at]
-                    scores = self._scores(left[some, None] + old, at, sweep)
-                    scores.scatter_add_(2, known[some, at, None], more[some, at, None])
-                    best[some, at] = first_largest(scores.flatten(0, 1)).view(scores.shape[:2])
-                    here = self._mean(scores, at)
-                    left[some] += (old - here).sum(1)
-                    mean[some, at] = here
+            for t in range(0, T, together):
+                at = slice(t, t + together)
+                old = mean[:, at]
+                scores = self._scores(left[:, None] + old, at, sweep)
+                scores.scatter_add_(2, known[:, at, None], more[:, at, None])
+                best[:, at] = first_largest(scores.flatten(0, 1)).view(scores.shape[:2])
+                here = self._mean(scores, at)
+                left = left + (old - here).sum(1)
+                mean[:, at] = here
             found[rows] = best
             if sweep < len(HOPELESS):
                 hopeful = torch.nonzero(_square(left).sum(1) <= HOPELESS[sweep] * energy)[:, 0]

@@ -40,8 +40,11 @@ def mixed(vectors: Any, topic_dim: int, own_share: float, share: float) -> Any:
 
 def one_step(codec: Codec, vectors: Any) -> list[str]:
     """Texts after one corrector step, without a look at their vectors, which would be of the shipped share."""
-    ids = codec.inverter.hypothesize(vectors)
-    return codec.tokenizer.decode([c.ids for c in codec.inverter.correct(vectors, vectors, ids)])
+    inverter = codec.inverter
+    found = inverter.correct(vectors, vectors, inverter.hypothesize(vectors))
+    return codec.tokenizer.decode(
+        [c.ids if c.rewrite is None else inverter.hypothesize(c.rewrite[None])[0] for c in found]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

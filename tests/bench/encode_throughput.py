@@ -18,10 +18,9 @@ share of what one large bfloat16 product reaches there.
 
 What limits the numbers: matrix products at GTR-base size; `mini` is as much tables and passes over memory.
 `ray_overhead` is the Ray job's time a chunk over that of `bare job`, measured before and after it;
-`ray_overhead_to_encode_alone` is over that of
-`bare`, so it holds reading, checking, compressing and writing as well.
+`ray_overhead_to_encode_alone` is over that of `bare`, so it holds reading, checking, compressing and writing as well.
 
-    python -m tests.bench.encode_throughput --quick     # under six minutes on two cores
+    python -m tests.bench.encode_throughput --quick     # meant for six minutes on two cores; took nearly seven
     python -m tests.bench.encode_throughput             # more texts and trials
 
 The last line of stdout is one JSON object.
