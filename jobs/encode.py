@@ -12,6 +12,7 @@ written. A chunk takes 1.4 KB in float16 and 2.9 KB in float32.
 
 import functools
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -186,7 +187,9 @@ class ShardEncoder:
     """Ray Data's stateful worker: holds the codec, encodes the shards it is handed."""
 
     def __init__(self, job: "EncodeJob") -> None:
-        # How many threads PyTorch takes is Ray's doing: it sets OMP_NUM_THREADS to the actor's num_cpus.
+        # How many threads PyTorch takes is Ray's doing: it sets OMP_NUM_THREADS to the actor's num_cpus. The
+        # tokenizer would take as many as the machine has cores, in each worker.
+        os.environ.setdefault("RAYON_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
         self.job = job
         self.failure: LvmError | None = None
         self.note = unseen_gpu()

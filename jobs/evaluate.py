@@ -35,12 +35,14 @@ from jobs._ray import (
     progress_bar,
     run,
     say,
+    unseen_gpu,
     versions,
 )
 from lvm.codec.zoo import pick_device
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.evaluate.baselines import context_mean, copy_last
 from lvm.evaluate.contest import (
+    Block,
     CodecLoader,
     Contest,
     EvaluateSettings,
@@ -393,11 +395,14 @@ def score_all(
 def decode_all(
     array: VectorArray, plan: TextPlan, load: CodecLoader, index: Location, cpus: int, gpus: int
 ) -> list[Said]:
-    """Every vector of the plan decoded, in order: a task a GPU, or a task a CPU where there are none."""
+    """Every vector of the plan decoded, in order: a task a GPU, or a task a CPU where there are none.
+
+    Says once what is wrong when a task was given a GPU that torch cannot see.
+    """
     import ray
 
     parts = np.array_split(np.arange(len(plan.block.vectors)), gpus or cpus)
-    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(decode_block)
+    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(decode_part)
     shared = ray.put(array)
     tasks = [
         remote.remote(load, index.resolve(), shared, number, part_of(plan.block, part))
@@ -405,11 +410,22 @@ def decode_all(
         if len(part)
     ]
     said: dict[int, list[Said]] = {}
+    noted = False
     with progress_bar("decode", len(plan.block.vectors), "texts") as advance:
-        for number, answers in as_they_finish(tasks):
+        for note, number, answers in as_they_finish(tasks):
+            if note and not noted:  # once is enough
+                say(f"evaluate: {note}")
+                noted = True
             said[number] = answers
             advance(len(answers))
     return [one for number in sorted(said) for one in said[number]]
+
+
+def decode_part(
+    load: CodecLoader, index: Location, array: VectorArray, number: int, block: Block
+) -> tuple[str, int, list[Said]]:
+    """`decode_block` in a task, with `unseen_gpu` before it."""
+    return unseen_gpu(), *decode_block(load, index, array, number, block)
 
 
 def machine(device: torch.device) -> str:

@@ -11,25 +11,27 @@ with seeded random ones (speed does not depend on their values). Sides, each in 
   `mini`, which vec2text lacks, is padded to its 32;
 - ours without Ray, a process a core: texts in memory to vectors in memory (`bare`), and chunk shards to vector shards
   (`bare job`, the job's own function in a loop);
-- the Ray job, in steady state: the rate between the first third of its shards and its last, without start and end.
+- the Ray job in its steady state, in turns with the bare job: after a quarter of its shards, without start and end.
 
 On CUDA (`--device`, by itself where there is one) also our encoder in one process on one GPU: chunks a second, and the
 share of what one large bfloat16 product reaches there.
 
 What limits the numbers: matrix products at GTR-base size; `mini` is as much tables and passes over memory.
-`ray_overhead` is the Ray job's time a chunk over that of `bare job`, measured before and after it;
-`ray_overhead_to_encode_alone` is over that of `bare`, so it holds reading, checking, compressing and writing as well.
+`ray_overhead` is the Ray job's time a chunk over that of `bare job`; `ray_overhead_to_encode_alone` is over that of
+`bare`, so it holds reading, checking, compressing and writing as well.
 
-    python -m tests.bench.encode_throughput --quick     # meant for six minutes on two cores; took nearly seven
+    python -m tests.bench.encode_throughput --quick     # under six minutes on two cores
     python -m tests.bench.encode_throughput             # more texts and trials
 
 The last line of stdout is one JSON object.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,8 +45,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
+from jobs._ray import WORKER_ENVIRONMENT
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import Article, read_articles
 from tests.checkpoints import EMBEDDER, GTR_BASE, Sizes, make_tokenizer
@@ -55,6 +59,8 @@ MAX_TOKENS = 32
 CHECKED = 128
 """Texts whose vectors are compared."""
 BATCHES = (64, 256)
+TURN = 4.0
+"""Seconds the Ray job and the bare loop run in turn: several shards of each, short beside a machine's slow phases."""
 TINY = Sizes(d_model=96, vocabulary_size=8192, embedder_layers=1, embedder_d_ff=256)
 
 
@@ -71,11 +77,11 @@ class Plan:
     shard_rows: int
     """Chunks a shard of the jobs."""
     shards: int
-    """Shards of the jobs."""
+    """Shards of the jobs; of the texts of `ours`, again and again."""
 
 
-QUICK = {"mini": Plan(4096, 2048, 16384, 2048, 60), "gtr-base": Plan(192, 32, 576, 96, 24)}
-FULL = {"mini": Plan(16384, 8192, 65536, 2048, 60), "gtr-base": Plan(1024, 256, 4096, 128, 60)}
+QUICK = {"mini": Plan(3072, 2048, 16384, 2048, 72), "gtr-base": Plan(192, 32, 640, 128, 36)}
+FULL = {"mini": Plan(16384, 8192, 65536, 2048, 144), "gtr-base": Plan(1024, 256, 4096, 128, 96)}
 
 
 # --------------------------------------------------------------------------------------- texts and weights
@@ -222,10 +228,11 @@ def vec2text_call(size: str, root: Path, length: int) -> Callable[[list[str]], n
     return run
 
 
-def child(size: str, root: Path, side: str, part: int, parts: int, rows: int) -> None:
-    """One process of a side: loads, warms up, then encodes its part at each line on stdin; seconds to stdout."""
-    texts = json.loads((root / "texts.json").read_text())
-    mine = texts[part:rows:parts]
+def start_side(
+    size: str, root: Path, side: str, texts: list[str], part: int, parts: int
+) -> Callable[[], Any]:
+    """Loads a side, warms it up, and gives the call that encodes this process's part of `texts`."""
+    mine = texts[part::parts]
     kind, _, how = side.partition(":")
     run: Callable[[list[str]], Any]
     if kind == "sentence-transformers":
@@ -253,40 +260,56 @@ def child(size: str, root: Path, side: str, part: int, parts: int, rows: int) ->
 
         codec = load_ours(size, root)
         settings = EncodeSettings(codec.identity.digest)
-        shards = Manifest.load(root / "chunks").shards[part::parts]
-        mine = list(shards)
 
-        def run(shards: list[Any]) -> Any:
+        def run_shards(shards: Sequence[Any]) -> None:
             for shard in shards:
                 target = root / "bare" / shard.file
                 encode_shard(root / "chunks" / shard.file, target, shard, codec, settings)
 
-    run(mine[:32] if kind != "bare job" else mine[:1])
+        shards = Manifest.load(root / "chunks").shards[part::parts]
+        run_shards(shards[:1])
+        return lambda: run_shards(shards)
+
+    run(mine[:32])
     if part == 0 and (kind == "bare" or side == "sentence-transformers:float32,32"):
         np.save(root / f"{kind}.npy", np.asarray(run(texts[:CHECKED]), np.float32))
+    return lambda: run(mine)
+
+
+def child(size: str, root: Path, rows: dict[str, int], part: int, parts: int) -> None:
+    """One process of the sides that `rows` names: encodes its part for a side at each line with the side's name on
+    stdin; seconds to stdout."""
+    texts = json.loads((root / "texts.json").read_text())
+    runs = {side: start_side(size, root, side, texts[:n], part, parts) for side, n in rows.items()}
     print("ready", flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         begun = time.perf_counter()
-        run(mine)
+        runs[line.strip()]()
         print(time.perf_counter() - begun, flush=True)
 
 
 # ------------------------------------------------------------------------------------------- measurements
 
 
-class Side:
-    """The processes of one side. All sides start together, since loading takes longer than most measurements; while one
-    is measured the others wait for a line, and take no time."""
+class Workers:
+    """Processes that hold several sides, since loading one takes longer than most measurements. All start together;
+    while one is measured the others wait for a line, and take no time."""
 
-    def __init__(self, size: str, root: Path, side: str, rows: int, processes: int = 1) -> None:
-        self.size, self.side, self.rows, self.processes = size, side, rows, processes
+    def __init__(self, size: str, root: Path, rows: dict[str, int], processes: int = 1) -> None:
+        self.size, self.rows, self.processes = size, rows, processes
         self._root = root
         threads = str(max(1, (os.cpu_count() or 1) // processes))
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
-        command = [sys.executable, "-m", "tests.bench.encode_throughput", "--child", side, "--size", size]
+        # Workers of the job have the same environment.
+        environment = {
+            **os.environ,
+            **WORKER_ENVIRONMENT,
+            "OMP_NUM_THREADS": threads,
+            "RAYON_NUM_THREADS": threads,
+        }
+        command = [sys.executable, "-m", "tests.bench.encode_throughput", "--child", json.dumps(rows)]
         self._children = [
             subprocess.Popen(
-                [*command, "--root", str(root), "--part", f"{i}/{processes}", "--rows", str(rows)],
+                [*command, "--size", size, "--root", str(root), "--part", f"{i}/{processes}"],
                 cwd=CHECKOUT,
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -297,69 +320,135 @@ class Side:
             for i in range(processes)
         ]
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes."""
+        return [p.pid for p in self._children]
+
     def wait(self) -> None:
         """Until every process is ready."""
         for process in self._children:
             while (line := process.stdout.readline()) != "ready\n":  # type: ignore[union-attr]
                 if not line:
                     raise RuntimeError(
-                        f"{self.side} at size {self.size} did not start; run it with --child to see why"
+                        f"{', '.join(self.rows)} at size {self.size} did not start; run with --child to see why"
                     )
 
-    def measure(self, trials: int) -> dict[str, Any]:
-        """Chunks a second over `trials`, and the vectors of the first texts."""
-        speeds = []
-        for _ in range(trials):
-            for process in self._children:
-                process.stdin.write("go\n")  # type: ignore[union-attr]
-                process.stdin.flush()  # type: ignore[union-attr]
-            seconds = max(float(p.stdout.readline()) for p in self._children)  # type: ignore[union-attr]
-            speeds.append(self.rows / seconds)
-        row = {"size": self.size, "side": self.side, "processes": self.processes}
-        row |= {"chunks_per_second": max(speeds), "trials": [round(s, 1) for s in speeds], "rows": self.rows}
-        checked = self._root / f"{self.side.partition(':')[0]}.npy"
-        if checked.exists():
-            vectors = np.load(checked).astype(np.float32)
-            row["vectors"] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        _say(row)
-        return row
+    def start(self, side: str) -> None:
+        """Let every process encode its part once."""
+        for process in self._children:
+            process.stdin.write(side + "\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+
+    def measure(self, side: str) -> float:
+        """Chunks a second, once."""
+        self.start(side)
+        seconds = max(float(p.stdout.readline()) for p in self._children)  # type: ignore[union-attr]
+        return self.rows[side] / seconds
+
+    def vectors(self, side: str) -> np.ndarray:
+        """The side's vectors of the first CHECKED texts, as float32 of norm 1."""
+        vectors = np.load(self._root / f"{side.partition(':')[0]}.npy").astype(np.float32)
+        unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return unit
+
+    def kill(self) -> None:
+        """End the processes in the middle of their work, stopped ones too."""
+        for process in self._children:
+            process.kill()
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes when what they do is done."""
         for process in self._children:
             process.stdin.close()  # type: ignore[union-attr]
             process.wait()
 
 
-def measure_ray(size: str, root: Path, plan: Plan) -> dict[str, Any]:
-    """The Ray job's steady rate: shards finished between its first and last rounds, by their files' times."""
+class Turns:
+    """Processes that run only in their turns: stopped and let go on by signals."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._roots = [psutil.Process(pid) for pid in pids]
+        self._turns: list[tuple[float, float]] = []
+
+    def stop(self) -> None:
+        """Stop the processes and all they started, parents first."""
+        self._send(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let all of them run."""
+        self._send(signal.SIGCONT)
+
+    def run(self, seconds: float) -> None:
+        """One turn; stopped before and after."""
+        begun = time.time()
+        self.go_on()
+        time.sleep(seconds)
+        self.stop()
+        self._turns.append((begun, time.time()))
+
+    def rate(self, folder: Path) -> float:
+        """Files of `folder` a second of these turns, between the first and the last written in them."""
+        ends = sorted(p.stat().st_mtime for p in folder.glob("part-*.parquet"))
+        inside = [t for t in ends if any(a <= t <= b for a, b in self._turns)]
+        clock = [sum(min(b, t) - a for a, b in self._turns if a <= t) for t in (inside[0], inside[-1])]
+        return (len(inside) - 1) / (clock[1] - clock[0])
+
+    def _send(self, number: int) -> None:
+        for root in self._roots:
+            processes = [root, *root.children(recursive=True)] if root.is_running() else []
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+
+
+def measure_ray(size: str, root: Path, plan: Plan, bare: "Workers") -> list[dict[str, Any]]:
+    """The Ray job in its steady state and `bare job`, in turns of TURN seconds; a row for each.
+
+    In turns, since a virtual machine's speed changes by a quarter within a minute, which is more than what Ray adds.
+    """
     script = (
         "import functools, sys; from pathlib import Path; from jobs.encode import encode_chunks; "
         "from tests.bench.encode_throughput import load_ours; size, root = sys.argv[1], Path(sys.argv[2]); "
         "encode_chunks(root / 'chunks', root / 'vectors', functools.partial(load_ours, size, root))"
     )
-    begun = time.perf_counter()
-    subprocess.run(
+    vectors, again = root / "vectors", root / "bare"
+    job = subprocess.Popen(
         [sys.executable, "-c", script, size, str(root)],
         cwd=CHECKOUT,
-        check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wall = time.perf_counter() - begun
-    ends = sorted(p.stat().st_mtime for p in (root / "vectors").glob("part-*.parquet"))
-    round_ = 2 * (os.cpu_count() or 1)  # shards in flight at once
-    # Ray starts processes of its own beside the first shards: a third of them is left out.
-    inside = ends[max(round_, len(ends) // 3) - 1 : len(ends) - round_]
-    speed = (len(inside) - 1) * plan.shard_rows / (inside[-1] - inside[0])
-    row = {"size": size, "side": "ray job", "processes": os.cpu_count(), "chunks_per_second": speed}
-    row |= {
-        "rows": plan.shard_rows * plan.shards,
-        "wall_s": round(wall, 1),
-        "vectors": _stored(root / "vectors"),
-    }
-    _say(row)
-    return row
+    ray, loop = Turns([job.pid]), Turns(bare.pids)
+
+    def written(folder: Path) -> int:
+        return len(list(folder.glob("part-*.parquet")))
+
+    try:
+        # Ray starts processes of its own beside the first shards.
+        while written(vectors) < plan.shards // 4:
+            if job.poll() is not None:
+                raise RuntimeError(
+                    f"the Ray job at size {size} ended with {job.returncode} before its work began"
+                )
+            time.sleep(0.2)
+        ray.stop()
+        bare.start("bare job")
+        in_flight = 2 * bare.processes
+        while max(written(vectors), written(again)) < plan.shards - in_flight:
+            loop.run(TURN)
+            ray.run(TURN)
+    finally:
+        ray.go_on()
+        bare.kill()
+    if job.wait() != 0:
+        raise RuntimeError(f"the Ray job at size {size} ended with {job.returncode}")
+    rows = []
+    for side, rate in (("bare job", loop.rate(again)), ("ray job", ray.rate(vectors))):
+        row = {"size": size, "side": side, "processes": bare.processes}
+        rows.append({**row, "chunks_per_second": rate * plan.shard_rows})
+        _say(rows[-1])
+    return rows
 
 
 def token_flops(size: str, sizes: Sizes) -> int:
@@ -437,73 +526,79 @@ def measure_size(
     """Every side at one size: the ratios, and a row for each measurement."""
     cores = os.cpu_count() or 1
     theirs = "sentence-transformers:"
-    how = [f"{t},{b}" for t in ("float32", "bfloat16") for b in batches]
-    job_rows = plan.shard_rows * plan.shards
-    sides = {
-        "default": Side(size, root, f"{theirs}float32,32", plan.theirs),
-        **{h: Side(size, root, f"{theirs}{h}", plan.theirs) for h in how},
-        "processes": Side(size, root, f"{theirs}float32,{batches[-1]}", plan.theirs, cores),
-        "padded": Side(size, root, f"vec2text:{128 if size != 'mini' else MAX_TOKENS}", plan.padded),
-        "bare": Side(size, root, f"bare:{plan.shard_rows}", plan.ours, cores),
-        "job": Side(size, root, "bare job:", job_rows, cores),
-    }
-    if size != "mini" and not quick:
-        sides["short"] = Side(size, root, f"vec2text:{MAX_TOKENS}", plan.padded)
-    rows = []
+    default = f"{theirs}float32,32"
+    tuned = [f"{theirs}{t},{b}" for t in ("float32", "bfloat16") for b in batches]
+    processes = f"{theirs}float32,{batches[-1]}"
+    padded = f"vec2text:{128 if size != 'mini' else MAX_TOKENS}"
+    short = padded if size == "mini" or quick else f"vec2text:{MAX_TOKENS}"
+    bare, job = f"bare:{plan.shard_rows}", "bare job"
+    threads = Workers(
+        size,
+        root,
+        dict.fromkeys((default, *tuned), plan.theirs) | dict.fromkeys((padded, short), plan.padded),
+    )
+    one_a_core = Workers(
+        size,
+        root,
+        {processes: plan.theirs, bare: plan.ours, job: plan.shard_rows * plan.shards},
+        cores,
+    )
+    sides = [(threads, default), *((threads, side) for side in tuned), (one_a_core, processes)]
+    sides += [(threads, side) for side in dict.fromkeys((padded, short))] + [(one_a_core, bare)]
+    speeds: dict[tuple[Workers, str], list[float]] = {side: [] for side in sides}
     try:
-        for side in sides.values():
-            side.wait()
-
-        def take(name: str, trials: int = trials) -> dict[str, Any]:
-            rows.append(sides[name].measure(trials))
-            return rows[-1]
-
-        default = take("default")
-        best = max([default, *(take(name) for name in [*how, "processes"])], key=_speed)
-        padded = take("padded")
-        short = take("short") if "short" in sides else padded
-        bare = take("bare")
-        before = take("job", 1)
-        rows.append(measure_ray(size, root, plan))
-        ray = rows[-1]
-        # Before and after, since a virtual machine's speed changes within a minute.
-        job_speed = statistics.fmean([_speed(before), _speed(take("job", 1))])
+        threads.wait()
+        one_a_core.wait()
+        # One after the other, then again, so that each has its share of the machine's quick minutes.
+        for _ in range(trials):
+            for workers, side in sides:
+                speeds[workers, side].append(workers.measure(side))
+        rows = {}
+        for workers, side in sides:
+            trials_of = speeds[workers, side]
+            row = {"size": size, "side": side, "processes": workers.processes}
+            rows[workers, side] = row | {"chunks_per_second": max(trials_of), "trials": trials_of}
+            _say(rows[workers, side])
+        theirs_vectors, our_vectors = threads.vectors(default), one_a_core.vectors(bare)
+        bare_job, ray = measure_ray(size, root, plan, one_a_core)
     finally:
-        for side in sides.values():
-            side.close()
+        threads.close()
+        one_a_core.close()
+    best = max(list(rows.values())[: len(tuned) + 2], key=_speed)
+    ours, at_short = rows[one_a_core, bare], rows[threads, short]
 
     def ratio(row: dict[str, Any]) -> float:
-        return round(bare["chunks_per_second"] / row["chunks_per_second"], 3)
+        return round(_speed(ours) / _speed(row), 3)
 
-    def cosine(row: dict[str, Any]) -> float:
-        # `vectors` of the defaults are float32 by another library's code.
-        return round(float(np.einsum("nd,nd->n", row["vectors"], default["vectors"]).min()), 6)
+    def cosine(vectors: np.ndarray) -> float:
+        # Theirs are float32 by another library's code.
+        return round(float(np.einsum("nd,nd->n", vectors, theirs_vectors).min()), 6)
 
     summary: dict[str, Any] = {
-        "vs_sentence_transformers_default": ratio(default),
+        "vs_sentence_transformers_default": ratio(rows[threads, default]),
         "vs_sentence_transformers_best": ratio(best),
-        "vs_vec2text": ratio(padded),
-        "ray_overhead": round(job_speed / ray["chunks_per_second"], 3),
-        "ray_overhead_to_encode_alone": round(bare["chunks_per_second"] / ray["chunks_per_second"], 3),
-        "chunks_per_second": round(bare["chunks_per_second"], 1),
-        "ray_chunks_per_second": round(ray["chunks_per_second"], 1),
+        "vs_vec2text": ratio(rows[threads, padded]),
+        "ray_overhead": round(_speed(bare_job) / _speed(ray), 3),
+        "ray_overhead_to_encode_alone": ratio(ray),
+        "chunks_per_second": round(_speed(ours), 1),
+        "ray_chunks_per_second": round(_speed(ray), 1),
         "best_setting": f"{best['side']} x{best['processes']}",
-        "min_cosine_to_float32": cosine(bare),
-        "min_cosine_to_float32_stored": cosine(ray),
+        "min_cosine_to_float32": cosine(our_vectors),
+        "min_cosine_to_float32_stored": cosine(_stored(root / "vectors")),
     }
-    if "short" in sides or size == "mini":
-        summary["vs_vec2text_padded_to_32"] = ratio(short)
+    if short != padded or size == "mini":
+        summary["vs_vec2text_padded_to_32"] = ratio(at_short)
     for name in ("min_cosine_to_float32", "min_cosine_to_float32_stored"):
         if summary[name] < 0.9995:
             raise RuntimeError(f"{size}: {name} is {summary[name]}, expected 0.9995; the speeds mean nothing")
-    return summary, rows
+    return summary, [*rows.values(), bare_job, ray]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, one line a measurement."""
     lines = ["| size | side | processes | chunks/s | trials |", "| --- | --- | ---: | ---: | --- |"]
     for r in rows:
-        trials = ", ".join(map(str, r.get("trials", [])))
+        trials = ", ".join(f"{t:.1f}" for t in r.get("trials", []))
         lines.append(
             f"| {r['size']} | {r['side']} | {r['processes']} | {r['chunks_per_second']:.1f} | {trials} |"
         )
@@ -531,17 +626,16 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         part, parts = map(int, args.part.split("/"))
-        child(args.size, args.root, args.child, part, parts, args.rows)
+        child(args.size, args.root, json.loads(args.child), part, parts)
         return
 
     begun = time.perf_counter()
     plans = QUICK if args.quick else FULL
     sizes = [args.size] if args.size else ["mini", "gtr-base"]
-    texts = chunk_texts(max(max(plans[s].ours, plans[s].shard_rows * plans[s].shards) for s in sizes))
+    texts = chunk_texts(max(plans[s].ours for s in sizes))
     report: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -556,9 +650,9 @@ def main() -> None:
                 report[size] = measure_device(size, root, texts[: plan.ours], args.device, sizes_of)
             if args.only_device:
                 continue
-            # One made-up article a shard: ids do not matter here, lengths and their order do.
-            step = plan.shard_rows
-            shards = [texts[i : i + step] for i in range(0, step * plan.shards, step)]
+            # One made-up article a shard: ids do not matter here, lengths and their order do. The texts come round.
+            step, given = plan.shard_rows, plan.ours // plan.shard_rows
+            shards = [texts[i * step : (i + 1) * step] for i in (n % given for n in range(plan.shards))]
             write_chunks(root / "chunks", shards, 1, load_ours(size, root).tokenizer)
             trials, batches = (2, BATCHES[-1:]) if args.quick else (4, BATCHES)
             summary, new = measure_size(size, root, plan, trials, batches, args.quick)

@@ -13,13 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import jobs._ray
 from jobs.encode import encode_chunks
+from jobs.evaluate import decode_all
 from jobs.train import train_models
 from lvm.errors import LvmError
+from lvm.evaluate.contest import Block, TextPlan
 from lvm.models import MODELS
 from lvm.predict.record import load_record
 from lvm.predict.training import FAST
+from lvm.vectors.index import build_index
+from lvm.vectors.sequences import open_vectors
 from tests.doubles import fake_articles, fake_codec, write_chunks, write_vectors
 from tests.integration.faults.world import World
 
@@ -92,6 +98,13 @@ def main() -> None:
         report["placed"] = [sorted(found) for found in watch.nodes.values()]
         report["resources"] = list(watch.resources.values())
         report["most_at_once"] = watch.most_at_once
+        array = open_vectors(folder / "data")
+        build_index(array, folder / "index")
+        vectors, texts = array.vectors[:4].astype(np.float32), array.texts(np.arange(4))
+        block = Block(vectors, vectors, texts, array.doc_ids[:4])
+        plan = TextPlan((("copy-last", "raw"),), block)
+        said = decode_all(array, plan, fake_codec, folder / "index", cpus=6, gpus=1)
+        report["decoded"] = len(said)
     finally:
         world.close()
     print(json.dumps(report))

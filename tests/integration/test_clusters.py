@@ -84,7 +84,8 @@ def test_a_gpu_that_torch_cannot_see_is_said_and_the_cpu_does_the_work(
     report, said = placement
     assert report["devices"] == dict.fromkeys(MODELS, "cpu")
     assert report["encoded"] == 48
-    for who in ("encode", *(f"train: {name}" for name in MODELS)):
+    assert report["decoded"] == 4
+    for who in ("encode", *(f"train: {name}" for name in MODELS), "evaluate"):
         lines = [line for line in said.splitlines() if line.startswith(f"{who}: Ray gave it a GPU on ")]
         assert len(lines) == 1, who
         assert "it works on the CPU" in lines[0]

@@ -1,10 +1,9 @@
-"""deploy/ against Kubernetes' own models, KubeRay's fields, and the promises its comments make.
+"""deploy/ against KubeRay's and Kubernetes' types, the operator's own checks, and the promises its comments make.
 
-KubeRay's own schemas are not in any Python package: with a copy of its CRD files (helm-chart/kuberay-operator/crds) in
-the folder LATENT_KUBERAY_CRDS names, the manifests are held against those too.
+KubeRay's CRD files are in no package: with a copy of them (helm-chart/kuberay-operator/crds) in the folder
+LATENT_KUBERAY_CRDS names, the manifests are held against those too.
 """
 
-import importlib
 import os
 import re
 import shlex
@@ -17,45 +16,12 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from tests.commands import options_of
+from tests.unit.kuberay import problems, refused
 
 CHECKOUT = Path(__file__).parents[2]
 DEPLOY = CHECKOUT / "deploy"
 RAY_FILES = ("backfill.yaml", "train.yaml", "serve.yaml")
 SECRET = "latent-ray-token"
-
-FIELDS = {
-    "RayJob": {
-        *("entrypoint", "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "metadata"),
-        *("rayClusterSpec", "submissionMode", "submitterPodTemplate", "submitterConfig", "runtimeEnvYAML"),
-        *("shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "activeDeadlineSeconds"),
-        *("clusterSelector", "suspend", "jobId", "managedBy", "deletionStrategy"),
-    },
-    "RayService": {
-        *(
-            "serveConfigV2",
-            "rayClusterConfig",
-            "serveService",
-            "upgradeStrategy",
-            "excludeHeadPodFromServeSvc",
-        ),
-        *("rayClusterDeletionDelaySeconds", "suspend"),
-    },
-    "cluster": {
-        *("rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec"),
-        *("workerGroupSpecs", "headServiceAnnotations", "suspend", "managedBy", "gcsFaultToleranceOptions"),
-    },
-    "authOptions": {"mode", "secretName"},
-    "autoscalerOptions": {
-        *("version", "resources", "image", "imagePullPolicy", "env", "envFrom", "volumeMounts"),
-        *("securityContext", "idleTimeoutSeconds", "upscalingMode"),
-    },
-    "headGroupSpec": {"template", "headService", "enableIngress", "rayStartParams", "serviceType"},
-    "workerGroupSpecs": {
-        *("groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "idleTimeoutSeconds"),
-        *("rayStartParams", "template", "scaleStrategy", "suspend"),
-    },
-}
-"""Fields of ray.io/v1 (KubeRay 1.6 API reference) that may stand in these files, by where they stand."""
 
 
 def load(file: str) -> dict[str, Any]:
@@ -75,63 +41,74 @@ def pods_of(cluster: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"head": cluster["headGroupSpec"]["template"], **groups}
 
 
-def unknown_fields(value: Any, model: str, where: str = "") -> list[str]:
-    """Places in `value` that Kubernetes' model does not know. model: a type as its Python client names it."""
-    if (inner := re.fullmatch(r"(?:[Ll]ist\[|[Dd]ict[(\[]str, ?)(.+)[\])]", model)) is not None:
-        parts = value.items() if isinstance(value, dict) else enumerate(value)
-        return [found for key, part in parts for found in unknown_fields(part, inner[1], f"{where}[{key}]")]
-    kind = getattr(importlib.import_module("kubernetes.client"), model, None)
-    if kind is None:
-        scalars = {"str": str, "int": int, "bool": bool, "float": float}
-        wrong = model in scalars and not isinstance(value, scalars[model])
-        return [f"{where}: {value!r} is no {model}"] if wrong else []
-    if not isinstance(value, dict):
-        return [f"{where}: {value!r} is no {model}"]
-    names = {name: attribute for attribute, name in kind.attribute_map.items()}
-    found = [f"{where}.{key}" for key in value if key not in names]
-    for key in value.keys() & names.keys():
-        found += unknown_fields(value[key], kind.openapi_types[names[key]], f"{where}.{key}")
-    return found
-
-
 # ---- schemas
 
 
-def test_network_policy_and_pod_templates_are_what_kubernetes_knows() -> None:
-    assert unknown_fields(load("network-policy.yaml"), "V1NetworkPolicy") == []
-    for file in RAY_FILES:
-        record = load(file)
-        assert unknown_fields(record["metadata"], "V1ObjectMeta") == []
-        for group, template in pods_of(cluster_of(record)).items():
-            assert unknown_fields(template, "V1PodTemplateSpec", f"{file} {group}") == []
-        if "submitterPodTemplate" in record["spec"]:
-            assert unknown_fields(record["spec"]["submitterPodTemplate"], "V1PodTemplateSpec") == []
-
-
-def test_kubernetes_models_would_have_found_a_wrong_field() -> None:
-    template = pods_of(cluster_of(load("backfill.yaml")))["head"]
-    container = template["spec"]["containers"][0]
-    container["readinesProbe"] = container["readinessProbe"]
-    container["ports"][0]["containerPort"] = "6379"
-    assert set(unknown_fields(template, "V1PodTemplateSpec")) == {
-        ".spec.containers[0].readinesProbe",
-        ".spec.containers[0].ports[0].containerPort: '6379' is no int",
-    }
-
-
 @pytest.mark.parametrize("file", RAY_FILES)
-def test_every_field_is_one_of_kuberay(file: str) -> None:
+def test_kuberay_knows_every_field_and_its_operator_refuses_none(file: str) -> None:
     record = load(file)
-    assert record["apiVersion"] == "ray.io/v1"
-    cluster = cluster_of(record)
-    found = {record["kind"]: record["spec"], "cluster": cluster}
-    found |= {name: cluster[name] for name in ("authOptions", "autoscalerOptions", "headGroupSpec")}
-    for name, value in [*found.items(), *(("workerGroupSpecs", g) for g in cluster["workerGroupSpecs"])]:
-        assert set(value) <= FIELDS[name], name
-    assert cluster["autoscalerOptions"]["upscalingMode"] in ("Default", "Aggressive", "Conservative")
-    assert cluster["autoscalerOptions"]["version"] in ("v1", "v2")
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        assert all(isinstance(v, str) for v in group["rayStartParams"].values())
+    assert problems(record, record["kind"]) == []
+    assert refused(record) == []
+
+
+def test_kubernetes_knows_the_network_policy() -> None:
+    assert problems(load("network-policy.yaml"), "V1NetworkPolicy") == []
+
+
+CONTAINER = "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ("apiVersion", "ray.io/v2", ".apiVersion: 'ray.io/v2' is none of ray.io/v1"),
+        ("spec.backofLimit", 3, ".spec.backofLimit is unknown"),
+        ("spec.backoffLimit", -1, ".spec.backoffLimit: -1 is no int>=0"),
+        ("spec.shutdownAfterJobFinishes", "yes", ".spec.shutdownAfterJobFinishes: 'yes' is no bool"),
+        ("spec.entrypointNumCpus", "1", ".spec.entrypointNumCpus: '1' is no float"),
+        ("spec.rayClusterSpec.authOptions.mode", "basic", "'basic' is none of disabled, token"),
+        ("spec.rayClusterSpec.autoscalerOptions.version", 2, "2 is none of v1, v2"),
+        ("spec.rayClusterSpec.headGroupSpec", None, ".spec.rayClusterSpec.headGroupSpec is missing"),
+        ("spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus", 0, "[num-cpus]: 0 is no str"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.groupName", None, "[0].groupName is missing"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.maxReplicas", True, ".maxReplicas: True is no int"),
+        (f"{CONTAINER}.readinesProbe", {}, ".readinesProbe is unknown"),
+        (f"{CONTAINER}.name", None, ".containers[0].name is missing"),
+        (f"{CONTAINER}.ports.0.containerPort", "6379", ".containerPort: '6379' is no int"),
+        (f"{CONTAINER}.ports.0", 6379, ".ports[0]: 6379 is no V1ContainerPort"),
+        ("metadata.name", "l" * 48, "47 letters"),
+        ("metadata.name", "1st", "begins with a letter"),
+        ("spec.shutdownAfterJobFinishes", False, "asks for shutdownAfterJobFinishes"),
+        ("spec.runtimeEnvYAML", "- a list", "no YAML mapping"),
+        ("spec.rayClusterSpec.rayVersion", "2.51.0", "2.52 or later"),
+        ("spec.rayClusterSpec.headGroupSpec.template.spec.containers", [], "head: no container"),
+        ("spec.rayClusterSpec.headGroupSpec.resources", {"CPU": "0"}, "resources both"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams.labels", "a=b", "cpu: labels"),
+        (
+            "spec.rayClusterSpec.workerGroupSpecs.0.template.spec.restartPolicy",
+            "Always",
+            "cpu: restartPolicy",
+        ),
+        (
+            f"{CONTAINER}.env",
+            [{"name": "RAY_enable_autoscaler_v2", "value": "1"}],
+            "autoscalerOptions.version",
+        ),
+    ],
+)
+def test_a_wrong_manifest_is_found_out(path: str, value: Any, problem: str) -> None:
+    """value: None takes the field away."""
+    record = load("backfill.yaml")
+    *parents, last = (int(step) if step.isdigit() else step for step in path.split("."))
+    place: Any = record
+    for step in parents:
+        place = place[step]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    (found,) = problems(record, "RayJob") or refused(record)
+    assert problem in found
 
 
 @pytest.mark.parametrize("file", RAY_FILES)
