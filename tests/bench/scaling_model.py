@@ -44,8 +44,8 @@ class Rate:
 
 
 RATES = {
-    "chunk": Rate(505_986, 42, True, BACKFILL),
-    "encode": Rate(505_986, 191, True, BACKFILL),
+    "chunk": Rate(505_986, 48, True, BACKFILL),
+    "encode": Rate(505_986, 154, True, BACKFILL),
     "index": Rate(456_459, 39, False, PREDICTORS),
 }
 
