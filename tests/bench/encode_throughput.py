@@ -51,6 +51,7 @@ import torch
 from jobs._ray import WORKER_ENVIRONMENT
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import Article, read_articles
+from lvm.predict.steer import unit
 from tests.checkpoints import EMBEDDER, GTR_BASE, Sizes, make_tokenizer
 from tests.doubles import write_chunks
 
@@ -59,6 +60,8 @@ MAX_TOKENS = 32
 CHECKED = 128
 """Texts whose vectors are compared."""
 BATCHES = (64, 256)
+BARE_JOB = "bare job"
+"""The job's own function in a loop, as a side."""
 TURN = 4.0
 """Seconds the Ray job and the bare loop run in turn: several shards of each, short beside a machine's slow phases."""
 TINY = Sizes(d_model=96, vocabulary_size=8192, embedder_layers=1, embedder_d_ff=256)
@@ -348,9 +351,7 @@ class Workers:
 
     def vectors(self, side: str) -> np.ndarray:
         """The side's vectors of the first CHECKED texts, as float32 of norm 1."""
-        vectors = np.load(self._root / f"{side.partition(':')[0]}.npy").astype(np.float32)
-        unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return unit
+        return unit(np.load(self._root / f"{side.partition(':')[0]}.npy"))
 
     def kill(self) -> None:
         """End the processes in the middle of their work, stopped ones too."""
@@ -402,7 +403,7 @@ class Turns:
                     process.send_signal(number)
 
 
-def measure_ray(size: str, root: Path, plan: Plan, bare: "Workers") -> list[dict[str, Any]]:
+def measure_ray(size: str, root: Path, plan: Plan, bare: Workers) -> list[dict[str, Any]]:
     """The Ray job in its steady state and `bare job`, in turns of TURN seconds; a row for each.
 
     In turns, since a virtual machine's speed changes by a quarter within a minute, which is more than what Ray adds.
@@ -433,7 +434,7 @@ def measure_ray(size: str, root: Path, plan: Plan, bare: "Workers") -> list[dict
                 )
             time.sleep(0.2)
         ray.stop()
-        bare.start("bare job")
+        bare.start(BARE_JOB)
         in_flight = 2 * bare.processes
         while max(written(vectors), written(again)) < plan.shards - in_flight:
             loop.run(TURN)
@@ -444,7 +445,7 @@ def measure_ray(size: str, root: Path, plan: Plan, bare: "Workers") -> list[dict
     if job.wait() != 0:
         raise RuntimeError(f"the Ray job at size {size} ended with {job.returncode}")
     rows = []
-    for side, rate in (("bare job", loop.rate(again)), ("ray job", ray.rate(vectors))):
+    for side, rate in ((BARE_JOB, loop.rate(again)), ("ray job", ray.rate(vectors))):
         row = {"size": size, "side": side, "processes": bare.processes}
         rows.append({**row, "chunks_per_second": rate * plan.shard_rows})
         _say(rows[-1])
@@ -503,9 +504,7 @@ def _stored(folder: Path) -> np.ndarray:
         parts.append(table_to_vectors(read_table(path, ["vector"])).astype(np.float32))
         if sum(map(len, parts)) >= CHECKED:
             break
-    vectors = np.concatenate(parts)[:CHECKED]
-    unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return unit
+    return unit(np.concatenate(parts)[:CHECKED])
 
 
 def _say(row: dict[str, Any]) -> None:
@@ -531,7 +530,7 @@ def measure_size(
     processes = f"{theirs}float32,{batches[-1]}"
     padded = f"vec2text:{128 if size != 'mini' else MAX_TOKENS}"
     short = padded if size == "mini" or quick else f"vec2text:{MAX_TOKENS}"
-    bare, job = f"bare:{plan.shard_rows}", "bare job"
+    bare = f"bare:{plan.shard_rows}"
     threads = Workers(
         size,
         root,
@@ -540,7 +539,7 @@ def measure_size(
     one_a_core = Workers(
         size,
         root,
-        {processes: plan.theirs, bare: plan.ours, job: plan.shard_rows * plan.shards},
+        {processes: plan.theirs, bare: plan.ours, BARE_JOB: plan.shard_rows * plan.shards},
         cores,
     )
     sides = [(threads, default), *((threads, side) for side in tuned), (one_a_core, processes)]
@@ -553,9 +552,8 @@ def measure_size(
         for _ in range(trials):
             for workers, side in sides:
                 speeds[workers, side].append(workers.measure(side))
-        rows = {}
-        for workers, side in sides:
-            trials_of = speeds[workers, side]
+        rows: dict[tuple[Workers, str], dict[str, Any]] = {}
+        for (workers, side), trials_of in speeds.items():
             row = {"size": size, "side": side, "processes": workers.processes}
             rows[workers, side] = row | {"chunks_per_second": max(trials_of), "trials": trials_of}
             _say(rows[workers, side])
@@ -564,7 +562,7 @@ def measure_size(
     finally:
         threads.close()
         one_a_core.close()
-    best = max(list(rows.values())[: len(tuned) + 2], key=_speed)
+    best = max((row for row in rows.values() if row["side"].startswith(theirs)), key=_speed)
     ours, at_short = rows[one_a_core, bare], rows[threads, short]
 
     def ratio(row: dict[str, Any]) -> float:

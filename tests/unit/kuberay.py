@@ -4,11 +4,11 @@ Its CRD files are generated from the types that reference lists; where a type is
 is the model here, by the Python client's name. Sources: docs/reference/api.md and the operator's validation.go.
 """
 
-import importlib
 import re
 from typing import Any
 
 import yaml
+from kubernetes import client
 
 POD, LABELS = "V1PodTemplateSpec", "dict(str, str)"
 MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
@@ -173,12 +173,12 @@ def fields_of(model: str) -> tuple[dict[str, Any], set[str]]:
     if model in KUBERAY:
         fields = {name.removesuffix("!"): kind for name, kind in KUBERAY[model].items()}
         return fields, {name[:-1] for name in KUBERAY[model] if name.endswith("!")}
-    kind = getattr(importlib.import_module("kubernetes.client"), model, None)
+    kind = getattr(client, model, None)
     if kind is None:
         return {}, set()
     required = set()
     blank = kind.__new__(kind)
-    blank.local_vars_configuration = importlib.import_module("kubernetes.client").Configuration()
+    blank.local_vars_configuration = client.Configuration()
     for attribute, name in kind.attribute_map.items():
         try:
             setattr(blank, attribute, None)

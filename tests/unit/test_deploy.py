@@ -49,6 +49,10 @@ def test_kuberay_knows_every_field_and_its_operator_refuses_none(file: str) -> N
     record = load(file)
     assert problems(record, record["kind"]) == []
     assert refused(record) == []
+    # What KubeRay would fill in by itself, and differently from one release to the next.
+    cluster = cluster_of(record)
+    assert {"version", "upscalingMode"} <= cluster["autoscalerOptions"].keys()
+    assert all("rayStartParams" in g for g in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]))
 
 
 def test_kubernetes_knows_the_network_policy() -> None:
