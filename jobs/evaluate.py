@@ -38,6 +38,7 @@ from jobs._ray import (
     unseen_gpu,
     versions,
 )
+from lvm.codec.ladder import decoder_digest
 from lvm.codec.zoo import pick_device
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.evaluate.baselines import context_mean, copy_last
@@ -46,8 +47,8 @@ from lvm.evaluate.contest import (
     CodecLoader,
     Contest,
     EvaluateSettings,
-    Said,
     Scored,
+    TextAnswer,
     TextPlan,
     at_most,
     decode_block,
@@ -127,7 +128,8 @@ def evaluate(
         raise InputError(
             f"--ood folders {', '.join(map(str, paths.ood))} do not have different names; rename one"
         )
-    identity = load().identity
+    codec = load()
+    identity = codec.identity
     array.require_codec(identity, "the loaded codec")
     for name, foreign in ood.items():
         array.require_codec(foreign.identity, f"--ood {name}")
@@ -135,12 +137,16 @@ def evaluate(
     inputs = {
         "schema": SCHEMA,
         "codec": identity.digest,
+        "decoder": decoder_digest(codec, codec.writer),
         "vectors": array.fingerprint,
         "index": index.directory.name,
         "models": {name: record.folder.name for name, record in records.items()},
         "left_out": list(entrants.left_out),
         "ood": {name: foreign.fingerprint for name, foreign in ood.items()},
     }
+    if codec.no_writer is not None:
+        say(f"evaluate: {codec.no_writer}")
+    del codec
     for name, reason in entrants.left_out.items():
         say(f"evaluate: {name} is left out: {reason}")
     found = find_evaluation(paths.output, chosen, inputs, overwrite)
@@ -176,8 +182,8 @@ def evaluate(
 
     began = time.perf_counter()
     plan = plan_texts(contest, list(scored.values()), index)
-    said = decode_all(array, plan, load, paths.index, cpus, gpus)
-    text, examples = measure_texts(contest, plan, said)
+    texts = decode_all(array, plan, load, paths.index, cpus, gpus, settings.candidates)
+    text, examples = measure_texts(contest, plan, texts)
     seconds["decode"] = time.perf_counter() - began
 
     began = time.perf_counter()
@@ -393,8 +399,14 @@ def score_all(
 
 
 def decode_all(
-    array: VectorArray, plan: TextPlan, load: CodecLoader, index: Location, cpus: int, gpus: int
-) -> list[Said]:
+    array: VectorArray,
+    plan: TextPlan,
+    load: CodecLoader,
+    index: Location,
+    cpus: int,
+    gpus: int,
+    candidates: int,
+) -> list[TextAnswer]:
     """Every vector of the plan decoded, in order: a task a GPU, or a task a CPU where there are none.
 
     Says once what is wrong when a task was given a GPU that torch cannot see.
@@ -405,27 +417,27 @@ def decode_all(
     remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(decode_part)
     shared = ray.put(array)
     tasks = [
-        remote.remote(load, index.resolve(), shared, number, part_of(plan.block, part))
+        remote.remote(load, index.resolve(), shared, number, part_of(plan.block, part), candidates)
         for number, part in enumerate(parts)
         if len(part)
     ]
-    said: dict[int, list[Said]] = {}
+    decoded: dict[int, list[TextAnswer]] = {}
     noted = False
     with progress_bar("decode", len(plan.block.vectors), "texts") as advance:
         for note, number, answers in as_they_finish(tasks):
             if note and not noted:  # once is enough
                 say(f"evaluate: {note}")
                 noted = True
-            said[number] = answers
+            decoded[number] = answers
             advance(len(answers))
-    return [one for number in sorted(said) for one in said[number]]
+    return [one for number in sorted(decoded) for one in decoded[number]]
 
 
 def decode_part(
-    load: CodecLoader, index: Location, array: VectorArray, number: int, block: Block
-) -> tuple[str, int, list[Said]]:
+    load: CodecLoader, index: Location, array: VectorArray, number: int, block: Block, candidates: int
+) -> tuple[str, int, list[TextAnswer]]:
     """`decode_block` in a task, with `unseen_gpu` before it."""
-    return unseen_gpu(), *decode_block(load, index, array, number, block)
+    return unseen_gpu(), *decode_block(load, index, array, number, block, candidates)
 
 
 def machine(device: torch.device) -> str:

@@ -1,48 +1,63 @@
-"""Predict the text after five texts. Reads a folder of `latent run`, prints the text, writes nothing.
+"""Predict the text after five texts: reads model and corpus, prints the text, writes nothing.
 
-    python -m jobs.predict --model lstm "one" "two" "three" "four" "five"
-    python -m jobs.predict --model gru --run out/mine < article.txt
+    python -m jobs.predict "one" "two" "three" "four" "five"
+    python -m jobs.predict --model lstm --run out/mine < article.txt
 
-Texts as arguments are one chunk each; standard input is one text, cut into chunks of which the last five count.
-The text goes to stdout, what it cost and how it came about to stderr.
+Texts as arguments are one chunk each; standard input is one text, cut into chunks of which the last five count. Without
+--run the predictors that ship with the package answer. The text goes to stdout, what it cost and how it came about to
+stderr.
 """
 
 import json
 import sys
 import time
-from pathlib import Path
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from jobs._ray import PathOrUrl, load_codec_at, path_option, say
+from jobs._ray import LanguageModel, PathOrUrl, WriterFolder, load_codec_at, path_option, say
 from jobs._ray import run as run_main
+from lvm.codec.ladder import LadderSettings
 from lvm.corpus.chunker import chunk_article
 from lvm.corpus.readers import Article
 from lvm.errors import InputError
-from lvm.predict.generate import PASSTHROUGH, Generator
+from lvm.predict.generate import PASSTHROUGH, Generator, Prediction
 
-DEMO_RUN = Path("out/demo")
+WORDS = {
+    "exact": "read back: the vector is this text's own",
+    "writer": "written by a language model from the predicted vector",
+    "corpus": "found: the corpus chunk nearest to the prediction",
+}
+"""What a text's source means to a reader."""
 
 
 def main(
     texts: Annotated[list[str] | None, typer.Argument(help="Chunks in order, the latest last.")] = None,
-    model: Annotated[str, typer.Option(help="Alias or folder of a trained model, or passthrough.")] = "lstm",
-    run: Annotated[PathOrUrl, path_option("Folder of `latent run` or `latent demo`.")] = DEMO_RUN,
+    model: Annotated[str, typer.Option(help="Alias or folder of a trained model, or passthrough.")] = "gru",
+    run: Annotated[
+        PathOrUrl | None, path_option("Folder of `latent run` or `latent demo`; none: what ships.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Chunks to predict, each from all before it.")] = 1,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Texts drafted for a vector; the best is given.")
+    ] = 4,
     codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
     codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
+    writer: WriterFolder = None,
+    language_model: LanguageModel = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Everything as one line of JSON on stdout.")
+        bool, typer.Option("--json", help="Everything as a line of JSON a chunk on stdout.")
     ] = False,
 ) -> None:
     """Print the predicted text."""
-    if not run.is_dir():
+    if run is not None and not run.is_dir():
         raise InputError(
             f"no folder {run}; expected the output of `latent run` (--run DIR). Try `latent demo` first"
         )
     begun = time.perf_counter()
-    loaded = load_codec_at(codec, codec_path)
-    generator = Generator.load(run, model, loaded)
+    loaded = load_codec_at(codec, codec_path, writer, language_model)
+    generator = Generator.load(run, model, loaded, LadderSettings(candidates=candidates))
     if texts:
         chunks = texts
     else:
@@ -50,40 +65,60 @@ def main(
         chunks = [c.text for c in chunk_article(Article("stdin", "", text, "stdin"), loaded.tokenizer)]
     if not any(c.strip() for c in chunks):
         raise InputError("expected texts as arguments or one text on standard input, got only white space")
+    if loaded.no_writer is not None:
+        say(f"note: {loaded.no_writer}")
     loaded_ms = (time.perf_counter() - begun) * 1000
-    prediction = generator.next_chunk(chunks)
-    if prediction.truncated:
-        limit = loaded.tokenizer.max_tokens
-        say(
-            f"warning: {prediction.truncated} of {len(chunks)} texts were longer than {limit} tokens and were cut"
-        )
-    answer = prediction.answer
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "text": answer.text,
-                    "cosine": answer.cosine,
-                    "rung": answer.rung,
-                    "reasons": answer.reasons,
-                    "model": prediction.model,
-                    "codec": loaded.identity.to_dict(),
-                    "context_mode": prediction.context.mode,
-                    "context": prediction.context.texts,
-                    "snapped_cosine": prediction.snapped_cosine,
-                    "truncated": prediction.truncated,
-                    "milliseconds": {"load": round(loaded_ms, 1), **prediction.milliseconds},
-                }
+    for number, prediction in enumerate(generator.continue_(chunks, length)):
+        if prediction.truncated and not number:
+            limit = loaded.tokenizer.max_tokens
+            say(
+                f"warning: {prediction.truncated} of {len(chunks)} texts were longer than {limit} tokens and were cut"
             )
-        )
-        return
-    print(answer.text)
-    say(
-        f"model {prediction.model}  context {prediction.context.mode}  similarity {answer.cosine:.3f} "
-        f"(text to prediction)  rung {answer.rung}"
-    )
-    for reason in answer.reasons:
-        say(f"  climbed: {reason}")
+        if as_json:
+            print(
+                json.dumps(record(prediction, loaded.identity.to_dict(), generator.ladder.digest, loaded_ms))
+            )
+        else:
+            tell(prediction, loaded_ms)
+        loaded_ms = 0.0
+
+
+def record(
+    prediction: Prediction, codec: dict[str, object], decoder: str, loaded_ms: float
+) -> dict[str, object]:
+    """A prediction as JSON."""
+    answer = prediction.answer
+    return {
+        "text": answer.text,
+        "source": answer.source,
+        "cosine": answer.cosine,
+        "log_prob": answer.log_prob,
+        "steps": answer.steps,
+        "refusals": answer.refusals,
+        "attempts": [asdict(a) for a in answer.attempts],
+        "extract": None if prediction.extract is None else asdict(prediction.extract),
+        "model": prediction.model,
+        "codec": codec,
+        "decoder": decoder,
+        "context_mode": prediction.context.mode,
+        "context": prediction.context.texts,
+        "snapped_cosine": prediction.snapped_cosine,
+        "truncated": prediction.truncated,
+        "milliseconds": {"load": round(loaded_ms, 1), **prediction.milliseconds},
+    }
+
+
+def tell(prediction: Prediction, loaded_ms: float) -> None:
+    """The text to stdout, the rest to stderr."""
+    answer = prediction.answer
+    print(answer.text, flush=True)
+    likely = "" if answer.log_prob is None else f"  language {answer.log_prob:.2f} nats a character"
+    say(f"{WORDS[answer.source]}  (cosine to the prediction {answer.cosine:.3f}{likely})")
+    say(f"model {prediction.model}  context {prediction.context.mode}")
+    for attempt in answer.attempts:
+        say(f"  refused, {attempt.source}: {attempt.text!r} ({'; '.join(attempt.refusals)})")
+    for refusal in answer.refusals:
+        say(f"  given for want of a better one: {refusal}")
     shown = "  ".join(f"{stage} {ms:.1f} ms" for stage, ms in prediction.milliseconds.items())
     say(f"load {loaded_ms:.0f} ms  {shown}")
     if prediction.model == PASSTHROUGH:

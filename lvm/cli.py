@@ -34,8 +34,10 @@ JOBS = {
     "train": ("train", "Vectors to predictors, all architectures at the same time."),
     "evaluate": ("evaluate", "Predictors against baselines: leaderboard, examples, report."),
     "predict": ("predict", "Five texts, or one text on standard input, to the predicted next text."),
+    "generate": ("generate", "Articles to predicted texts: Parquet shards or one file of JSON lines."),
     "export": ("export", "Vectors to training sequences in one NPZ file."),
     "check": ("check", "Say what is wrong with an NPZ file of sequences."),
+    "train-writer": ("train_writer", "Fit a writer: any codec's vectors to fluent text."),
     "train-codec": ("train_codec", "Fit a codec (encoder and hypothesizer) on chunks."),
 }
 """Command to the job it runs and its line of help."""

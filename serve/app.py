@@ -82,6 +82,7 @@ from serve.schema import (
     TmdReply,
     TmdRequest,
     Usage,
+    came_about,
     decoded_text,
     pack,
     unpack,
@@ -283,7 +284,7 @@ class Gateway:
         for result in results:
             for generated in result.generated:
                 self._see(generated, time.perf_counter() - begun)
-        _log(request, rungs=[g.rung for r in results for g in r.generated])
+        _log(request, sources=[g.source for r in results for g in r.generated])
         return GenerateReply(
             request_id=_request_id(request),
             model=record,
@@ -317,11 +318,8 @@ class Gateway:
                 failed = str(err)
         return Generated(
             text=text,
-            rung=answer.rung,
-            reasons=list(answer.reasons),
-            refused=list(answer.refused),
-            extractive=answer.rung == "extractive",
             cosine=round(answer.cosine, 6),
+            **came_about(answer),
             snapped_cosine=round(said.prediction_cosine, 6),
             drifted=said.drifted,
             context=ContextReply(mode=context.mode, texts=list(context.texts), origins=list(context.origins)),
@@ -402,7 +400,7 @@ class Gateway:
             self._window.add(Seen(seconds, not isinstance(err, DeadlineError | FullError)))
 
     def _see(self, generated: Generated, seconds: float) -> None:
-        quality = judge(generated.text, generated.context.texts)
+        quality = judge(generated.text, generated.refusals, generated.context.texts)
         self._window.add(Seen(seconds, False, quality.gibberish, quality.keyword_hit))
 
     async def _inputs(self, body: GenerateRequest) -> list[list[str]]:
@@ -533,23 +531,14 @@ class Gateway:
         if not body.vectors:
             raise RefusedError(422, "vectors is empty; expected at least one")
         self._limit("vectors", len(body.vectors), "max_vectors", self._limits.max_vectors)
-        sources: list[str | None] = [None] * len(body.vectors)
-        if body.sources is not None:
-            if len(body.sources) != len(body.vectors):
-                raise RefusedError(
-                    422, f"got {len(body.sources)} sources for {len(body.vectors)} vectors; expected as many"
-                )
-            self._check_texts(body.sources, "sources", empty=True)
-            sources = list(body.sources)
         vectors = unpack(body.vectors, self._identity.dim, "vectors")
         with self._admitted(len(vectors)):
             answers, timing = await self._pipeline.decode(
                 vectors,
-                sources,
                 self._deadline(body.deadline_s),
                 body.steps,
                 body.cache,
-                extractive=body.steps is None,
+                corpus=body.steps is None,
             )
         clock.add("decode", timing)
         return DecodeReply(

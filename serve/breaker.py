@@ -13,17 +13,17 @@ class Breaker:
     def __init__(self, args: BreakerArgs, clock: Callable[[], float] = time.monotonic) -> None:
         self._args, self._clock = args, clock
         self._failed: deque[bool] = deque(maxlen=args.window)
-        self._last_rung: deque[bool] = deque(maxlen=args.window)
+        self._refused: deque[bool] = deque(maxlen=args.window)
         self._opened: float | None = None
         self._trying = False
-        self._for_rung = False
+        self._for_refusals = False
         self.reason = ""
         """Why it is open; empty while closed."""
         self.times_opened = 0
 
     @property
     def open(self) -> bool:
-        """True while answers go extractive."""
+        """True while the corpus answers."""
         return self._opened is not None
 
     def refuses(self, waiting: int) -> str | None:
@@ -46,34 +46,34 @@ class Breaker:
             return None
         return self.reason
 
-    def done(self, seconds: float | None, last_rung: bool) -> None:
+    def done(self, seconds: float | None, refused: bool) -> None:
         """A decode came back after `seconds`, queue included, or None: it failed or was given up."""
         bad = seconds is None or seconds > self._args.max_decode_s
         if self._opened is not None:
             if self._trying:
                 self._trying = False
-                if bad or (self._for_rung and last_rung):
+                if bad or (self._for_refusals and refused):
                     self._opened = self._clock()
                 else:
                     self._opened, self.reason = None, ""
                     self._failed.clear()
-                    self._last_rung.clear()
+                    self._refused.clear()
             return
         self._failed.append(bad)
-        self._last_rung.append(last_rung)
+        self._refused.append(refused)
         if not self._args.enabled or len(self._failed) < max(4, self._args.window // 4):
             return
         failed = sum(self._failed) / len(self._failed)
-        lowest = sum(self._last_rung) / len(self._last_rung)
+        lowest = sum(self._refused) / len(self._refused)
         if failed > self._args.max_failed_share:
             self._open(f"{failed:.0%} of the last {len(self._failed)} decodes failed or were too slow")
-        elif lowest > self._args.max_last_rung_share and len(self._last_rung) == self._args.window:
+        elif lowest > self._args.max_refused_share and len(self._refused) == self._args.window:
             self._open(
-                f"{lowest:.0%} of the last {len(self._last_rung)} decodes ended on the last rung",
-                for_rung=True,
+                f"{lowest:.0%} of the last {len(self._refused)} decodes were refused",
+                for_refusals=True,
             )
 
-    def _open(self, reason: str, for_rung: bool = False) -> None:
-        self._opened, self._trying, self._for_rung = self._clock(), False, for_rung
+    def _open(self, reason: str, for_refusals: bool = False) -> None:
+        self._opened, self._trying, self._for_refusals = self._clock(), False, for_refusals
         self.reason = f"breaker open: {reason}"
         self.times_opened += 1

@@ -1,6 +1,7 @@
 """The decoder deployment: vectors to text by the ladder, behind a queue that keeps its batch full.
 
-The engine goes by rounds: one step for every row, whatever its rung. A row that arrives during a round joins the next.
+The engine goes by rounds: one step for every row, whatever its attempt. A row that arrives during a round
+joins the next.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from lvm.codec.ladder import Answer, DecodeCache
-from lvm.codec.stream import LadderStream
+from lvm.codec.ladder import Answer, Ladder, LadderSettings
+from lvm.predict.steer import unit
 from serve.metrics import replica_metrics
 from serve.rows import Outcome, StreamQueue
 from serve.settings import ServeArgs, codec_of_run
@@ -23,51 +24,61 @@ class VectorRow:
 
     vector: NDArray[np.float32]
     """(D,), norm 1."""
-    source: str | None = None
-    """Text whose keywords a good text shares."""
+    context: NDArray[np.float32] | None = None
+    """(T, D) what was just read, which the text should not repeat."""
     steps: int | None = None
-    """Exactly this many corrector steps; None climbs the ladder."""
+    """Exactly this many corrector steps of the codec's own decoder; None goes down the ladder."""
     cache: bool = True
     coming: int = 0
     """Other requests of the same gateway on their way to the decoder when this one was sent."""
 
 
 class _Rows:
-    """The ladder's stream as the queue wants it."""
+    """The ladder as the queue wants it."""
 
-    def __init__(self, stream: LadderStream) -> None:
-        self._stream = stream
-        self.drop, self.run = stream.drop, stream.run
+    def __init__(self, ladder: Ladder) -> None:
+        self._ladder = ladder
+        self.drop, self.run = ladder.drop, ladder.run
 
     def add(self, row: VectorRow) -> int:
-        return self._stream.add(row.vector, row.source, row.steps, row.cache)
+        return self._ladder.add(row.vector, row.context, row.steps, row.cache)
 
 
 @serve.deployment
 class Decoder:
-    """A codec's decoder. The extractive rung is the gateway's: it holds the neighbours already."""
+    """A codec's decoder and its writer. What is refused the gateway answers from the corpus: it holds the
+    neighbours."""
 
     def __init__(self, args: ServeArgs) -> None:
         import torch
 
         torch.set_num_threads(args.decoder.num_threads)
         self._codec = codec_of_run(args)
-        self._stream = LadderStream(self._codec, cache=DecodeCache(args.cache_entries))
-        self._codec.decode(self._codec.encode(["warm up"]).vectors, self._stream.ladder.steps[0])
+        settings = LadderSettings(candidates=args.candidates, cache_entries=args.cache_entries)
+        self._ladder = Ladder(self._codec, self._codec.writer, settings)
+        # One text that is read back, and one that no text has: both engines are warm then.
+        own = self._codec.encode(["warm up", "a second text"]).vectors
+        for vector in (own[0], unit(own.sum(0))):
+            self._ladder.add(vector, cache=False)
+        while len(self._ladder):
+            self._ladder.run()
         self._queue: StreamQueue[VectorRow, Answer] = StreamQueue(
-            _Rows(self._stream), 2 * args.queue_rows, measure=replica_metrics().measure
+            _Rows(self._ladder), 2 * args.queue_rows, measure=replica_metrics().measure
         )
 
     async def run(self, rows: list[VectorRow], remaining_s: list[float]) -> list[Outcome[Answer]]:
-        """One outcome a vector. An answer whose last reason names its own rung was refused there."""
+        """One outcome a vector. An answer that is not accepted was refused."""
         return await self._queue.submit(rows, remaining_s, rows[-1].coming if rows else 0)
 
     async def describe(self) -> dict[str, Any]:
         """The codec's identity, the steps it takes, and the cache."""
-        cache = self._stream.ladder.cache
+        cache = self._ladder.cache
         return {
             "codec": self._codec.identity.to_dict(),
             "steps": None if self._codec.supported_steps is None else list(self._codec.supported_steps),
-            "ladder": list(self._stream.ladder.steps),
+            "ladder": list(self._ladder.steps),
+            "digest": self._ladder.digest,
+            "writer": None if self._codec.writer is None else str(self._codec.writer.identity),
+            "no_writer": self._codec.no_writer,
             "cache": {"entries": len(cache), "hit_rate": cache.hit_rate},
         }

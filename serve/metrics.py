@@ -54,9 +54,11 @@ class GatewayMetrics:
         self.pending = Gauge("latent_pending_inputs", "Inputs at work in the gateway.")
         self.refused = Counter(*REFUSED)
         self.cache = Counter("latent_cache_lookups_total", "Cache look-ups.", ("cache", "result"))
-        self.answers = Counter("latent_answers_total", "Answers by model and rung.", ("model", "rung"))
+        self.answers = Counter("latent_answers_total", "Answers by model and source.", ("model", "source"))
         self.gibberish = Counter(
-            "latent_gibberish_total", "Answers that repeat or hold too few letters.", ("model",)
+            "latent_gibberish_total",
+            "Answers that are no language, repeat or hold too few letters.",
+            ("model",),
         )
         self.keyword_hits = Counter(
             "latent_keyword_hits_total", "Answers that share a keyword with their context.", ("model",)
@@ -69,7 +71,7 @@ class GatewayMetrics:
         self.cosine = Histogram(
             "latent_answer_cosine", "Cosine of an answer's text with the prediction.", COSINES, ("model",)
         )
-        self.breaker = Gauge("latent_breaker_open", "1 while answers go extractive.")
+        self.breaker = Gauge("latent_breaker_open", "1 while the corpus answers.")
         self.deadline = Counter(
             "latent_deadline_exceeded_total", "Requests that ran out of time.", ("route",)
         )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity
-from lvm.codec.ladder import EXTRACTIVE, Answer, LadderSettings, bigram_share, character_entropy, keywords
+from lvm.codec.ladder import Answer, LadderSettings, Nearest, extracted, faults, keywords
 from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH, Context, Fill, build_context
 from serve.breaker import Breaker
 from serve.decoder import VectorRow
@@ -67,7 +67,7 @@ class Wish:
     fill: Fill = "retrieve"
     snap: bool = True
     steps: int | None = None
-    """Exactly this many corrector steps; None climbs the ladder."""
+    """Exactly this many corrector steps of the codec's own decoder; None goes down the ladder."""
     neighbours: int = 0
     cache: bool = True
 
@@ -178,7 +178,7 @@ class Pipeline:
     async def say(self, texts: Sequence[str], wish: Wish) -> Said:
         """The chunk after these, at least one of them.
 
-        Raises DeadlineError, StageError or UnavailableError; never for want of a decoder, then it is extractive.
+        Raises DeadlineError, StageError or UnavailableError; never for want of a decoder, then the corpus answers.
         """
         key = self._key(texts, wish)
         if wish.cache:
@@ -214,8 +214,11 @@ class Pipeline:
             "vector" if answer.cached else None,
             clock.retries,
         )
-        whole = not self._emergency(answer)
-        if wish.cache and whole and way.folder == self._folders.get(wish.model, PASSTHROUGH):
+        if (
+            wish.cache
+            and answer.emergency is None
+            and way.folder == self._folders.get(wish.model, PASSTHROUGH)
+        ):
             # Not kept: what was answered in an emergency, and answers of a version that is being replaced.
             self._answers.put(key, said)
         self._count(said, wish)
@@ -241,33 +244,34 @@ class Pipeline:
     async def decode(
         self,
         vectors: NDArray[np.float32],
-        sources: Sequence[str | None],
         deadline: float,
         steps: int | None = None,
         cache: bool = True,
-        extractive: bool = True,
+        corpus: bool = True,
     ) -> tuple[list[Answer], Timing]:
-        """One Answer a unit vector (B, D). extractive: whether the corpus may answer on the last rung."""
-        rows = [VectorRow(v, s, steps, cache) for v, s in zip(vectors, sources, strict=True)]
-        refusal = self.breaker.refuses(self.decoder.depth) if extractive else None
+        """One Answer a unit vector (B, D). corpus: whether it may answer for what was refused."""
+        rows = [VectorRow(v, None, steps, cache) for v in vectors]
+        refusal = self.breaker.refuses(self.decoder.depth) if corpus else None
         timing = Timing()
         answers: list[Answer | None] = [None] * len(rows)
         if refusal is None:
             try:
-                found, timing = await self._decode_rows(rows, deadline, extractive)
+                found, timing = await self._decode_rows(rows, deadline, corpus)
                 answers = list(found)
             except (UnavailableError, DeadlineError) as err:
-                if not extractive or time.monotonic() >= deadline:
+                if not corpus or time.monotonic() >= deadline:
                     raise
                 refusal = str(err)
-        open_ = [i for i, a in enumerate(answers) if a is None or (extractive and refused(a))]
+        open_ = [i for i, a in enumerate(answers) if a is None or (corpus and not a.accepted)]
         if open_:
-            near, near_timing = await self.finder.run([NearRow(vectors[i], 1) for i in open_], deadline)
+            near, near_timing = await self.finder.run(
+                [NearRow(vectors[i], 1, answers=True) for i in open_], deadline
+            )
             timing = Timing(
                 timing.queue_ms + near_timing.queue_ms, timing.work_ms + near_timing.work_ms, timing.retries
             )
             for i, chunks in zip(open_, near, strict=True):
-                answers[i] = extract(answers[i], chunks[0], refusal)
+                answers[i] = extracted(answers[i], Nearest(chunks[0].text, chunks[0].cosine), refusal)
         return [a for a in answers if a is not None], timing
 
     # ------------------------------------------------------------------------------------------- the stages
@@ -325,8 +329,7 @@ class Pipeline:
         refusal = self.breaker.refuses(self.decoder.depth)
         answer: Answer | None = None
         if refusal is None:
-            source = " ".join(way.context.texts)
-            row = VectorRow(way.steered, source, wish.steps, wish.cache, self._on_their_way)
+            row = VectorRow(way.steered, way.context.vectors, wish.steps, wish.cache, self._on_their_way)
             try:
                 (answer,), timing = await self._decode_rows([row], wish.deadline, True)
                 clock.add("decode", timing)
@@ -335,12 +338,13 @@ class Pipeline:
                 if time.monotonic() >= wish.deadline:
                     raise
                 refusal = str(err)
-        if answer is not None and not refused(answer):
+        if answer is not None and (answer.accepted or wish.steps is not None):
             return answer
-        near: Sequence[CorpusChunk] = way.near
-        if not near:
-            near = await self._near(way.steered, 1, way.context, wish.deadline, clock, "decode")
-        return extract(answer, near[0], refusal)
+        # A chunk the reader has just read is no continuation of it.
+        row = NearRow(way.raw, 1, frozenset(way.context.texts), answers=True)
+        ((chunk,),), timing = await self.finder.run([row], wish.deadline)
+        clock.add("decode", timing)
+        return extracted(answer, Nearest(chunk.text, chunk.cosine), refusal)
 
     async def _decode_rows(
         self, rows: Sequence[VectorRow], deadline: float, patient: bool
@@ -357,16 +361,12 @@ class Pipeline:
             raise
         finally:
             took = None if answers is None else time.monotonic() - begun
-            last = answers is not None and all(refused(a) for a in answers)
-            self.breaker.done(took, last)
+            refused = answers is not None and not any(a.accepted for a in answers)
+            self.breaker.done(took, refused)
             self._metrics.breaker.set(int(self.breaker.open))
         return answers, timing
 
     # ------------------------------------------------------------------------------------------ book-keeping
-
-    @staticmethod
-    def _emergency(answer: Answer) -> bool:
-        return any(reason.startswith("decoder not asked") for reason in answer.reasons)
 
     def _key(self, texts: Sequence[str], wish: Wish) -> bytes:
         read = texts[-CONTEXT_CHUNKS:]
@@ -391,9 +391,9 @@ class Pipeline:
         m, label = self._metrics, {"model": wish.model}
         for stage in STAGES:
             m.stage.observe(said.milliseconds[stage] / 1000, {"stage": stage})
-        m.answers.inc(1, {"model": wish.model, "rung": said.answer.rung})
+        m.answers.inc(1, {"model": wish.model, "source": said.answer.source})
         m.cosine.observe(said.answer.cosine, label)
-        quality = judge(said.answer.text, said.context.texts)
+        quality = judge(said.answer.text, said.answer.refusals, said.context.texts)
         if quality.gibberish:
             m.gibberish.inc(1, label)
         if quality.keyword_hit:
@@ -402,31 +402,12 @@ class Pipeline:
             m.entity_hits.inc(1, label)
 
 
-def refused(answer: Answer) -> bool:
-    """True where the rung that answered was itself refused: the last of a ladder without a corpus."""
-    return any(reason.startswith(f"{answer.rung}: ") for reason in answer.reasons)
-
-
-def extract(answer: Answer | None, chunk: CorpusChunk, refusal: str | None) -> Answer:
-    """The corpus chunk's own words, after the decoder's answer was refused or none was asked for."""
-    if answer is None:
-        return Answer(chunk.text, EXTRACTIVE, (f"decoder not asked: {refusal}",), chunk.cosine, {})
-    return Answer(
-        chunk.text,
-        EXTRACTIVE,
-        answer.reasons,
-        chunk.cosine,
-        answer.milliseconds,
-        refused=(*answer.refused, answer.text),
-    )
-
-
 @dataclass(frozen=True)
 class Quality:
     """How an answer reads beside its context."""
 
     gibberish: bool
-    """It repeats itself or holds too few different characters, by the ladder's own limits."""
+    """Something speaks against it: it is no language, repeats itself or holds too few different characters."""
     keyword_hit: bool
     entity_hit: bool
     """It shares a capitalised word that opens no sentence; true where the context has none."""
@@ -436,16 +417,15 @@ _NAME = re.compile(r"(?<=[\w,;] )[A-Z]\w{2,}")
 _SETTINGS = LadderSettings()
 
 
-def judge(text: str, context: Sequence[str]) -> Quality:
-    """Quality of an answer to this context."""
+def judge(text: str, refusals: Sequence[str], context: Sequence[str]) -> Quality:
+    """Quality of an answer to this context; refusals: what the ladder says against it."""
     source = " ".join(context)
     wanted, names = keywords(source), set(_NAME.findall(source))
     return Quality(
-        bigram_share(text) > _SETTINGS.max_bigram_share
-        or character_entropy(text) < _SETTINGS.min_entropy_bits,
+        bool(refusals) or bool(faults(text, _SETTINGS)),
         not wanted or bool(wanted & keywords(text)),
         not names or any(name in text for name in names),
     )
 
 
-__all__ = ["Cache", "Pipeline", "Quality", "Said", "StageError", "Wish", "extract", "judge", "refused"]
+__all__ = ["Cache", "Pipeline", "Quality", "Said", "StageError", "Wish", "judge"]

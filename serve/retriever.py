@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
+from lvm.predict.extract import Extractor
 from lvm.predict.steer import CONTEXT_CHUNKS, Context, build_context, snap
 from lvm.vectors.index import load_index
 from lvm.vectors.sequences import open_vectors
@@ -49,6 +50,8 @@ class NearRow:
     k: int
     barred: frozenset[str] = frozenset()
     """Texts that may not be answered with: those of the context, which would be no continuation."""
+    answers: bool = False
+    """True for the one chunk that answers best (`lvm.predict.extract`), not the k nearest."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Retriever:
         self._array = open_vectors(Path(args.run) / "vectors")
         self._index = load_index(Path(args.run) / "index")
         self._index.require_array(self._array)
+        self._extractor = Extractor(self._array, self._index)
         self._identity = manifest.identity
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="search")
 
@@ -107,6 +111,13 @@ class Retriever:
         return await self._each(rows, remaining_s, self._near)
 
     def _near(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
+        answering = [i for i, row in enumerate(rows) if row.answers]
+        if answering:
+            found = self._answering([rows[i] for i in answering])
+            others = [i for i, row in enumerate(rows) if not row.answers]
+            rest = self._near([rows[i] for i in others]) if others else []
+            by_row = dict(zip(answering + others, [*found, *rest], strict=True))
+            return [by_row[i] for i in range(len(rows))]
         # A text may stand in the corpus several times; twice as many leave enough after those are taken out.
         k = min(len(self._index), max(r.k + 2 * len(r.barred) for r in rows))
         scores, found = self._index.search(np.stack([r.vector for r in rows]), k)
@@ -118,21 +129,31 @@ class Retriever:
             kept = [i for i, text in enumerate(texts) if text not in row.barred] or list(range(len(texts)))
             kept = kept[: row.k]
             numbers = wanted[kept]
-            titles, sources = self._array.titles(numbers), self._array.sources(numbers)
             answers.append(
-                [
-                    CorpusChunk(
-                        texts[i],
-                        title,
-                        source,
-                        str(self._array.chunk_ids[number]),
-                        int(self._array.positions[number]),
-                        float(row_scores[i]),
-                    )
-                    for i, number, title, source in zip(kept, numbers, titles, sources, strict=True)
-                ]
+                [self._chunk(int(n), float(row_scores[i])) for i, n in zip(kept, numbers, strict=True)]
             )
         return answers
+
+    def _answering(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
+        """The chunk that answers best for each row's vector, those it bars left out while there are others."""
+        places, cosines = self._extractor.answers(
+            np.stack([r.vector for r in rows]), [r.barred for r in rows]
+        )
+        numbers = np.maximum(places, 0)
+        return [[self._chunk(int(n), float(c))] for n, c in zip(numbers, cosines, strict=True)]
+
+    def _chunk(self, number: int, cosine: float) -> CorpusChunk:
+        (text,), (title,), (source,) = (
+            read([number]) for read in (self._array.texts, self._array.titles, self._array.sources)
+        )
+        return CorpusChunk(
+            text,
+            title,
+            source,
+            str(self._array.chunk_ids[number]),
+            int(self._array.positions[number]),
+            cosine,
+        )
 
     async def _each(
         self, rows: list[Any], remaining_s: list[float], work: Callable[[list[Any]], Sequence[Any]]

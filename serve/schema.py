@@ -152,16 +152,34 @@ class ContextReply(_Reply):
     origins: list[Literal["text", "retrieved", "repeated"]]
 
 
+class AttemptReply(_Reply):
+    """A text that was refused."""
+
+    text: str
+    source: Literal["exact", "writer", "corpus"]
+    steps: int
+    cosine: float
+    refusals: list[str] = Field(description="What speaks against it.")
+
+
+SOURCE = Field(
+    description="exact: read back, the vector is this text's own. writer: written by a language model from the vector. "
+    "corpus: the nearest corpus chunk's own words."
+)
+
+
 class Generated(_Reply):
     """One predicted chunk."""
 
     text: str
-    rung: str = Field(
-        description='"steps=1", "steps=3", "steps=5", "steps=0" (a codec without corrector) or "extractive".'
+    source: Literal["exact", "writer", "corpus"] = SOURCE
+    steps: int = Field(description="Corrector steps of an exact text.")
+    refusals: list[str] = Field(description="What speaks against the text, given for want of a better one.")
+    attempts: list[AttemptReply] = Field(description="Texts that were refused before it, in order.")
+    log_prob: float | None = Field(
+        description="Mean natural log-probability a character under the language model; real text has about -1."
     )
-    reasons: list[str] = Field(description="Why each earlier rung was refused.")
-    refused: list[str] = Field(description="What those rungs had written.")
-    extractive: bool = Field(description="True: the text is a corpus chunk's own, nothing was written.")
+    emergency: str | None = Field(None, description="Why the decoder was not asked at all.")
     cosine: float = Field(description="Of the text's vector with the prediction.")
     snapped_cosine: float = Field(description="Of the raw prediction with what was decoded after the snap.")
     drifted: bool = Field(description="Whether the snap used the blend for drift.")
@@ -310,9 +328,6 @@ class DecodeRequest(_Request):
     steps: Steps = None
     codec: Name | None = Field(None, description="Refused where another codec is loaded.")
     subscribers: OneOrMany | None = Field(None, description="The original's name for codecs: jxe, ielab.")
-    sources: list[str] | None = Field(
-        None, description="For each vector, the text a good answer shares keywords with."
-    )
     cache: UseCache = True
     deadline_s: Deadline = None
 
@@ -321,10 +336,12 @@ class DecodedText(_Reply):
     """One vector's text."""
 
     text: str
-    rung: str
-    reasons: list[str]
-    refused: list[str]
-    extractive: bool
+    source: Literal["exact", "writer", "corpus"] = SOURCE
+    steps: int
+    refusals: list[str]
+    attempts: list[AttemptReply]
+    log_prob: float | None
+    emergency: str | None = None
     cosine: float
     cached: bool
 
@@ -508,10 +525,28 @@ def decoded_text(answer: Answer) -> DecodedText:
     """A ladder's answer as a reply."""
     return DecodedText(
         text=answer.text,
-        rung=answer.rung,
-        reasons=list(answer.reasons),
-        refused=list(answer.refused),
-        extractive=answer.rung == "extractive",
         cosine=round(answer.cosine, 6),
         cached=answer.cached,
+        **came_about(answer),
     )
+
+
+def came_about(answer: Answer) -> dict[str, Any]:
+    """The fields of a reply that say where a text comes from."""
+    return {
+        "source": answer.source,
+        "steps": answer.steps,
+        "refusals": list(answer.refusals),
+        "attempts": [
+            AttemptReply(
+                text=a.text,
+                source=a.source,
+                steps=a.steps,
+                cosine=round(a.cosine, 6),
+                refusals=list(a.refusals),
+            )
+            for a in answer.attempts
+        ],
+        "log_prob": None if answer.log_prob is None else round(answer.log_prob, 4),
+        "emergency": answer.emergency,
+    }

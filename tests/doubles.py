@@ -25,6 +25,7 @@ class FakeTokenizer:
 
     def __init__(self, max_tokens: int = 32, seed: str = "words") -> None:
         self.max_tokens = max_tokens
+        self.num_special = 1
         self.sha256 = hashlib.sha256(f"fake tokenizer {seed}".encode()).hexdigest()
 
     def count(self, texts: Sequence[str]) -> list[int]:
@@ -57,8 +58,57 @@ class Decoded:
     steps_used: np.ndarray
 
 
+@dataclass(frozen=True)
+class Read:
+    """What became of a vector."""
+
+    text: str
+    cosine: float
+    steps_used: int
+    no_text: bool = False
+
+
+class FakeReading:
+    """Rounds of a codec that only has `decode`: all that waits is decoded at once."""
+
+    def __init__(self, codec: "FakeCodec") -> None:
+        self._codec = codec
+        self._waiting: dict[int, tuple[np.ndarray, int]] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def read(self, vector: np.ndarray, steps: int, leave_blends: bool) -> int:
+        self._next += 1
+        self._waiting[self._next] = (vector, steps)
+        return self._next
+
+    def drop(self, ticket: int) -> None:
+        self._waiting.pop(ticket, None)
+
+    def inside(self) -> dict[int, Read]:
+        return {}
+
+    def run(self) -> dict[int, Read]:
+        left = {}
+        for ticket, (vector, steps) in self._waiting.items():
+            decoded = self._codec.decode(vector[None], steps)
+            left[ticket] = Read(decoded.texts[0], float(decoded.cosines[0]), steps)
+        self._waiting.clear()
+        return left
+
+
 class FakeCodec:
     """Sum of word vectors in, "text of 1f3a9c2b" out. Another `seed` is another encoder."""
+
+    decoder_digest = "fake decoder"
+    supported_steps = (0, 1, 2, 3, 4, 5)
+    writer = None
+    no_writer = "the fake codec has no writer"
+
+    def reading(self) -> FakeReading:
+        return FakeReading(self)
 
     def __init__(self, seed: str = "words", max_tokens: int = 32) -> None:
         self.seed = seed

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvm.codec.inference import Int8MiniEncoder
-from lvm.codec.mini import MiniEncoder
 from lvm.codec.runner import Precision, StackRunner, best_precision
 from lvm.codec.t5 import T5Stack
 from lvm.codec.tokenizer import ChunkTokenizer
@@ -109,18 +108,34 @@ class GtrEncoder(nn.Module):
         return other
 
 
+class Sizes(Protocol):
+    """What is asked of an encoder's configuration."""
+
+    @property
+    def dim(self) -> int: ...
+
+
+class Network(Protocol):
+    """An encoder: token ids (B, T) and mask (B, T), None when all places are real, to (B, D)."""
+
+    @property
+    def config(self) -> Sizes: ...
+    def to(self, device: torch.device) -> Any: ...
+    def __call__(self, ids: Tensor, mask: Tensor | None) -> Any: ...
+
+
 class TextEncoder:
     """A codec's encoder with its tokenizer, on one device."""
 
     def __init__(
         self,
-        network: MiniEncoder | GtrEncoder,
+        network: Network,
         tokenizer: ChunkTokenizer,
         device: torch.device,
         precision: Precision | Literal["auto"] = "auto",
     ) -> None:
         """precision: of the matrix products; "auto" for the fastest the device has, where it keeps MIN_COSINE."""
-        self.network = network.to(device).eval()
+        self.network: Any = network.to(device).eval()
         self.tokenizer = tokenizer
         self.device = device
         self.batch_tokens = BATCH_TOKENS.get(device.type, MORE_BATCH_TOKENS)

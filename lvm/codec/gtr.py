@@ -289,7 +289,11 @@ def _hash(tensors: dict[str, Any]) -> str:
 
 
 def load_gtr(
-    name: str, path: str | Path | None = None, device: Any = None, precision: str = "auto"
+    name: str,
+    path: str | Path | None = None,
+    device: Any = None,
+    precision: str = "auto",
+    find_writer: Any = None,
 ) -> "Codec":
     """A GTR codec ready to encode and decode: encoder, hypothesizer, corrector.
 
@@ -346,4 +350,16 @@ def load_gtr(
         where,
     )
     scale = 1.0 if contract.whole else float(np.mean(encoder.encode(SCALE_TEXTS).norms))
-    return Codec(identity, encoder, inverter, scale)
+    digest = hashlib.sha256()
+    for repository in (contract.hypothesizer, contract.corrector):
+        for file in sorted(folders[repository].glob("*.safetensors")):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return Codec(
+        identity,
+        encoder,
+        inverter,
+        scale,
+        decoder_digest=digest.hexdigest(),
+        find_writer=lambda: "no writer was asked for" if find_writer is None else find_writer(identity),
+    )

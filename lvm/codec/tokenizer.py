@@ -16,6 +16,9 @@ from lvm.errors import InputError
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 """T5's special tokens, in T5's order: ids 0, 1, 2."""
 
+SPECIAL = ((END, PAD), ("[SEP]", "[PAD]"))
+"""End and padding tokens of the tokenizers read here: T5's and most others', BERT's."""
+
 
 class ChunkTokenizer:
     """Text to token ids under one codec's limit; the end-of-sequence token always counts."""
@@ -28,11 +31,16 @@ class ChunkTokenizer:
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        end_id, pad_id = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
-        if end_id is None or pad_id is None:
-            raise InputError(f"the tokenizer lacks {PAD} or {END}; expected one with T5's special tokens")
-        self.end_id = end_id
-        self.pad_id = pad_id
+        found = [(tokenizer.token_to_id(end), tokenizer.token_to_id(pad)) for end, pad in SPECIAL]
+        whole = [pair for pair in found if None not in pair]
+        if not whole:
+            names = " or ".join(f"{end} and {pad}" for end, pad in SPECIAL)
+            raise InputError(f"the tokenizer lacks its special tokens; expected {names}")
+        self.end_id: int
+        self.pad_id: int
+        self.end_id, self.pad_id = whole[0]  # type: ignore[assignment]
+        self.num_special = len(tokenizer.encode("").ids)
+        """Tokens that every text has besides its own: 1 with T5's end, 2 with BERT's beginning and end."""
 
     @classmethod
     def load(cls, path: Path, max_tokens: int) -> "ChunkTokenizer":

@@ -12,11 +12,10 @@ That needs no weights but the codec's own table. Three parts:
   Greig & Venkataramanan 2017, arXiv:1501.05892), with the hypothesis as a prior.
 - Swaps. Two tokens in each other's places explain each other's word part, a local optimum that single places do not
   leave; the pair whose exchange explains most is exchanged, while there is one.
-- A text is taken only when it explains more of x than the hypothesis does, and when it explains so much that the vector
+- A text is taken only when it explains more of x than the hypothesis does, and when it explains so much that
+the vector
   can be a text's. A predicted vector is a blend of many texts, and words fitted to it place by place are no sentence.
-- There the hypothesizer writes again, from the vector *sharpened*: in a blend the topics add up and so do the commonest
-  words, while what is said only once or twice fades. So the usual text is taken off and the rest amplified to a
-  text's length; else it writes "The the of a and".
+- Such a vector is left to a writer (`lvm.codec.writer`). Many show after one soft sweep, before anything is written.
 
 The coordinate pairs that a rotation turns are held as complex numbers here, so that turning, and all of A_t, is one
 product: A_t e is (w + o r_t) e, its transpose the conjugate's, and inner products are the real parts'. For a few rows
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lvm.codec.inverter import Correction, Embed, Inversion, Inverter, MiniHypothesizing, ToIds, ToTexts
-from lvm.codec.mini import MiniEncoder, MiniHypothesizer, flat, paired, unpaired
+from lvm.codec.mini import MiniEncoder, MiniHypothesizer, flat, paired
 from lvm.codec.runner import ARGMAX_BLOCK, Matrix, Precision, first_largest
 from lvm.errors import InputError
 
@@ -58,8 +57,13 @@ SOLVED = 0.002
 """Unexplained share of x under which nothing is left to correct."""
 
 NO_TEXT = 0.42
-"""Unexplained share of x above which no text is behind the vector. At cosine 0.9 from a text's vector about 0.30 stays
-unexplained and correcting helps; at 0.8 it is 0.45 and does not (tests/bench/results)."""
+"""Unexplained share of x above which no text is behind the vector. At cosine 0.9 from a text's vector about
+0.30 stays unexplained and correcting helps; at 0.8 it is 0.45 and does not (tests/bench/results)."""
+
+BLEND = 0.56
+"""Unexplained share after one soft sweep, from nothing, above which a vector is a blend: the largest of 300
+texts' own vectors is 0.31, of the same at cosine 0.9 0.54; half of a regression's predictions have more than
+0.56 (LOG.md)."""
 
 HOPELESS = (0.55, 0.50, 0.46)
 """Unexplained share after the first, second and third sweep above which a row is taken for a blend and left: of 288
@@ -117,9 +121,6 @@ class Unbinder:
         usual = self._log_prior.softmax(-1) @ flat(self._table)
         # What a place holds before anything is known, (T, H)
         self._start = torch.view_as_complex(usual.view(T, -1, 2)) * self._binding
-        self._usual_text = unpaired(self._start.sum(0))
-        energy = (self._log_prior[0, :-1].softmax(-1) * energies[0, :-1]).sum()
-        self._usual_norm = float((c.full_tokens * energy).sqrt())
         # cos(d * angle) of each coordinate pair and distance d, (H, T)
         self._cosines = turns.real.T.contiguous()
 
@@ -136,15 +137,6 @@ class Unbinder:
     def improve(self, vectors: Tensor, rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """One step: token ids that explain unit vectors (B, D) float32 better than `rows` do, or `rows` again."""
         return self.judge(vectors, rows)[0]
-
-    @torch.inference_mode()
-    def sharpen(self, vectors: Tensor) -> Tensor:
-        """Blends (B, D) float32 with the usual text taken off their words and the rest as long as a text's; unit."""
-        content = self._hypothesizer.unscale(vectors) - self._usual_text
-        norms = content.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-        content = content * (self._usual_norm / norms).clamp(min=1.0)
-        topic = F.normalize(vectors[:, : -content.shape[1]], dim=-1) * self._hypothesizer.topic_norm
-        return F.normalize(torch.cat((topic, content), dim=-1), dim=-1)
 
     @torch.inference_mode()
     def judge(self, vectors: Tensor, rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
@@ -176,8 +168,8 @@ class Unbinder:
         return ids
 
     def _sweep(self, x: Tensor, ids: Tensor, settled: bool = False) -> tuple[Tensor, Tensor]:
-        """Most probable ids (B, T) after soft sweeps from the hypothesis ids (B, T), and the rows (B',) int64 that went
-        through all of them: the others were left as hopeless.
+        """Most probable ids (B, T) after soft sweeps from the hypothesis ids (B, T), and the rows (B',) int64
+        that went through all of them: the others were left as hopeless.
 
         settled: begin from what the hypothesis explains, not from the usual text, and sweep once, cold.
         """
@@ -227,13 +219,25 @@ class Unbinder:
         embedded = self._of_pieces.of_shares(weights).div_(weights.sum(-1, keepdim=True))
         return torch.view_as_complex(embedded.view(*scores.shape[:2], -1, 2)) * self._binding[places]
 
-    @torch.inference_mode()
     def foresee(self, x: Tensor) -> Tensor:
         """What the places after each probably hold together, (B, T, H), from lexical parts x (B, H) alone; as pairs.
 
-        One soft sweep from the last place to the first. A writer that takes some of it off reads its next word
-        against less noise (`lvm.codec.inverter.FORESEEN_SHARE`).
+        A writer that takes some of it off reads its next word against less noise
+        (`lvm.codec.inverter.FORESEEN_SHARE`).
         """
+        return self._soft_sweep(x)[0]
+
+    @torch.inference_mode()
+    def blends(self, vectors: Tensor) -> Tensor:
+        """(B,) bool: unit vectors (B, D) float32 that one soft sweep already shows to be no text's."""
+        x = paired(self._hypothesizer.unscale(vectors))
+        left = self._soft_sweep(x)[1]
+        return _square(left).sum(1) > BLEND * _square(x).sum(1)
+
+    @torch.inference_mode()
+    def _soft_sweep(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the places after each hold on average, (B, T, H), and what all leave of x (B, H), (B, H): one sweep
+        from the last place to the first."""
         mean = self._start.repeat(len(x), 1, 1)
         left = x - mean.sum(1)
         after = torch.zeros_like(mean)
@@ -244,7 +248,7 @@ class Unbinder:
             left = (alone - here)[:, 0]
             if t:
                 after[:, t - 1] = after[:, t] + here[:, 0]
-        return after
+        return after, left
 
     def _swap(self, x: Tensor, ids: Tensor, most: int = 8) -> Tensor:
         """ids (B, T) with pairs of places exchanged while that explains more of x, at most `most` pairs a row.
@@ -330,14 +334,14 @@ class UnbindingInverter(Inverter):
         own: npt.NDArray[np.float32],
         hypotheses: Sequence[Sequence[int]],
     ) -> list[Correction]:
-        """Better texts for unit vectors (B, D), from hypotheses (ids); `own` is not needed. A vector that is no text's
-        is written from again, sharpened; a further step would find the same and write the same."""
-        given = self._tensor(vectors)
-        ids, no_text = self._unbinder.judge(given, hypotheses)
+        """Better texts for unit vectors (B, D), from hypotheses (ids); `own` is not needed. A vector that is
+        no text's keeps its hypothesis."""
+        ids, no_text = self._unbinder.judge(self._tensor(vectors), hypotheses)
         found = [Correction(row) for row in ids]
-        if no_text:
-            for row, vector in zip(
-                no_text, self._unbinder.sharpen(given[no_text]).cpu().numpy(), strict=True
-            ):
-                found[row] = Correction(ids[row], rewrite=vector)
+        for row in no_text:
+            found[row] = Correction(ids[row], no_text=True)
+        return found
+
+    def blends(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        found: npt.NDArray[np.bool_] = self._unbinder.blends(self._tensor(vectors)).cpu().numpy()
         return found

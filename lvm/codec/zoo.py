@@ -6,8 +6,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,15 @@ from lvm.errors import InputError
 
 if TYPE_CHECKING:
     from lvm.codec.encoder import Encoded, TextEncoder
-    from lvm.codec.inverter import Inverter
+    from lvm.codec.inverter import Inverter, Rounds
+    from lvm.codec.writer import Writer
 
 CODECS = {"mini": Path(__file__).parent / "weights" / "mini"}
 """Codec name to the folder with its weights."""
+
+SENTENCE = "sentence-transformers"
+"""Name of the codec of any such model, in the folder that --codec-path names: vectors, and a writer where one
+was fitted."""
 
 MINI_STEPS = (0, 1, 2, 3, 4, 5)
 """Corrector steps of `mini` that were measured; the first does nearly all, more than five changed no text."""
@@ -51,28 +57,59 @@ class Codec:
         self,
         identity: CodecIdentity,
         encoder: "TextEncoder",
-        inverter: "Inverter",
+        inverter: "Inverter | None",
         scale: float = 1.0,
         supported_steps: tuple[int, ...] | None = None,
+        decoder_digest: str = "",
+        find_writer: "Callable[[], Writer | str]" = lambda: "this codec has no writer",
     ) -> None:
-        """scale: norm of the vectors the decoder was trained on; 1 where the encoder normalises."""
+        """scale: norm of the vectors the decoder was trained on; 1 where the encoder normalises.
+        decoder_digest: hash of the decoder's weights. find_writer: loads the writer, or says in words why
+        there is none."""
         self.identity = identity
         self.inverter = inverter
-        """The decode engine, for streams of rows (`lvm.codec.inverter.Rounds`)."""
+        """The decode engine, for streams of rows (`lvm.codec.inverter.Rounds`); None where no text can be read
+        back."""
+        self.decoder_digest = decoder_digest
+        """Hash of the decoder's weights: the same vectors read by another decoder give other texts."""
         self.scale = scale
         self._encoder = encoder
         self._supported_steps = supported_steps
+        self._find_writer = find_writer
+
+    @cached_property
+    def _writer(self) -> "Writer | str":
+        return self._find_writer()
+
+    @property
+    def writer(self) -> "Writer | None":
+        """Writes vectors that no text has; loaded on first use. None where there is none, and `no_writer` says
+        why."""
+        return None if isinstance(self._writer, str) else self._writer
+
+    @property
+    def no_writer(self) -> str | None:
+        """Why there is no writer and how to get one; None where there is."""
+        return self._writer if isinstance(self._writer, str) else None
 
     @property
     def supported_steps(self) -> tuple[int, ...] | None:
         """Corrector steps worth asking for: None for any number, (0,) for a codec without a corrector."""
         return self._supported_steps
 
-    @property
-    def stops_early(self) -> bool:
-        """True where a step that brings a text no nearer is its last (`lvm.codec.ladder.Decoder`)."""
-        settings = self.inverter.settings
-        return settings.stop_early and settings.keep_best
+    def reading(self) -> "Rounds":
+        """Rounds in which unit vectors are read back."""
+        from lvm.codec.inverter import Rounds
+
+        return Rounds(self._require_inverter(), self.scale)
+
+    def _require_inverter(self) -> "Inverter":
+        if self.inverter is None:
+            raise InputError(
+                f"codec {self.identity} reads no text back, it has an encoder alone; a writer writes from its vectors "
+                "(`latent train-writer`)"
+            )
+        return self.inverter
 
     @property
     def tokenizer(self) -> ChunkTokenizer:
@@ -119,7 +156,9 @@ class Codec:
                     f"norms have shape {scales.shape} for {len(vectors)} vectors, or are not all above 0; "
                     "give those the encoder returned"
                 )
-        done = self.inverter.invert(vectors / lengths * scales[:, None], steps, target_cosine, starts)
+        done = self._require_inverter().invert(
+            vectors / lengths * scales[:, None], steps, target_cosine, starts
+        )
         return Decoded(
             [row.text for row in done],
             np.array([row.cosine for row in done], np.float32),
@@ -131,7 +170,7 @@ def codec_folder(name: str, path: str | Path | None = None) -> Path:
     """The folder with a codec's files. Raises InputError on an unknown name or a missing file."""
     if path is None and name not in CODECS:
         raise InputError(
-            f"unknown codec {name!r}; expected one of {', '.join(sorted([*CODECS, *GTR_CODECS]))}, "
+            f"unknown codec {name!r}; expected one of {', '.join(sorted([*CODECS, *GTR_CODECS, SENTENCE]))}, "
             "or --codec-path with the folder of a codec trained by `latent train-codec`"
         )
     folder = CODECS[name] if path is None else Path(path)
@@ -154,6 +193,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def load_tokenizer(name: str, path: str | Path | None = None) -> ChunkTokenizer:
     """The tokenizer and token limit of a codec, without loading its weights or torch."""
+    if name == SENTENCE and path is not None:
+        from lvm.codec.sentence import load_sentence_tokenizer
+
+        return load_sentence_tokenizer(Path(path))
     if name in GTR_CODECS:
         return load_gtr_tokenizer(name, path)
     folder = codec_folder(name, path)
@@ -161,13 +204,20 @@ def load_tokenizer(name: str, path: str | Path | None = None) -> ChunkTokenizer:
 
 
 def load_codec(
-    name: str, path: str | Path | None = None, device: str = "auto", precision: str = "auto"
+    name: str,
+    path: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    writer: str | Path | None = None,
+    language_model: str | Path | None = None,
 ) -> Codec:
     """A codec ready to encode and decode.
 
     device: "auto" (CUDA, then MPS, then CPU) or a torch device. precision: "float32", "bfloat16",
-    "int8", or "auto" for the fastest that keeps the quality. Raises InputError on an unknown name,
-    missing or damaged files, and when the tokenizer is not the one the weights were trained with.
+    "int8", or "auto" for the fastest that keeps the quality. writer: folder of a writer that `latent
+    train-writer` made, else the one in the codec's own folder; language_model: what it writes with
+    (`lvm.codec.writer.load_base`). Raises InputError on an unknown name, missing or damaged files, and when
+    the tokenizer is not the one the weights were trained with.
     """
     import torch
     from safetensors import SafetensorError
@@ -179,8 +229,24 @@ def load_codec(
     from lvm.codec.runner import best_precision, require_precision
     from lvm.codec.unbind import Unbinder, UnbindingInverter
 
+    where = pick_device(device)
+    if name == SENTENCE:
+        if path is None:
+            raise InputError(
+                f"codec {SENTENCE} needs --codec-path with the folder of a model (modules.json, config.json, "
+                "tokenizer.json, model.safetensors)"
+            )
+        from lvm.codec.sentence import load_sentence_encoder
+
+        how = "auto" if precision == "auto" else require_precision(precision)
+        sentence, identity = load_sentence_encoder(Path(path), where, how)
+        find = partial(find_writer, Path(path), writer, language_model, where, identity)
+        return Codec(identity, sentence, None, supported_steps=(), find_writer=find)
     if name in GTR_CODECS:
-        return load_gtr(name, path, pick_device(device), precision)
+        own = None if path is None else Path(path)
+        return load_gtr(
+            name, path, where, precision, partial(find_writer, own, writer, language_model, where)
+        )
     folder = codec_folder(name, path)
     fields = _read_config(folder)
     try:
@@ -198,20 +264,21 @@ def load_codec(
         )
     encoder = MiniEncoder(config)
     hypothesizer = MiniHypothesizer(config, encoder.topic_norm)
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    digests = {}
     for file, module in (("encoder", encoder), ("hypothesizer", hypothesizer)):
+        digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
         try:
             tensors = load_file(folder / f"{file}.safetensors")
             module.load_state_dict(tensors)
         except (SafetensorError, RuntimeError, OSError) as err:
             raise InputError(f"{folder / file}.safetensors does not fit config.json: {err}") from err
-        if file == "encoder":
-            for key in sorted(tensors):
-                digest.update(f"{key} {tuple(tensors[key].shape)} {tensors[key].dtype}".encode())
-                digest.update(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
+        for key in sorted(tensors):
+            digest.update(f"{key} {tuple(tensors[key].shape)} {tensors[key].dtype}".encode())
+            digest.update(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
+        digests[file] = digest.hexdigest()
     identity = CodecIdentity(
         name=name if path is None else Path(path).name,
-        encoder_sha256=digest.hexdigest(),
+        encoder_sha256=digests["encoder"],
         tokenizer_sha256=tokenizer.sha256,
         pooling="topic-words-order",
         dense=False,
@@ -219,7 +286,6 @@ def load_codec(
         max_tokens=config.max_tokens,
         dim=config.dim,
     )
-    where = pick_device(device)
     text_encoder = TextEncoder(
         encoder, tokenizer, where, "auto" if precision == "auto" else require_precision(precision)
     )
@@ -245,7 +311,38 @@ def load_codec(
         config.max_tokens,
         where,
     )
-    return Codec(identity, text_encoder, inverter, supported_steps=MINI_STEPS)
+    return Codec(
+        identity,
+        text_encoder,
+        inverter,
+        supported_steps=MINI_STEPS,
+        decoder_digest=digests["hypothesizer"],
+        find_writer=lambda: find_writer(folder, writer, language_model, where, identity),
+    )
+
+
+def find_writer(
+    codec: Path | None,
+    folder: str | Path | None,
+    language_model: str | Path | None,
+    device: Any,
+    identity: CodecIdentity,
+) -> "Writer | str":
+    """The writer in `folder`, else in `writer/` of the codec's own folder; why there is none, in words, where
+    nobody asked for a certain one. Raises InputError where the one asked for does not load or writes for
+    another codec."""
+    from lvm.codec.writer import Writer, base_file, load_base, missing_base
+
+    own = None if codec is None else codec / "writer"
+    if folder is None and (own is None or not (own / "writer.json").is_file()):
+        return f"there is no writer for codec {identity}; fit one with `latent train-writer`"
+    asked = None if language_model is None else Path(language_model)
+    if asked is None and base_file() is None:
+        return missing_base()
+    base = load_base(asked)
+    where = Path(folder) if folder is not None else own
+    assert where is not None
+    return Writer(Writer.parts(where, base, identity), base, device=device)
 
 
 def pick_device(device: str) -> Any:

@@ -135,6 +135,7 @@ class Tokenizer(Protocol):
     """What the chunker asks of a codec's tokenizer."""
 
     max_tokens: int
+    num_special: int
     """Tokens a text may have, end of sequence included."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
@@ -181,7 +182,7 @@ class Chunker:
             )
         self._tokenizer = tokenizer
         self._language = language
-        self._limit = tokenizer.max_tokens - 1
+        self._limit = tokenizer.max_tokens - tokenizer.num_special
         self._counts: dict[str, int] = {}
 
     def chunk(self, articles: Sequence[Article]) -> list[list[Chunk]]:

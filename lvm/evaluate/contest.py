@@ -8,15 +8,16 @@ Letters: B windows in a batch, S windows in the text sample, T chunks in a conte
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lvm.codec.ladder import EXTRACTIVE, Answer, Decoder, Ladder, Nearest
+from lvm.codec.ladder import Answer, Decoder, Ladder, LadderSettings, Nearest, TextWriter, keywords
 from lvm.errors import InputError
 from lvm.evaluate.baselines import Batches, CorpusMean, RidgeSettings, describe, fit_ridge, mean_cosine
 from lvm.evaluate.leaderboard import Entry, Example, ExampleText, TextRow, judge
@@ -35,8 +36,9 @@ from lvm.evaluate.metrics import (
     summarise_ranks,
     text_scores,
 )
+from lvm.predict.extract import Extractor
 from lvm.predict.record import Record, load_record
-from lvm.predict.steer import allowed_neighbours, snap, unit
+from lvm.predict.steer import snap, unit
 from lvm.storage import Location
 from lvm.vectors.index import Index, load_index
 from lvm.vectors.sequences import VectorArray, Windows
@@ -50,14 +52,17 @@ CEILING = "codec ceiling"
 CodecLoader = Callable[[], "Codec"]
 """Makes the codec, once in each worker; pickled on the way there."""
 
-Form = Literal["raw", "snap"]
+Form = Literal["raw", "snap", "found"]
+"""The prediction itself, the same moved onto the corpus, and the corpus chunk that answers where nothing reads."""
 
 
 class Codec(Decoder, Protocol):
-    """What this job needs of a codec: the ladder's needs, and vectors of the decoded texts."""
+    """What this job needs of a codec."""
 
-    def encode(self, texts: list[str]) -> Any:
-        """`.vectors` (N, D) float32 of unit norm."""
+    @property
+    def writer(self) -> TextWriter | None: ...
+    @property
+    def no_writer(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class EvaluateSettings:
     """Windows printed and shown with all their texts."""
     text_windows: int = 64
     """Test windows whose predictions are decoded, as many articles as possible among them."""
+    candidates: int = 2
+    """Texts drafted for a vector that no text has."""
     max_test_windows: int = 20_000
     """Test windows scored; of more, a random sample over all test articles."""
     max_val_windows: int = 5_000
@@ -86,7 +93,14 @@ class EvaluateSettings:
     """The ridge regression's limits and penalties."""
 
     def __post_init__(self) -> None:
-        for name in ("text_windows", "max_test_windows", "max_val_windows", "max_ood_windows", "pool_chunks"):
+        for name in (
+            "text_windows",
+            "candidates",
+            "max_test_windows",
+            "max_val_windows",
+            "max_ood_windows",
+            "pool_chunks",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.examples <= self.text_windows:
@@ -268,47 +282,54 @@ class Block:
     """(B, D) unit vectors."""
     truths: NDArray[np.float32]
     """(B, D) the true next vectors."""
-    sources: list[str]
-    """The context's text, for the shared keyword."""
+    contexts: NDArray[np.float32]
+    """(B, T, D) what was read before, which a text should not repeat."""
     doc_ids: NDArray[np.int32]
     """(B,) articles held out."""
+    found: NDArray[np.bool_]
+    """(B,) True where the corpus answers and nothing is decoded."""
 
 
 @dataclass(frozen=True)
-class Said:
+class TextAnswer:
     """One decoded vector."""
 
     answer: Answer
     """What the ladder answers."""
-    text: str
-    """The decoder's own text: the answer's, or where that is an extract, the last one refused."""
     text_cosine: float
     """Cosine of the text, encoded again, with the true next vector."""
-    answer_cosine: float
-    """The same of the answer's text."""
 
 
 def decode_block(
-    load: CodecLoader, index_folder: Location, array: VectorArray, number: int, block: Block
-) -> tuple[int, list[Said]]:
-    """The block's number and its texts, with the nearest chunk of another article as the last rung."""
+    load: CodecLoader, index_folder: Location, array: VectorArray, number: int, block: Block, candidates: int
+) -> tuple[int, list[TextAnswer]]:
+    """The block's number and its texts; what is refused is answered by a chunk of another article."""
     codec, index = load(), load_index(index_folder)
-    docs = {vector.tobytes(): doc for vector, doc in zip(block.vectors, block.doc_ids, strict=True)}
+    extractor = Extractor(array, index)
 
-    def nearest(vectors: NDArray[np.float32]) -> list[Nearest]:
-        held_out = np.array([docs[v.tobytes()] for v in vectors])
-        scores, rows = allowed_neighbours(vectors, index, 1, len(array), barring(array, held_out))
-        texts = array.texts(rows[:, 0])
-        return [Nearest(text, float(score)) for text, score in zip(texts, scores[:, 0], strict=True)]
+    def nearest(vectors: NDArray[np.float32], rows: Sequence[int]) -> list[Nearest]:
+        found, near = extractor.nearest(vectors, barring(array, block.doc_ids[list(rows)]))
+        texts = array.texts(np.maximum(found, 0))
+        return [Nearest(text, float(cosine)) for text, cosine in zip(texts, near, strict=True)]
 
-    answers = Ladder(codec, nearest).decode(block.vectors, block.sources)
-    own = [a.refused[-1] if a.rung == EXTRACTIVE else a.text for a in answers]
-    of_own = cosines(codec.encode(own).vectors, block.truths)
-    of_answers = cosines(codec.encode([a.text for a in answers]).vectors, block.truths)
-    return number, [
-        Said(answer, text, float(first), float(second))
-        for answer, text, first, second in zip(answers, own, of_own, of_answers, strict=True)
-    ]
+    answers: list[Answer | None] = [None] * len(block.vectors)
+    written = np.flatnonzero(~block.found)
+    ladder = Ladder(codec, codec.writer, LadderSettings(candidates=candidates))
+    if len(written):
+        decoded = ladder.decode(
+            block.vectors[written],
+            block.contexts[written],
+            lambda vectors, rows: nearest(vectors, written[list(rows)].tolist()),
+        )
+        for row, answer in zip(written.tolist(), decoded, strict=True):
+            answers[row] = answer
+    taken = np.flatnonzero(block.found)
+    if len(taken):
+        for row, chunk in zip(taken.tolist(), nearest(block.vectors[taken], taken.tolist()), strict=True):
+            answers[row] = Answer(chunk.text, "corpus", chunk.cosine)
+    whole = [answer for answer in answers if answer is not None]
+    of_texts = cosines(codec.encode([a.text or " " for a in whole]).vectors, block.truths)
+    return number, [TextAnswer(a, float(c)) for a, c in zip(whole, of_texts, strict=True)]
 
 
 def barring(array: VectorArray, doc_ids: Ints) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
@@ -323,9 +344,7 @@ def barring(array: VectorArray, doc_ids: Ints) -> Callable[[NDArray[np.int64]], 
 
 def part_of(block: Block, rows: NDArray[Any]) -> Block:
     """These rows of a block."""
-    return Block(
-        block.vectors[rows], block.truths[rows], [block.sources[i] for i in rows], block.doc_ids[rows]
-    )
+    return Block(*(getattr(block, f.name)[rows] for f in fields(Block)))
 
 
 @dataclass(frozen=True)
@@ -338,7 +357,8 @@ class TextPlan:
 
 
 def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> TextPlan:
-    """Raw and snapped predictions of each model, the last context vector, and the true next one."""
+    """Raw and snapped predictions of each model and what the corpus has nearest, the last context vector, and
+    the true next one."""
     sample, array = contest.sample, contest.sample.array
     contexts, targets = sample.batch(slice(None))
     truths, held_out = unit(targets), barring(array, sample.doc_ids)
@@ -347,37 +367,51 @@ def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> Text
         if one.kind == "model":
             means = contexts.mean(axis=1)
             moved = snap(one.sample, contexts[:, -1], means, index, array.vectors, barred=held_out)
-            wanted += [((one.name, "raw"), one.sample), ((one.name, "snap"), moved.vectors)]
+            wanted += [
+                ((one.name, "raw"), one.sample),
+                ((one.name, "snap"), moved.vectors),
+                ((one.name, "found"), one.sample),
+            ]
     wanted += [(("passthrough", "raw"), unit(contexts[:, -1])), ((CEILING, "raw"), truths)]
-    sources = [" ".join(array.texts(rows)) for rows in sample.rows_of_context]
     return TextPlan(
         tuple(name for name, _ in wanted),
         Block(
             np.concatenate([vectors for _, vectors in wanted]),
             np.tile(truths, (len(wanted), 1)),
-            sources * len(wanted),
+            np.tile(contexts, (len(wanted), 1, 1)),
             np.tile(sample.doc_ids, len(wanted)),
+            np.repeat([form == "found" for (_, form), _ in wanted], len(sample)),
         ),
     )
 
 
+def distinct_2(texts: Sequence[str]) -> float:
+    """Share of different word pairs among all pairs of all texts (Li et al. 2016, arXiv:1510.03055); 0 without
+    pairs."""
+    pairs = [pair for text in texts for pair in pairwise(text.split())]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
 def measure_texts(
-    contest: Contest, plan: TextPlan, said: Sequence[Said]
+    contest: Contest, plan: TextPlan, texts: Sequence[TextAnswer]
 ) -> tuple[list[TextRow], list[Example]]:
     """Text measures of each row of the plan, and the first windows of the sample as examples.
 
-    `said` has one entry for each vector of the plan's block, in order.
+    texts: one for each vector of the plan's block, in order.
     """
     sample, array = contest.sample, contest.sample.array
     size = len(sample)
     true_texts, titles = array.texts(sample.rows_of_target), array.titles(sample.rows_of_target)
+    contexts = [array.texts(rows) for rows in sample.rows_of_context]
+    known = [keywords(" ".join([*c, t])) for c, t in zip(contexts, true_texts, strict=True)]
     exact = cosines(plan.block.vectors, plan.block.truths)
-    text: list[TextRow] = []
+    rows: list[TextRow] = []
     for number, (name, form) in enumerate(plan.names):
-        own = said[number * size : (number + 1) * size]
-        rungs = Counter(s.answer.rung for s in own)
-        measured = text_scores([s.text for s in own], true_texts)
-        text.append(
+        own = texts[number * size : (number + 1) * size]
+        answers = [t.answer for t in own]
+        measured = text_scores([a.text for a in answers], true_texts)
+        judged = [a for a in answers if a.log_prob is not None]
+        rows.append(
             {
                 "name": name,
                 "form": form,
@@ -386,39 +420,42 @@ def measure_texts(
                 "rougeL": measured["rougeL"],
                 "bleu": measured["bleu"],
                 "vector_cosine": float(exact[number * size : (number + 1) * size].mean()),
-                "text_cosine": float(np.mean([s.text_cosine for s in own])),
-                "rungs": dict(rungs.most_common()),
+                "text_cosine": float(np.mean([t.text_cosine for t in own])),
+                "keyword": float(
+                    np.mean([bool(k & keywords(a.text)) for k, a in zip(known, answers, strict=True)])
+                ),
+                "distinct_2": distinct_2([a.text for a in answers]),
+                "log_prob": float(np.mean([a.log_prob for a in judged])) if judged else None,
+                "sources": dict(Counter(a.source for a in answers).most_common()),
             }
         )
     examples: list[Example] = []
     for i in range(min(contest.settings.examples, size)):
-        target = sample.rows_of_target[i]
         decoded: list[ExampleText] = []
         for number, (name, form) in enumerate(plan.names):
-            one = said[number * size + i]
+            one = texts[number * size + i]
             decoded.append(
                 {
                     "name": name,
                     "form": form,
-                    "text": one.text,
+                    "text": one.answer.text,
                     "vector_cosine": float(exact[number * size + i]),
                     "text_cosine": one.text_cosine,
-                    "rung": one.answer.rung,
-                    "reasons": list(one.answer.reasons),
-                    "extract": one.answer.text if one.answer.rung == EXTRACTIVE else "",
-                    "extract_cosine": one.answer_cosine if one.answer.rung == EXTRACTIVE else 0.0,
+                    "source": one.answer.source,
+                    "refused": [f"{a.text} ({'; '.join(a.refusals)})" for a in one.answer.attempts],
+                    "refusals": list(one.answer.refusals),
                 }
             )
         examples.append(
             {
                 "title": titles[i],
-                "chunk_id": str(array.chunk_ids[target]),
-                "context": array.texts(sample.rows_of_context[i]),
+                "chunk_id": str(array.chunk_ids[sample.rows_of_target[i]]),
+                "context": contexts[i],
                 "truth": true_texts[i],
                 "decoded": decoded,
             }
         )
-    return text, examples
+    return rows, examples
 
 
 def make_entries(

@@ -23,12 +23,15 @@ RULES = {
     "in_pool": "Candidates are a fixed random sample of all chunks of the corpus, always with the true next "
     "one and never with the window's own five. A tie counts against the model.",
     "mse": "mean over the vector's numbers of the squared difference; all rows give unit vectors.",
-    "text": "Decoded from the same sample of test windows for every row. Measured is the decoder's own text, "
-    "also where the ladder refused it and answers with an extract. BLEU is sacrebleu's, 0 to 100; "
-    "ROUGE is an F-measure, 0 to 1. The codec ceiling decodes the true vector: no predictor can be expected "
-    "to pass it.",
-    "snap": "The snap and the extractive rung may use any chunk but those of the article held out, whose "
-    "next chunk would otherwise be found rather than predicted.",
+    "text": "From the same sample of test windows for every row. A text's own vector is read back exactly, a "
+    "prediction is written by a language model that reads the vector, and what does not read is answered by the "
+    "nearest corpus chunk; `sources` counts which. BLEU is sacrebleu's, 0 to 100; ROUGE is an F-measure, 0 to 1. "
+    "Keyword: shares a content word with the context or the true next text. Distinct-2: different word pairs among "
+    "all. Language: mean log-probability a character under the language model, nats; real text has about -1. The codec "
+    "ceiling decodes the true vector: no predictor can be expected to pass it.",
+    "snap": "Snapped: moved onto the neighbours in the corpus before it is written. Found: the corpus chunk nearest to "
+    "the prediction, in place of a written text. Neither may use the article held out, whose next chunk "
+    "would otherwise be found rather than predicted.",
     "latency": "One process, all its threads, vectors in memory; models were timed one after another.",
     "efficiency": "test cosine / mean milliseconds at batch 1 x 1000.",
 }
@@ -90,7 +93,7 @@ class TextRow(TypedDict):
     """Decoded text of one predictor over the sample."""
 
     name: str
-    form: Literal["raw", "snap"]
+    form: Literal["raw", "snap", "found"]
     rouge1: float
     rouge2: float
     rougeL: float
@@ -98,30 +101,33 @@ class TextRow(TypedDict):
     vector_cosine: float
     """Mean cosine of the decoded vector with the true next vector."""
     text_cosine: float
-    """The same of the decoded text, encoded again."""
-    rungs: dict[str, int]
-    """Texts that ended on each rung of the ladder; the measures are of the decoder's own text in any case."""
+    """The same of the text, encoded again."""
+    keyword: float
+    """Share of texts that have a keyword in common with the context or the true next text."""
+    distinct_2: float
+    """Different word pairs among all word pairs."""
+    log_prob: float | None
+    """Mean log-probability a character under the language model; None where none judged."""
+    sources: dict[str, int]
+    """Texts that were read back ("exact"), written ("writer") and found ("corpus")."""
 
 
 class ExampleText(TypedDict):
-    """What one predictor wrote in an example."""
+    """What one predictor says in an example."""
 
     name: str
-    form: Literal["raw", "snap"]
+    form: Literal["raw", "snap", "found"]
     text: str
-    """The decoder's own text, of the last decoding rung tried."""
     vector_cosine: float
     """Cosine of the decoded vector with the true next vector."""
     text_cosine: float
-    """The same of the decoded text, encoded again."""
-    rung: str
-    """The rung of the ladder that answered."""
-    reasons: list[str]
-    """Why it climbed."""
-    extract: str
-    """What the ladder answers where the rung is "extractive": a chunk of another article; else empty."""
-    extract_cosine: float
-    """Cosine of that chunk, encoded, with the true next vector; 0 where there is none."""
+    """The same of the text, encoded again."""
+    source: str
+    """exact, writer or corpus."""
+    refused: list[str]
+    """Earlier texts, each with what spoke against it."""
+    refusals: list[str]
+    """What speaks against the text itself, given for want of a better one."""
 
 
 class Example(TypedDict):
@@ -358,29 +364,35 @@ def _texts(evaluation: Evaluation) -> Table:
     rows = [
         (
             row["name"],
-            row["form"],
+            FORMS[row["form"]],
             f"{row['vector_cosine']:.4f}",
             f"{row['text_cosine']:.4f}",
+            f"{row['keyword']:.0%}",
+            f"{row['distinct_2']:.2f}",
+            "–" if row["log_prob"] is None else f"{row['log_prob']:.2f}",
             f"{row['rouge1']:.3f}",
             f"{row['rouge2']:.3f}",
             f"{row['rougeL']:.3f}",
             f"{row['bleu']:.2f}",
-            ", ".join(f"{rung} {n}" for rung, n in row["rungs"].items()),
+            ", ".join(f"{source} {n}" for source, n in row["sources"].items()),
         )
         for row in evaluation["text"]
     ]
     return Table(
-        "Decoded text",
+        "Text",
         (
             "model",
             "form",
             "cosine of vector",
             "cosine of text",
+            "keyword",
+            "distinct-2",
+            "language",
             "ROUGE-1",
             "ROUGE-2",
             "ROUGE-L",
             "BLEU",
-            "rungs",
+            "sources",
         ),
         tuple(rows),
         f"{evaluation['text_windows']} test windows. {evaluation['rules']['text']} "
@@ -548,16 +560,21 @@ def example_text(example: Example, number: int) -> str:
     lines.append(f"  true next: {example['truth']}")
     for decoded in example["decoded"]:
         lines.append(f"  {_label(decoded):{width}}  {decoded['text'] or '(empty)'}")
-        rung = decoded["rung"] if not decoded["extract"] else "refused"
-        why = f" ({'; '.join(decoded['reasons'])})" if decoded["reasons"] else ""
+        why = f", for want of a better one ({'; '.join(decoded['refusals'])})" if decoded["refusals"] else ""
         lines.append(
-            f"  {'':{width}}    cosine {decoded['vector_cosine']:+.4f}, of the text "
-            f"{decoded['text_cosine']:+.4f}, {rung}{why}"
+            f"  {'':{width}}    {SOURCES[decoded['source']]}{why}; cosine of the vector to the true next "
+            f"{decoded['vector_cosine']:+.3f}, of the text {decoded['text_cosine']:+.3f}"
         )
-        if decoded["extract"]:
-            lines.append(f"  {'':{width}}    {decoded['rung']} instead: {decoded['extract']}")
+        lines += [f"  {'':{width}}    refused: {text}" for text in decoded["refused"]]
     return "\n".join(lines)
 
 
+FORMS = {"raw": "raw", "snap": "snapped", "found": "found"}
+"""How a form is shown."""
+
+SOURCES = {"exact": "read back", "writer": "written", "corpus": "found in the corpus"}
+"""What a text's source is called for a reader."""
+
+
 def _label(decoded: ExampleText) -> str:
-    return f"{decoded['name']}, snapped" if decoded["form"] == "snap" else decoded["name"]
+    return decoded["name"] if decoded["form"] == "raw" else f"{decoded['name']}, {FORMS[decoded['form']]}"

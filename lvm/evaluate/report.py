@@ -14,6 +14,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from lvm.evaluate.leaderboard import (
+    FORMS,
+    SOURCES,
     Entry,
     Evaluation,
     Example,
@@ -241,8 +243,8 @@ ol.context { margin: 0 0 10px; padding-left: 1.5em; color: var(--soft); }
 .said p { margin: 2px 0 0; }
 .said .meta { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .86rem; color: var(--soft); }
 .said .meta b { color: var(--accent); }
-.rung { background: var(--wash); border: 1px solid var(--line); border-radius: 999px; padding: 0 8px; }
-.rung.refused { background: #fdf3e1; border-color: #e8cf9f; }
+.source { background: var(--wash); border: 1px solid var(--line); border-radius: 999px; padding: 0 8px; }
+.source.refused, .source.corpus { background: #fdf3e1; border-color: #e8cf9f; }
 .said .extract { color: var(--soft); font-size: .9rem; }
 details { margin: 8px 0 0; }
 summary { cursor: pointer; }
@@ -390,9 +392,10 @@ def _examples(evaluation: Evaluation) -> str:
     shown = "".join(_example(e, n) for n, e in enumerate(evaluation["examples"], 1))
     return (
         '<p class="soft">The first windows of the text sample, not picked by hand. "cosine" compares the '
-        'predicted vector with the true next one, "of the text" the decoded text encoded again. '
-        "Snapped: moved onto the neighbours in the corpus before decoding. Refused: the ladder finds fault "
-        "with the decoder's text and answers with a chunk of another article instead.</p>" + shown
+        'predicted vector with the true next one, "of the text" the text encoded again. Written: by a language '
+        "model that reads the predicted vector. Found: the chunk of another article nearest to the prediction. "
+        "Read back: the vector is a text's own. Snapped: moved onto the neighbours in the corpus before it is "
+        "written.</p>" + shown
     )
 
 
@@ -408,22 +411,18 @@ def _example(example: Example, number: int) -> str:
 
 
 def _said(decoded: ExampleText) -> str:
-    snapped = ", snapped" if decoded["form"] == "snap" else ""
-    why = f"<span>{escape('; '.join(decoded['reasons']))}</span>" if decoded["reasons"] else ""
-    rung = f'<span class="rung">{escape(decoded["rung"])}</span>'
-    extract = ""
-    if decoded["extract"]:
-        rung = '<span class="rung refused">refused</span>'
-        extract = (
-            f'<p class="extract"><span class="rung">{escape(decoded["rung"])}</span> '
-            f"{escape(decoded['extract'])} "
-            f'<span class="soft">(cosine {decoded["extract_cosine"]:.4f})</span></p>'
-        )
+    form = "" if decoded["form"] == "raw" else f", {FORMS[decoded['form']]}"
+    refused = "".join(
+        f'<p class="extract"><span class="source refused">refused</span> {escape(text)}</p>'
+        for text in decoded["refused"]
+    )
+    why = f"<span>{escape('; '.join(decoded['refusals']))}</span>" if decoded["refusals"] else ""
     return (
-        f'<div class="said"><div class="meta"><b>{escape(decoded["name"])}{snapped}</b>'
+        f'<div class="said"><div class="meta"><b>{escape(decoded["name"])}{form}</b>'
+        f'<span class="source {escape(decoded["source"])}">{escape(SOURCES[decoded["source"]])}</span>'
         f"<span>cosine {decoded['vector_cosine']:.4f}</span>"
         f"<span>of the text {decoded['text_cosine']:.4f}</span>"
-        f"{rung}{why}</div><p>{escape(decoded['text']) or '<i>(empty)</i>'}</p>{extract}</div>"
+        f"{why}</div><p>{escape(decoded['text']) or '<i>(empty)</i>'}</p>{refused}</div>"
     )
 
 

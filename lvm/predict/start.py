@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lvm.errors import InputError
 from lvm.models import Predictor
+from lvm.ridge import Ridge
 
 Batch = tuple[NDArray[np.float32], NDArray[np.float32]]
 """(B, T, D) contexts with their (B, D) targets, unit vectors."""
@@ -109,29 +110,12 @@ def solve_output(model: Predictor, batches: Iterable[Batch]) -> float:
         wanted, added = truth / share.clamp_min(0.05) - means, means
 
     best = (-2.0, PENALTIES[0])
-    solver = _Ridge(features[fitted], wanted[fitted])
+    solver = Ridge(features[fitted], wanted[fitted])
     for penalty in PENALTIES:
         weight, bias = solver.solve(penalty)
         predicted = added[held_out] + features[held_out] @ weight + bias
         best = max(best, (F.cosine_similarity(predicted, truth[held_out]).mean().item(), penalty))
-    weight, bias = _Ridge(features, wanted).solve(best[1])
+    weight, bias = Ridge(features, wanted).solve(best[1])
     layer.weight.copy_(weight.T)
     layer.bias.copy_(bias)
     return best[1]
-
-
-class _Ridge:
-    """Ridge regression of (M, D) targets on (M, H) features with a free bias, for any number of penalties."""
-
-    def __init__(self, features: Tensor, targets: Tensor) -> None:
-        self.mean_x, self.mean_y = features.mean(dim=0), targets.mean(dim=0)
-        centred = features - self.mean_x
-        values, self.vectors = torch.linalg.eigh((centred.T @ centred).cpu().double())
-        self.values = values.clamp_min(0.0)
-        self.cross = self.vectors.T @ (centred.T @ (targets - self.mean_y)).cpu().double()
-
-    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
-        """(H, D) weights and (D,) bias, float32."""
-        shrunk = self.values + penalty * self.values.mean().clamp_min(1e-12)
-        weight = (self.vectors @ (self.cross / shrunk[:, None])).to(self.mean_x)
-        return weight, self.mean_y - self.mean_x @ weight

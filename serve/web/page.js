@@ -118,21 +118,21 @@ function showChunks(chunks) {
   );
 }
 
+const SOURCES = {
+  exact: ["read back", "The vector is this text's own: the decoder reads it back exactly."],
+  writer: ["written", "No text has this vector. A language model wrote the text from it."],
+  corpus: ["found in the corpus", "Nothing that reads could be written: this is the nearest corpus chunk."],
+};
+
 function pathOf(step) {
   const path = element("p", undefined, "path");
-  const rungs = new Map();
-  for (const reason of step.reasons) {
-    const [rung, ...why] = reason.split(": ");
-    rungs.set(rung, [...(rungs.get(rung) || []), why.join(": ")]);
+  for (const attempt of step.attempts) {
+    path.append(`${SOURCES[attempt.source][0]}, refused (${attempt.refusals.join(", ")}): `);
+    path.append(element("s", attempt.text || "nothing"), " → ");
   }
-  let number = 0;
-  for (const [rung, why] of rungs) {
-    path.append(`${rung} refused (${why.join(", ")})`);
-    const written = step.refused[number++];
-    if (written !== undefined) path.append(": ", element("s", written || "nothing"));
-    path.append(" → ");
-  }
-  path.append(`answered by ${step.rung}`);
+  path.append(SOURCES[step.source][1]);
+  if (step.refusals.length) path.append(` For want of a better one: ${step.refusals.join(", ")}.`);
+  if (step.emergency) path.append(` The decoder was not asked: ${step.emergency}.`);
   return path;
 }
 
@@ -140,7 +140,7 @@ function stepOf(step) {
   const made = $("step").content.cloneNode(true);
   const words = made.querySelector(".words");
   words.textContent = step.text;
-  if (step.extractive) words.append(element("span", "from the corpus", "badge"));
+  words.append(element("span", SOURCES[step.source][0], `badge ${step.source}`));
   if (step.cached) words.append(element("span", `cached ${step.cached}`, "badge"));
   if (step.smoothed_from) words.append(element("span", "smoothed", "badge"));
   made.querySelector(".path").replaceWith(pathOf(step));

@@ -42,9 +42,7 @@ def one_step(codec: Codec, vectors: Any) -> list[str]:
     """Texts after one corrector step, without a look at their vectors, which would be of the shipped share."""
     inverter = codec.inverter
     found = inverter.correct(vectors, vectors, inverter.hypothesize(vectors))
-    return codec.tokenizer.decode(
-        [c.ids if c.rewrite is None else inverter.hypothesize(c.rewrite[None])[0] for c in found]
-    )
+    return codec.tokenizer.decode([c.ids for c in found])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lvm.codec.inverter import FORESEEN_SHARE
-from lvm.codec.ladder import EXTRACTIVE, DecodeCache, Ladder, LadderSettings, Nearest, faults
+from lvm.codec.ladder import Ladder, LadderSettings, faults
 from lvm.codec.zoo import codec_folder, load_codec
 from lvm.predict.generate import predictor
 from lvm.predict.steer import snap
@@ -30,7 +30,7 @@ class Comparison:
     """One side of the bench."""
 
     answer: Callable[[list[str]], tuple[np.ndarray, str]]
-    """Five texts to the steered vector (D,) and the rung that answered."""
+    """Five texts to the steered vector (D,) and the source of the answer."""
     same: Callable[[np.ndarray], bool] | None = None
     """Whether a vector's first text has the token ids that our own engine writes in float32."""
 
@@ -44,17 +44,13 @@ def mini_comparison(run: Path, model: str) -> Comparison:
     write = transformers_decoder("mini", ours.hypothesizer.foresee)
     codec.inverter.hypothesize = lambda vectors: [write(v) for v in vectors]  # type: ignore[method-assign]
 
-    def nearest(vectors: np.ndarray) -> list[Nearest]:
-        scores, rows = index.search(vectors, 1)
-        return [Nearest(t, float(s)) for t, s in zip(array.texts(rows[:, 0]), scores[:, 0], strict=True)]
-
-    ladder = Ladder(codec, nearest, cache=DecodeCache(0))
+    ladder = Ladder(codec, codec.writer, LadderSettings(cache_entries=0))
 
     def answer(texts: list[str]) -> tuple[np.ndarray, str]:
         vectors = codec.encode(texts).vectors[None]
         raw = predict(vectors)
         steered = snap(raw, vectors[:, -1], vectors.mean(1), index, array.vectors).vectors
-        return steered[0], ladder.decode(steered, [" ".join(texts)])[0].rung
+        return steered[0], ladder.decode(steered, vectors)[0].source
 
     def same(vector: np.ndarray) -> bool:
         return [int(i) for i in ours.hypothesize(vector[None])[0]] == write(vector)
@@ -85,10 +81,10 @@ def vec2text_comparison(run: Path, model: str, root: Path, steps: int) -> Compar
         raw = predict(vectors)
         steered = snap(raw, vectors[:, -1], vectors.mean(1), index, array.vectors).vectors
         text = codec.tokenizer.decode([write(steered[0], steps)])[0]
-        if not faults(text, " ".join(texts), LadderSettings()):
-            return steered[0], f"steps={steps}"
+        if not faults(text, LadderSettings()):
+            return steered[0], "exact"
         array.texts(index.search(steered, 1)[1][0])
-        return steered[0], EXTRACTIVE
+        return steered[0], "corpus"
 
     def same(vector: np.ndarray) -> bool:
         first = ours.hypothesize(vector[None] * np.float32(codec.scale))[0]
@@ -106,14 +102,14 @@ def one_at_a_time(side: Comparison, contexts: Sequence[list[str]], seconds: floa
         side.answer(texts)
     same = total = done = 0
     taken: list[float] = []
-    rungs: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
     begun = time.perf_counter()
     while time.perf_counter() - begun < seconds:
         since = time.perf_counter()
-        vector, rung = side.answer(contexts[done % len(contexts)])
+        vector, source = side.answer(contexts[done % len(contexts)])
         taken.append(time.perf_counter() - since)
         done += 1
-        rungs[rung] += 1
+        sources[source] += 1
         if (
             side.same and total < 20
         ):  # it must be the same work: the same texts, but for rounding at a near tie
@@ -124,7 +120,7 @@ def one_at_a_time(side: Comparison, contexts: Sequence[list[str]], seconds: floa
         "requests_per_s": done / (time.perf_counter() - begun),
         "median_ms": 1000 * float(np.median(taken)),
         "same_texts": f"{same}/{total}",
-        "rungs": dict(rungs),
+        "sources": dict(sources),
     }
 
 

@@ -80,7 +80,7 @@ async def closed_loop(service: Service, bodies: Sequence[bytes], seconds: float)
     place = 0
     taken: list[float] = []
     statuses: Counter[int] = Counter()
-    rungs: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
     stages: dict[str, list[float]] = {}
     end = time.perf_counter() + seconds
 
@@ -96,7 +96,7 @@ async def closed_loop(service: Service, bodies: Sequence[bytes], seconds: float)
             statuses[status] += 1
             if status == 200:
                 step = json.loads(reply)["results"][0]["generated"][0]
-                rungs[step["rung"]] += 1
+                sources[step["source"]] += 1
                 for stage, ms in step["milliseconds"].items():
                     stages.setdefault(stage, []).append(ms)
         connection.close()
@@ -109,7 +109,7 @@ async def closed_loop(service: Service, bodies: Sequence[bytes], seconds: float)
         "p50_s": float(np.quantile(taken, 0.5)),
         "p95_s": float(np.quantile(taken, 0.95)),
         "statuses": dict(statuses),
-        "rungs": dict(rungs),
+        "sources": dict(sources),
         "median_ms": {stage: round(float(np.median(v)), 2) for stage, v in stages.items()},
     }
 
@@ -155,9 +155,9 @@ async def repeated(
     return taken[5:]
 
 
-async def rungs_of(service: Service, bodies: Sequence[bytes]) -> dict[str, float]:
-    """Shares of the rungs that answered these requests, CLIENTS at a time."""
-    rungs: Counter[str] = Counter()
+async def sources_of(service: Service, bodies: Sequence[bytes]) -> dict[str, float]:
+    """Shares of the sources that answered these requests, CLIENTS at a time."""
+    sources: Counter[str] = Counter()
     waiting = list(bodies)
 
     async def client() -> None:
@@ -165,11 +165,11 @@ async def rungs_of(service: Service, bodies: Sequence[bytes]) -> dict[str, float
         while waiting:
             status, reply = await connection.post("/v1/generate", waiting.pop())
             assert status == 200, reply
-            rungs[json.loads(reply)["results"][0]["generated"][0]["rung"]] += 1
+            sources[json.loads(reply)["results"][0]["generated"][0]["source"]] += 1
         connection.close()
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    return {rung: round(count / len(bodies), 4) for rung, count in sorted(rungs.items())}
+    return {source: round(count / len(bodies), 4) for source, count in sorted(sources.items())}
 
 
 async def predict_overheads(
@@ -259,7 +259,7 @@ def main() -> None:
         if run is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             run = make_run(folder / "run", 60, ("amn", "lstm", "gru", "transformer"), codec)
-            say("no --run: untrained models on the bundled sample; rungs mean nothing")
+            say("no --run: untrained models on the bundled sample; sources mean nothing")
         contexts = held_out(run, 4000)
         models = [m for m in json.loads((run / "models" / "aliases.json").read_text()) if m != "best"]
         side = (
@@ -288,7 +288,7 @@ def main() -> None:
         for c in closed:
             say(
                 f"{CLIENTS} clients      {c['requests_per_s']:8.2f} requests/s  p50 {c['p50_s']:.3f} s  "
-                f"p95 {c['p95_s']:.3f} s  {c['statuses']}  {c['rungs']}  {c['median_ms']}"
+                f"p95 {c['p95_s']:.3f} s  {c['statuses']}  {c['sources']}  {c['median_ms']}"
             )
         half = asyncio.run(steady(service, bodies, rate / 2, 2 * seconds))
         say(
@@ -304,11 +304,11 @@ def main() -> None:
         for name, row in predicts.items():
             say(f"predict {name:12s} {row}")
         count = 64 if options.quick else 400
-        rungs = {}
+        sources = {}
         for model in (*models, "passthrough"):
             asked = [request(c, model, steps=steps) for c in contexts[:count]]
-            rungs[model] = asyncio.run(rungs_of(service, asked))
-            say(f"rungs {model:14s} {rungs[model]} of {count}")
+            sources[model] = asyncio.run(sources_of(service, asked))
+            say(f"sources {model:14s} {sources[model]} of {count}")
     ratios = [c["requests_per_s"] / base for c in closed]
     print(
         json.dumps(
@@ -323,7 +323,7 @@ def main() -> None:
                 "same_texts": baselines[0]["same_texts"],
                 "alone_ms": round(float(np.median(alone)), 1),
                 "predict": predicts,
-                "rungs": rungs,
+                "sources": sources,
                 "failed": sum(n for c in (*closed, half) for s, n in c["statuses"].items() if s != 200),
                 "clients": CLIENTS,
                 "model": options.model,

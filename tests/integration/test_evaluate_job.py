@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from jobs.evaluate import FILES, Paths, evaluate, print_result, write
-from lvm.codec.ladder import EXTRACTIVE
 from lvm.errors import IdentityError, InputError, OutputError
 from lvm.evaluate.baselines import RidgeSettings
 from lvm.evaluate.contest import CEILING, EvaluateSettings
@@ -135,8 +134,10 @@ def test_texts_are_decoded_raw_and_snapped_and_the_examples_show_them(evaluation
     assert rows == [
         ("amn", "raw"),
         ("amn", "snap"),
+        ("amn", "found"),
         ("lstm", "raw"),
         ("lstm", "snap"),
+        ("lstm", "found"),
         ("passthrough", "raw"),
         (CEILING, "raw"),
     ]
@@ -145,11 +146,13 @@ def test_texts_are_decoded_raw_and_snapped_and_the_examples_show_them(evaluation
         assert len(example["context"]) == 5
         assert example["truth"] not in example["context"]
         for said in example["decoded"]:
-            # The double's texts share no keyword with any source, so the ladder answers with an extract.
-            assert said["text"].startswith("text of ")
-            assert said["rung"] == EXTRACTIVE
-            assert "no keyword shared with the source" in said["reasons"][-1]
-            assert said["extract"] not in ("", example["truth"])
+            # The double's texts do not encode to the vector, so the corpus answers.
+            assert said["source"] == "corpus"
+            assert said["text"] not in ("", example["truth"])
+            assert bool(said["refused"]) == (said["form"] != "found")
+            assert all(
+                text.startswith("text of ") and "encodes at cosine" in text for text in said["refused"]
+            )
 
 
 def test_result_is_printed_as_table_and_examples(

@@ -61,7 +61,7 @@ def write_config(folder: Path, run: Path, port: int, release: str) -> Path:
         "encoder": TWICE,
         "retriever": TWICE,
         "decoder": TWICE,
-        "breaker": {"max_last_rung_share": 1},  # untrained models: nearly every text ends there
+        "breaker": {"max_refused_share": 1},  # untrained models: any text may be refused
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -86,7 +86,7 @@ def service(run: Path, chat: str, inbox: Path) -> Iterator[Service]:
         *("--smoothing-url", chat, "--smoothing-model", "shouter"),
         *("--set", "limits.max_texts=12", "--set", "limits.max_characters=5000"),
         *("--set", "limits.max_body_bytes=1000000", "--set", "limits.max_pending=24"),
-        *("--set", "breaker.max_last_rung_share=1"),  # untrained models: nearly every text ends there
+        *("--set", "breaker.max_refused_share=1"),  # untrained models: any text may be refused
     ]
     environment = {"LATENT_API_KEYS": ",".join(KEYS), "RAY_metrics_report_interval_ms": "1000"}
     with running(run, *options, environment=environment, key=KEYS[0]) as service:
@@ -112,9 +112,10 @@ def test_a_text_becomes_the_next_text_and_the_reply_says_how(service: Service) -
     assert step["text"]
     assert step["text"] == result["text"]
     assert step["context"] == {"mode": "seq", "texts": FIVE, "origins": ["text"] * 5}
-    assert step["rung"] in ("steps=1", "steps=3", "steps=5", "extractive")
-    assert step["extractive"] == (step["rung"] == "extractive")
-    assert bool(step["reasons"]) == bool(step["refused"]) == (step["rung"] != "steps=1")
+    assert step["source"] in ("writer", "corpus")
+    assert (step["log_prob"] is None) == (step["source"] == "corpus")
+    assert all(attempt["refusals"] for attempt in step["attempts"])
+    assert step["emergency"] is None
     assert -1 <= step["cosine"] <= 1
     assert [n["cosine"] for n in step["neighbours"]] == sorted(
         (n["cosine"] for n in step["neighbours"]), reverse=True
@@ -134,7 +135,7 @@ def test_answers_equal_those_of_the_library(service: Service, run: Path) -> None
         expected = Generator.load(run, model, codec).next_chunk(FIVE)
         (step,) = generate(service, chunks=FIVE, model=model)["results"][0]["generated"]
         assert step["text"] == expected.answer.text
-        assert step["rung"] == expected.answer.rung
+        assert step["source"] == expected.answer.source
         assert step["cosine"] == pytest.approx(
             expected.answer.cosine, abs=0.01
         )  # bfloat16 over other batches
@@ -144,7 +145,7 @@ def test_answers_equal_those_of_the_library(service: Service, run: Path) -> None
 def test_passthrough_reads_the_last_chunk_back(service: Service) -> None:
     (step,) = generate(service, chunks=FIVE, model="passthrough")["results"][0]["generated"]
     assert len(set(step["text"].split()) & set(FIVE[-1].split())) >= 5
-    assert not step["extractive"]
+    assert (step["source"], step["steps"], step["refusals"]) == ("exact", 1, [])
 
 
 @pytest.mark.parametrize(
@@ -200,10 +201,9 @@ def test_a_rollout_equals_asking_again_with_each_answer(service: Service) -> Non
         assert single["text"] == step["text"]
         chunks.append(single["text"])
     read = list(FIVE)
-    for step in rolled:  # an extractive answer is never one just read
-        assert step["rung"] != "extractive" or step["text"] not in read
+    for step in rolled:  # what the corpus answers is never what was just read
+        assert step["source"] != "corpus" or step["text"] not in read
         read.append(step["text"])
-    assert any(step["rung"] == "extractive" for step in rolled)
 
 
 def events_of(body: bytes) -> list[tuple[str, dict[str, Any]]]:
@@ -256,7 +256,7 @@ def test_the_second_time_comes_from_the_cache_unless_told_otherwise(service: Ser
 def test_vectors_decode_to_their_text(service: Service) -> None:
     vectors = vectors_of(service, FIVE)
     packed = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in vectors]
-    reply = service.post("/v1/decode", {"vectors": packed, "sources": FIVE, "codec": "mini"})
+    reply = service.post("/v1/decode", {"vectors": packed, "codec": "mini"})
     assert reply.status == 200, reply.body
     expected = shipped_codec().decode(vectors, steps=1)
     for text, result, written in zip(FIVE, reply.json["results"], expected.texts, strict=True):
@@ -265,7 +265,7 @@ def test_vectors_decode_to_their_text(service: Service) -> None:
     exactly = service.post("/v1/decode", {"vectors": packed, "steps": 0, "subscribers": "mini"}).json[
         "results"
     ]
-    assert [r["rung"] for r in exactly] == ["steps=0"] * 5
+    assert [(r["source"], r["steps"]) for r in exactly] == [("exact", 0)] * 5
     for first, corrected in zip(
         exactly, reply.json["results"], strict=True
     ):  # a step brings it no further off
@@ -637,7 +637,7 @@ def test_a_request_is_one_line_of_the_log_under_the_id_it_came_with(service: Ser
     (line,) = [line for line in log.read_text().splitlines() if wanted in line]
     fields = json.loads(line)["log_fields"]
     assert (fields["route"], fields["status"], fields["model"]) == ("/v1/generate", 200, "amn")
-    assert fields["rungs"] == [reply.json["results"][0]["generated"][0]["rung"]]
+    assert fields["sources"] == [reply.json["results"][0]["generated"][0]["source"]]
     assert fields["milliseconds"] > 0
 
 

@@ -152,20 +152,6 @@ def test_leaving_blends_early_takes_no_text_for_one(
     assert sum(a != b for a, b in zip(early[0], patient[0], strict=True)) <= 2
 
 
-def test_sharpening_takes_the_usual_off_and_keeps_the_topic(encoder: MiniEncoder, unbinder: Unbinder) -> None:
-    vectors = encode(encoder, texts(96))
-    blends = torch.nn.functional.normalize(vectors.view(12, 8, -1).sum(1), dim=-1)
-    sharp = unbinder.sharpen(blends)
-    torch.testing.assert_close(sharp.norm(dim=-1), torch.ones(12))
-    P = TOY.topic_dim
-    torch.testing.assert_close(*(torch.nn.functional.normalize(v[:, :P], dim=-1) for v in (sharp, blends)))
-    usual = torch.nn.functional.normalize(unbinder._usual_text, dim=0)
-    unscale = unbinder._hypothesizer.unscale
-    assert float((unscale(blends) @ usual).mean()) > float((unscale(sharp) @ usual).mean()) + 0.2
-    assert unscale(sharp).norm(dim=-1).min() > unbinder._usual_norm * 0.99
-    assert unscale(blends).norm(dim=-1).max() < unbinder._usual_norm * 0.9
-
-
 def test_a_batch_is_its_singles(encoder: MiniEncoder, unbinder: Unbinder) -> None:
     rows = texts(12, seed=8)
     vectors, hypotheses = encode(encoder, rows), spoilt(rows, 3)

@@ -21,6 +21,7 @@ class PieceTokenizer:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
+        self.num_special = 1
 
     def count(self, texts: Sequence[str]) -> list[int]:
         return [len(self.offsets(t)) + 1 for t in texts]

@@ -60,8 +60,8 @@ def evaluation() -> Evaluation:
     lstm["gain"] = {"mean": -0.03, "low": -0.05, "high": -0.01, "num_articles": 10}
     for model in (amn, lstm):
         model["gate"] = judge(model, baselines)
-    said: Any = {"form": "raw", "vector_cosine": 0.5812, "text_cosine": 0.4444, "rung": "steps=1"}
-    said |= {"reasons": [], "extract": "", "extract_cosine": 0.0}
+    said: Any = {"form": "raw", "vector_cosine": 0.5812, "text_cosine": 0.4444, "source": "writer"}
+    said |= {"refused": [], "refusals": []}
     return {
         "schema": SCHEMA,
         "created": "2026-01-02T03:04:05+00:00",
@@ -92,7 +92,8 @@ def evaluation() -> Evaluation:
         "text_windows": 64,
         "text": [
             {"name": "amn", "form": "snap", "rouge1": 0.112, "rouge2": 0.02, "rougeL": 0.089, "bleu": 0.7}
-            | {"vector_cosine": 0.58, "text_cosine": 0.44, "rungs": {"steps=1": 60, "extractive": 4}},
+            | {"vector_cosine": 0.58, "text_cosine": 0.44, "sources": {"writer": 60, "corpus": 4}}
+            | {"keyword": 0.75, "distinct_2": 0.81, "log_prob": None},
         ],
         "examples": [
             {
@@ -105,10 +106,9 @@ def evaluation() -> Evaluation:
                     {"name": "lstm", "text": "said by lstm", **said}
                     | {
                         "form": "snap",
-                        "rung": "extractive",
-                        "reasons": ["steps=1: no keyword shared with the source"],
-                    }
-                    | {"extract": "a foreign chunk <u>", "extract_cosine": 0.1234},
+                        "source": "corpus",
+                        "refused": ["word salad <u> (no language: -3.10 nats a character < -2.60)"],
+                    },
                     {"name": "passthrough", "text": "", **said},
                 ],
             }

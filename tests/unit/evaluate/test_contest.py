@@ -161,18 +161,25 @@ def test_barring_marks_rows_of_the_held_out_article_and_of_nothing_else(array: V
     assert barred(rows)[1].tolist() == [True, False, True, False]
 
 
-def test_plan_decodes_each_model_raw_and_snapped_then_passthrough_and_the_truth(
+def test_plan_has_each_model_raw_snapped_and_found_then_passthrough_and_the_truth(
     contest: Contest, scored: dict[str, Scored], index: Index, array: VectorArray
 ) -> None:
     plan = plan_texts(contest, list(scored.values()), index)
-    assert plan.names == (("amn", "raw"), ("amn", "snap"), ("passthrough", "raw"), (CEILING, "raw"))
+    assert plan.names == (
+        ("amn", "raw"),
+        ("amn", "snap"),
+        ("amn", "found"),
+        ("passthrough", "raw"),
+        (CEILING, "raw"),
+    )
     size = len(contest.sample)
-    assert plan.block.vectors.shape == (4 * size, 768)
+    assert plan.block.vectors.shape == (5 * size, 768)
     contexts, targets = contest.sample.batch(slice(None))
-    np.testing.assert_allclose(plan.block.vectors[2 * size : 3 * size], unit(contexts[:, -1]), atol=1e-6)
-    np.testing.assert_allclose(plan.block.vectors[3 * size :], unit(targets), atol=1e-6)
+    np.testing.assert_allclose(plan.block.vectors[3 * size : 4 * size], unit(contexts[:, -1]), atol=1e-6)
+    np.testing.assert_allclose(plan.block.vectors[4 * size :], unit(targets), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(plan.block.vectors, axis=1), 1, atol=1e-5)
-    assert plan.block.sources[size] == " ".join(array.texts(contest.sample.rows_of_context[0]))
+    np.testing.assert_array_equal(plan.block.contexts[size], contexts[0])
+    assert np.flatnonzero(plan.block.found).tolist() == list(range(2 * size, 3 * size))
 
 
 def test_snap_of_the_plan_never_uses_the_article_held_out(
@@ -212,16 +219,16 @@ def test_a_block_comes_back_with_its_number_and_the_cosine_of_each_text(
 ) -> None:
     plan = plan_texts(contest, [], index)
     block = part_of(plan.block, np.arange(3, 7))
-    number, said = decode_block(RubbishCodec, folder / "index", array, 5, block)
+    number, said = decode_block(RubbishCodec, folder / "index", array, 5, block, 1)
     assert number == 5
-    assert [s.answer.rung for s in said] == ["extractive"] * 4
+    assert [s.answer.source for s in said] == ["corpus"] * 4
     texts = [s.answer.text for s in said]
     rows = [int(np.flatnonzero([t == text for t in array.texts(np.arange(len(array)))])[0]) for text in texts]
     # The vector is a chunk of the held-out article; the nearest text must still be a foreign one.
     assert all(array.doc_ids[row] != doc for row, doc in zip(rows, block.doc_ids, strict=True))
     again = fake_codec().encode(texts).vectors
-    assert [s.text for s in said] == ["aaaa"] * 4
-    assert [s.answer_cosine for s in said] == pytest.approx(
+    assert {s.answer.attempts[-1].text for s in said} == {"aaaa"}
+    assert [s.text_cosine for s in said] == pytest.approx(
         np.einsum("bd,bd->b", again, block.truths).tolist(), abs=1e-5
     )
 
@@ -230,21 +237,24 @@ def test_text_rows_and_examples_take_each_text_from_its_place(
     contest: Contest, scored: dict[str, Scored], index: Index, array: VectorArray, folder: Path
 ) -> None:
     plan = plan_texts(contest, [scored["amn"]], index)
-    _, said = decode_block(fake_codec, folder / "index", array, 0, plan.block)
+    _, said = decode_block(fake_codec, folder / "index", array, 0, plan.block, 1)
     text, examples = measure_texts(contest, plan, said)
     assert [(t["name"], t["form"]) for t in text] == list(plan.names)
     assert text[-1]["vector_cosine"] == pytest.approx(1)
     assert text[0]["vector_cosine"] == pytest.approx(
         float(cosines(scored["amn"].sample, plan.block.truths[: len(contest.sample)]).mean()), abs=1e-6
     )
-    assert all(sum(t["rungs"].values()) == len(contest.sample) for t in text)
+    assert all(sum(t["sources"].values()) == len(contest.sample) for t in text)
     assert len(examples) == SETTINGS.examples
     example = examples[1]
     assert example["context"] == array.texts(contest.sample.rows_of_context[1])
     assert [example["truth"]] == array.texts(contest.sample.rows_of_target[1:2])
     size = len(contest.sample)
-    assert [d["text"] for d in example["decoded"]] == [said[n * size + 1].text for n in range(4)]
-    assert [d["name"] for d in example["decoded"]] == ["amn", "amn", "passthrough", CEILING]
+    assert [d["text"] for d in example["decoded"]] == [said[n * size + 1].answer.text for n in range(5)]
+    assert [d["name"] for d in example["decoded"]] == ["amn", "amn", "amn", "passthrough", CEILING]
+    found = text[2]
+    assert (found["form"], found["sources"], found["log_prob"]) == ("found", {"corpus": size}, None)
+    assert 0 < found["distinct_2"] <= 1
 
 
 def test_entries_carry_the_lead_over_the_best_baseline_window_by_window(

@@ -88,7 +88,7 @@ def test_every_table_has_as_many_cells_as_headers(evaluation: Evaluation) -> Non
         "Leaderboard",
         "Predicted vectors",
         "Finding the true next chunk",
-        "Decoded text",
+        "Text",
         "Out of domain",
         "Latency",
         "Size and efficiency",
@@ -143,14 +143,14 @@ def test_markdown_page_holds_every_table_and_survives_json(evaluation: Evaluatio
     assert "codec fake (feedfacefeedface)" in page.casefold()
 
 
-def test_example_shows_context_truth_and_every_text_with_cosine_and_rung(evaluation: Evaluation) -> None:
+def test_example_shows_context_truth_and_every_text_with_its_source(evaluation: Evaluation) -> None:
     lines = example_text(evaluation["examples"][0], 1).splitlines()
     assert lines[0] == "Example 1: Bridges & <b>fords</b>"
     assert lines[1:6] == [f"  context {i + 1}: context chunk {i} <script>" for i in range(5)]
     assert lines[6] == "  true next: the true next chunk | with a bar"
     assert lines[7] == "  amn            said by amn <i>"
-    assert lines[8].strip() == "cosine +0.5812, of the text +0.4444, steps=1"
+    assert lines[8].strip() == "written; cosine of the vector to the true next +0.581, of the text +0.444"
     assert lines[9] == "  lstm, snapped  said by lstm"
-    assert lines[10].endswith("+0.4444, refused (steps=1: no keyword shared with the source)")
-    assert lines[11].strip() == "extractive instead: a foreign chunk <u>"
+    assert lines[10].strip().startswith("found in the corpus; ")
+    assert lines[11].strip() == "refused: word salad <u> (no language: -3.10 nats a character < -2.60)"
     assert lines[12] == "  passthrough    (empty)"

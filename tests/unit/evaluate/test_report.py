@@ -77,14 +77,15 @@ def test_corpus_text_is_escaped(evaluation: Evaluation) -> None:
     assert "said by amn &lt;i&gt;" in page
 
 
-def test_examples_show_context_truth_and_each_text_with_its_rung(evaluation: Evaluation) -> None:
+def test_examples_show_context_truth_and_each_text_with_its_source(evaluation: Evaluation) -> None:
     text = " ".join(" ".join(outline(html_page(evaluation)).text).split())
     assert all(f"context chunk {i}" in text for i in range(5))
     assert "the true next chunk | with a bar" in text
     assert "cosine 0.5812" in text
     assert "lstm, snapped" in text
-    assert "steps=1: no keyword shared with the source" in text
-    assert "extractive a foreign chunk <u> (cosine 0.1234)" in text
+    assert "amn written cosine" in text
+    assert "lstm, snapped found in the corpus cosine" in text
+    assert "refused word salad <u> (no language: -3.10 nats a character < -2.60)" in text
     assert "(empty)" in text
 
 

@@ -30,7 +30,7 @@ def test_a_long_queue_opens_it_and_a_good_trial_closes_it() -> None:
     assert breaker.refuses(8) == reason  # nor while the queue is still half full
     assert breaker.refuses(0) is None  # the one trial
     assert breaker.refuses(0) == reason  # and no other beside it
-    breaker.done(0.1, last_rung=False)
+    breaker.done(0.1, refused=False)
     assert not breaker.open
     assert breaker.refuses(0) is None
 
@@ -41,7 +41,7 @@ def test_a_bad_trial_keeps_it_open() -> None:
     for outcome in (None, 2.0):  # failed, too slow
         clock.now += 5
         assert breaker.refuses(0) is None
-        breaker.done(outcome, last_rung=False)
+        breaker.done(outcome, refused=False)
         assert breaker.open
         assert breaker.refuses(0) is not None
 
@@ -49,33 +49,33 @@ def test_a_bad_trial_keeps_it_open() -> None:
 def test_failed_and_slow_decodes_open_it() -> None:
     breaker, _ = make()
     for seconds in (0.1, 0.1, 0.1, None, 3.0, None):
-        breaker.done(seconds, last_rung=False)
+        breaker.done(seconds, refused=False)
     assert not breaker.open
-    breaker.done(None, last_rung=False)
+    breaker.done(None, refused=False)
     assert breaker.open
     assert "57% of the last 7 decodes failed or were too slow" in breaker.reason
 
 
-def test_a_full_window_on_the_last_rung_opens_it_until_one_does_better() -> None:
-    breaker, clock = make(max_last_rung_share=0.8)
+def test_a_full_window_of_refused_texts_opens_it_until_one_does_better() -> None:
+    breaker, clock = make(max_refused_share=0.8)
     for _ in range(7):
-        breaker.done(0.1, last_rung=True)
+        breaker.done(0.1, refused=True)
     assert not breaker.open
-    breaker.done(0.1, last_rung=True)
+    breaker.done(0.1, refused=True)
     assert breaker.open
-    assert "ended on the last rung" in breaker.reason
+    assert "were refused" in breaker.reason
     clock.now = 5
     assert breaker.refuses(0) is None
-    breaker.done(0.1, last_rung=True)
+    breaker.done(0.1, refused=True)
     assert breaker.open
     clock.now = 10
     assert breaker.refuses(0) is None
-    breaker.done(0.1, last_rung=False)
+    breaker.done(0.1, refused=False)
     assert not breaker.open
 
 
 def test_disabled_it_never_opens() -> None:
     breaker, _ = make(enabled=False)
     for _ in range(20):
-        breaker.done(None, last_rung=True)
+        breaker.done(None, refused=True)
     assert breaker.refuses(1000) is None

@@ -11,7 +11,7 @@ from lvm.codec.ladder import Answer
 from serve.breaker import Breaker
 from serve.decoder import VectorRow
 from serve.encoder import EncodedText
-from serve.pipeline import Cache, Pipeline, Wish, extract, judge, refused
+from serve.pipeline import Cache, Pipeline, Wish, judge
 from serve.predictor import Predicted
 from serve.retriever import CorpusChunk
 from serve.rows import Outcome
@@ -70,8 +70,8 @@ class Parts:
         if self.decoder_lost:
             raise LostError
         await asyncio.sleep(self.decode_s)
-        reasons = () if self.fault is None else (f"steps=1: {self.fault}",)
-        return [Outcome(Answer("the river rose again", "steps=1", reasons, 0.9, {})) for _ in rows]
+        refusals = () if self.fault is None else (self.fault,)
+        return [Outcome(Answer("the river rose again", "writer", 0.9, refusals=refusals)) for _ in rows]
 
     def pipeline(self, patience_s: float = 10, **breaker: Any) -> Pipeline:
         def stage(name: str, call: Any) -> Stage:
@@ -120,17 +120,17 @@ def test_without_a_snap_the_prediction_itself_is_decoded() -> None:
     assert "snap" not in parts.calls
 
 
-def test_answers_that_all_end_on_the_last_rung_open_the_breaker() -> None:
+def test_answers_that_are_all_refused_open_the_breaker() -> None:
     parts = Parts()
-    parts.fault = "no keyword shared with the source"
+    parts.fault = "no language"
     pipeline = parts.pipeline(window=4)
 
-    async def main() -> list[str]:
-        return [(await pipeline.say([*FIVE, str(n)], wish())).answer.reasons[0] for n in range(6)]
+    async def main() -> list[Answer]:
+        return [(await pipeline.say([*FIVE, str(n)], wish())).answer for n in range(6)]
 
-    reasons = asyncio.run(main())
-    assert reasons[:4] == ["steps=1: no keyword shared with the source"] * 4
-    assert all("ended on the last rung" in r for r in reasons[4:])
+    answers = asyncio.run(main())
+    assert [a.attempts[0].refusals for a in answers[:4]] == [("no language",)] * 4
+    assert all("were refused" in (a.emergency or "") for a in answers[4:])
     assert parts.calls["decode"] == 4
 
 
@@ -143,11 +143,12 @@ def test_passthrough_predicts_and_snaps_nothing() -> None:
 
 def test_a_refused_text_gives_way_to_a_corpus_chunk_that_was_not_just_read() -> None:
     parts = Parts()
-    parts.fault = "no keyword shared with the source"
+    parts.fault = "no language"
     said = asyncio.run(parts.pipeline().say([*FIVE[:4], parts.near_texts[0]], wish()))
-    assert (said.answer.text, said.answer.rung) == (parts.near_texts[1], "extractive")
-    assert said.answer.refused == ("the river rose again",)
-    assert said.answer.reasons == ("steps=1: no keyword shared with the source",)
+    assert (said.answer.text, said.answer.source) == (parts.near_texts[1], "corpus")
+    assert [(a.text, a.refusals) for a in said.answer.attempts] == [
+        ("the river rose again", ("no language",))
+    ]
 
 
 def test_the_same_again_comes_from_memory_unless_told_otherwise() -> None:
@@ -206,7 +207,7 @@ def test_texts_met_before_are_marked() -> None:
     assert asyncio.run(main()) == [True, True, False]
 
 
-def test_a_decoder_that_takes_too_long_leaves_an_extractive_answer_that_is_not_kept() -> None:
+def test_a_decoder_that_takes_too_long_leaves_an_answer_of_the_corpus_that_is_not_kept() -> None:
     parts = Parts()
     parts.decode_s = 5
     pipeline = parts.pipeline(patience_s=0.05)
@@ -214,22 +215,22 @@ def test_a_decoder_that_takes_too_long_leaves_an_extractive_answer_that_is_not_k
     async def main() -> None:
         for _ in range(2):
             said = await pipeline.say(FIVE, wish())
-            assert said.answer.rung == "extractive"
-            assert said.answer.reasons == ("decoder not asked: the decoder gave no answer in 0.05 s",)
+            assert said.answer.source == "corpus"
+            assert said.answer.emergency == "the decoder gave no answer in 0.05 s"
             assert said.cached is None
 
     asyncio.run(main())
 
 
-def test_a_decoder_that_is_lost_leaves_extractive_answers_and_opens_the_breaker() -> None:
+def test_a_decoder_that_is_lost_leaves_answers_of_the_corpus_and_opens_the_breaker() -> None:
     parts = Parts()
     parts.decoder_lost = True
     pipeline = parts.pipeline(window=4)
 
     async def main() -> list[str]:
-        reasons = [(await pipeline.say([*FIVE, str(n)], wish())).answer.reasons[0] for n in range(6)]
+        said = [await pipeline.say([*FIVE, str(n)], wish()) for n in range(6)]
         parts.decoder_lost = False
-        return reasons
+        return [s.answer.emergency or "" for s in said]
 
     reasons = asyncio.run(main())
     assert all("lost 2 calls" in r for r in reasons[:4])
@@ -249,11 +250,9 @@ def test_exact_decoding_never_answers_from_the_corpus() -> None:
     parts.decoder_lost = True
     vectors = parts.codec.encode(FIVE[:1]).vectors
     with pytest.raises(UnavailableError):
-        asyncio.run(
-            parts.pipeline().decode(vectors, [None], time.monotonic() + 10, steps=1, extractive=False)
-        )
-    (answer,), _ = asyncio.run(parts.pipeline().decode(vectors, [None], time.monotonic() + 10))
-    assert answer.rung == "extractive"
+        asyncio.run(parts.pipeline().decode(vectors, time.monotonic() + 10, steps=1, corpus=False))
+    (answer,), _ = asyncio.run(parts.pipeline().decode(vectors, time.monotonic() + 10))
+    assert answer.source == "corpus"
 
 
 def test_a_continuation_reads_what_it_wrote() -> None:
@@ -266,19 +265,13 @@ def test_a_continuation_reads_what_it_wrote() -> None:
     assert asyncio.run(main()) == parts.near_texts
 
 
-def test_refused_is_told_by_the_reasons() -> None:
-    assert refused(Answer("x", "steps=3", ("steps=1: a", "steps=3: b"), 0.1, {}))
-    assert not refused(Answer("x", "steps=3", ("steps=1: a",), 0.1, {}))
-    chunk = CorpusChunk("c", "T", "s", "id", 0, 0.5)
-    assert extract(None, chunk, "why").reasons == ("decoder not asked: why",)
-
-
 def test_quality_of_an_answer() -> None:
     context = ["In those days Napoleon crossed the river."]
-    good = judge("Then Napoleon burned the bridge over the river.", context)
+    good = judge("Then Napoleon burned the bridge over the river.", (), context)
     assert (good.gibberish, good.keyword_hit, good.entity_hit) == (False, True, True)
-    bad = judge("the the the the the the", context)
+    bad = judge("the the the the the the", (), context)
     assert (bad.gibberish, bad.keyword_hit, bad.entity_hit) == (True, False, False)
+    assert judge("Then Napoleon burned the bridge over the river.", ("no language",), context).gibberish
 
 
 def test_the_cache_drops_what_was_used_longest_ago() -> None:

@@ -1,0 +1,436 @@
+"""Predict what follows in articles: reads articles, writes a row a prediction, as shards or one file of JSON lines.
+
+    python -m jobs.generate --input articles.jsonl.gz --model gru --limit 300 --output predictions.jsonl
+    ray job submit --working-dir . -- python -m jobs.generate --input s3://corpus --run /shared/run --output /shared/out
+
+Contexts of five chunks are taken from each article, evenly spread, and the chunks after them predicted. A row holds
+article, title, position (of the predicted chunk), step (1 for the first of --length), context (texts), next (the true
+text, null past the article's end), text, source (exact, writer or corpus), extract (what the corpus has nearest, with
+--run), cosine (of the text's own vector to the prediction), cosine_to_next (to the true next vector), both about the
+corpus mean, and log_prob (nats a character under the language model).
+
+Predictions are made in blocks by Ray Data, and a block is written whole and renamed: a job that is killed and run again
+makes what is missing. 300 predictions with four drafts each on two cores: see tests/bench/results.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import typer
+
+from jobs._ray import (
+    Address,
+    LanguageModel,
+    PathOrUrl,
+    WriterFolder,
+    connect,
+    finish,
+    load_codec_at,
+    nodes_with,
+    path_option,
+    progress_bar,
+    say,
+    unseen_gpu,
+    versions,
+)
+from jobs._ray import run as run_main
+from lvm.codec.ladder import LadderSettings
+from lvm.corpus.chunker import Chunker
+from lvm.corpus.readers import read_articles
+from lvm.errors import InputError, LvmError, OutputError
+from lvm.predict.generate import CONTEXT_CHUNKS, Generator
+from lvm.storage import Location
+from lvm.vectors.shards import (
+    Manifest,
+    Shard,
+    begin,
+    claim,
+    file_sha256,
+    find,
+    fingerprint,
+    read_footer,
+    read_table,
+    sweep_temporaries,
+    with_footer,
+    write_bytes,
+    write_table,
+)
+
+BLOCK = 32
+"""Predictions of one block: two cores write no faster with more at once."""
+
+KIND = "predictions"
+
+SCHEMA = pa.schema(
+    [
+        ("article", pa.string()),
+        ("title", pa.string()),
+        ("position", pa.int32()),
+        ("step", pa.int32()),
+        ("context", pa.list_(pa.string())),
+        ("next", pa.string()),
+        ("text", pa.string()),
+        ("source", pa.string()),
+        ("extract", pa.string()),
+        ("cosine", pa.float32()),
+        ("cosine_to_next", pa.float32()),
+        ("log_prob", pa.float32()),
+        ("refusals", pa.list_(pa.string())),
+        ("model", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What decides the predictions, beside the articles."""
+
+    model: str
+    """Folder name of the model record."""
+    decoder: str
+    """Digest of codec, decoder and writer (`lvm.codec.ladder.decoder_digest`)."""
+    corpus: str
+    """Fingerprint of the vectors that answer where nothing reads; empty without --run."""
+    length: int
+    """Chunks predicted from each context."""
+    per_article: int
+    """Most contexts of one article."""
+    limit: int | None
+    """Most contexts in all."""
+    ladder: dict[str, Any]
+    """How texts are drafted and chosen."""
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How a worker makes its generator."""
+
+    codec: str
+    codec_path: Location | None
+    writer: Location | None
+    language_model: Location | None
+    run: Location | None
+    model: str
+    ladder: LadderSettings
+
+    def __call__(self) -> Generator:
+        codec = load_codec_at(self.codec, self.codec_path, self.writer, self.language_model)
+        return Generator.load(self.run, self.model, codec, self.ladder)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One context and what is known to follow it."""
+
+    article: str
+    title: str
+    position: int
+    context: list[str]
+    following: list[str]
+    """True texts of the next `length` chunks, fewer at the article's end."""
+
+
+# ------------------------------------------------------------------------------------------------------ contexts
+
+
+def tasks_of(
+    source: str, generator: Generator, per_article: int, length: int, limit: int | None
+) -> Iterator[Task]:
+    """Contexts of the articles, in order; those with too few chunks have none."""
+    chunker = Chunker(generator.codec.tokenizer)
+    left = limit
+    for article in read_articles(source):
+        (chunks,) = chunker.chunk([article])
+        texts = [c.text for c in chunks]
+        room = len(texts) - CONTEXT_CHUNKS
+        if room < 1:
+            continue
+        number = min(per_article, room)
+        for place in np.unique(np.linspace(0, room - 1, number + 2)[1:-1].round().astype(int)).tolist():
+            if left is not None and left == 0:
+                return
+            end = place + CONTEXT_CHUNKS
+            yield Task(article.id, article.title, end, texts[place:end], texts[end : end + length])
+            left = None if left is None else left - 1
+
+
+def predict_block(generator: Generator, tasks: Sequence[Task], length: int) -> pa.Table:
+    """The rows of these contexts: all first chunks, then all second ones, and so on."""
+    rows: list[dict[str, Any]] = []
+    contexts = [list(task.context) for task in tasks]
+    centre = generator.centre
+    for step in range(length):
+        predictions = generator.next_chunks(contexts)
+        texts = [p.answer.text for p in predictions]
+        truths = [t.following[step] if step < len(t.following) else None for t in tasks]
+        given = [t or " " for t in texts] + [t for t in truths if t is not None]
+        encoded = iter(generator.codec.encode(given).vectors - centre)
+        own = [next(encoded) for _ in texts]
+        true = [None if t is None else next(encoded) for t in truths]
+        for task, p, text, a, b in zip(tasks, predictions, texts, own, true, strict=True):
+            rows.append(
+                {
+                    "article": task.article,
+                    "title": task.title,
+                    "position": task.position + step,
+                    "step": step + 1,
+                    "context": task.context,
+                    "next": task.following[step] if step < len(task.following) else None,
+                    "text": text,
+                    "source": p.answer.source,
+                    "extract": None if p.extract is None else p.extract.text,
+                    "cosine": _cosine(a, p.vector - centre),
+                    "cosine_to_next": None if b is None else _cosine(a, b),
+                    "log_prob": p.answer.log_prob,
+                    "refusals": list(p.answer.refusals),
+                    "model": p.model,
+                }
+            )
+        for context, text in zip(contexts, texts, strict=True):
+            context.append(text)
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def _cosine(a: Any, b: Any) -> float:
+    return float(a @ b / max(1e-9, float(np.linalg.norm(a) * np.linalg.norm(b))))
+
+
+# ------------------------------------------------------------------------------------------------------- blocks
+
+
+class BlockWriter:
+    """Ray Data's stateful worker: holds codec, model and corpus, predicts the blocks it is handed."""
+
+    def __init__(self, load: Loader, target: Location, length: int) -> None:
+        self.target, self.length = target, length
+        self.note = unseen_gpu()
+        self.failure = ""
+        try:
+            self.generator = load()
+        except LvmError as err:
+            self.failure = str(err)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        (block,) = batch["block"].tolist()
+        record = json.loads(block)
+        blank = {"file": record["file"], "rows": 0, "bytes": 0, "sha256": "", "error": "", "note": self.note}
+        try:
+            if self.failure:
+                raise InputError(self.failure)
+            tasks = [Task(**t) for t in record["tasks"]]
+            table = predict_block(self.generator, tasks, self.length)
+            shard = write_table(self.target / record["file"], with_footer(table, record["footer"]))
+            row = {**blank, **asdict(shard)}
+        except LvmError as err:
+            row = {**blank, "error": f"{record['file']}: {err}"}
+        return {name: [value] for name, value in row.items()}
+
+
+def finished(path: Location, footer: dict[str, Any]) -> Shard | None:
+    """The block's file when it is whole and of this footer; None when it has to be made."""
+    if not path.exists():
+        return None
+    try:
+        if read_footer(path) != footer:
+            return None
+        rows = read_table(path).num_rows
+    except InputError:
+        return None
+    return Shard(path.name, rows, path.stat().st_size, file_sha256(path))
+
+
+def generate(
+    source: str,
+    target: Location,
+    load: Loader,
+    settings_of: Any,
+    length: int,
+    per_article: int,
+    limit: int | None,
+    overwrite: bool = False,
+    address: str | None = None,
+) -> tuple[Manifest, int]:
+    """Bring `target` to hold the predictions, and nothing else; the manifest, and how many this run made."""
+    import ray
+
+    generator = load()
+    if generator.codec.no_writer is not None:
+        say(f"generate: {generator.codec.no_writer}")
+    settings: GenerateSettings = settings_of(generator)
+    claim(target, KIND, asdict(settings), overwrite)
+    blocks: list[dict[str, Any]] = []
+    tasks: list[Task] = []
+
+    def close() -> None:
+        if tasks:
+            content = [asdict(t) for t in tasks]
+            footer = {"settings": fingerprint(asdict(settings)), "contexts": fingerprint(content)}
+            blocks.append({"file": f"part-{len(blocks):05d}.parquet", "tasks": content, "footer": footer})
+            tasks.clear()
+
+    for task in tasks_of(source, generator, per_article, length, limit):
+        tasks.append(task)
+        if len(tasks) == BLOCK:
+            close()
+    close()
+    if not blocks:
+        raise InputError(
+            f"{source} has no article with {CONTEXT_CHUNKS + 1} chunks or more; expected longer articles"
+        )
+    del generator
+    inputs = {"contexts": fingerprint([b["footer"] for b in blocks])}
+    done = find(target, KIND, asdict(settings), inputs)
+    if done is not None:
+        return done, 0
+    begin(target, KIND, asdict(settings))
+    shards = {b["file"]: finished(target / b["file"], b["footer"]) for b in blocks}
+    pending = [b for b in blocks if shards[b["file"]] is None]
+    if len(pending) < len(blocks):
+        say(
+            f"generate: {len(blocks) - len(pending)} of {len(blocks)} blocks are finished and stay as they are"
+        )
+    made = 0
+    if pending:
+        connect(address)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        nodes = nodes_with()
+        gpus = int(sum(n.get("GPU", 0) for n in nodes))
+        cpus = int(sum(n.get("CPU", 0) for n in nodes))
+        # A writer's weights take 0.6 GB, and two threads write faster together than apart.
+        threads = min(max(1, cpus // max(1, gpus)), max(int(n.get("CPU", 1)) for n in nodes), 8)
+        actors = max(1, min(len(pending), gpus or cpus // threads))
+        resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": threads}
+        rows = ray.data.from_items(
+            [{"block": json.dumps(b)} for b in pending], override_num_blocks=len(pending)
+        ).map_batches(
+            BlockWriter,
+            fn_constructor_args=(load, target.resolve(), length),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+            **resources,
+        )
+        errors: list[str] = []
+        iterator = iter(rows.iter_rows())
+        try:
+            with progress_bar("generate", sum(len(b["tasks"]) for b in pending) * length, "texts") as advance:
+                for row in iterator:
+                    if row.pop("note") and not made:
+                        say(f"generate: {unseen_gpu()}")
+                    if error := row.pop("error"):
+                        errors.append(error)
+                        continue
+                    shards[row["file"]] = Shard(**row)
+                    made += row["rows"]
+                    advance(row["rows"])
+        finally:
+            getattr(iterator, "close", lambda: None)()
+        if errors:
+            raise InputError(
+                f"{len(errors)} of {len(blocks)} blocks failed, the others are kept; first: {errors[0]}"
+            )
+    listed = tuple(s for s in shards.values() if s is not None)
+    manifest = Manifest(
+        kind=KIND,
+        settings=asdict(settings),
+        inputs=inputs,
+        shards=listed,
+        rows=sum(s.rows for s in listed),
+        source=source,
+        versions=versions(),
+    )
+    manifest.save(target)
+    sweep_temporaries(target)
+    for path in target.glob("part-*.parquet"):
+        if path.name not in shards:
+            path.unlink()
+    return manifest, made
+
+
+def rows_of(target: Location, manifest: Manifest) -> Iterator[dict[str, Any]]:
+    """All predictions, in order."""
+    for shard in manifest.shards:
+        yield from read_table(target / shard.file).to_pylist()
+
+
+# ------------------------------------------------------------------------------------------------------ command
+
+
+def settings_for(
+    generator: Generator, length: int, per_article: int, limit: int | None, ladder: LadderSettings
+) -> GenerateSettings:
+    """The settings of a job with this generator."""
+    corpus = "" if generator.array is None else generator.array.fingerprint
+    return GenerateSettings(
+        generator.model, generator.ladder.digest, corpus, length, per_article, limit, asdict(ladder)
+    )
+
+
+def main(
+    input: Annotated[str, typer.Option(help="Articles, as `latent chunk` takes them; or sample.")],
+    output: Annotated[PathOrUrl, path_option("Folder of shards to write, or one file ending in .jsonl.")],
+    model: Annotated[str, typer.Option(help="Alias or folder of a trained model, or passthrough.")] = "gru",
+    run: Annotated[
+        PathOrUrl | None, path_option("Folder of `latent run`: its models and corpus; none: what ships.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Contexts to predict from, from the first.")
+    ] = None,
+    per_article: Annotated[int, typer.Option(min=1, help="Contexts of one article, evenly spread.")] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Chunks predicted from each, one after the other.")] = 1,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Texts drafted for a vector; the best is given.")
+    ] = 4,
+    codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
+    writer: WriterFolder = None,
+    language_model: LanguageModel = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace predictions made with other settings.")] = False,
+    address: Address = None,
+) -> None:
+    """Predict; a second run makes only what is missing."""
+    began = time.perf_counter()
+    ladder = LadderSettings(candidates=candidates)
+    one_file = str(output).endswith(".jsonl")
+    if one_file and output.is_dir():
+        raise OutputError(f"--output {output} is a folder, expected a file; choose another name")
+    target = output.with_name(f"{output.name}.parts") if one_file else output
+    load = Loader(codec, codec_path, writer, language_model, run, model, ladder)
+    settings_of = partial(settings_for, length=length, per_article=per_article, limit=limit, ladder=ladder)
+    manifest, made = generate(
+        input, target, load, settings_of, length, per_article, limit, overwrite, address
+    )
+    predictions = list(rows_of(target, manifest))
+    if one_file:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+        write_bytes(output, lines.encode())
+        if isinstance(target, os.PathLike):
+            shutil.rmtree(target)
+    seconds = time.perf_counter() - began
+    sources = [row["source"] for row in predictions]
+    finish(
+        {
+            "stage": "generate",
+            "rows": manifest.rows,
+            "made": made,
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(made / max(seconds, 1e-9), 2),
+            "paths": [str(output)],
+            "up_to_date": made == 0,
+            "sources": {name: sources.count(name) for name in ("exact", "writer", "corpus")},
+            "refused": sum(bool(row["refusals"]) for row in predictions),
+            "settings": manifest.settings,
+        }
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

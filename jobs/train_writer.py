@@ -1,0 +1,121 @@
+"""Fit a writer for a codec's vectors with Ray Train: `latent train-writer`. Reads vector shards, writes a folder.
+
+    python -m jobs.train_writer --vectors out/mine/vectors --output out/writer --minutes 60
+    ray job submit --working-dir . -- python -m jobs.train_writer --vectors /shared/vectors --output /shared/writer
+
+The folder is what --writer takes, and what a codec's own folder may hold as `writer/`. The loop is
+`lvm.codec.writer_training.fit_writer`; it saves every few minutes, and the same command run again goes on from
+there, also after a kill. Any codec's vectors do: `mini`, a GTR pair, or a sentence-transformers model (`latent
+encode --codec sentence-transformers --codec-path FOLDER`). Two cores see some 500 chunks a minute; an hour
+writes readable sentences.
+"""
+
+import json
+import time
+from typing import Annotated, Any
+
+import typer
+
+from jobs._ray import Address, LanguageModel, PathOrUrl, connect, finish, path_option, run, say
+from lvm.errors import InputError, OutputError
+from lvm.storage import RemotePath, local_folder
+
+
+def train_loop_per_worker(loop: dict[str, Any]) -> None:
+    """One worker's whole training; reports each held-out score."""
+    import torch
+    from ray import train
+
+    from lvm.codec.writer_training import fit_writer
+
+    def here(folder: Any) -> Any:
+        return None if folder is None else local_folder(folder)
+
+    fit_writer(
+        here(loop["vectors"]),
+        here(loop["language_model"]),
+        loop["output"],
+        loop["settings"],
+        "cuda" if torch.cuda.is_available() else "cpu",
+        loop["limit"],
+        here(loop["init"]),
+        on_score=train.report,
+    )
+
+
+def main(
+    vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
+    output: Annotated[PathOrUrl, path_option("Folder of the writer, on a disk; a run there is continued.")],
+    minutes: Annotated[float, typer.Option(help="Time of training, all parts together.")] = 60.0,
+    init: Annotated[
+        PathOrUrl | None, path_option("Folder of a writer whose weights a new run starts from.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use the first shards only, up to so many chunks.")
+    ] = None,
+    language_model: LanguageModel = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 5,
+    address: Address = None,
+) -> None:
+    """Train until the minutes are spent; what was saved last is the writer."""
+    from lvm.codec.writer import base_file, missing_base
+    from lvm.codec.writer_training import WriterSettings
+
+    settings = WriterSettings(minutes=minutes, seed=seed)
+    if isinstance(output, RemotePath):
+        raise OutputError(
+            f"--output {output} is on object storage, expected a folder on a disk: training writes into its files all "
+            "the time. Choose a disk that the workers see, and copy the folder when it is done."
+        )
+    if not (vectors / "manifest.json").exists():
+        raise InputError(f"no manifest.json in {vectors}; expected the folder of a finished `latent encode`")
+    if language_model is None and base_file() is None:  # refused here, and not by a worker minutes later
+        raise InputError(missing_base())
+    output = output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+    connect(address)
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    cpus = 1 if use_gpu else max(1, int(min(8, ray.available_resources().get("CPU", 1))))
+    say(
+        f"training for {minutes:g} minutes on {'a GPU' if use_gpu else f'{cpus} CPUs'}; "
+        f"curve in {output / 'curve.jsonl'}"
+    )
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={
+            "vectors": vectors.absolute(),
+            "language_model": None if language_model is None else language_model.absolute(),
+            "output": output,
+            "settings": settings,
+            "limit": limit,
+            "init": None if init is None else init.absolute(),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=1, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": cpus}
+        ),
+        # The worker's own checkpoint lies in `output`; a lost worker starts again and goes on from it.
+        run_config=RunConfig(
+            name="writer", storage_path=str(output / "ray"), failure_config=FailureConfig(max_failures=2)
+        ),
+    )
+    trainer.fit()
+    record = json.loads((output / "writer.json").read_text())
+    finish(
+        {
+            "stage": "train-writer",
+            "rows": record["chunks_seen"],
+            "score": record["held_out"],
+            "seconds": round(time.perf_counter() - begun, 1),
+            "paths": {"writer": str(output)},
+            "codec": record["codec"],
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,183 @@
+"""Encoders of the sentence-transformers family, from a folder in that library's layout.
+
+Reads `modules.json`, `config.json`, `tokenizer.json`, `model.safetensors` and the folders that `modules.json` names; a
+transformer, mean or [CLS] pooling, Dense layers and normalisation, which is what nearly all published models are.
+Loaded by transformers and safetensors, never from a pickle.
+
+Letters: B texts, T tokens, D vector length.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lvm.codec.encoder import GATE_TEXTS, MIN_COSINE, TextEncoder
+from lvm.codec.identity import CodecIdentity
+from lvm.codec.runner import Precision
+from lvm.codec.tokenizer import ChunkTokenizer
+from lvm.errors import InputError
+
+ACTIVATIONS = {
+    "torch.nn.modules.activation.Tanh": torch.tanh,
+    "torch.nn.modules.linear.Identity": lambda x: x,
+}
+"""What a Dense layer may end in, by the name that sentence-transformers writes."""
+
+
+@dataclass(frozen=True)
+class SentenceSizes:
+    """What callers ask of an encoder's configuration."""
+
+    dim: int
+    """Length of a vector, D."""
+
+
+class SentenceNetwork(nn.Module):
+    """Token ids to vectors: a transformer, its pooling, and what follows."""
+
+    def __init__(
+        self, transformer: nn.Module, pooling: str, dense: list[tuple[nn.Linear, str]], normalised: bool
+    ) -> None:
+        """pooling: "mean" or "cls"; dense: layers after it, each with the name of its activation."""
+        super().__init__()
+        self.transformer = transformer
+        self.pooling, self.normalised = pooling, normalised
+        self.dense = nn.ModuleList(layer for layer, _ in dense)
+        self.activations = [name for _, name in dense]
+        width: int = transformer.config.hidden_size  # type: ignore[union-attr, assignment]
+        self.config = SentenceSizes(dense[-1][0].out_features if dense else width)
+
+    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """ids (B, T) int64 and mask (B, T) bool, None when all places are real, to (B, D) float32."""
+        real = torch.ones_like(ids) if mask is None else mask.long()
+        states: Tensor = self.transformer(input_ids=ids, attention_mask=real).last_hidden_state.float()
+        if self.pooling == "cls":
+            pooled = states[:, 0]
+        else:
+            pooled = (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        for layer, activation in zip(self.dense, self.activations, strict=True):
+            pooled = ACTIVATIONS[activation](layer(pooled))
+        return F.normalize(pooled, dim=-1) if self.normalised else pooled
+
+
+def load_sentence_network(folder: Path) -> SentenceNetwork:
+    """The network of a model's folder, float32, on the CPU.
+
+    Raises InputError where a file is missing or a module is of a kind that is not read here.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModel
+
+    for file in ("modules.json", "config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            raise InputError(
+                f"{folder} has no {file}; expected the folder of a sentence-transformers model (modules.json, "
+                "config.json, tokenizer.json, model.safetensors)"
+            )
+    try:
+        modules = json.loads((folder / "modules.json").read_text())
+        kinds = [(str(m["type"]).rsplit(".", 1)[-1], folder / m["path"]) for m in modules]
+    except (ValueError, KeyError, TypeError) as err:
+        raise InputError(
+            f"{folder / 'modules.json'} is no list of modules ({err}); copy the folder again"
+        ) from err
+    pooling, dense, normalised = "mean", [], False
+    for kind, path in kinds:
+        if kind == "Pooling":
+            pooling = _pooling(path / "config.json")
+        elif kind == "Dense":
+            settings = _read(path / "config.json")
+            activation = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
+            if activation not in ACTIVATIONS:
+                raise InputError(f"{path} ends in {activation}; expected one of {', '.join(ACTIVATIONS)}")
+            layer = nn.Linear(
+                settings["in_features"], settings["out_features"], bool(settings.get("bias", True))
+            )
+            try:
+                weights = load_file(path / "model.safetensors")
+                layer.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
+            except (OSError, SafetensorError, RuntimeError) as err:
+                raise InputError(f"{path / 'model.safetensors'} does not fit its config.json: {err}") from err
+            dense.append((layer, activation))
+        elif kind == "Normalize":
+            normalised = True
+        elif kind != "Transformer":
+            raise InputError(
+                f"{folder} holds a module {kind}; expected Transformer, Pooling, Dense and Normalize alone"
+            )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        transformer: Any = AutoModel.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as err:
+        raise InputError(f"{folder} is no model that transformers can load: {err}") from err
+    return SentenceNetwork(transformer.eval(), pooling, dense, normalised)
+
+
+CHUNK_TOKENS = 40
+"""Most tokens of a chunk, special ones included, where the model takes as many: what a writer writes at once."""
+
+
+def load_sentence_tokenizer(folder: Path, max_tokens: int | None = CHUNK_TOKENS) -> ChunkTokenizer:
+    """Its tokenizer with the smaller of `max_tokens` and the model's own limit: `max_seq_length`, or the positions the
+    transformer has."""
+    settings = folder / "sentence_bert_config.json"
+    own = _read(settings).get("max_seq_length") if settings.is_file() else None
+    own = int(own or _read(folder / "config.json").get("max_position_embeddings") or 512)
+    return ChunkTokenizer.load(folder / "tokenizer.json", own if max_tokens is None else min(own, max_tokens))
+
+
+def load_sentence_encoder(
+    folder: Path, device: torch.device, precision: Precision | Literal["auto"] = "auto"
+) -> tuple[TextEncoder, CodecIdentity]:
+    """The encoder of a model's folder and its identity. Raises InputError as `load_sentence_network` does."""
+    network = load_sentence_network(folder)
+    tokenizer = load_sentence_tokenizer(folder)
+    digest = hashlib.sha256()
+    for key, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else b"")
+    identity = CodecIdentity(
+        name=folder.resolve().name,
+        encoder_sha256=digest.hexdigest(),
+        tokenizer_sha256=tokenizer.sha256,
+        pooling=network.pooling,
+        dense=bool(network.activations),
+        normalized=network.normalised,
+        max_tokens=tokenizer.max_tokens,
+        dim=network.config.dim,
+    )
+    # The int8 products are made for our own networks.
+    how: Precision = "bfloat16" if precision == "bfloat16" else "float32"
+    encoder = TextEncoder(network, tokenizer, device, how)
+    if precision == "auto" and (device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16")):
+        exact = encoder.encode(GATE_TEXTS).vectors
+        encoder.use("bfloat16")
+        if not ((encoder.encode(GATE_TEXTS).vectors * exact).sum(1) >= MIN_COSINE).all():
+            encoder.use("float32")
+    return encoder, identity
+
+
+def _pooling(path: Path) -> str:
+    settings = _read(path)
+    chosen = [k for k, v in settings.items() if k.startswith("pooling_mode_") and v]
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(chosen) != 1 or chosen[0] not in names:
+        raise InputError(f"{path} asks for {chosen or 'no pooling'}; expected one of {', '.join(names)}")
+    return names[chosen[0]]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as err:
+        raise InputError(f"{path} cannot be read ({err}); copy the model's folder again") from err
+    return record
