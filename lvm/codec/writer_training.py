@@ -295,7 +295,7 @@ def fit_evidence(
     return float(np.mean(recent))
 
 
-def nats(
+def token_nats(
     base: Llama,
     adapter: Adapter | None,
     prefix: Prefix,
@@ -452,7 +452,7 @@ def fit_writer(
                 ids, mask = (t.to(device) for t in tokens.batch(asked))
                 for kind, some in given.items():
                     parts = [
-                        nats(
+                        token_nats(
                             base.model,
                             adapter,
                             prefix,
@@ -502,7 +502,9 @@ def fit_writer(
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * rate
         ids, mask = (t.to(device) for t in tokens.batch(rows))
-        loss = nats(base.model, adapter, prefix, drawn.mixed(rows, rng).to(device), ids, mask, places).mean()
+        loss = token_nats(
+            base.model, adapter, prefix, drawn.mixed(rows, rng).to(device), ids, mask, places
+        ).mean()
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the writer's loss is {loss.item()} at step {step}; lower --learning-rate and run again, it goes on "

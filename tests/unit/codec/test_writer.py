@@ -68,7 +68,7 @@ def test_nothing_said_is_a_control_token_or_a_triple_twice(writer: Writer, vecto
         assert START not in draft.text
         assert END not in draft.text
         assert draft.log_prob < 0
-    loop = toy_writer(Path(writer._folder), settings=WritingSettings(max_tokens=40))
+    loop = toy_writer(Path(writer.folder), settings=WritingSettings(max_tokens=40))
     for text in loop.write(vectors[:3]):
         ids = loop._base.model.tokenizer.encode(text[0].text).ids
         assert len(ids) > 0
@@ -228,6 +228,6 @@ def test_language_is_told_from_what_is_none(codec: Codec) -> None:
 
 
 def test_the_shipped_writers_language_model_is_the_published_file(codec: Codec) -> None:
-    record = json.loads((Path(codec.writer._folder) / "writer.json").read_text())  # type: ignore[union-attr]
+    record = json.loads((Path(codec.writer.folder) / "writer.json").read_text())  # type: ignore[union-attr]
     assert record["base"]["sha256"] == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     assert load_base().sha256 == record["base"]["sha256"]
