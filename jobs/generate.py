@@ -158,7 +158,7 @@ def tasks_of(
             if left is not None and left == 0:
                 return
             end = place + CONTEXT_CHUNKS
-            yield Task(article.id, article.title, end, texts[place:end], texts[end : end + length])
+            yield Task(article.article_id, article.title, end, texts[place:end], texts[end : end + length])
             left = None if left is None else left - 1
 
 
