@@ -134,7 +134,10 @@ class GenerateRequest(_Request):
     length: int = Field(1, ge=1, description="Chunks to write, each predicted from all before it.")
     stream: bool = Field(False, description="Server-sent events, one for each chunk as it is ready.")
     steps: Steps = None
-    snap: bool = Field(True, description="Move the prediction onto the corpus before decoding.")
+    snap: bool = Field(
+        False,
+        description="Move the prediction onto the corpus before it is written. The writer needs it not.",
+    )
     fill: Literal["retrieve", "repeat", "none"] = Field(
         "retrieve", description="How fewer than five chunks are completed."
     )

@@ -71,7 +71,7 @@ class EvaluateSettings:
 
     examples: int = 3
     """Windows printed and shown with all their texts."""
-    text_windows: int = 64
+    text_windows: int = 32
     """Test windows whose predictions are decoded, as many articles as possible among them."""
     candidates: int = 2
     """Texts drafted for a vector that no text has."""

@@ -276,7 +276,7 @@ def test_entries_carry_the_lead_over_the_best_baseline_window_by_window(
 
 
 def test_more_examples_than_decoded_windows_are_refused() -> None:
-    with pytest.raises(InputError, match="between 0 and the 64 decoded windows, got 65"):
+    with pytest.raises(InputError, match="between 0 and the 32 decoded windows, got 65"):
         EvaluateSettings(examples=65)
     with pytest.raises(InputError, match="pool_chunks must be at least 1, got 0"):
         EvaluateSettings(pool_chunks=0)
