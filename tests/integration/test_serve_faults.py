@@ -209,7 +209,10 @@ def test_a_decoder_that_hangs_leaves_answers_of_the_corpus_that_say_so(service: 
     said = [s for s in steps if s["emergency"]]
     assert said
     assert all(s["source"] == "corpus" and s["text"] for s in said)
-    keep("hang_decoder", {"median_open_s": quick, "opened_after_s": opened - begun, "from_the_corpus": len(said)})
+    keep(
+        "hang_decoder",
+        {"median_open_s": quick, "opened_after_s": opened - begun, "from_the_corpus": len(said)},
+    )
 
 
 def test_a_new_model_version_rolls_out_without_a_failed_request(service: Service, run: Path) -> None:
