@@ -583,7 +583,9 @@ class Ladder:
                 )
                 if not wrong or place + 1 == len(ranked[i]):
                     chosen[i] = answer
-                else:
+                elif (
+                    attempt.source == "writer"
+                ):  # the decoder's words for a blend were there to compare, no answer
                     row.attempts.append(replace(attempt, refusals=tuple(wrong)))
         answers: dict[int, Answer] = {}
         for (ticket, row), best in zip(ours, chosen, strict=True):

@@ -226,7 +226,7 @@ def test_a_new_model_version_rolls_out_without_a_failed_request(service: Service
     with load(service, 4) as under:
         wait_for("answers before", lambda: len(under.answers) > 4, 60)
         os.kill(service.launcher, signal.SIGUSR1)
-        took = wait_for("the new version answers", lambda: folder() == record.name, 90)
+        took = wait_for("the new version answers", lambda: folder() == record.name, 180)
     keep("rollout", {"statuses": under.statuses(), "seconds": took})
     assert before != record.name
     assert set(under.statuses()) == {200}, [a for a in under.answers if a[2] != 200][:2]
