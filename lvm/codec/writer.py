@@ -259,8 +259,8 @@ class WritingSettings:
     """Likeliest tokens a sampled candidate is drawn from."""
     bonus: float = 1.0
     """Nats a strength of one adds to the first token of an evidence word that is not written yet. Over 100 predictions
-    at 0, 0.4 and 0.8 the texts' centred cosine to the true next is 0.124, 0.140 and 0.152, keywords 66, 71 and 76 %, and
-    the log-probability -0.76, -0.84 and -0.87, where real text has -1.23 (tests/bench/results/LOG.md)."""
+    at 0, 0.4 and 0.8 the texts' centred cosine to the true next is 0.124, 0.140 and 0.152, keywords 66, 71 and 76 %,
+    and the log-probability -0.76, -0.84 and -0.87, where real text has -1.23 (tests/bench/results/LOG.md)."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.top_k < 1 or self.temperature <= 0:
