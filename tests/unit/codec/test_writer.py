@@ -59,7 +59,7 @@ def test_a_vector_gets_the_same_texts_alone_in_a_batch_and_joining_late(
 
 def test_candidates_differ_and_the_first_is_greedy(writer: Writer, vectors: np.ndarray) -> None:
     one, four = writer.write(vectors, 1), writer.write(vectors, 4)
-    assert [t[0] for t in one] == [t[0] for t in four]
+    assert [t[0].text for t in one] == [t[0].text for t in four]
     assert all(len({d.text for d in drafts}) > 1 for drafts in four)
 
 
