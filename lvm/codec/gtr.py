@@ -266,7 +266,7 @@ def load_gtr_encoder(
         )
     identity = CodecIdentity(
         name=name,
-        encoder_sha256=_hash(used),
+        encoder_sha256=hash_tensors(used),
         tokenizer_sha256=tokenizer.sha256,
         pooling="mean",
         dense=contract.whole,
@@ -277,14 +277,14 @@ def load_gtr_encoder(
     return TextEncoder(network, tokenizer, device, precision), identity
 
 
-def _hash(tensors: dict[str, Any]) -> str:
-    """Hash over names, shapes, dtypes and bytes, 64 hex digits."""
+def hash_tensors(tensors: dict[str, Any], before: bytes = b"") -> str:
+    """Hash over `before` and the tensors' names, shapes, dtypes and bytes, 64 hex digits."""
     import torch
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(before)
     for key in sorted(tensors):
         digest.update(f"{key} {tuple(tensors[key].shape)} {tensors[key].dtype}".encode())
-        digest.update(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

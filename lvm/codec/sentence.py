@@ -7,7 +7,6 @@ Loaded by transformers and safetensors, never from a pickle.
 Letters: B texts, T tokens, D vector length.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvm.codec.encoder import GATE_TEXTS, MIN_COSINE, TextEncoder
+from lvm.codec.gtr import hash_tensors
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.runner import Precision
 from lvm.codec.tokenizer import ChunkTokenizer
@@ -141,13 +141,9 @@ def load_sentence_encoder(
     """The encoder of a model's folder and its identity. Raises InputError as `load_sentence_network` does."""
     network = load_sentence_network(folder)
     tokenizer = load_sentence_tokenizer(folder)
-    digest = hashlib.sha256()
-    for key, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else b"")
     identity = CodecIdentity(
         name=folder.resolve().name,
-        encoder_sha256=digest.hexdigest(),
+        encoder_sha256=hash_tensors(network.state_dict()),
         tokenizer_sha256=tokenizer.sha256,
         pooling=network.pooling,
         dense=bool(network.activations),

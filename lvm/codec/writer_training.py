@@ -492,7 +492,7 @@ def fit_writer(
             # Texts of like length together: a batch holds little padding.
             many = rng.choice(train, 8 * settings.batch)
             many = many[np.argsort(tokens.lengths[many], kind="stable")]
-            queue = [many[i::1][: settings.batch] for i in range(0, len(many), settings.batch)]
+            queue = [many[i : i + settings.batch] for i in range(0, len(many), settings.batch)]
             rng.shuffle(queue)
         rows = queue.pop()
         gone = spent_s / (settings.minutes * 60)

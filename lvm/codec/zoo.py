@@ -4,7 +4,6 @@
 (`lvm.codec.gtr`). Any codec our own training made loads from its folder with `path`.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lvm.codec.gtr import GTR_CODECS, load_gtr, load_gtr_tokenizer
+from lvm.codec.gtr import GTR_CODECS, hash_tensors, load_gtr, load_gtr_tokenizer
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.errors import InputError
@@ -219,7 +218,6 @@ def load_codec(
     (`lvm.codec.writer.load_base`). Raises InputError on an unknown name, missing or damaged files, and when
     the tokenizer is not the one the weights were trained with.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -266,16 +264,12 @@ def load_codec(
     hypothesizer = MiniHypothesizer(config, encoder.topic_norm)
     digests = {}
     for file, module in (("encoder", encoder), ("hypothesizer", hypothesizer)):
-        digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
         try:
             tensors = load_file(folder / f"{file}.safetensors")
             module.load_state_dict(tensors)
         except (SafetensorError, RuntimeError, OSError) as err:
             raise InputError(f"{folder / file}.safetensors does not fit config.json: {err}") from err
-        for key in sorted(tensors):
-            digest.update(f"{key} {tuple(tensors[key].shape)} {tensors[key].dtype}".encode())
-            digest.update(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
-        digests[file] = digest.hexdigest()
+        digests[file] = hash_tensors(tensors, json.dumps(config.to_dict(), sort_keys=True).encode())
     identity = CodecIdentity(
         name=name if path is None else Path(path).name,
         encoder_sha256=digests["encoder"],

@@ -175,7 +175,8 @@ class Generator:
         )
         # Contexts that were not completed have a length of their own and are predicted one by one.
         given = [c.vectors for c in filled]
-        if len({g.shape for g in given}) == 1:
+        same = len({g.shape for g in given}) == 1
+        if same:
             raw = timed("predict", lambda: self._predict(np.stack(given)))
         else:
             raw = timed("predict", lambda: np.concatenate([self._predict(g[None]) for g in given]))
@@ -188,7 +189,6 @@ class Generator:
         if self._extractor is not None:
             extracts = timed("extract", lambda: self._extract(raw, filled))
         nearest = None if extracts is None else (lambda _, rows: [extracts[i] for i in rows])
-        same = len({g.shape for g in given}) == 1
         answers = timed(
             "decode", lambda: self.ladder.decode(steered, np.stack(given) if same else None, nearest)
         )
