@@ -100,10 +100,11 @@ def main() -> None:
         report["most_at_once"] = watch.most_at_once
         array = open_vectors(folder / "data")
         build_index(array, folder / "index")
-        vectors, texts = array.vectors[:4].astype(np.float32), array.texts(np.arange(4))
-        block = Block(vectors, vectors, texts, array.doc_ids[:4])
+        vectors = array.vectors[:4].astype(np.float32)
+        found = np.zeros(4, bool)
+        block = Block(vectors, vectors, vectors[:, None], array.doc_ids[:4], found)
         plan = TextPlan((("copy-last", "raw"),), block)
-        said = decode_all(array, plan, fake_codec, folder / "index", cpus=6, gpus=1)
+        said = decode_all(array, plan, fake_codec, folder / "index", cpus=6, gpus=1, candidates=1)
         report["decoded"] = len(said)
     finally:
         world.close()
