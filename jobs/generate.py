@@ -31,6 +31,7 @@ from jobs._ray import (
     LanguageModel,
     PathOrUrl,
     WriterFolder,
+    articles_of,
     connect,
     finish,
     load_codec_at,
@@ -44,7 +45,6 @@ from jobs._ray import (
 from jobs._ray import run as run_main
 from lvm.codec.ladder import LadderSettings
 from lvm.corpus.chunker import Chunker
-from lvm.corpus.readers import read_articles
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.predict.generate import CONTEXT_CHUNKS, Generator
 from lvm.storage import Location
@@ -147,7 +147,7 @@ def tasks_of(
     """Contexts of the articles, in order; those with too few chunks have none."""
     chunker = Chunker(generator.codec.tokenizer)
     left = limit
-    for article in read_articles(source):
+    for article in articles_of(source):
         (chunks,) = chunker.chunk([article])
         texts = [c.text for c in chunks]
         room = len(texts) - CONTEXT_CHUNKS

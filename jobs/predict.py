@@ -20,7 +20,7 @@ from jobs._ray import LanguageModel, PathOrUrl, WriterFolder, load_codec_at, pat
 from jobs._ray import run as run_main
 from lvm.codec.ladder import LadderSettings
 from lvm.corpus.chunker import chunk_article
-from lvm.corpus.readers import Article
+from lvm.corpus.records import Article
 from lvm.errors import InputError
 from lvm.predict.generate import PASSTHROUGH, Generator, Prediction
 

@@ -21,13 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from jobs._ray import Address, PathOrUrl, connect, finish, path_option, run, say
+from jobs._ray import Address, PathOrUrl, articles_of, connect, finish, path_option, run, say
 from lvm.codec.mini import MiniConfig
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.codec.training import TrainingSettings, fit, load_weights
 from lvm.codec.zoo import CODECS
 from lvm.corpus.chunker import Chunker
-from lvm.corpus.readers import read_articles
 from lvm.errors import InputError, OutputError
 from lvm.storage import RemotePath, local_folder
 
@@ -68,7 +67,7 @@ def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
     chunker = Chunker(tokenizer)
     rows = [
         {"doc_id": number, "position": position, "text": chunk.text}
-        for number, article in enumerate(read_articles(source, None))
+        for number, article in enumerate(articles_of(source, None))
         for position, chunk in enumerate(chunker.chunk([article])[0])
     ]
     if not rows:

@@ -6,8 +6,10 @@ No torch here: cutting half a million chunks must not load a model.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -39,6 +41,17 @@ class ChunkTokenizer:
         self.end_id: int
         self.pad_id: int
         self.end_id, self.pad_id = whole[0]  # type: ignore[assignment]
+        controls = [t.content for t in tokenizer.get_added_tokens_decoder().values() if len(t.content) > 1]
+        spelt = [re.escape(c) for c in controls]
+        if (
+            tokenizer.token_to_id("<0x41>") is not None
+        ):  # a byte where no piece fits, which decodes to that byte
+            controls.append("<0x41>")
+            spelt.append("<0x[0-9A-F]{2}>")
+        self._control = re.compile("|".join(spelt))
+        self._control_starts = {c[0] for c in controls}
+        self._inside = Tokenizer.from_str(_without_prefix(tokenizer.to_str()))
+        """For what follows a cut inside a control token: no new word."""
         self.num_special = len(tokenizer.encode("").ids)
         """Tokens that every text has besides its own: 1 with T5's end, 2 with BERT's beginning and end."""
 
@@ -80,25 +93,65 @@ class ChunkTokenizer:
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, end of sequence included, before any cut."""
-        return [len(e) for e in self._tokenizer.encode_batch_fast(list(texts))]
+        return [len(ids) for ids in self._ids(texts)]
 
     def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
         """Token ids of each text, cut to `max_tokens` with the end token kept, and lengths before the cut."""
         rows: list[list[int]] = []
         lengths: list[int] = []
-        for encoding in self._tokenizer.encode_batch_fast(list(texts)):
-            ids = encoding.ids
+        for ids in self._ids(texts):
             lengths.append(len(ids))
             rows.append([*ids[: self.max_tokens - 1], self.end_id] if len(ids) > self.max_tokens else ids)
         return rows, lengths
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Character span of each content token (no end token), in order."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
+        if not self._has_control(text):
+            return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
+        return [span for _, span in self._spelt(text)]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, end of sequence included. Control tokens in a text are plain characters."""
+        rows = [e.ids for e in self._tokenizer.encode_batch_fast(list(texts))]
+        for i, text in enumerate(texts):
+            if self._has_control(text):
+                frame = self._tokenizer.encode("").ids
+                rows[i] = [*frame[:-1], *(token for token, _ in self._spelt(text)), frame[-1]]
+        return rows
+
+    def _has_control(self, text: str) -> bool:
+        return any(c in text for c in self._control_starts) and self._control.search(text) is not None
+
+    def _spelt(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """Tokens and spans of a text in which control tokens are written out: each is cut after its first character,
+        so that neither the tokenizer nor its model finds it."""
+        cuts = [m.start() + 1 for m in self._control.finditer(text)]
+        out: list[tuple[int, tuple[int, int]]] = []
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            tokenizer = self._inside if start else self._tokenizer
+            encoding = tokenizer.encode(text[start:end], add_special_tokens=False)
+            spans = ((start + a, start + b) for a, b in encoding.offsets)
+            out += zip(encoding.ids, spans, strict=True)
+        return out
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Texts of token ids; special tokens are left out."""
         return list(self._tokenizer.decode_batch([list(r) for r in rows], skip_special_tokens=True))
+
+
+def _without_prefix(tokenizer_json: str) -> str:
+    """The tokenizer with no space put before a text."""
+
+    def never(part: Any) -> None:
+        if isinstance(part, dict):
+            if part.get("type") == "Metaspace":
+                part["prepend_scheme"] = "never"
+            for inner in part.get("pretokenizers", []):
+                never(inner)
+
+    state = json.loads(tokenizer_json)
+    never(state.get("pre_tokenizer"))
+    return json.dumps(state)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: Path) -> None:

@@ -11,17 +11,19 @@ counted as they are, and the few for which the sum was wrong (a tokenizer may me
 import hashlib
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
+import regex
 import sentencex
 
-from lvm.corpus.readers import Article
+from lvm.corpus.records import Article
 from lvm.errors import InputError
 
-RULES = 1
+RULES = 2
 """Version of the rules below; raised when the same text would be cut in another way."""
 
 SHORT_TOKENS = 5
@@ -31,6 +33,13 @@ MEMORY_WORDS = 400_000
 """Words whose token counts are remembered; 8,320 Wikipedia articles hold 389,772 different ones."""
 
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
+_LINE_ENDS = str.maketrans(
+    {"\r": "\n", "\v": "\n", "\f": "\n", "\x85": "\n", "\u2028": "\n", "\u2029": "\n\n"}
+)
+"""What ends a line or (U+2029) a paragraph in other systems; a carriage return before a newline goes first."""
+
+_CLUSTER = regex.compile(r"\X")
+"""What a reader takes for one character (Unicode Standard Annex 29): a letter and its marks, a joined emoji."""
 
 # What cutting between two words costs, and what an unequal cut costs. Chosen by reading some 300 cuts of
 # Wikipedia sentences: any punctuation goes before a conjunction, that before any other place, and a comma may
@@ -150,7 +159,7 @@ class Chunk:
     """A piece of an article."""
 
     chunk_id: str
-    """32 hex digits over source, article id and position: the same on every run and machine."""
+    """32 hex digits over the article's namespace, its id and position: the same on every run and machine."""
     position: int
     """Place in the article, from 0."""
     text: str
@@ -159,9 +168,9 @@ class Chunk:
     """End of sequence included; at most the tokenizer's max_tokens (see `Chunker` for the one exception)."""
 
 
-def chunk_id(source: str, article_id: str, position: int) -> str:
-    """The name of a chunk for good, 32 hex digits."""
-    return hashlib.sha256(f"{source}\0{article_id}\0{position}".encode()).hexdigest()[:32]
+def chunk_id(namespace: str, article_id: str, position: int) -> str:
+    """The name of a chunk for good, 32 hex digits; `Article.namespace` is where its article's id is unique."""
+    return hashlib.sha256(f"{namespace}\0{article_id}\0{position}".encode()).hexdigest()[:32]
 
 
 def chunk_article(article: Article, tokenizer: Tokenizer, language: str = "en") -> list[Chunk]:
@@ -172,7 +181,7 @@ def chunk_article(article: Article, tokenizer: Tokenizer, language: str = "en") 
 class Chunker:
     """Cuts articles for one tokenizer and remembers the token counts of words it has met.
 
-    A single character that takes more tokens than the limit is the one chunk that may exceed it.
+    A single code point that takes more tokens than the limit is the one chunk that may exceed it.
     """
 
     def __init__(self, tokenizer: Tokenizer, language: str = "en") -> None:
@@ -190,7 +199,7 @@ class Chunker:
         paragraphs = [
             [
                 p
-                for text in _PARAGRAPH_BREAK.split(article.text)
+                for text in _PARAGRAPH_BREAK.split(article.text.replace("\r\n", "\n").translate(_LINE_ENDS))
                 if (p := _Paragraph.of(text, self._language)).words
             ]
             for article in articles
@@ -208,7 +217,7 @@ class Chunker:
             pieces: list[tuple[str, int]] = []
             for text, count in zip(texts[start:end], counts[start:end], strict=True):
                 pieces += [(text, count)] if count - 1 <= self._limit else self._cut_again(text, count)
-            names = (chunk_id(article.source, article.article_id, i) for i in range(len(pieces)))
+            names = (chunk_id(article.namespace, article.article_id, i) for i in range(len(pieces)))
             chunks.append(
                 [Chunk(name, i, *piece) for i, (name, piece) in enumerate(zip(names, pieces, strict=True))]
             )
@@ -244,15 +253,20 @@ class Chunker:
         return [self._counts[w] for w in words]
 
     def _cut_word(self, word: str) -> list[str]:
-        """A word longer than the limit in pieces of like length, cut where its tokens begin."""
-        spans = self._tokenizer.offsets(word)
-        num_pieces = max(2, math.ceil(len(spans) / self._limit))
-        starts = {spans[len(spans) * i // num_pieces][0] for i in range(1, num_pieces)} if spans else set()
-        # Tokens of one character (bytes of an emoji) share a span; then any place between characters will do.
-        places = sorted(starts - {0, len(word)}) or [len(word) // 2]
-        pieces = [word[a:b] for a, b in zip([0, *places], [*places, len(word)], strict=True)]
+        """A word longer than the limit in pieces of like length, cut between characters as readers see them.
+
+        A cluster that alone is over the limit (a letter under a hundred marks) is cut inside.
+        """
         if len(word) < 2:
             return [word]
+        spans = self._tokenizer.offsets(word)
+        num_pieces = max(2, math.ceil(len(spans) / self._limit))
+        begins = [m.start() for m in _CLUSTER.finditer(word)][1:] or list(range(1, len(word)))
+        wanted = [spans[len(spans) * i // num_pieces][0] for i in range(1, num_pieces)] if spans else []
+        # The last cluster that begins before a token where a piece of like length would.
+        places = sorted({begins[max(0, bisect_right(begins, w) - 1)] for w in wanted if w})
+        places = places or [begins[len(begins) // 2]]
+        pieces = [word[a:b] for a, b in zip([0, *places], [*places, len(word)], strict=True)]
         counts = self._tokenizer.count(pieces)
         return [
             part

@@ -5,6 +5,7 @@ few templates that stand inside sentences. What is not prose goes: headings, oth
 tables, lists, galleries, files, categories, formulae, comments.
 """
 
+import html
 import re
 from collections.abc import Callable, Collection
 
@@ -12,8 +13,18 @@ import mwparserfromhell
 from mwparserfromhell.nodes import ExternalLink, HTMLEntity, Tag, Template, Text, Wikilink
 from mwparserfromhell.wikicode import Wikicode
 
-MEDIA_NAMESPACES = frozenset({"file", "image", "media", "category"})
-"""English names (lower case) of the namespaces whose links show no text in a sentence."""
+_NAMESPACES = """
+file image media category bild datei kategorie fichier catégorie archivo imagen categoría immagine categoria
+ficheiro imagem afbeelding bestand categorie plik grafika kategoria файл изображение категория зображення категорія
+выява катэгорыя fil kategori tiedosto kuva luokka soubor obrázek súbor obrázok kategória fájl kép fișier imagine
+датотека слика категорија datoteka slika kategorija dosya resim berkas gambar imatge fitxer dosiero kategorio mynd
+skrá flokkur vaizdas attēls αρχείο εικόνα κατηγορία ファイル 画像 カテゴリ 文件 檔案 档案 图像 圖像 分类 分類 파일 그림
+분류 ملف صورة تصنيف پرونده رده קובץ תמונה קטגוריה चित्र श्रेणी ไฟล์ ภาพ หมวดหมู่ চিত্র বিষয়শ্রেণী படிமம் fitxategi
+irudi tập_tin hình thể_loại
+"""
+MEDIA_NAMESPACES = frozenset(name.replace("_", " ") for name in _NAMESPACES.split())
+"""Names (lower case) of the namespaces whose links show no text in a sentence, in the common languages: a wiki takes
+its own name, the English one, and older names that its export does not list."""
 
 # Tags whose content is not prose. mwparserfromhell gives wiki tables and rules as tags of these names too.
 _DROPPED_TAGS = frozenset(
@@ -32,13 +43,27 @@ _LIST_LINE = "\x00"
 """Marks a line as a list item; XML cannot hold this character, so no article does."""
 
 _INTERLANGUAGE = re.compile(r"^[a-z]{2,3}(-[a-z-]+)?$")
+# Tags that the parser found no partner for: they stand in the text as they were written.
+_LOOSE_TAG = re.compile(
+    r"</?(?:ref|references|small|big|br|p|div|span|center|font|sub|sup|blockquote|noinclude|includeonly|onlyinclude|"
+    r"gallery|nowiki|table|tr|td|th|ul|ol|li|dl|dt|dd|i|b|u|s|em|strong|del|ins|cite|code|tt|pre|poem|math|hr|abbr|"
+    r"section|imagemap|syntaxhighlight|source|timeline|score|strike|var|kbd|samp|q|bdi|bdo|ruby|rt|rp|rb|h[1-6])"
+    r"(?:\s[^<>]{0,300})?\s?/?\s?>",
+    re.IGNORECASE,
+)
+_LOOSE_SPACE = re.compile(r"</?\s?br\b[^<>]{0,100}>|<ref\b[^<>]{0,300}>", re.IGNORECASE)
+_LOOSE_QUOTES = re.compile(r"'{2,5}")
+_VARIANT = re.compile(r"-\{([^{}]*)\}-")
+"""A text in several writing systems of one language, as Chinese and Serbian wikis have it."""
 _SWITCH = re.compile(r"__[A-Z]+__")
 _PARAGRAPH_BREAK = re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")
 # What removed templates leave behind: "( ; born 1950)", "( )", "covers .".
-_AFTER_BRACKET = re.compile(r"\(\s*[;,\s]+")
-_BEFORE_BRACKET = re.compile(r"[;,\s]+\)")
-_EMPTY_BRACKETS = re.compile(r"\s*\(\s*\)")
-_BEFORE_STOP = re.compile(r"\s+([,.])(?=\s|$)")
+# White space is single by then, and a run is looked at from its first character only: else a long run of spaces or
+# commas costs its square.
+_AFTER_BRACKET = re.compile(r"\([;, ]++")
+_BEFORE_BRACKET = re.compile(r"(?<![;, ])[;, ]++\)")
+_EMPTY_BRACKETS = re.compile(r" ?\( ?\)")
+_BEFORE_STOP = re.compile(r" ([,.])(?= |$)")
 
 
 def _positional(template: Template, drop: Collection[str]) -> list[str]:
@@ -102,7 +127,12 @@ def _render_template(template: Template, drop: Collection[str]) -> str:
 def _render_link(link: Wikilink, drop: Collection[str]) -> str:
     title = str(link.title).strip()
     prefix, colon, _ = title.partition(":")
-    if colon and prefix.strip().lower() in drop:
+    # A category of another project is commons:Category:Mills; a link that begins with a colon is a word.
+    if any(
+        name.strip().lower().replace("_", " ") in drop
+        for name in title.split(":")[:-1]
+        if not title.startswith(":")
+    ):
         return ""
     if colon and link.text is None and _INTERLANGUAGE.match(prefix):
         return ""
@@ -111,6 +141,8 @@ def _render_link(link: Wikilink, drop: Collection[str]) -> str:
 
 def _render_tag(tag: Tag, drop: Collection[str]) -> str:
     name = str(tag.tag).strip().lower()
+    if name == "nowiki":
+        return "" if tag.contents is None else str(tag.contents)
     if name in _LIST_TAGS and tag.wiki_markup:
         return _LIST_LINE
     if name == "br":
@@ -123,7 +155,7 @@ def _render(code: Wikicode, drop: Collection[str]) -> str:
     out = []
     for node in code.nodes:
         if isinstance(node, Text):
-            out.append(str(node.value))
+            out.append(_loose(str(node.value)))
         elif isinstance(node, Wikilink):
             out.append(_render_link(node, drop))
         elif isinstance(node, Tag):
@@ -131,27 +163,46 @@ def _render(code: Wikicode, drop: Collection[str]) -> str:
         elif isinstance(node, Template):
             out.append(_render_template(node, drop))
         elif isinstance(node, HTMLEntity):
-            out.append(str(node.normalize()))
+            out.append(html.unescape(str(node)))  # the parser's own raises on numbers of no character
         elif isinstance(node, ExternalLink) and node.title is not None:
             out.append(_render(node.title, drop))
         # What is left is headings, comments, template arguments and bare addresses: no prose.
     return "".join(out)
 
 
+def _loose(text: str) -> str:
+    """Text without the markup that the parser could not pair."""
+    if "<" in text:
+        text = _LOOSE_TAG.sub("", _LOOSE_SPACE.sub(" ", text))
+    return _LOOSE_QUOTES.sub("", text) if "''" in text else text
+
+
+def _variant(match: re.Match[str]) -> str:
+    """The first variant of -{zh-hans:a; zh-hant:b}-; the text of -{a}-; nothing for one that only sets a rule."""
+    flags, bar, body = match[1].rpartition("|")
+    if bar and set(flags.upper()) & set("HT-"):
+        return ""
+    first = body.split(";")[0].strip()
+    code, colon, text = first.partition(":")
+    return text.strip() if colon and _INTERLANGUAGE.match(code.strip()) else body
+
+
 def _tidy(paragraph: str) -> str:
-    paragraph = _AFTER_BRACKET.sub("(", paragraph)
+    paragraph = _AFTER_BRACKET.sub("(", " ".join(paragraph.split()))
     paragraph = _BEFORE_BRACKET.sub(")", paragraph)
     paragraph = _EMPTY_BRACKETS.sub("", paragraph)
-    return _BEFORE_STOP.sub(r"\1", " ".join(paragraph.split()))
+    return _BEFORE_STOP.sub(r"\1", paragraph).strip()
 
 
 def prose_of(markup: str, media_namespaces: Collection[str] = MEDIA_NAMESPACES) -> str:
     """The article's paragraphs in order, separated by a blank line; empty where it has no prose.
 
     media_namespaces: names, lower case, of the wiki's own File and Category namespaces.
-    Raises mwparserfromhell's ParserError on markup it cannot read.
+    Raises whatever the parser raises on markup it cannot read.
     """
     drop = MEDIA_NAMESPACES.union(media_namespaces)
+    if "-{" in markup:
+        markup = _VARIANT.sub(_variant, markup)
     rendered = _SWITCH.sub("", _render(mwparserfromhell.parse(markup), drop))
     lines = [line for line in rendered.split("\n") if _LIST_LINE not in line]
     paragraphs = (_tidy(p) for p in _PARAGRAPH_BREAK.split("\n".join(lines)))

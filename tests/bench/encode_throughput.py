@@ -50,7 +50,8 @@ import torch
 
 from jobs._ray import WORKER_ENVIRONMENT
 from lvm.corpus.chunker import Chunker
-from lvm.corpus.readers import Article, read_articles
+from lvm.corpus.readers import read_articles
+from lvm.corpus.records import Article
 from lvm.predict.steer import unit
 from tests.checkpoints import EMBEDDER, GTR_BASE, Sizes, make_tokenizer
 from tests.doubles import write_chunks

@@ -144,17 +144,17 @@ def test_broken_records_are_in_the_manifest_with_their_place(tmp_path: Path) -> 
 
 def test_an_article_met_twice_is_kept_once_and_reported(tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
-    own = [{**r, "source": "essays"} for r in rows("a", 6)]
-    other = {**rows("x", 1)[0], "id": "a2", "title": "other a2", "source": "essays"}
+    own = rows("a", 6)
+    other = {**rows("x", 1)[0], "id": "a2", "title": "other a2"}
     write_jsonl(folder / "a.jsonl", [*own, other])
+    # Ids of another file are its own: shards of two languages have the same names and numbers.
     write_jsonl(folder / "b.jsonl", [own[4], {**own[5], "source": "letters"}])
     report = run(folder, tmp_path / "out").manifest.report
     titles = [r["title"] for r in chunks_in(tmp_path / "out") if r["position"] == 0]
-    assert titles == ["a 0", "a 1", "a 2", "a 3", "a 4", "a 5", "a 5"]
-    assert report["articles"] == 7
-    assert report["duplicates"] == 2
-    places = [d["place"] for d in report["first_duplicates"]]
-    assert places == ["a.jsonl, line 7", "b.jsonl, line 1"]
+    assert titles == ["a 0", "a 1", "a 2", "a 3", "a 4", "a 5", "a 4", "a 5"]
+    assert report["articles"] == 8
+    assert report["duplicates"] == 1
+    assert report["first_duplicates"] == [{"title": "other a2", "place": "a.jsonl, line 7"}]
 
 
 @pytest.mark.parametrize(
@@ -307,17 +307,52 @@ def test_a_kill_between_shards_and_manifest_loses_nothing(
 # ----------------------------------------------------------------------------------------------- refusals
 
 
+def test_a_broken_file_is_counted_and_the_others_are_read(corpus: Path, tmp_path: Path) -> None:
+    whole = (corpus / "c.jsonl.gz").read_bytes()
+    (corpus / "c.jsonl.gz").write_bytes(whole[:-200])
+    (corpus / "d.parquet").write_bytes(b"")
+    (corpus / "e.zip").write_bytes(b"PK")
+    command = [sys.executable, "-m", "jobs.chunk", "--input", str(corpus), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["broken_files"], last["unread"]) == (2, 1)
+    assert 50 < last["articles"] < 60
+    assert "c.jsonl.gz ends too early" in done.stderr
+    assert "d.parquet is empty" in done.stderr
+    assert "not read: e.zip" in done.stderr
+    strict = subprocess.run([*command, "--strict"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert strict.returncode == 1
+    assert "error: c.jsonl.gz is broken (and 1 more files)" in strict.stderr
+    (corpus / "c.jsonl.gz").write_bytes(whole)
+    (corpus / "d.parquet").unlink()
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["articles"], last["broken_files"]) == (60, 0)
+
+
+def test_a_corpus_in_another_language_is_said_not_to_fit(tmp_path: Path) -> None:
+    write_jsonl(
+        tmp_path / "a.jsonl", [{"id": "1", "title": "", "text": "โรงสีเก่าตั้งอยู่ริมแม่น้ำและยังทำงานทุกวัน " * 20}]
+    )
+    command = [sys.executable, "-m", "jobs.chunk", "--input", str(tmp_path / "a.jsonl")]
+    command += ["--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert "WARNING: mini's tokenizer does not know this language" in done.stderr, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["tokens_per_word"] > 10
+
+
 def test_a_broken_file_is_named_and_the_others_are_not_cut_twice(corpus: Path, tmp_path: Path) -> None:
     whole = (corpus / "c.jsonl.gz").read_bytes()
     (corpus / "c.jsonl.gz").write_bytes(whole[:-200])
     with pytest.raises(InputError, match=r"c\.jsonl\.gz ends too early.*byte [\d,]+ of .*line \d+") as caught:
-        run(corpus, tmp_path / "out")
+        run(corpus, tmp_path / "out", strict=True)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
     left = {p.name + p.parent.name: p.stat().st_mtime_ns for p in tmp_path.glob("out/_work/*/block-*")}
     assert left
     with pytest.raises(InputError):
-        run(corpus, tmp_path / "out")
+        run(corpus, tmp_path / "out", strict=True)
     again = {p.name + p.parent.name: p.stat().st_mtime_ns for p in tmp_path.glob("out/_work/*/block-*")}
     assert left.items() <= again.items()
     (corpus / "c.jsonl.gz").write_bytes(whole)
@@ -330,7 +365,7 @@ def test_a_broken_input_leaves_the_last_result_as_it_was(corpus: Path, tmp_path:
     before = chunks_in(tmp_path / "out")
     (corpus / "a.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(InputError, match=r"a\.jsonl\.gz cannot be unpacked"):
-        run(corpus, tmp_path / "out")
+        run(corpus, tmp_path / "out", strict=True)
     manifest = Manifest.load(tmp_path / "out", "chunks")
     manifest.verify(tmp_path / "out", deep=True)
     assert manifest.rows == len(before)

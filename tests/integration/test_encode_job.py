@@ -27,7 +27,7 @@ from jobs.encode import (
 )
 from lvm.codec.zoo import load_tokenizer
 from lvm.corpus.chunker import Chunker
-from lvm.corpus.readers import Article
+from lvm.corpus.records import Article
 from lvm.errors import IdentityError, InputError, OutputError
 from lvm.vectors.sequences import open_vectors
 from lvm.vectors.shards import (

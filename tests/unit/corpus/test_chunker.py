@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lvm.codec.zoo import load_tokenizer
 from lvm.corpus.chunker import SHORT_TOKENS, Chunk, Chunker, Tokenizer, chunk_article
-from lvm.corpus.readers import Article, read_articles
+from lvm.corpus.readers import read_articles
+from lvm.corpus.records import Article
 from lvm.errors import InputError
 from tests.doubles import FakeTokenizer
 

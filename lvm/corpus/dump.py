@@ -1,0 +1,178 @@
+"""Pages of a MediaWiki export as they are needed here: id, title and the last revision's markup.
+
+Only these are looked at; whatever else a page says (dates, contributors, fields of later versions) costs no page.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from xml.etree.ElementTree import Element, ParseError, iterparse
+
+from lvm.corpus.inputs import PACKING_ERRORS, InputFile, damaged, opened, shown, stem_of
+from lvm.corpus.records import (
+    MAX_RECORD_BYTES,
+    Article,
+    BrokenRecordError,
+    ReadReport,
+    Record,
+    has_text,
+    too_large,
+    whole,
+)
+from lvm.corpus.wikitext import MEDIA_NAMESPACES
+from lvm.errors import InputError, StorageError
+
+# A page is a disambiguation page when one of these templates stands on it, outside comments.
+_DISAMBIGUATION = re.compile(
+    r"\{\{\s{0,9}(?:"
+    + "|".join(
+        sorted(
+            {
+                *("disambiguation", "disambig", "disamb", "dab", "disambiguation[ _]page", "hndis", "geodis"),
+                *("disambiguation[ _]cleanup", "human[ _]name[ _]disambiguation", "numberdis", "schooldis"),
+                *("place[ _]name[ _]disambiguation", "hospitaldis", "roaddis", "airport[ _]disambiguation"),
+                *("letter-number[ _]combination[ _]disambiguation", "begriffsklärung", "homonymie"),
+                *("desambiguación", "desambiguação", "disambigua", "doorverwijspagina"),
+            }
+        )
+    )
+    + r")\s{0,9}[|}]",
+    re.IGNORECASE,
+)
+
+
+def read_dump(
+    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
+) -> Iterator[Record]:
+    """Articles of a dump, in file order. Raises InputError where the file breaks, naming the position."""
+    path = input_file.path
+    source, place, media, titles = stem_of(path), input_file.name, MEDIA_NAMESPACES, {}
+    last = "its head"
+    with opened(path) as (xml, position):
+        try:
+            events = iterparse(xml, ("start", "end"))
+            within: list[Element] = []
+            for event, element in events:
+                name = _name(element)
+                if event == "start":
+                    if not within and name != "mediawiki":
+                        raise InputError(
+                            f"{shown(str(path))} is XML of <{name}>, expected a MediaWiki export (<mediawiki>), "
+                            "such as pages-articles.xml.bz2 of dumps.wikimedia.org"
+                        )
+                    within.append(element)
+                    continue
+                within.pop()
+                depth = len(within)
+                if name == "siteinfo" and depth == 1:
+                    dbname = (_text(element, "dbname") or "").strip()
+                    if dbname:
+                        source = place = whole(dbname)
+                    titles = {
+                        (space.text or "").strip().lower(): space.get("key")
+                        for space in element.iter()
+                        if _name(space) == "namespace"
+                    }
+                    media = media.union(t for t, key in titles.items() if key in ("-2", "6", "14") and t)
+                elif name == "revision" and depth == 2:
+                    _drop_earlier_revisions(within[-1], element)
+                elif name == "page" and depth == 1:
+                    title = whole((_text(element, "title") or "").strip())
+                    own = whole((_text(element, "id") or "").strip())
+                    last = f"page {own or '?'} ({title or 'no title'})"
+                    markup = report.read(
+                        f"{input_file.name}, {last}", _markup_of, element, title, titles, report
+                    )
+                    if markup is not None:
+                        # A title is as unique in its wiki as an id.
+                        yield Record(
+                            Article(own or title, title, markup, source, place), f"page {own or title}", media
+                        )
+                    on_position(position())
+                    element.clear()
+                if depth == 1:
+                    # By what has ended, not by place: the parser is ahead of its events.
+                    within[0].remove(element)
+        except StorageError:
+            raise
+        except PACKING_ERRORS as err:
+            raise damaged(path, position(), last, err) from err
+        except ParseError as err:
+            line, column = getattr(err, "position", (0, 0))
+            raise InputError(
+                f"{shown(str(path))} is broken XML at line {line:,}, column {column:,} (byte {position():,} of "
+                f"{path.stat().st_size:,}), last read: {last}: {str(err)[:200]}. Expected a whole MediaWiki "
+                "export. Fetch the file again; finished work is kept."
+            ) from err
+        on_position(position())
+
+
+def _name(element: Element) -> str:
+    """The element's name without the export's version, which stands before it in braces."""
+    return str(element.tag).rpartition("}")[2]
+
+
+def _child(element: Element, name: str) -> Element | None:
+    return next((child for child in element if _name(child) == name), None)
+
+
+def _text(element: Element, name: str) -> str | None:
+    child = _child(element, name)
+    return None if child is None else child.text
+
+
+def _drop_earlier_revisions(page: Element, last: Element) -> None:
+    """A full history is longer than memory."""
+    for revision in [child for child in page if _name(child) == "revision"]:
+        if revision is last:
+            return
+        page.remove(revision)
+
+
+def _markup_of(page: Element, title: str, spaces: dict[str, str | None], report: ReadReport) -> str | None:
+    """The page's last revision's markup, None for a page that is no article; that is counted then.
+
+    Raises BrokenRecordError where it has no title or no text.
+    """
+    if not title:
+        raise BrokenRecordError("expected a page with a title, it has none")
+    space = _text(page, "ns")
+    if space is None:  # exports before version 0.6
+        space = spaces.get(title.partition(":")[0].strip().lower(), "0") if ":" in title else "0"
+    if (space or "").strip() != "0":
+        report.skipped["other namespace"] += 1
+        return None
+    if _child(page, "redirect") is not None:
+        report.skipped["redirect"] += 1
+        return None
+    revisions = [child for child in page if _name(child) == "revision"]
+    if not revisions:
+        raise BrokenRecordError("expected a revision, the page has none")
+    model = (_text(revisions[-1], "model") or "").strip() or "wikitext"
+    if model != "wikitext":
+        report.skipped[f"content model {whole(model)[:40]}"] += 1
+        return None
+    markup = whole(_text(revisions[-1], "text") or "")
+    if len(markup) > MAX_RECORD_BYTES:
+        raise BrokenRecordError(too_large(len(markup)))
+    if not has_text(markup):
+        raise BrokenRecordError("its text is empty")
+    if markup.lstrip()[:9].lower() == "#redirect":
+        report.skipped["redirect"] += 1
+        return None
+    if _DISAMBIGUATION.search(without_comments(markup)):
+        report.skipped["disambiguation"] += 1
+        return None
+    return markup
+
+
+def without_comments(markup: str) -> str:
+    """The markup without <!-- comments -->, in one pass however they nest or lack an end."""
+    kept, start = [], 0
+    while (opening := markup.find("<!--", start)) >= 0:
+        closing = markup.find("-->", opening + 4)
+        if closing < 0:
+            break
+        kept.append(markup[start:opening])
+        start = closing + 3
+    kept.append(markup[start:])
+    return "".join(kept)
