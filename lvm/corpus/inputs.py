@@ -48,7 +48,7 @@ _SUFFIXES: dict[str, Format] = {
     ".txt": "text",
 }
 _PACKINGS = frozenset({".gz", ".bz2", ".xz", ".zst"})
-_PAGES = re.compile(r"\.xml-p\d+p\d+$")
+_PAGES = re.compile(r"\.xml-p\d+p\d+[-\w]*$")
 """How Wikimedia ends the name of a part: the numbers of its first and last page."""
 _EXPECTED = (
     "a Wikipedia dump (.xml), JSON (.jsonl, .json, .ndjson), CSV (.csv, .tsv), each also as .gz, .bz2, .xz or .zst, "

@@ -55,6 +55,8 @@ _LOOSE_SPACE = re.compile(r"</?\s?br\b[^<>]{0,100}>|<ref\b[^<>]{0,300}>", re.IGN
 _LOOSE_QUOTES = re.compile(r"'{2,5}")
 _VARIANT = re.compile(r"-\{([^{}]*)\}-")
 """A text in several writing systems of one language, as Chinese and Serbian wikis have it."""
+_LOOSE_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
+_LOOSE_LINK = re.compile(r"\[\[([^\[\]]*)\]\]")
 _SWITCH = re.compile(r"__[A-Z]+__")
 _PARAGRAPH_BREAK = re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")
 # What removed templates leave behind: "( ; born 1950)", "( )", "covers .".
@@ -194,6 +196,21 @@ def _tidy(paragraph: str) -> str:
     return _BEFORE_STOP.sub(r"\1", paragraph).strip()
 
 
+def _without_tables(lines: list[str]) -> list[str]:
+    """The lines outside of tables that the parser took for text; prose begins no line with their signs."""
+    kept, within = [], False
+    last_end = max((i for i, line in enumerate(lines) if line.lstrip().startswith("|}")), default=-1)
+    for i, line in enumerate(lines):
+        start = line.lstrip()[:2]
+        if start == "{|":
+            within = True
+        elif start == "|}":
+            within = False
+        elif start[:1] != "|" and not (within and (start[:1] in ("!", "") or i < last_end)):
+            kept.append(line)
+    return kept
+
+
 def prose_of(markup: str, media_namespaces: Collection[str] = MEDIA_NAMESPACES) -> str:
     """The article's paragraphs in order, separated by a blank line; empty where it has no prose.
 
@@ -204,6 +221,10 @@ def prose_of(markup: str, media_namespaces: Collection[str] = MEDIA_NAMESPACES) 
     if "-{" in markup:
         markup = _VARIANT.sub(_variant, markup)
     rendered = _SWITCH.sub("", _render(mwparserfromhell.parse(markup), drop))
-    lines = [line for line in rendered.split("\n") if _LIST_LINE not in line]
+    rendered = _LOOSE_LINK.sub(
+        lambda m: "" if m[1].partition(":")[0].strip().lower() in drop else m[1].rpartition("|")[2],
+        _LOOSE_TEMPLATE.sub("", rendered),
+    )
+    lines = [line for line in _without_tables(rendered.split("\n")) if _LIST_LINE not in line]
     paragraphs = (_tidy(p) for p in _PARAGRAPH_BREAK.split("\n".join(lines)))
     return "\n\n".join(p for p in paragraphs if any(c.isalnum() for c in p))

@@ -203,7 +203,28 @@ def test_a_flipped_bit_in_the_vectors_is_found(exported: Any) -> None:
     data[100_000] ^= 1  # the lowest bit of one number of context_vectors: no norm shows it
     path.write_bytes(data)
     message = only_problem(path)
-    assert message.startswith("context_vectors: expected readable data to its end, got Bad CRC-32")
+    assert message.startswith(
+        "context_vectors: expected readable data to its end, got damaged data (Bad CRC-32"
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_flipped_bit_is_found_in_every_array_and_named(exported: Any, layout: Layout) -> None:
+    path = exported(layout)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+    for info in infos:
+        data = bytearray(whole)
+        # Behind the header of the array; in a deflated member, of its stream.
+        # (The member's own head has two fields of no fixed length.)
+        head = 30 + int.from_bytes(whole[info.header_offset + 26 : info.header_offset + 28], "little")
+        head += int.from_bytes(whole[info.header_offset + 28 : info.header_offset + 30], "little")
+        data[info.header_offset + head + info.compress_size * 3 // 4] ^= 1
+        path.write_bytes(data)
+        names = [p.where for p in check_npz(path).problems]
+        assert names[:1] == [info.filename.removesuffix(".npy")], (info.filename, names)
+        path.write_bytes(whole)
 
 
 def test_arrays_of_no_layout_list_the_layouts(tmp_path: Path) -> None:
