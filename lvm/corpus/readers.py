@@ -309,11 +309,15 @@ def _cells(column: Any) -> Callable[[int], Any]:
     )
     if not is_text:
         return lambda row: column[row].as_py()
-    raw = column.cast(pa.large_binary())
+    raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
 
     def decoded(row: int) -> str | None:
-        value = raw[row].as_py()
-        return None if value is None else value.decode()
+        value = raw[row].as_buffer()
+        if value is None:
+            return None
+        if value.size > MAX_RECORD_BYTES:  # before it is copied
+            raise BrokenRecordError(too_large(value.size))
+        return str(value.to_pybytes().decode())
 
     return decoded
 

@@ -13,8 +13,8 @@ T = TypeVar("T")
 BROKEN_SHOWN = 20
 """How many broken records a report spells out; the others are counted."""
 
-MAX_RECORD_BYTES = 32 << 20
-"""A larger record is broken: 32 MiB is ten long books, and memory must hold a few records at a time."""
+MAX_RECORD_BYTES = 8 << 20
+"""A larger record is broken: 8 MiB is two long books, and cutting one takes 90 times its size in memory."""
 
 MAX_WORD = 1000
 """Longest run of visible ASCII characters that is taken for language; data URIs, keys and dumps of bytes are longer."""
