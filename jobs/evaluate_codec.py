@@ -7,7 +7,8 @@ and, among up to 10,000 chunks, how often the next chunk of the article is the n
 the same length fitted on the same texts. With --cosines also read-back of vectors that far from the true ones, and
 with --ridge-windows how well a ridge regression from five vectors finds the sixth. With --run also read-back of what a
 run's predictors make of the input's own contexts: BLEU and the rest against the true next chunk, low by nature, and the
-cosine of the text to the predicted vector, which is the codec's part in it.
+cosine of the text to the predicted vector, which is the codec's part in it. With --beside the next chunk also by the
+vectors of a sentence-transformers model, and how far the two agree on which texts are near.
 250 articles on two cores: about four minutes.
 """
 
@@ -20,8 +21,15 @@ import numpy.typing as npt
 import typer
 
 from jobs._ray import PathOrUrl, articles_of, load_codec_at, path_option, run, say
-from lvm.codec.quality import next_chunk_retrieval, read_back, spread, tfidf_svd_vectors, turned
-from lvm.codec.zoo import Codec
+from lvm.codec.quality import (
+    next_chunk_retrieval,
+    rank_correlation,
+    read_back,
+    spread,
+    tfidf_svd_vectors,
+    turned,
+)
+from lvm.codec.zoo import SENTENCE, Codec
 from lvm.corpus.chunker import Chunker
 from lvm.errors import InputError
 from lvm.evaluate.predictability import CONTEXT, contexts_of, ridge_retrieval, targets_of
@@ -126,6 +134,9 @@ def main(
             help="Also read back what the predictors of this run make of the input.",
         ),
     ] = None,
+    beside: Annotated[
+        PathOrUrl | None, path_option("Folder of a sentence-transformers model to compare retrieval with.")
+    ] = None,
     candidates: Annotated[
         int, typer.Option(min=10, help="Chunks among which the next one is looked for.")
     ] = NUM_CANDIDATES,
@@ -182,6 +193,15 @@ def main(
         "tfidf_next_r1": baseline["next_r1"],
         "tfidf_next_r10": baseline["next_r10"],
     }
+    if beside is not None:
+        say(f"the same chunks by {beside}")
+        other = load_codec_at(SENTENCE, beside).encode(texts[head]).vectors
+        found = next_chunk_retrieval(other, doc_ids[head])
+        summary |= {
+            "beside_next_r1": found["next_r1"],
+            "beside_next_r10": found["next_r10"],
+            "beside_rank_correlation": rank_correlation(vectors[head], other, doc_ids[head]),
+        }
     if ridge_windows:
         say("ridge regression from five vectors to the sixth")
         summary["ridge"] = ridge_retrieval(vectors, doc_ids, ridge_windows, candidates)

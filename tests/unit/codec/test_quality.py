@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from lvm.codec.quality import next_chunk_retrieval, read_back, tfidf_svd_vectors, token_f1, turned
+from lvm.codec.quality import (
+    next_chunk_retrieval,
+    rank_correlation,
+    read_back,
+    tfidf_svd_vectors,
+    token_f1,
+    turned,
+)
 from lvm.errors import InputError
 
 
@@ -63,3 +70,16 @@ def test_turned_vectors_lie_at_the_stated_cosine_in_different_directions() -> No
     np.testing.assert_allclose(turned(vectors, 1.0), vectors, atol=1e-6)
     with pytest.raises(InputError, match="cosine must lie above 0"):
         turned(vectors, 0.0)
+
+
+def test_rank_correlation_is_one_for_a_turned_space_and_none_for_another() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((400, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    docs = np.repeat(np.arange(40), 10).astype(np.int32)
+    turn = np.linalg.qr(rng.standard_normal((32, 32)))[0].astype(np.float32)
+    assert rank_correlation(vectors, vectors @ turn, docs) > 0.999
+    other = rng.standard_normal((400, 16)).astype(np.float32)
+    other /= np.linalg.norm(other, axis=1, keepdims=True)
+    assert abs(rank_correlation(vectors, other, docs)) < 0.05
+    assert np.isnan(rank_correlation(vectors, other, np.arange(400, dtype=np.int32)))
