@@ -94,8 +94,8 @@ def next_chunk_retrieval(
 def rank_correlation(
     vectors: NDArray[np.float32], others: NDArray[np.float32], doc_ids: NDArray[np.int32], seed: int = 0
 ) -> float:
-    """Spearman's correlation of the cosines that two codecs give the same pairs: half within seven chunks of an article,
-    half strangers, at most 40,000.
+    """Spearman's correlation of the cosines that two codecs give the same pairs: half within seven chunks,
+    half strangers; at most 40,000 pairs.
 
     vectors, others: (N, D) and (N, E) unit rows in article order; doc_ids: (N,). NaN where no article has two chunks.
     """
