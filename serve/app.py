@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.codec.zoo import load_tokenizer
@@ -40,8 +42,8 @@ from lvm.vectors.tmd import all_labels, nearest
 from serve.breaker import Breaker
 from serve.decoder import Decoder
 from serve.door import Listener
-from serve.encoder import Encoder
-from serve.guard import LOOPBACK, Guard, error_body, read_keys
+from serve.encoder import EncodedText, Encoder
+from serve.guard import LOOPBACK, App, Guard, error_body, read_keys
 from serve.health import TARGETS, Seen, Window
 from serve.metrics import GatewayMetrics
 from serve.pipeline import Clock, Pipeline, Said, Wish, judge
@@ -55,7 +57,6 @@ from serve.schema import (
     ContextReply,
     DecodeReply,
     DecodeRequest,
-    Embedding,
     EmbeddingsReply,
     EmbeddingsRequest,
     EncodeReply,
@@ -71,6 +72,7 @@ from serve.schema import (
     IngestRequest,
     Milliseconds,
     ModelRecord,
+    ModelReply,
     ModelsReply,
     Neighbour,
     PredictReply,
@@ -84,6 +86,8 @@ from serve.schema import (
     Usage,
     came_about,
     decoded_text,
+    embeddings_json,
+    event,
     pack,
     unpack,
 )
@@ -219,6 +223,9 @@ class Gateway:
             app.add_api_route(path, handler, methods=["POST"], response_model=reply, responses=errors)
         app.add_api_route("/v1/models", self.list_models, response_model=ModelsReply, responses=errors)
         app.add_api_route(
+            "/v1/models/{model:path}", self.get_model, response_model=ModelReply, responses=errors
+        )
+        app.add_api_route(
             "/health", self.health, response_model=HealthReply, responses={503: {"model": HealthReply}}
         )
         app.add_api_route("/metrics", self.prometheus, response_class=PlainTextResponse, responses=errors)
@@ -236,7 +243,17 @@ class Gateway:
             (Exception, self._broken),
         ):
             app.add_exception_handler(kind, handle)
-        self._guarded = Guard(app, self._limits, self._keys, self.metrics)
+        self._guarded: App = Guard(app, self._limits, self._keys, self.metrics)
+        if (
+            self._args.cors_origins
+        ):  # outside the guard: a preflight has no key, and a refusal must be readable too
+            self._guarded = CORSMiddleware(
+                self._guarded,
+                allow_origins=self._args.cors_origins,
+                allow_methods=["GET", "HEAD", "POST"],
+                allow_headers=["*"],
+                expose_headers=["Retry-After", "X-Request-ID"],
+            )
         return self._guarded
 
     @asynccontextmanager
@@ -364,16 +381,16 @@ class Gateway:
         task: asyncio.Task[None] | None = None
         try:
             with self._admitted(len(inputs)):
-                yield _event("start", opening)
+                yield event("start", opening)
                 task = asyncio.create_task(write_all())
                 since = begun
                 while (item := await queue.get()) is not None:
                     number, place, generated = item
                     self._see(generated, time.perf_counter() - since)
                     since = time.perf_counter()
-                    yield _event("chunk", {"input": number, "place": place, **generated.model_dump()})
+                    yield event("chunk", {"input": number, "place": place, **generated.model_dump()})
                 await task
-            yield _event("done", {"milliseconds": _ms(begun)})
+            yield event("done", {"milliseconds": _ms(begun)})
         except Exception as err:  # the status line has been sent: all that is left is to say it in the stream
             self._note(err, request, time.perf_counter() - begun)
             status, message = (
@@ -385,7 +402,7 @@ class Gateway:
                     "a stream failed", extra={"log_fields": {"request_id": _request_id(request)}}
                 )
                 message = OUR_FAULT.format(_request_id(request))
-            yield _event("error", error_body(status, message, _request_id(request)))
+            yield event("error", error_body(status, message, _request_id(request)))
         finally:
             if task is not None:
                 task.cancel()  # the reader may have gone: what nobody reads is not computed
@@ -465,30 +482,42 @@ class Gateway:
             milliseconds=Milliseconds(**clock.finish()),
         )
 
-    async def embeddings(self, request: Request, body: EmbeddingsRequest) -> EmbeddingsReply:
-        """Texts to vectors in OpenAI's form; `model` is the codec's name."""
+    async def embeddings(self, request: Request, body: EmbeddingsRequest) -> Any:
+        """Texts to vectors in OpenAI's form; `model` is the codec's name. A text longer than the codec's limit is cut,
+        and `truncated` says so."""
         clock = Clock()
-        self._check_codec(body.model, "model")
+        if body.model is not None:
+            self._check_codec(body.model, "model")
         if body.dimensions not in (None, self._identity.dim):
             raise RefusedError(
-                422, f"dimensions is {body.dimensions}; this codec has {self._identity.dim}, or leave it out"
+                422,
+                f"dimensions is {body.dimensions}, but codec {self._identity.name} has vectors of "
+                f"{self._identity.dim} numbers, which cannot be shortened; leave dimensions out",
+                param="dimensions",
             )
-        texts = self._texts(body.input, "input")
-        with self._admitted(len(texts)):
-            encoded, timing = await self._pipeline.encode(texts, self._deadline(None))
-        clock.add("encode", timing)
-        tokens = sum(min(e.num_tokens, self._identity.max_tokens) for e in encoded)
-        return EmbeddingsReply(
-            data=[
-                Embedding(index=i, embedding=pack(e.vector, body.encoding_format))
-                for i, e in enumerate(encoded)
-            ],
+        limits = self._limits
+        texts = self._texts(body.input, "input", "max_embeddings")
+        batches = [texts[i : i + limits.max_texts] for i in range(0, len(texts), limits.max_texts)]
+        seconds = min(limits.default_deadline_s * len(batches), limits.max_deadline_s)
+        deadline = time.monotonic() + max(seconds, limits.default_deadline_s)
+        encoded: list[EncodedText] = []
+        with self._admitted(len(batches[0])):  # no more of them are at work at once
+            for batch in batches:
+                found, timing = await self._pipeline.encode(batch, deadline)
+                clock.add("encode", timing)
+                encoded += found
+        tokens = sum(e.num_tokens for e in encoded)
+        reply = EmbeddingsReply(
+            data=[],
             model=self._identity.name,
             usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
+            truncated=[e.truncated for e in encoded],
             request_id=_request_id(request),
             codec=self._codec,
             milliseconds=Milliseconds(**clock.finish()),
         )
+        pieces = embeddings_json(reply, [e.vector for e in encoded], body.encoding_format or "float")
+        return StreamingResponse(pieces, media_type="application/json")
 
     async def predict(self, request: Request, body: PredictRequest) -> PredictReply:
         """Context vectors to the next vector."""
@@ -655,11 +684,9 @@ class Gateway:
 
     async def list_models(self) -> ModelsReply:
         """What is loaded: models, codec, decoder, corpus, and the limits of a request."""
-        models = list(self._models.values())
-        names = [*self._models, self._identity.name]
         return ModelsReply(
-            data=[{"id": name, "object": "model", "created": 0, "owned_by": "latent"} for name in names],
-            models=models,
+            data=self._listed(),
+            models=list(self._models.values()),
             default_model=self._default,
             codec=self._codec,
             decoder={k: v for k, v in self._decoder.items() if k != "codec"},
@@ -667,6 +694,21 @@ class Gateway:
             limits=self._limits.model_dump(),
             smoothing=self._smoother.configured,
         )
+
+    async def get_model(self, model: str) -> ModelReply:
+        """One entry of `data` of /v1/models."""
+        for listed in self._listed():
+            if listed.id == model:
+                return listed
+        raise RefusedError(
+            404,
+            f"no model {model[:100]!r} is loaded; there are: {', '.join(m.id for m in self._listed())}",
+            param="model",
+        )
+
+    def _listed(self) -> list[ModelReply]:
+        codec = ModelReply(id=self._identity.name, created=0)
+        return [*(ModelReply(id=alias, created=_unix(r.created)) for alias, r in self._models.items()), codec]
 
     async def health(self, response: Response) -> HealthReply:
         """Ready, degraded (and which target is missed), or not ready (503)."""
@@ -720,7 +762,9 @@ class Gateway:
         for alias, record in self._models.items():
             if name in (alias, record.folder):
                 return self._models[alias]
-        raise RefusedError(404, f"no model {name!r} is loaded; there are: {', '.join(self._models)}")
+        raise RefusedError(
+            404, f"no model {name!r} is loaded; there are: {', '.join(self._models)}", param="model"
+        )
 
     def _check_codec(self, name: str, what: str) -> None:
         loaded = {self._identity.name, self._identity.digest}
@@ -729,6 +773,7 @@ class Gateway:
                 404,
                 f"{what} {name!r} is not loaded; there is: {self._identity}. Vectors of one codec cannot be read "
                 "by another's decoder",
+                param=what,
             )
 
     def _check_steps(self, steps: int | None) -> None:
@@ -752,13 +797,14 @@ class Gateway:
             raise RefusedError(
                 422,
                 f"{what} is {value:g}{' ' + unit if unit else ''}, limit {limit} is {most:g}; ask for less",
+                param=_field(what),
             )
 
-    def _texts(self, texts: str | list[str], what: str) -> list[str]:
+    def _texts(self, texts: str | list[str], what: str, limit: str = "max_texts") -> list[str]:
         listed = [texts] if isinstance(texts, str) else list(texts)
         if not listed:
-            raise RefusedError(422, f"{what} is empty; expected at least one text")
-        self._limit(what, len(listed), "max_texts", self._limits.max_texts, "texts")
+            raise RefusedError(422, f"{what} is empty; expected at least one text", param=what)
+        self._limit(what, len(listed), limit, getattr(self._limits, limit), "texts")
         self._check_texts(listed, what)
         return listed
 
@@ -773,9 +819,12 @@ class Gateway:
                 raise RefusedError(
                     422,
                     f"{what}[{i}] holds half a surrogate pair at character {err.start}; send whole characters",
+                    param=_field(what),
                 ) from err
             if not empty and not text.strip():
-                raise RefusedError(422, f"{what}[{i}] holds only white space; expected words")
+                raise RefusedError(
+                    422, f"{what}[{i}] holds only white space; expected words", param=_field(what)
+                )
 
     async def _cut(self, texts: Sequence[str]) -> list[list[Chunk]]:
         articles = [Article(str(i), "", text, "request") for i, text in enumerate(texts)]
@@ -807,14 +856,15 @@ class Gateway:
 
     async def _refused(self, request: Request, err: Exception) -> Response:
         assert isinstance(err, RefusedError)
-        return _error(request, err.status, str(err), err.retry_after_s)
+        return _error(request, err.status, str(err), err.retry_after_s, err.param)
 
     async def _invalid(self, request: Request, err: Exception) -> Response:
         assert isinstance(err, RequestValidationError)
         first = err.errors()[0]
         # Not the input itself: it may be large, secret, or hold a NaN that no JSON can say.
-        place = ".".join(str(p) for p in first["loc"] if p != "body") or "body"
-        return _error(request, 422, f"{place}: {first['msg']} ({len(err.errors())} such); see /openapi.json")
+        place = [str(p) for p in first["loc"] if p != "body"]
+        message = f"{'.'.join(place) or 'body'}: {first['msg']} ({len(err.errors())} such); see /openapi.json"
+        return _error(request, 422, message, param=_field(place[0]) if place else None)
 
     async def _http_error(self, request: Request, err: Exception) -> Response:
         assert isinstance(err, HTTPException)
@@ -1014,8 +1064,17 @@ def _node_metrics() -> str:
     return "\n".join(line for line in lines if "ray_latent_" in line) + "\n"
 
 
-def _event(name: str, data: dict[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+def _field(what: str) -> str:
+    """`input` of `input[3]`."""
+    return what.partition("[")[0]
+
+
+def _unix(created: str) -> int:
+    """Seconds of an ISO time; 0 for any other text."""
+    try:
+        return int(datetime.fromisoformat(created).timestamp())
+    except ValueError:
+        return 0
 
 
 def _request_id(request: Request) -> str:
@@ -1027,10 +1086,17 @@ def _log(request: Request, **fields: Any) -> None:
     request.scope["state"].setdefault("log", {}).update(fields)
 
 
-def _error(request: Request, status: int, message: str, retry_after_s: int | None = None) -> JSONResponse:
+def _error(
+    request: Request,
+    status: int,
+    message: str,
+    retry_after_s: int | None = None,
+    param: str | None = None,
+) -> JSONResponse:
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     message = message.encode("utf-8", "replace").decode()  # it may quote what no UTF-8 can say
-    return JSONResponse(error_body(status, message, _request_id(request)), status, headers)
+    error = error_body(status, message, _request_id(request), request.url.path, param)
+    return JSONResponse(error, status, headers)
 
 
 def _ms(since: float) -> float:

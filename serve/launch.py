@@ -49,6 +49,12 @@ def main(
         str, typer.Option(help="OpenAI-compatible chat endpoint that rewords answers.")
     ] = "",
     smoothing_model: Annotated[str, typer.Option(help="Model of that endpoint.")] = "",
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may call the service, as https://app.example.org; may be given again."
+        ),
+    ] = None,
     set: Annotated[
         list[str] | None,
         typer.Option(help="Any other setting: --set limits.max_texts=8 --set decoder.max_replicas=2."),
@@ -77,6 +83,7 @@ def main(
         "default_model": model,
         "api_keys_sha256": hashes,
         "inbox": "" if inbox is None else str(inbox.absolute()),
+        "cors_origins": cors_origin or [],
         "smoothing": SmoothingArgs(url=smoothing_url, model=smoothing_model).model_dump(),
     }
     address = address or os.environ.get("RAY_ADDRESS")

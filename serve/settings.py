@@ -1,9 +1,10 @@
 """What a person may set about the service: one model for `latent serve`, `serve run` and config.yaml."""
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lvm.codec.identity import require_same_codec
 from lvm.codec.zoo import Codec, load_codec
@@ -22,6 +23,9 @@ __all__ = [
     "require_run",
 ]
 
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
+"""Scheme, host and port, as browsers send them (RFC 6454, 6.2)."""
+
 
 class _Strict(BaseModel):
     # A mistyped key in config.yaml is an error at deploy time, not a setting that silently does nothing.
@@ -36,7 +40,9 @@ class Limits(_Strict):
     max_header_bytes: int = Field(64 * 2**10, ge=1024)
     """Bytes of a request line and its headers, at the door of one machine; Ray Serve's proxies have their own limit."""
     max_texts: int = Field(64, ge=1)
-    """Texts, chunk lists or queries in one call."""
+    """Texts, chunk lists or queries in one call. /v1/embeddings takes more and encodes as many at once."""
+    max_embeddings: int = Field(2048, ge=1)
+    """Texts in one call of /v1/embeddings; by default as many as OpenAI takes."""
     max_characters: int = Field(20_000, ge=1)
     """Characters of one text."""
     max_chunks: int = Field(256, ge=1)
@@ -56,7 +62,8 @@ class Limits(_Strict):
     max_pending: int = Field(256, ge=1)
     """Inputs (texts, contexts, vectors) at work at once in one gateway; beyond it a call gets 429."""
     default_deadline_s: float = Field(30.0, gt=0)
-    """Seconds a request may take where it names no deadline of its own."""
+    """Seconds a request may take where it names no deadline of its own; one of many embeddings has as much for each
+    `max_texts` of them."""
     max_deadline_s: float = Field(120.0, gt=0)
     """Longest deadline a request may name, seconds."""
 
@@ -153,6 +160,9 @@ class ServeArgs(_Strict):
     `queue_rows` of them: a row that waits for a call to come back misses a round."""
     queue_rows: int = Field(32, ge=1)
     """Most rows in one call and in one batch of a replica."""
+    cors_origins: list[str] = []
+    """Origins whose pages may call the service from a browser, as "https://app.example.org", or "*" for all; none
+    answers no preflight."""
     limits: Limits = Limits()
     inline: list[Literal["encoder", "predictor", "retriever"]] = []
     """Parts that run within each gateway and not as deployments of their own: a call there costs 0.2 ms in place of 5
@@ -169,6 +179,14 @@ class ServeArgs(_Strict):
     retriever: Scale = Scale()
     breaker: BreakerArgs = BreakerArgs()
     smoothing: SmoothingArgs = SmoothingArgs()
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError("expected origins as https://app.example.org (no path, no final /), or *")
+        return origins
 
 
 def require_run(run: str) -> Manifest:

@@ -88,3 +88,18 @@ def test_a_network_needs_a_key(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_loopback_needs_none(host: str) -> None:
     require_key_unless_loopback([], host)
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://app.example.org", "http://localhost:3000", "http://[::1]:80", "*"]
+)
+def test_origins_are_taken(origin: str) -> None:
+    assert parse({"run": "somewhere", "cors_origins": [origin]}).cors_origins == [origin]
+
+
+@pytest.mark.parametrize(
+    "origin", ["app.example.org", "https://app.example.org/", "https://a.org/page", "https://*.org", ""]
+)
+def test_what_no_browser_sends_as_origin_is_refused(origin: str) -> None:
+    with pytest.raises(InputError, match=r"cors_origins: .*https://app.example.org"):
+        parse({"run": "somewhere", "cors_origins": [origin]})
