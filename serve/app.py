@@ -244,9 +244,8 @@ class Gateway:
         ):
             app.add_exception_handler(kind, handle)
         self._guarded: App = Guard(app, self._limits, self._keys, self.metrics)
-        if (
-            self._args.cors_origins
-        ):  # outside the guard: a preflight has no key, and a refusal must be readable too
+        if self._args.cors_origins:
+            # Outside the guard: a preflight has no key, and a page must be able to read a refusal.
             self._guarded = CORSMiddleware(
                 self._guarded,
                 allow_origins=self._args.cors_origins,

@@ -4,6 +4,7 @@ What each step does is lvm's; here is the order, the caches, the breaker and the
 predict` on the same run.
 """
 
+import asyncio
 import hashlib
 import re
 import time
@@ -256,7 +257,7 @@ class Pipeline:
         answers: list[Answer | None] = [None] * len(rows)
         if refusal is None:
             try:
-                found, timing = await self._decode_rows(rows, deadline, corpus)
+                found, timing = await self._decode_rows(rows, deadline, patient=corpus, ours=False)
                 answers = list(found)
             except (UnavailableError, DeadlineError) as err:
                 if not corpus or time.monotonic() >= deadline:
@@ -331,7 +332,8 @@ class Pipeline:
         if refusal is None:
             row = VectorRow(way.steered, way.context.vectors, wish.steps, wish.cache, self._on_their_way)
             try:
-                (answer,), timing = await self._decode_rows([row], wish.deadline, True)
+                ours = wish.steps is None and wish.model != PASSTHROUGH
+                (answer,), timing = await self._decode_rows([row], wish.deadline, patient=True, ours=ours)
                 clock.add("decode", timing)
                 self._look("vector", int(answer.cached), int(not answer.cached))
             except (UnavailableError, DeadlineError) as err:
@@ -347,24 +349,37 @@ class Pipeline:
         return extracted(answer, Nearest(chunk.text, chunk.cosine), refusal)
 
     async def _decode_rows(
-        self, rows: Sequence[VectorRow], deadline: float, patient: bool
+        self, rows: Sequence[VectorRow], deadline: float, patient: bool, ours: bool
     ) -> tuple[list[Answer], Timing]:
-        """Answers of the decoder, and the breaker told of them, whatever happens."""
+        """Answers of the decoder, and the breaker told of them, whatever happens.
+
+        patient: whether to wait for `decode_patience_s` at most. ours: whether the vectors are predictions, so that
+        a refused text is no fault of what a client sent.
+        """
         begun = time.monotonic()
         limit = min(deadline, begun + self._patience_s) if patient else deadline
-        answers: list[Answer] | None = None
+        # What was asked for may take long by itself; measured is what one vector and the ladder's steps would take.
+        share = len(rows) * max(1.0, *((r.steps or 0) / _SETTINGS.steps[-1] for r in rows))
         try:
             answers, timing = await self.decoder.run(rows, limit)
-        except DeadlineError as err:
-            if limit < deadline:
+        except (DeadlineError, asyncio.CancelledError) as err:
+            late = isinstance(err, DeadlineError) and limit < deadline
+            if (late and share == 1) or self.breaker.too_slow((time.monotonic() - begun) / share):
+                self.breaker.done(None, None)
+            else:
+                self.breaker.unknown()
+            if late:
                 raise DeadlineError(f"the decoder gave no answer in {self._patience_s:g} s") from err
             raise
+        except Exception:
+            self.breaker.done(None, None)
+            raise
+        else:
+            refused = not any(a.accepted for a in answers) if ours else None
+            self.breaker.done((time.monotonic() - begun) / share, refused)
+            return answers, timing
         finally:
-            took = None if answers is None else time.monotonic() - begun
-            refused = answers is not None and not any(a.accepted for a in answers)
-            self.breaker.done(took, refused)
             self._metrics.breaker.set(int(self.breaker.open))
-        return answers, timing
 
     # ------------------------------------------------------------------------------------------ book-keeping
 

@@ -101,14 +101,16 @@ class BreakerArgs(_Strict):
     max_waiting: int = Field(128, ge=1)
     """Vectors waiting for the decoder in one gateway, above which it is behind."""
     max_decode_s: float = Field(5.0, gt=0)
-    """Seconds one decode may take, queue included; a slower one counts as a failure."""
+    """Seconds one decode may take, queue included; a slower one counts as a failure. A request for many vectors, or for
+    more steps than the ladder takes, has as many times more; one whose client left before, or had set a shorter
+    deadline, does not count."""
     window: int = Field(50, ge=4)
     """Latest decodes that are looked at."""
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """Share of failed decodes in the window that opens the breaker."""
     max_refused_share: float = Field(0.9, gt=0, le=1)
-    """Share of a full window of decodes whose texts were all refused, above which it opens: their decoding was
-    wasted. At 1 it never opens for that."""
+    """Share of a full window of decoded predictions whose texts were all refused, above which it opens: their decoding
+    was wasted. At 1 it never opens for that. Vectors and texts of a client's own do not count."""
     open_s: float = Field(5.0, gt=0)
     """Seconds before one decode is tried again."""
 

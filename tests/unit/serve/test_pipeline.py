@@ -1,6 +1,7 @@
 """The order of the stages, the caches, and what happens when the decoder does not answer; calls in this process."""
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from typing import Any
@@ -243,6 +244,62 @@ def test_a_deadline_that_passes_is_no_reason_to_answer_late() -> None:
     parts.decode_s = 5
     with pytest.raises(DeadlineError):
         asyncio.run(parts.pipeline().say(FIVE, wish(seconds=0.05)))
+
+
+def test_clients_with_short_deadlines_or_that_hang_up_open_no_breaker() -> None:
+    parts = Parts()
+    parts.decode_s = 0.2
+    pipeline = parts.pipeline(window=4)
+
+    async def main() -> None:
+        for n in range(8):
+            with pytest.raises(DeadlineError):
+                await pipeline.say([*FIVE, str(n)], wish(seconds=0.05))
+            hanging = asyncio.ensure_future(pipeline.say([*FIVE, str(n)], wish()))
+            await asyncio.sleep(0.05)
+            hanging.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await hanging
+        assert (await pipeline.say(FIVE, wish())).answer.source == "writer"
+
+    asyncio.run(main())
+    assert not pipeline.breaker.open
+    assert pipeline.breaker.times_opened == 0
+
+
+@pytest.mark.parametrize("how", ["deadline", "hang up", "patience"])
+def test_a_decoder_that_answers_nobody_in_time_opens_the_breaker_however_its_clients_leave(how: str) -> None:
+    parts = Parts()
+    parts.decode_s = 5
+    pipeline = parts.pipeline(patience_s=0.05 if how == "patience" else 10, window=4, max_decode_s=0.1)
+
+    async def main() -> None:
+        for n in range(4):
+            asking = pipeline.say([*FIVE, str(n)], wish(seconds=0.15 if how == "deadline" else 10))
+            with contextlib.suppress(DeadlineError, TimeoutError):
+                await asyncio.wait_for(asking, 0.15 if how == "hang up" else 10)
+            assert parts.calls["decode"] == n + 1
+
+    asyncio.run(main())
+    assert pipeline.breaker.open
+
+
+def test_large_requests_and_vectors_that_are_no_texts_open_no_breaker() -> None:
+    parts = Parts()
+    parts.fault = "no language"
+    parts.decode_s = 0.15
+    pipeline = parts.pipeline(window=4, max_decode_s=0.1)
+    vectors = parts.codec.encode(FIVE).vectors
+
+    async def main() -> None:
+        for _ in range(8):
+            await pipeline.decode(vectors, time.monotonic() + 10)
+            await pipeline.decode(vectors[:1], time.monotonic() + 10, steps=10)
+            await pipeline.decode(vectors, time.monotonic() + 10, steps=1, corpus=False)
+
+    asyncio.run(main())
+    assert pipeline.breaker.times_opened == 0
+    assert parts.calls["decode"] == 8 * 11
 
 
 def test_exact_decoding_never_answers_from_the_corpus() -> None:
