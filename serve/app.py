@@ -191,7 +191,7 @@ class Gateway:
             stage("decode", "decoder", "run", args.queue_rows, max_calls=args.queue_rows),
             Breaker(args.breaker),
             self.metrics,
-            args.cache_entries,
+            args.cache_bytes,
             args.decode_patience_s,
             dict(models),
         )

@@ -147,8 +147,9 @@ class ServeArgs(_Strict):
     """File with one key a line, read by the gateway. Together with `api_keys_sha256`."""
     inbox: str = ""
     """Folder that /v1/ingest writes articles to, as JSON lines for `latent run --input`; none refuses them."""
-    cache_entries: int = Field(10_000, ge=0)
-    """Answers, text vectors and decoded texts kept in each process; 0 keeps none."""
+    cache_bytes: int = Field(64 * 2**20, ge=0)
+    """Bytes of each cache: answers and text vectors in a gateway, decoded texts in a decoder. An answer takes some
+    5 KB, a vector of 768 numbers 3.7 KB. 0 keeps none."""
     decode_patience_s: float = Field(10.0, gt=0)
     """Seconds a prediction waits for the decoder; then the corpus answers and says so."""
     candidates: int = Field(1, ge=1, le=8)

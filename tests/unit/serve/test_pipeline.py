@@ -12,7 +12,7 @@ from lvm.codec.ladder import Answer
 from serve.breaker import Breaker
 from serve.decoder import VectorRow
 from serve.encoder import EncodedText
-from serve.pipeline import Cache, Pipeline, Wish, judge
+from serve.pipeline import Pipeline, Wish, judge
 from serve.predictor import Predicted
 from serve.retriever import CorpusChunk
 from serve.rows import Outcome
@@ -88,7 +88,7 @@ class Parts:
             stage("decode", self.decode),
             Breaker(BreakerArgs(**breaker)),
             Quiet(),  # type: ignore[arg-type]
-            100,
+            10**6,
             patience_s,
             {"lstm": "lstm-1"},
         )
@@ -329,12 +329,3 @@ def test_quality_of_an_answer() -> None:
     bad = judge("the the the the the the", (), context)
     assert (bad.gibberish, bad.keyword_hit, bad.entity_hit) == (True, False, False)
     assert judge("Then Napoleon burned the bridge over the river.", ("no language",), context).gibberish
-
-
-def test_the_cache_drops_what_was_used_longest_ago() -> None:
-    cache: Cache[int] = Cache(2)
-    cache.put(b"a", 1)
-    cache.put(b"b", 2)
-    assert cache.get(b"a") == 1
-    cache.put(b"c", 3)
-    assert (cache.get(b"b"), cache.get(b"a"), len(cache)) == (None, 1, 2)
