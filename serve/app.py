@@ -15,7 +15,7 @@ import logging
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ from lvm.vectors.shards import write_bytes
 from lvm.vectors.tmd import all_labels, nearest
 from serve.breaker import Breaker
 from serve.decoder import Decoder
-from serve.door import Listener
 from serve.encoder import EncodedText, Encoder
 from serve.guard import LOOPBACK, App, Guard, error_body, read_keys
 from serve.health import TARGETS, Seen, Window
@@ -204,7 +203,6 @@ class Gateway:
             description=DESCRIPTION,
             docs_url=None,  # its page loads scripts from a CDN; /openapi.json serves any viewer
             redoc_url=None,
-            lifespan=self._listening,
         )
         errors: dict[int | str, dict[str, Any]] = {
             status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 422, 429, 503)
@@ -254,15 +252,6 @@ class Gateway:
                 expose_headers=["Retry-After", "X-Request-ID"],
             )
         return self._guarded
-
-    @asynccontextmanager
-    async def _listening(self, _: FastAPI) -> AsyncIterator[None]:
-        """While the replica lives: its socket for the launcher of this machine, where there is one."""
-        if not self._args.sockets:
-            yield
-            return
-        async with Listener(self._guarded, self._args.sockets).serving(self._limits.max_deadline_s):
-            yield
 
     # ---------------------------------------------------------------------------------------------- generate
 

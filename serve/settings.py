@@ -27,18 +27,16 @@ _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)
 """Scheme, host and port, as browsers send them (RFC 6454, 6.2)."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     # A mistyped key in config.yaml is an error at deploy time, not a setting that silently does nothing.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Limits(_Strict):
+class Limits(Strict):
     """The most one request may ask for. Each error names the limit it met."""
 
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Bytes of a request's body. 64 contexts of five vectors take 5 MB as JSON numbers."""
-    max_header_bytes: int = Field(64 * 2**10, ge=1024)
-    """Bytes of a request line and its headers, at the door of one machine; Ray Serve's proxies have their own limit."""
     max_texts: int = Field(64, ge=1)
     """Texts, chunk lists or queries in one call. /v1/embeddings takes more and encodes as many at once."""
     max_embeddings: int = Field(2048, ge=1)
@@ -68,7 +66,7 @@ class Limits(_Strict):
     """Longest deadline a request may name, seconds."""
 
 
-class Scale(_Strict):
+class Scale(Strict):
     """Replicas of one deployment."""
 
     min_replicas: int = Field(1, ge=1)
@@ -94,7 +92,7 @@ class Scale(_Strict):
         return self
 
 
-class BreakerArgs(_Strict):
+class BreakerArgs(Strict):
     """When the corpus answers instead of queueing for the decoder."""
 
     enabled: bool = True
@@ -115,7 +113,7 @@ class BreakerArgs(_Strict):
     """Seconds before one decode is tried again."""
 
 
-class SmoothingArgs(_Strict):
+class SmoothingArgs(Strict):
     """An OpenAI-compatible chat endpoint that rewords answers. Off where `url` is empty."""
 
     url: str = ""
@@ -127,7 +125,7 @@ class SmoothingArgs(_Strict):
     timeout_s: float = Field(10.0, gt=0)
 
 
-class ServeArgs(_Strict):
+class ServeArgs(Strict):
     """Arguments of `serve.app:build`."""
 
     run: str
@@ -170,8 +168,6 @@ class ServeArgs(_Strict):
     inline: list[Literal["encoder", "predictor", "retriever"]] = []
     """Parts that run within each gateway and not as deployments of their own: a call there costs 0.2 ms in place of 5
     (tests/bench/results/), but cannot be scaled or restarted alone. What `latent serve` puts there on one machine."""
-    sockets: str = ""
-    """Folder where a gateway listens for the launcher of its machine (`serve/door.py`); empty: Ray Serve's proxies."""
     gateway: Scale = Scale(target_ongoing_requests=64)
     encoder: Scale = Scale()
     predictor: Scale = Scale()

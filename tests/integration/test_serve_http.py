@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import socket
 import string
 import time
 from collections import Counter
@@ -660,7 +661,18 @@ def test_routes_and_methods_that_are_not_there(service: Service) -> None:
     assert service.get("/../../etc/passwd").status == 404
 
 
-def test_a_key_is_asked_for_everywhere_but_at_the_door(service: Service) -> None:
+def test_a_refusal_waits_for_no_body(service: Service) -> None:
+    for key, length, status in (("wrong", 900_000, b"401"), (KEYS[0], 1_000_001, b"413")):
+        head = f"Host: x\r\nAuthorization: Bearer {key}\r\nContent-Length: {length}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+            client.sendall(f"POST /v1/encode HTTP/1.1\r\n{head}".encode())
+            assert client.recv(12) == b"HTTP/1.1 " + status
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000)
+        assert client.recv(12) == b"HTTP/1.1 400"
+
+
+def test_a_key_is_asked_for_everywhere_but_for_page_document_and_health(service: Service) -> None:
     without = Service(service.port, service.process)
     for path in ("/v1/models", "/metrics", "/v1/nothing"):
         reply = without.get(path)
@@ -818,8 +830,8 @@ def test_health_says_ready_and_counts_replicas(service: Service) -> None:
 
 def test_metrics_have_the_stages_and_are_drawn_by_the_dashboard(service: Service) -> None:
     generate(service, chunks=FIVE, cache=False)
-    assert service.ask("POST", "/v1/generate", b"", Content_Length="1000001").status == 413  # by the door
-    assert service.ask("POST", "/v1/generate", b"[" * 100).status == 400  # by the gateway
+    assert service.ask("POST", "/v1/generate", b"", Content_Length="1000001").status == 413
+    assert service.ask("POST", "/v1/generate", b"[" * 100).status == 400
     limit = time.monotonic() + 40  # Ray's processes report once in a while
     while True:
         text = service.get("/metrics").body.decode()
