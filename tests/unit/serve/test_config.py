@@ -8,7 +8,7 @@ from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.schema import ServeDeploySchema
 
 from lvm.errors import InputError
-from serve.app import require_key_unless_loopback
+from serve.gateway import require_key_unless_loopback
 from serve.launch import parse, put
 from serve.settings import Scale, ServeArgs
 
