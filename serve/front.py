@@ -119,7 +119,8 @@ class _Request:
         self._size += size
         front.bytes += size
         if front.bytes > front.args.max_total_bytes:
-            self._full = True
+            front.bytes -= self._size  # at once: not every other request is to be refused with this one
+            self._full, self._size = True, 0
             return {"type": "http.disconnect"}
         if self._size > front.args.max_body_bytes:  # the gateway sees by this piece that it is too large
             self._readable = False

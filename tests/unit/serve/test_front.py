@@ -32,8 +32,8 @@ class Proxy:
 
         async def say(request: Request) -> dict[str, Any]:
             body = await request.body()
-            if request.url.path == "/slow":
-                await asyncio.sleep(0.5)
+            while request.url.path == "/slow" and not self.released.is_set():
+                await asyncio.sleep(0.01)
             return {"bytes": len(body), "id": request.headers["x-request-id"]}
 
         app.add_api_route("/{path}", say, methods=["GET", "POST"])
@@ -41,6 +41,8 @@ class Proxy:
         self.bytes = 0
         """Read of all bodies."""
         self.under_way = 0
+        self.released = threading.Event()
+        """Set, `/slow` answers."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/lost":
@@ -63,7 +65,12 @@ class Proxy:
                     return
 
         self.under_way += 1
-        work = asyncio.ensure_future(self._guarded(scope, queue.get, send))
+
+        async def ask_gateway() -> None:
+            await asyncio.sleep(0.05)  # the way to a replica; the proxy reads meanwhile
+            await self._guarded(scope, queue.get, send)
+
+        work = asyncio.ensure_future(ask_gateway())
         reading = asyncio.ensure_future(read())
         try:
             await asyncio.wait([work])
@@ -143,7 +150,7 @@ def test_of_a_body_without_a_key_nothing_is_read(port: int, proxy: Proxy, front:
 def test_a_body_that_is_too_large_is_refused_by_its_length_or_as_soon_as_it_shows(
     port: int, proxy: Proxy
 ) -> None:
-    status, _, body = ask(port, "POST", "/any", b"", Content_Length="300000")
+    status, _, body = ask(port, "POST", "/any", b"x" * 300_000)
     assert (status, proxy.bytes) == (413, 0)
     assert f"limit max_body_bytes is {LIMIT}" in message(body)
     with contextlib.suppress(OSError):  # the client may still be sending
@@ -162,6 +169,10 @@ def test_bodies_of_all_requests_together_are_bounded(
     ]
     for thread in threads:
         thread.start()
+    until = time.monotonic() + 20
+    while not replies and time.monotonic() < until:
+        time.sleep(0.01)
+    proxy.released.set()
     for thread in threads:
         thread.join(20)
     assert sorted(status for status, _, _ in replies) == [200, 200, 503]
@@ -171,7 +182,9 @@ def test_bodies_of_all_requests_together_are_bounded(
     settle(front)
 
 
-def test_requests_at_once_are_bounded(port: int, proxy: Proxy, counted: list[tuple[int, str]]) -> None:
+def test_requests_at_once_are_bounded(
+    port: int, proxy: Proxy, front: Front, counted: list[tuple[int, str]]
+) -> None:
     threads = [threading.Thread(target=ask, args=(port, "GET", "/slow")) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -181,8 +194,10 @@ def test_requests_at_once_are_bounded(port: int, proxy: Proxy, counted: list[tup
     status, headers, body = ask(port, "GET", "/any")
     assert (status, headers["retry-after"]) == (503, "3")
     assert "too many requests" in message(body)
+    proxy.released.set()
     for thread in threads:
         thread.join(10)
+    settle(front)
     assert ask(port, "GET", "/any")[0] == 200
     assert counted == [(503, "requests")]
 
@@ -214,7 +229,9 @@ def test_a_client_that_has_gone_is_no_lost_request(
 ) -> None:
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.sendall(f"GET /slow HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode())
-        time.sleep(0.2)
+        until = time.monotonic() + 10
+        while not front.requests and time.monotonic() < until:
+            time.sleep(0.01)
         assert front.requests == 1
     settle(front)
     assert counted == []
