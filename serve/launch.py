@@ -93,8 +93,9 @@ def main(
         put(record, entry)
     record["inline"] = [part for part in record.get("inline", "").split(",") if part]
     args = parse(record)
-    port = require_free(host, port)
-    start(args, host, port, address)
+    with claim(host, port) as held:
+        port = held.getsockname()[1]
+        start(args, host, port, address)
     wait_for_proxy(host, port)
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (
@@ -143,16 +144,21 @@ def parse(record: dict[str, Any]) -> ServeArgs:
         ) from err
 
 
-def require_free(host: str, port: int) -> int:
-    """The port, or a free one for 0. Raises InputError where another process listens there."""
+def claim(host: str, port: int) -> socket.socket:
+    """A socket that keeps the port (for 0 a free one) until the proxy has it: Ray's own processes take free ports by
+    chance as they start. Raises InputError where another process listens there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family) as probe:
-            return int(probe.getsockname()[1])
+            port = probe.getsockname()[1]
+        held = socket.socket(family)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as the proxy's; it alone will listen
+        held.bind((host, port))
     except OSError as err:
         raise InputError(
             f"cannot listen on {host}, port {port} ({err.strerror}); choose another --port"
         ) from err
+    return held
 
 
 def wait_for_proxy(host: str, port: int, seconds: float = 60) -> None:
