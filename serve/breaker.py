@@ -29,7 +29,7 @@ class Breaker:
     def refuses(self, waiting: int) -> str | None:
         """Why a decode should not be started now, or None. waiting: vectors before it.
 
-        A None while the breaker is open is the one trial; its outcome must be told by `done`.
+        A None while the breaker is open is the one trial; its outcome must be told by `done` or `unknown`.
         """
         if not self._args.enabled:
             return None
@@ -46,13 +46,24 @@ class Breaker:
             return None
         return self.reason
 
-    def done(self, seconds: float | None, refused: bool) -> None:
-        """A decode came back after `seconds`, queue included, or None: it failed or was given up."""
-        bad = seconds is None or seconds > self._args.max_decode_s
+    def too_slow(self, seconds: float) -> bool:
+        """Whether one decode of this length is a failure."""
+        return seconds > self._args.max_decode_s
+
+    def unknown(self) -> None:
+        """A decode ended without a word on the decoder: its client left, or had set too short a deadline."""
+        self._trying = False
+
+    def done(self, seconds: float | None, refused: bool | None) -> None:
+        """A decode came back after `seconds`, queue included, or None: the decoder failed, or was too slow.
+
+        refused: whether all its texts were; None where that was for the client to answer, whose vectors they were.
+        """
+        bad = seconds is None or self.too_slow(seconds)
         if self._opened is not None:
             if self._trying:
                 self._trying = False
-                if bad or (self._for_refusals and refused):
+                if bad or (self._for_refusals and refused is not False):
                     self._opened = self._clock()
                 else:
                     self._opened, self.reason = None, ""
@@ -60,16 +71,17 @@ class Breaker:
                     self._refused.clear()
             return
         self._failed.append(bad)
-        self._refused.append(refused)
+        if refused is not None:
+            self._refused.append(refused)
         if not self._args.enabled or len(self._failed) < max(4, self._args.window // 4):
             return
         failed = sum(self._failed) / len(self._failed)
-        lowest = sum(self._refused) / len(self._refused)
+        refused_share = sum(self._refused) / max(1, len(self._refused))
         if failed > self._args.max_failed_share:
             self._open(f"{failed:.0%} of the last {len(self._failed)} decodes failed or were too slow")
-        elif lowest > self._args.max_refused_share and len(self._refused) == self._args.window:
+        elif refused_share > self._args.max_refused_share and len(self._refused) == self._args.window:
             self._open(
-                f"{lowest:.0%} of the last {len(self._refused)} decodes were refused",
+                f"{refused_share:.0%} of the last {len(self._refused)} decodes were refused",
                 for_refusals=True,
             )
 

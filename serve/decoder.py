@@ -54,7 +54,7 @@ class Decoder:
 
         torch.set_num_threads(args.decoder.num_threads)
         self._codec = codec_of_run(args)
-        settings = LadderSettings(candidates=args.candidates, cache_entries=args.cache_entries)
+        settings = LadderSettings(candidates=args.candidates, cache_bytes=args.cache_bytes)
         self._ladder = Ladder(self._codec, self._codec.writer, settings)
         # One text that is read back, and one that no text has: both engines are warm then.
         own = self._codec.encode(["warm up", "a second text"]).vectors
@@ -80,5 +80,5 @@ class Decoder:
             "digest": self._ladder.digest,
             "writer": None if self._codec.writer is None else str(self._codec.writer.identity),
             "no_writer": self._codec.no_writer,
-            "cache": {"entries": len(cache), "hit_rate": cache.hit_rate},
+            "cache": {"entries": len(cache), "bytes": cache.currsize, "hit_rate": cache.hit_rate},
         }

@@ -31,7 +31,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 logger = logging.getLogger("ray.serve")
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NO_BRACKETS = bytes(b for b in range(256) if b not in b"[]{}")
 
@@ -89,19 +89,32 @@ def depth_of(body: bytes) -> int:
     return deepest
 
 
-def error_body(status: int, message: str, request_id: str, kind: str | None = None) -> dict[str, Any]:
-    """The form of every error; `error.message` is where OpenAI's clients look."""
+def error_body(
+    status: int, message: str, request_id: str, path: str = "", param: str | None = None
+) -> dict[str, Any]:
+    """The form of every error, which is OpenAI's.
+
+    path: of the request. On OpenAI's routes `code` is a word or null as there, since typed clients refuse a number;
+    on the others it is the status. param: the field that is wrong.
+    """
     return {
         "error": {
             "message": message,
-            "type": kind or _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error"),
-            "code": status,
+            "type": _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error"),
+            "param": param,
+            "code": _CODES.get(status) if is_openai(path) else status,
             "request_id": request_id,
         }
     }
 
 
+def is_openai(path: str) -> bool:
+    """True for the routes that OpenAI's clients call."""
+    return path in ("/v1/embeddings", "/v1/models") or path.startswith("/v1/models/")
+
+
 _KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
 class Guard:
@@ -118,9 +131,12 @@ class Guard:
         begun = time.perf_counter()
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
         given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         status = 500
+        # A HEAD is a GET whose answer has no body (RFC 9110, 9.3.2), on every route.
+        head = scope["method"] == "HEAD"
+        inner = {**scope, "method": "GET"} if head else scope
 
         async def send_named(message: Message) -> None:
             nonlocal status
@@ -133,6 +149,8 @@ class Guard:
                     (b"cache-control", b"no-store"),
                 ]
                 message = {**message, "headers": kept}
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -140,13 +158,15 @@ class Guard:
             if refusal is not None:
                 status_refused, reason, message = refusal
                 self._metrics.refused.inc(1, {"reason": reason})
-                await _reply(send_named, status_refused, message, request_id)
+                await _reply(
+                    send_named, status_refused, error_body(status_refused, message, request_id, scope["path"])
+                )
             else:
-                await self._app(scope, _again(body, receive), send_named)
+                await self._app(inner, _again(body, receive), send_named)
         finally:
             took = time.perf_counter() - begun
             # The route's pattern, not the path: a path is the client's to choose, and would fill the metrics.
-            matched = scope.get("route")
+            matched = inner.get("route")
             route = getattr(matched, "path", "none")
             self._metrics.requests.inc(1, {"route": route, "status": str(status)})
             self._metrics.duration.observe(took, {"route": route})
@@ -233,8 +253,8 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return read
 
 
-async def _reply(send: Send, status: int, message: str, request_id: str) -> None:
-    body = json.dumps(error_body(status, message, request_id)).encode()
+async def _reply(send: Send, status: int, error: dict[str, Any]) -> None:
+    body = json.dumps(error).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

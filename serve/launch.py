@@ -11,19 +11,19 @@ import json
 import logging
 import os
 import queue
-import shutil
 import signal
+import socket
 import sys
-import tempfile
+import time
+import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lvm.errors import InputError, LvmError
-from serve.door import Door
+from serve.front import FrontArgs, environment
 from serve.guard import LOOPBACK, check_keys, read_keys
-from serve.metrics import DoorMetrics
 from serve.settings import ServeArgs, SmoothingArgs
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -49,6 +49,12 @@ def main(
         str, typer.Option(help="OpenAI-compatible chat endpoint that rewords answers.")
     ] = "",
     smoothing_model: Annotated[str, typer.Option(help="Model of that endpoint.")] = "",
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may call the service, as https://app.example.org; may be given again."
+        ),
+    ] = None,
     set: Annotated[
         list[str] | None,
         typer.Option(help="Any other setting: --set limits.max_texts=8 --set decoder.max_replicas=2."),
@@ -77,21 +83,20 @@ def main(
         "default_model": model,
         "api_keys_sha256": hashes,
         "inbox": "" if inbox is None else str(inbox.absolute()),
+        "cors_origins": cors_origin or [],
         "smoothing": SmoothingArgs(url=smoothing_url, model=smoothing_model).model_dump(),
     }
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:  # one machine
         record["inline"] = "encoder,predictor,retriever"
-        record["sockets"] = tempfile.mkdtemp(prefix="latent-serve-")
     for entry in set or []:
         put(record, entry)
     record["inline"] = [part for part in record.get("inline", "").split(",") if part]
     args = parse(record)
-    door = Door(args.sockets, host, port, args.limits) if args.sockets else None
-    start(args, host, port, address)
-    if door:
-        door.open(DoorMetrics().count)
-        port = door.port
+    with claim(host, port) as held:
+        port = held.getsockname()[1]
+        start(args, host, port, address)
+    wait_for_proxy(host, port)
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (
         signal.SIGINT,
@@ -109,9 +114,6 @@ def main(
             say(f"error: not rolled out: {err}")
     say("stopping: requests under way have ten seconds")
     shut_down()
-    if door:
-        door.close()
-        shutil.rmtree(args.sockets, ignore_errors=True)
 
 
 def put(record: dict[str, Any], entry: str) -> None:
@@ -142,6 +144,41 @@ def parse(record: dict[str, Any]) -> ServeArgs:
         ) from err
 
 
+def claim(host: str, port: int) -> socket.socket:
+    """A socket that keeps the port (for 0 a free one) until the proxy has it: Ray's own processes take free ports by
+    chance as they start. Raises InputError where another process listens there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, port), family=family) as probe:
+            port = probe.getsockname()[1]
+        held = socket.socket(family)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as the proxy's; it alone will listen
+        held.bind((host, port))
+    except OSError as err:
+        raise InputError(
+            f"cannot listen on {host}, port {port} ({err.strerror}); choose another --port"
+        ) from err
+    return held
+
+
+def wait_for_proxy(host: str, port: int, seconds: float = 60) -> None:
+    """Return when the proxy sends requests to the application, which it hears of a moment after it runs."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://{shown}:{port}/-/routes", timeout=5) as reply:
+                if "/" in json.load(reply):
+                    return
+        except (OSError, ValueError):
+            pass
+        if time.monotonic() > until:
+            raise RuntimeError(
+                f"the proxy on port {port} does not answer; its log is in Ray's session folder"
+            )
+        time.sleep(0.1)
+
+
 def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
     """Join or start Ray, start Serve, run the application; returns when it answers."""
     import ray
@@ -153,6 +190,14 @@ def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
     # Ray runs workers at niceness 15, right for batches; replicas that people wait for are not to give way.
     os.environ.setdefault("RAY_worker_niceness", "0")
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
+    if address is None:
+        # For the proxies, which take no runtime environment. Nodes of a cluster bring these along.
+        front = FrontArgs(
+            api_keys_sha256=tuple(args.api_keys_sha256),
+            api_keys_file=args.api_keys_file,
+            max_body_bytes=args.limits.max_body_bytes,
+        )
+        os.environ.update(environment(front), PYTHONPATH=python_path)
     ray.init(
         address=address or "local",  # without a word Ray joins whatever was last started here, be it dead
         runtime_env={"env_vars": {"PYTHONPATH": python_path}},
@@ -161,9 +206,8 @@ def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
         include_dashboard=False if address is None else None,
     )
     logs = LoggingConfig(encoding="JSON", log_level="INFO", enable_access_log=False)
-    # Behind a door of our own, Ray Serve needs none; its options still tell the gateways who may listen.
-    location = ProxyLocation.Disabled if args.sockets else ProxyLocation.EveryNode
-    serve.start(proxy_location=location, http_options=HTTPOptions(host=host, port=port), logging_config=logs)
+    options = HTTPOptions(host=host, port=port, keep_alive_timeout_s=75)
+    serve.start(proxy_location=ProxyLocation.EveryNode, http_options=options, logging_config=logs)
     deploy(args)
 
 

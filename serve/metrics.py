@@ -19,15 +19,15 @@ REQUESTS = ("latent_http_requests_total", "Requests by route and status.", ("rou
 REFUSED = ("latent_refused_total", "Requests refused at once, by reason.", ("reason",))
 
 
-class DoorMetrics:
-    """Of requests that no gateway saw. In the launcher, which is no replica: without the labels of one."""
+class FrontMetrics:
+    """Of requests that no gateway answered. In a proxy, which is no replica: without the labels of one."""
 
     def __init__(self) -> None:
         """Needs a connected Ray."""
         self._requests, self._refused = plain.Counter(*REQUESTS), plain.Counter(*REFUSED)
 
     def count(self, status: int, reason: str) -> None:
-        """Of `Door`."""
+        """Of `Front`."""
         self._requests.inc(1, {"route": "none", "status": str(status)})
         self._refused.inc(1, {"reason": reason})
 

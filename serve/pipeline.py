@@ -4,20 +4,20 @@ What each step does is lvm's; here is the order, the caches, the breaker and the
 predict` on the same run.
 """
 
+import asyncio
 import hashlib
 import re
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lvm.cache import Cache
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.ladder import Answer, LadderSettings, Nearest, extracted, faults, keywords
-from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH, Context, Fill, build_context
+from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH, Context, Fill, Mode, Origin, build_context
 from serve.breaker import Breaker
 from serve.decoder import VectorRow
 from serve.encoder import EncodedText
@@ -26,35 +26,8 @@ from serve.predictor import ContextRow, Predicted
 from serve.retriever import CorpusChunk, FillRow, NearRow, SnapRow
 from serve.stage import DeadlineError, Stage, StageError, Timing, UnavailableError
 
-V = TypeVar("V")
-
 STAGES = ("queue", "encode", "context", "predict", "snap", "decode")
 """Keys of an answer's milliseconds."""
-
-
-class Cache(Generic[V]):
-    """Bounded map; the least recently used entry goes first."""
-
-    def __init__(self, entries: int) -> None:
-        self._entries = entries
-        self._held: OrderedDict[bytes, V] = OrderedDict()
-
-    def get(self, key: bytes) -> V | None:
-        """The value, or None."""
-        found = self._held.get(key)
-        if found is not None:
-            self._held.move_to_end(key)
-        return found
-
-    def put(self, key: bytes, value: V) -> None:
-        """Keep a value."""
-        self._held[key] = value
-        self._held.move_to_end(key)
-        while len(self._held) > self._entries:
-            self._held.popitem(last=False)
-
-    def __len__(self) -> int:
-        return len(self._held)
 
 
 @dataclass(frozen=True)
@@ -73,13 +46,22 @@ class Wish:
 
 
 @dataclass(frozen=True)
+class ReadContext:
+    """What the predictor read, without its vectors: answers are kept, and these would be most of their bytes."""
+
+    mode: Mode
+    texts: tuple[str, ...]
+    origins: tuple[Origin, ...]
+
+
+@dataclass(frozen=True)
 class Said:
     """One predicted chunk and how it came about."""
 
     answer: Answer
     folder: str
     """Record of the model, or "passthrough"."""
-    context: Context
+    context: ReadContext
     truncated: int
     """Texts of the context that were longer than the codec's limit."""
     prediction_cosine: float
@@ -141,7 +123,7 @@ class Pipeline:
         decoder: Stage,
         breaker: Breaker,
         metrics: GatewayMetrics,
-        cache_entries: int,
+        cache_bytes: int,
         decode_patience_s: float,
         folders: dict[str, str],
     ) -> None:
@@ -150,8 +132,8 @@ class Pipeline:
         self.encoder, self.filler, self.predictor = encoder, filler, predictor
         self.snapper, self.finder, self.decoder = snapper, finder, decoder
         self._metrics, self._patience_s, self._folders = metrics, decode_patience_s, folders
-        self._vectors: Cache[EncodedText] = Cache(cache_entries)
-        self._answers: Cache[Said] = Cache(cache_entries)
+        self._vectors: Cache[EncodedText] = Cache(cache_bytes)
+        self._answers: Cache[Said] = Cache(cache_bytes)
         self._on_their_way = 0
         """Requests between their first stage and the decoder."""
 
@@ -162,7 +144,7 @@ class Pipeline:
         found: dict[str, EncodedText] = {}
         if cache:
             for text in texts:
-                held = self._vectors.get(text.encode())
+                held = self._vectors.get(_digest(text))
                 if held is not None:
                     found[text] = replace(held, cached=True)
             hits = sum(t in found for t in texts)
@@ -172,7 +154,8 @@ class Pipeline:
         for text, value in zip(missing, values, strict=True):
             found[text] = value
             if cache:
-                self._vectors.put(text.encode(), value)
+                # Its own array: the row of a batch would keep the whole batch.
+                self._vectors.put(_digest(text), replace(value, vector=value.vector.copy()))
         return [found[t] for t in texts], timing
 
     async def say(self, texts: Sequence[str], wish: Wish) -> Said:
@@ -205,7 +188,7 @@ class Pipeline:
         said = Said(
             answer,
             way.folder,
-            way.context,
+            ReadContext(way.context.mode, way.context.texts, way.context.origins),
             way.truncated,
             float((way.raw * way.steered).sum()),
             way.drifted,
@@ -256,7 +239,7 @@ class Pipeline:
         answers: list[Answer | None] = [None] * len(rows)
         if refusal is None:
             try:
-                found, timing = await self._decode_rows(rows, deadline, corpus)
+                found, timing = await self._decode_rows(rows, deadline, patient=corpus, ours=False)
                 answers = list(found)
             except (UnavailableError, DeadlineError) as err:
                 if not corpus or time.monotonic() >= deadline:
@@ -331,7 +314,8 @@ class Pipeline:
         if refusal is None:
             row = VectorRow(way.steered, way.context.vectors, wish.steps, wish.cache, self._on_their_way)
             try:
-                (answer,), timing = await self._decode_rows([row], wish.deadline, True)
+                ours = wish.steps is None and wish.model != PASSTHROUGH
+                (answer,), timing = await self._decode_rows([row], wish.deadline, patient=True, ours=ours)
                 clock.add("decode", timing)
                 self._look("vector", int(answer.cached), int(not answer.cached))
             except (UnavailableError, DeadlineError) as err:
@@ -347,24 +331,37 @@ class Pipeline:
         return extracted(answer, Nearest(chunk.text, chunk.cosine), refusal)
 
     async def _decode_rows(
-        self, rows: Sequence[VectorRow], deadline: float, patient: bool
+        self, rows: Sequence[VectorRow], deadline: float, patient: bool, ours: bool
     ) -> tuple[list[Answer], Timing]:
-        """Answers of the decoder, and the breaker told of them, whatever happens."""
+        """Answers of the decoder, and the breaker told of them, whatever happens.
+
+        patient: whether to wait for `decode_patience_s` at most. ours: whether the vectors are predictions, so that
+        a refused text is no fault of what a client sent.
+        """
         begun = time.monotonic()
         limit = min(deadline, begun + self._patience_s) if patient else deadline
-        answers: list[Answer] | None = None
+        # What was asked for may take long by itself; measured is what one vector and the ladder's steps would take.
+        share = len(rows) * max(1.0, *((r.steps or 0) / _SETTINGS.steps[-1] for r in rows))
         try:
             answers, timing = await self.decoder.run(rows, limit)
-        except DeadlineError as err:
-            if limit < deadline:
+        except (DeadlineError, asyncio.CancelledError) as err:
+            late = isinstance(err, DeadlineError) and limit < deadline
+            if (late and share == 1) or self.breaker.too_slow((time.monotonic() - begun) / share):
+                self.breaker.done(None, None)
+            else:
+                self.breaker.unknown()
+            if late:
                 raise DeadlineError(f"the decoder gave no answer in {self._patience_s:g} s") from err
             raise
+        except Exception:
+            self.breaker.done(None, None)
+            raise
+        else:
+            refused = not any(a.accepted for a in answers) if ours else None
+            self.breaker.done((time.monotonic() - begun) / share, refused)
+            return answers, timing
         finally:
-            took = None if answers is None else time.monotonic() - begun
-            refused = answers is not None and not any(a.accepted for a in answers)
-            self.breaker.done(took, refused)
             self._metrics.breaker.set(int(self.breaker.open))
-        return answers, timing
 
     # ------------------------------------------------------------------------------------------ book-keeping
 
@@ -379,7 +376,7 @@ class Pipeline:
             wish.neighbours,
             tuple(read),
         )
-        return hashlib.blake2b(repr(what).encode(), digest_size=16).digest()
+        return _digest(repr(what))
 
     def _look(self, cache: str, hits: int, misses: int) -> None:
         if hits:
@@ -413,6 +410,11 @@ class Quality:
     """It shares a capitalised word that opens no sentence; true where the context has none."""
 
 
+def _digest(text: str) -> bytes:
+    """A cache's key of a text: 16 bytes, however long the text is."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 _NAME = re.compile(r"(?<=[\w,;] )[A-Z]\w{2,}")
 _SETTINGS = LadderSettings()
 
@@ -428,4 +430,4 @@ def judge(text: str, refusals: Sequence[str], context: Sequence[str]) -> Quality
     )
 
 
-__all__ = ["Cache", "Pipeline", "Quality", "Said", "StageError", "Wish", "judge"]
+__all__ = ["Pipeline", "Quality", "Said", "StageError", "Wish", "judge"]

@@ -6,11 +6,14 @@ numbers, or base64 of little-endian float32, which is a quarter of the bytes.
 
 import base64
 import binascii
+import json
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 from lvm.codec.ladder import Answer
 
@@ -23,6 +26,12 @@ STORY = [
 ]
 
 
+PIECE = 32
+"""Vectors in one piece of a reply of many."""
+
+LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
+"""Next line, line separator and paragraph separator as JSON escapes."""
+
 VECTOR = base64.b64encode(np.full(768, 768**-0.5, "<f4").tobytes()).decode()
 """An example: a unit vector of `mini` or GTR as base64."""
 
@@ -30,9 +39,12 @@ VECTOR = base64.b64encode(np.full(768, 768**-0.5, "<f4").tobytes()).decode()
 class RefusedError(Exception):
     """A request that cannot be answered, with the status and the message of the reply."""
 
-    def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, retry_after_s: int | None = None, param: str | None = None
+    ) -> None:
+        """param: the field that is wrong."""
         super().__init__(message)
-        self.status, self.retry_after_s = status, retry_after_s
+        self.status, self.retry_after_s, self.param = status, retry_after_s, param
 
 
 class _Request(BaseModel):
@@ -265,14 +277,33 @@ class EncodeReply(_Reply):
     milliseconds: Milliseconds
 
 
-class EmbeddingsRequest(_Request):
-    """OpenAI's form."""
+def _require_texts(given: Any) -> Any:
+    """The input as it is. Raises PydanticCustomError, which says what to do, where it holds token ids."""
+    first = given
+    while isinstance(first, list) and first:
+        first = first[0]
+    if isinstance(first, int) and not isinstance(first, bool):
+        raise PydanticCustomError(
+            "token_ids",
+            "token ids are not taken, since they are another tokenizer's; send texts. "
+            "In LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)",
+        )
+    return given
 
-    input: OneOrMany = Field(examples=[STORY[0]])
-    model: Name = Field(examples=["mini"])
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, description="The codec's own, or left out.")
-    user: str | None = None
+
+class EmbeddingsRequest(_Request):
+    """OpenAI's form. Fields that are not known are passed over and null is the default, as there."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    input: Annotated[OneOrMany, BeforeValidator(_require_texts)] = Field(examples=[STORY[0]])
+    model: Name | None = Field(
+        None, description="The codec's name; by default the loaded one.", examples=["mini"]
+    )
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="By default float.")
+    dimensions: int | None = Field(
+        None, description="The codec's own, or left out: vectors are never shortened."
+    )
 
 
 class Embedding(_Reply):
@@ -296,7 +327,11 @@ class EmbeddingsReply(_Reply):
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
-    usage: Usage
+    usage: Usage = Field(description="Tokens of the whole texts, those that were cut off included.")
+    truncated: list[bool] = Field(
+        description="One for each of `data`: true where the text was longer than the codec's limit "
+        "(`codec.max_tokens`) and only its beginning is in the vector."
+    )
     request_id: str
     codec: CodecRecord
     milliseconds: Milliseconds
@@ -441,11 +476,20 @@ class IngestReply(_Reply):
     milliseconds: Milliseconds
 
 
+class ModelReply(_Reply):
+    """Of /v1/models/{id}, OpenAI's form: a predictor, or the codec, whose name /v1/embeddings takes."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix time, seconds; 0 where it is not known.")
+    owned_by: str = "latent"
+
+
 class ModelsReply(_Reply):
     """Of /v1/models; `data` has OpenAI's form too."""
 
     object: Literal["list"] = "list"
-    data: list[dict[str, Any]]
+    data: list[ModelReply]
     models: list[ModelRecord]
     default_model: str
     codec: CodecRecord
@@ -472,7 +516,8 @@ class ErrorDetail(_Reply):
 
     message: str
     type: str
-    code: int
+    param: str | None = Field(None, description="The field that is wrong.")
+    code: int | str | None = Field(description="The status; on OpenAI's routes a word or null, as there.")
     request_id: str
 
 
@@ -490,6 +535,28 @@ def pack(vector: NDArray[np.float32], form: str) -> Any:
     if form == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.tolist()
+
+
+def embeddings_json(
+    reply: EmbeddingsReply, vectors: Sequence[NDArray[np.float32]], form: str
+) -> Iterator[str]:
+    """The JSON of `reply` with these vectors as its data, piece by piece: 2,048 lists of numbers at once would take a
+    hundred megabytes."""
+    rest = reply.model_dump_json(exclude={"object", "data"})
+    for start in range(0, len(vectors), PIECE):
+        part = [
+            Embedding(index=i, embedding=pack(vector, form)).model_dump()
+            for i, vector in enumerate(vectors[start : start + PIECE], start)
+        ]
+        opening = ", " if start else '{"object": "list", "data": ['
+        closing = "], " + rest[1:] if start + PIECE >= len(vectors) else ""
+        yield opening + json.dumps(part)[1:-1] + closing
+
+
+def event(name: str, data: dict[str, Any]) -> str:
+    """A server-sent event. JSON escapes the line ends of ASCII; those of Unicode are escaped here, since clients that
+    read by `str.splitlines` would cut an event in two."""
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False).translate(LINE_ENDS)}\n\n"
 
 
 def unpack(vectors: list[list[float] | str], dim: int, what: str) -> NDArray[np.float32]:

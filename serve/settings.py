@@ -1,9 +1,10 @@
 """What a person may set about the service: one model for `latent serve`, `serve run` and config.yaml."""
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lvm.codec.identity import require_same_codec
 from lvm.codec.zoo import Codec, load_codec
@@ -22,21 +23,24 @@ __all__ = [
     "require_run",
 ]
 
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
+"""Scheme, host and port, as browsers send them (RFC 6454, 6.2)."""
 
-class _Strict(BaseModel):
+
+class Strict(BaseModel):
     # A mistyped key in config.yaml is an error at deploy time, not a setting that silently does nothing.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Limits(_Strict):
+class Limits(Strict):
     """The most one request may ask for. Each error names the limit it met."""
 
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Bytes of a request's body. 64 contexts of five vectors take 5 MB as JSON numbers."""
-    max_header_bytes: int = Field(64 * 2**10, ge=1024)
-    """Bytes of a request line and its headers, at the door of one machine; Ray Serve's proxies have their own limit."""
     max_texts: int = Field(64, ge=1)
-    """Texts, chunk lists or queries in one call."""
+    """Texts, chunk lists or queries in one call. /v1/embeddings takes more and encodes as many at once."""
+    max_embeddings: int = Field(2048, ge=1)
+    """Texts in one call of /v1/embeddings; by default as many as OpenAI takes."""
     max_characters: int = Field(20_000, ge=1)
     """Characters of one text."""
     max_chunks: int = Field(256, ge=1)
@@ -56,12 +60,13 @@ class Limits(_Strict):
     max_pending: int = Field(256, ge=1)
     """Inputs (texts, contexts, vectors) at work at once in one gateway; beyond it a call gets 429."""
     default_deadline_s: float = Field(30.0, gt=0)
-    """Seconds a request may take where it names no deadline of its own."""
+    """Seconds a request may take where it names no deadline of its own; one of many embeddings has as much for each
+    `max_texts` of them."""
     max_deadline_s: float = Field(120.0, gt=0)
     """Longest deadline a request may name, seconds."""
 
 
-class Scale(_Strict):
+class Scale(Strict):
     """Replicas of one deployment."""
 
     min_replicas: int = Field(1, ge=1)
@@ -87,26 +92,28 @@ class Scale(_Strict):
         return self
 
 
-class BreakerArgs(_Strict):
+class BreakerArgs(Strict):
     """When the corpus answers instead of queueing for the decoder."""
 
     enabled: bool = True
     max_waiting: int = Field(128, ge=1)
     """Vectors waiting for the decoder in one gateway, above which it is behind."""
     max_decode_s: float = Field(5.0, gt=0)
-    """Seconds one decode may take, queue included; a slower one counts as a failure."""
+    """Seconds one decode may take, queue included; a slower one counts as a failure. A request for many vectors, or for
+    more steps than the ladder takes, has as many times more; one whose client left before, or had set a shorter
+    deadline, does not count."""
     window: int = Field(50, ge=4)
     """Latest decodes that are looked at."""
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """Share of failed decodes in the window that opens the breaker."""
     max_refused_share: float = Field(0.9, gt=0, le=1)
-    """Share of a full window of decodes whose texts were all refused, above which it opens: their decoding was
-    wasted. At 1 it never opens for that."""
+    """Share of a full window of decoded predictions whose texts were all refused, above which it opens: their decoding
+    was wasted. At 1 it never opens for that. Vectors and texts of a client's own do not count."""
     open_s: float = Field(5.0, gt=0)
     """Seconds before one decode is tried again."""
 
 
-class SmoothingArgs(_Strict):
+class SmoothingArgs(Strict):
     """An OpenAI-compatible chat endpoint that rewords answers. Off where `url` is empty."""
 
     url: str = ""
@@ -118,7 +125,7 @@ class SmoothingArgs(_Strict):
     timeout_s: float = Field(10.0, gt=0)
 
 
-class ServeArgs(_Strict):
+class ServeArgs(Strict):
     """Arguments of `serve.app:build`."""
 
     run: str
@@ -138,8 +145,9 @@ class ServeArgs(_Strict):
     """File with one key a line, read by the gateway. Together with `api_keys_sha256`."""
     inbox: str = ""
     """Folder that /v1/ingest writes articles to, as JSON lines for `latent run --input`; none refuses them."""
-    cache_entries: int = Field(10_000, ge=0)
-    """Answers, text vectors and decoded texts kept in each process; 0 keeps none."""
+    cache_bytes: int = Field(64 * 2**20, ge=0)
+    """Bytes of each cache: answers and text vectors in a gateway, decoded texts in a decoder. An answer takes some
+    5 KB, a vector of 768 numbers 3.7 KB. 0 keeps none."""
     decode_patience_s: float = Field(10.0, gt=0)
     """Seconds a prediction waits for the decoder; then the corpus answers and says so."""
     candidates: int = Field(1, ge=1, le=8)
@@ -153,12 +161,13 @@ class ServeArgs(_Strict):
     `queue_rows` of them: a row that waits for a call to come back misses a round."""
     queue_rows: int = Field(32, ge=1)
     """Most rows in one call and in one batch of a replica."""
+    cors_origins: list[str] = []
+    """Origins whose pages may call the service from a browser, as "https://app.example.org", or "*" for all; none
+    answers no preflight."""
     limits: Limits = Limits()
     inline: list[Literal["encoder", "predictor", "retriever"]] = []
     """Parts that run within each gateway and not as deployments of their own: a call there costs 0.2 ms in place of 5
     (tests/bench/results/), but cannot be scaled or restarted alone. What `latent serve` puts there on one machine."""
-    sockets: str = ""
-    """Folder where a gateway listens for the launcher of its machine (`serve/door.py`); empty: Ray Serve's proxies."""
     gateway: Scale = Scale(target_ongoing_requests=64)
     encoder: Scale = Scale()
     predictor: Scale = Scale()
@@ -169,6 +178,14 @@ class ServeArgs(_Strict):
     retriever: Scale = Scale()
     breaker: BreakerArgs = BreakerArgs()
     smoothing: SmoothingArgs = SmoothingArgs()
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError("expected origins as https://app.example.org (no path, no final /), or *")
+        return origins
 
 
 def require_run(run: str) -> Manifest:

@@ -20,7 +20,7 @@ import hashlib
 import math
 import re
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -29,6 +29,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lvm.cache import Cache
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError
 
@@ -153,14 +154,14 @@ class LadderSettings:
     """Largest share of all bigrams that one repeated bigram may have."""
     min_entropy_bits: float = 2.8
     """Least Shannon entropy of the characters, bits a character. English prose has about 4.1."""
-    cache_entries: int = 10_000
-    """Answers kept; one takes about 0.5 KB."""
+    cache_bytes: int = 16 * 2**20
+    """Bytes of answers kept; one takes about 2 KB."""
 
     def __post_init__(self) -> None:
         if not self.steps or any(s < 0 for s in self.steps) or list(self.steps) != sorted(set(self.steps)):
             raise InputError(f"ladder steps are {self.steps}; expected ascending numbers of 0 or more")
-        if self.cache_entries < 0:
-            raise InputError(f"cache_entries is {self.cache_entries}; expected 0 (no cache) or more")
+        if self.cache_bytes < 0:
+            raise InputError(f"cache_bytes is {self.cache_bytes}; expected 0 (no cache) or more")
         if self.candidates < 1:
             raise InputError(f"candidates is {self.candidates}; expected 1 or more")
 
@@ -252,43 +253,6 @@ def faults(text: str, settings: LadderSettings) -> list[str]:
     return found
 
 
-class AnswerCache:
-    """Bounded map from what was asked to its answer; the least recently used goes first. One thread uses it."""
-
-    def __init__(self, entries: int) -> None:
-        self.entries = entries
-        """Most answers held."""
-        self.hits = 0
-        self.misses = 0
-        self._held: OrderedDict[bytes, Answer] = OrderedDict()
-
-    def get(self, key: bytes) -> Answer | None:
-        """The answer, or None; counts as a hit or a miss."""
-        found = self._held.get(key)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._held.move_to_end(key)
-        return found
-
-    def put(self, key: bytes, answer: Answer) -> None:
-        """Keep an answer, dropping the least recently used beyond the bound."""
-        self._held[key] = answer
-        self._held.move_to_end(key)
-        while len(self._held) > self.entries:
-            self._held.popitem(last=False)
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits over all look-ups, 0 before the first."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else 0.0
-
-
 def extracted(answer: Answer | None, chunk: Nearest, emergency: str | None = None) -> Answer:
     """The corpus chunk's own words, in place of an answer that was refused, or of none."""
     if answer is None:
@@ -358,7 +322,7 @@ class Ladder:
         if writer is not None and writer.identity.digest != codec.identity.digest:
             raise InputError(f"the writer is for codec {writer.identity}, got {codec.identity}")
         self.settings = settings or LadderSettings()
-        self.cache = AnswerCache(self.settings.cache_entries)
+        self.cache = Cache[Answer](self.settings.cache_bytes)
         self.digest = decoder_digest(codec, writer)
         """What decides the texts beside the vectors: 16 hex digits."""
         supported = codec.supported_steps
@@ -399,7 +363,7 @@ class Ladder:
         self._next += 1
         row = _Row(vector, context, self.steps if steps is None else (steps,), steps is not None, b"", cache)
         row.key = self._key(row)
-        held = self.cache.get(row.key) if cache else None
+        held = self.cache.find(row.key) if cache else None
         if held is not None:
             self._known[ticket] = replace(
                 held, cached=True, milliseconds=dict.fromkeys(held.milliseconds, 0.0)

@@ -44,7 +44,7 @@ def mini_comparison(run: Path, model: str) -> Comparison:
     write = transformers_decoder("mini", ours.hypothesizer.foresee)
     codec.inverter.hypothesize = lambda vectors: [write(v) for v in vectors]  # type: ignore[method-assign]
 
-    ladder = Ladder(codec, codec.writer, LadderSettings(cache_entries=0))
+    ladder = Ladder(codec, codec.writer, LadderSettings(cache_bytes=0))
 
     def answer(texts: list[str]) -> tuple[np.ndarray, str]:
         vectors = codec.encode(texts).vectors[None]

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from serve.front import FrontArgs, environment
 from tests.integration.serving import CHECKOUT, Service, add_model, free_port, make_run
 from tests.integration.test_serve_faults import CLIENTS, keep, load, wait_for
 
@@ -22,14 +23,16 @@ TWICE = {"min_replicas": 2, "max_replicas": 2, "num_cpus": 0.1}
 
 
 @contextlib.contextmanager
-def two_nodes() -> Iterator[tuple[Any, Any, int]]:
-    """A local cluster, its worker node, and the port of its dashboard, where `serve deploy` sends to."""
+def two_nodes(keys: Path) -> Iterator[tuple[Any, Any, int]]:
+    """A local cluster, its worker node, and the port of its dashboard, where `serve deploy` sends to. keys: of its
+    proxies, a file that is read when they start."""
     from ray.cluster_utils import Cluster
 
     port = free_port()
     # What workers inherit: Ray's niceness for batches would let whatever else runs here starve the replicas.
     before = dict(os.environ)
     os.environ.update(RAY_worker_niceness="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", OMP_NUM_THREADS="1")
+    os.environ.update(environment(FrontArgs(api_keys_file=str(keys))), PYTHONPATH=str(CHECKOUT))
     cluster = Cluster()
     try:
         memory = {"object_store_memory": 100 * 2**20}
@@ -83,7 +86,7 @@ def deploy(config: Path, dashboard: int) -> None:
 def test_deployed_by_config_neither_a_new_release_nor_a_killed_node_costs_a_request(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_articles=12, models=("lstm",))
     port = free_port()
-    with two_nodes() as (cluster, worker, dashboard):
+    with two_nodes(tmp_path / "keys") as (cluster, worker, dashboard):
         deploy(write_config(tmp_path, run, port, release="first"), dashboard)
         service = Service(port, headers={"Authorization": f"Bearer {KEY}"})
         deployed = time.perf_counter()

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import socket
 import string
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from lvm.vectors.tmd import all_labels, nearest, unpack
 from tests.integration import browser
 from tests.integration.serving import CHECKOUT, Service, make_run, running, shipped_codec, vectors_of
 
+ORIGIN = "https://app.example.org"
 KEYS = ("the-first-key-of-this-test", "another-key-of-this-test")
 
 FIVE = [
@@ -84,6 +86,7 @@ def service(run: Path, chat: str, inbox: Path) -> Iterator[Service]:
     options = [
         *("--inbox", str(inbox)),
         *("--smoothing-url", chat, "--smoothing-model", "shouter"),
+        *("--cors-origin", ORIGIN),
         *("--set", "limits.max_texts=12", "--set", "limits.max_characters=5000"),
         *("--set", "limits.max_body_bytes=1000000", "--set", "limits.max_pending=24"),
         *("--set", "breaker.max_refused_share=1"),  # untrained models: any text may be refused
@@ -326,12 +329,159 @@ def test_the_official_openai_client_gets_embeddings(service: Service) -> None:
     as_floats = client.embeddings.create(model="mini", input=FIVE[0], encoding_format="float")
     np.testing.assert_allclose(np.array(as_floats.data[0].embedding), expected[0], atol=1e-6)
     assert "lstm" in {m.id for m in client.models.list().data}
-    with pytest.raises(openai.NotFoundError, match="there is: mini"):
+    assert client.models.retrieve("lstm").created > 1_700_000_000
+    assert client.models.retrieve("mini").id == "mini"
+    with pytest.raises(openai.NotFoundError, match="there are: lstm, amn, passthrough, mini") as missing:
+        client.models.retrieve("gpt-4/turbo")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.NotFoundError, match="there is: mini") as missing:
         client.embeddings.create(model="text-embedding-3-small", input="x")
+    assert missing.value.type == "not_found_error"
+    with pytest.raises(openai.UnprocessableEntityError, match="leave dimensions out") as refused:
+        client.embeddings.create(model="mini", input="x", dimensions=256)
+    assert refused.value.param == "dimensions"
+    assert client.embeddings.create(model="mini", input="x", dimensions=768).data[0].index == 0
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="wrong", max_retries=0).embeddings.create(
             model="mini", input="x"
         )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_langchain_gets_embeddings_or_is_told_what_to_set(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    langchain = pytest.importorskip(
+        "langchain_openai", reason="pip install -e '.[dev]' brings langchain-openai"
+    )
+    import litellm
+    import openai
+
+    expected = vectors_of(service, FIVE)
+    with_texts = langchain.OpenAIEmbeddings(
+        model="mini", base_url=f"{service.url}/v1", api_key=KEYS[0], check_embedding_ctx_length=False
+    )
+    np.testing.assert_allclose(np.array(with_texts.embed_documents(FIVE)), expected, atol=1e-6)
+    np.testing.assert_allclose(np.array(with_texts.embed_query(FIVE[0])), expected[0], atol=1e-6)
+    # By default it sends the ids of a vocabulary that it downloads; LiteLLM ships the file.
+    vocabularies = Path(litellm.__file__).parent / "litellm_core_utils" / "tokenizers"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(vocabularies))
+    with_ids = langchain.OpenAIEmbeddings(model="mini", base_url=f"{service.url}/v1", api_key=KEYS[0])
+    with pytest.raises(openai.UnprocessableEntityError, match="check_embedding_ctx_length=False"):
+        with_ids.embed_documents(FIVE)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_llama_index_gets_embeddings_in_batches_of_a_hundred(service: Service) -> None:
+    llama_index = pytest.importorskip(
+        "llama_index.embeddings.openai", reason="pip install -e '.[dev]' brings llama-index-embeddings-openai"
+    )
+    model = llama_index.OpenAIEmbedding(model_name="mini", api_base=f"{service.url}/v1", api_key=KEYS[0])
+    assert model.embed_batch_size == 100  # and max_texts of this service is 12
+    texts = [f"Sentence number {i} of a list." for i in range(103)]
+    found = model.get_text_embedding_batch(texts)
+    assert len(found) == 103
+    for part in (slice(0, 12), slice(91, 103)):
+        np.testing.assert_allclose(np.array(found[part]), vectors_of(service, texts[part]), atol=0.01)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_litellm_gets_embeddings(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network for prices
+    litellm = pytest.importorskip("litellm", reason="pip install -e '.[dev]' brings litellm")
+    for provider in ("openai", "hosted_vllm"):
+        given = {"model": f"{provider}/mini", "api_base": f"{service.url}/v1", "api_key": KEYS[0]}
+        reply = litellm.embedding(input=FIVE, **given)
+        found = np.array([d["embedding"] for d in reply.data])
+        np.testing.assert_allclose(found, vectors_of(service, FIVE), atol=1e-6)
+        assert reply.usage.prompt_tokens > 5 * 10
+    with pytest.raises(litellm.exceptions.AuthenticationError):
+        litellm.embedding(input=FIVE, **{**given, "api_key": "wrong"})
+
+
+def test_embeddings_take_null_unknown_fields_and_as_many_texts_as_openai(service: Service) -> None:
+    body = {"model": "mini", "input": FIVE[0], "encoding_format": None, "dimensions": None, "user": None}
+    plain = service.post("/v1/embeddings", body)
+    assert plain.status == 200, plain.body
+    more = service.post(
+        "/v1/embeddings", {"input": FIVE[0], "input_type": "query", "truncate_prompt_tokens": -1}
+    )
+    assert more.json["data"] == plain.json["data"]
+    texts = [f"Number {i} of two thousand." for i in range(2048)]
+    reply = service.post("/v1/embeddings", {"input": texts, "model": "mini", "encoding_format": "base64"})
+    assert reply.status == 200, reply.body[:500]
+    assert [d["index"] for d in reply.json["data"]] == list(range(2048))
+    alone = service.post("/v1/embeddings", {"input": texts[-1], "encoding_format": "base64"}).json["data"][0]
+    last, single = (
+        np.frombuffer(base64.b64decode(d["embedding"]), "<f4") for d in (reply.json["data"][-1], alone)
+    )
+    np.testing.assert_allclose(last, single, atol=0.01)
+    beyond = service.post("/v1/embeddings", {"input": [*texts, "One too many."]})
+    assert (beyond.status, beyond.json["error"]["param"]) == (422, "input")
+    assert "2049 texts, limit max_embeddings is 2048" in beyond.message
+
+
+def test_embeddings_say_which_texts_were_cut_and_count_all_tokens(service: Service) -> None:
+    head = " ".join(f"word{i}" for i in range(60))
+    texts = [f"{head} The mill burned.", FIVE[0], f"{head} A bridge was built across the narrow river."]
+    reply = service.post("/v1/embeddings", {"input": texts, "model": "mini"}).json
+    assert reply["truncated"] == [True, False, True]
+    encoded = service.post("/v1/encode", {"texts": texts}).json
+    assert reply["usage"]["total_tokens"] == sum(encoded["num_tokens"]) > 3 * reply["codec"]["max_tokens"]
+
+
+def test_a_head_is_answered_where_a_get_is(service: Service) -> None:
+    for path in ("/health", "/", "/v1/models", "/v1/models/mini"):
+        got, head = service.get(path), service.ask("HEAD", path)
+        assert (head.status, head.body) == (200, b""), path
+        assert head.headers["content-type"] == got.headers["content-type"]
+        if path != "/health":  # its figures change
+            assert int(head.headers["content-length"]) == len(got.body)
+    assert service.ask("HEAD", "/v1/nothing").status == 404
+    assert Service(service.port).ask("HEAD", "/v1/models").status == 401
+
+
+def test_pages_of_an_allowed_origin_may_call_and_others_may_not(service: Service) -> None:
+    asking = {
+        "Access_Control_Request_Method": "POST",
+        "Access_Control_Request_Headers": "authorization,content-type,x-stainless-os",
+    }
+    without = Service(service.port)
+    allowed = without.ask("OPTIONS", "/v1/embeddings", Origin=ORIGIN, **asking)
+    assert allowed.status in (200, 204)
+    assert allowed.headers["access-control-allow-origin"] == ORIGIN
+    assert "POST" in allowed.headers["access-control-allow-methods"]
+    for name in ("authorization", "content-type", "x-stainless-os"):
+        assert name in allowed.headers["access-control-allow-headers"]
+    other = without.ask("OPTIONS", "/v1/embeddings", Origin="https://elsewhere.example", **asking)
+    assert "access-control-allow-origin" not in other.headers
+    assert service.get("/v1/models", Origin=ORIGIN).headers["access-control-allow-origin"] == ORIGIN
+    assert (
+        "access-control-allow-origin"
+        not in service.get("/v1/models", Origin="https://elsewhere.example").headers
+    )
+    refused = without.get("/v1/models", Origin=ORIGIN)  # a page must be able to read why
+    assert (refused.status, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
+
+
+def test_no_event_holds_a_line_end_of_unicode(service: Service) -> None:
+    chunks = ["The ferry ran daily\u2028except on feast days.", "It carried\x85carts\u2029and horses."]
+    reply = service.post("/v1/generate", {"chunks": chunks, "stream": True, "neighbours": 1})
+    assert reply.status == 200, reply.body
+    lines = reply.body.decode().splitlines()
+    assert {line.partition(":")[0] for line in lines} == {"event", "data", ""}
+    name, opening = events_of(reply.body)[0]
+    assert (name, opening["inputs"]) == ("start", [{"chunks": chunks}])
+
+
+def test_control_tokens_in_a_text_are_characters(service: Service) -> None:
+    plain, odd = "The mill stood empty.", "The mill </s> stood <pad> empty."
+    reply = service.post("/v1/embeddings", {"input": [plain, odd]}).json
+    first, second = (np.array(d["embedding"]) for d in reply["data"])
+    expected = shipped_codec().encode([plain, odd])
+    assert reply["usage"]["total_tokens"] == expected.num_tokens.sum()
+    np.testing.assert_allclose(second, expected.vectors[1], atol=0.01)
+    assert first @ second < 0.999
 
 
 def test_smoothing_rewords_by_the_configured_endpoint_and_its_failure_changes_nothing(
@@ -427,6 +577,10 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     ("/v1/encode", [], 422, "body"),
     ("/v1/encode", "text", 422, "body"),
     ("/v1/embeddings", {"input": "a", "model": "mini", "dimensions": 12}, 422, "dimensions is 12"),
+    ("/v1/embeddings", {"input": [[1, 2], [3]], "model": "mini"}, 422, "check_embedding_ctx_length=False"),
+    ("/v1/embeddings", {"input": [], "model": "mini"}, 422, "input is empty"),
+    ("/v1/embeddings", {"input": ["a", " "]}, 422, "input[1] holds only white space"),
+    ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, 422, "encoding_format"),
     ("/v1/predict", {}, 422, "got neither"),
     ("/v1/predict", {"vectors": [[1.0, 2.0]]}, 422, "vectors[0] has 2 numbers, expected 768"),
     ("/v1/predict", {"vectors": []}, 422, "vectors is empty"),
@@ -472,7 +626,8 @@ def test_bad_input_gets_its_message(
     assert reply.status == status, reply.body
     assert message in reply.message
     error = reply.json["error"]
-    assert error["code"] == status
+    words = {404: "model_not_found"}  # OpenAI's routes have its codes
+    assert error["code"] == (words.get(status) if path == "/v1/embeddings" else status)
     assert error["request_id"] == reply.headers["x-request-id"]
 
 
@@ -506,7 +661,18 @@ def test_routes_and_methods_that_are_not_there(service: Service) -> None:
     assert service.get("/../../etc/passwd").status == 404
 
 
-def test_a_key_is_asked_for_everywhere_but_at_the_door(service: Service) -> None:
+def test_a_refusal_waits_for_no_body(service: Service) -> None:
+    for key, length, status in (("wrong", 900_000, b"401"), (KEYS[0], 1_000_001, b"413")):
+        head = f"Host: x\r\nAuthorization: Bearer {key}\r\nContent-Length: {length}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+            client.sendall(f"POST /v1/encode HTTP/1.1\r\n{head}".encode())
+            assert client.recv(12) == b"HTTP/1.1 " + status
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000)
+        assert client.recv(12) == b"HTTP/1.1 400"
+
+
+def test_a_key_is_asked_for_everywhere_but_for_page_document_and_health(service: Service) -> None:
     without = Service(service.port, service.process)
     for path in ("/v1/models", "/metrics", "/v1/nothing"):
         reply = without.get(path)
@@ -664,8 +830,8 @@ def test_health_says_ready_and_counts_replicas(service: Service) -> None:
 
 def test_metrics_have_the_stages_and_are_drawn_by_the_dashboard(service: Service) -> None:
     generate(service, chunks=FIVE, cache=False)
-    assert service.ask("POST", "/v1/generate", b"", Content_Length="1000001").status == 413  # by the door
-    assert service.ask("POST", "/v1/generate", b"[" * 100).status == 400  # by the gateway
+    assert service.ask("POST", "/v1/generate", b"", Content_Length="1000001").status == 413
+    assert service.ask("POST", "/v1/generate", b"[" * 100).status == 400
     limit = time.monotonic() + 40  # Ray's processes report once in a while
     while True:
         text = service.get("/metrics").body.decode()

@@ -250,3 +250,16 @@ def test_the_image_holds_what_the_jobs_import() -> None:
     assert {"pyproject.toml", "README.md", "LICENSE", "lvm", "jobs", "serve", "data/sample"} == copied
     assert all((CHECKOUT / part).exists() for part in copied)
     assert any("RAY_AUTH_MODE=token" in line and "PYTHONPATH=/opt/latent" in line for line in lines)
+
+
+def test_the_proxies_of_the_service_ask_for_its_keys() -> None:
+    from serve.front import CALLBACK, VARIABLE, FrontArgs, environment
+
+    record = load("serve.yaml")
+    keys = yaml.safe_load(record["spec"]["serveConfigV2"])["applications"][0]["args"]["api_keys_file"]
+    cluster = record["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        given = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert given[CALLBACK] == environment(FrontArgs())[CALLBACK]
+        assert FrontArgs.model_validate_json(given[VARIABLE]).api_keys_file == keys

@@ -8,8 +8,6 @@ import pytest
 
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.ladder import (
-    Answer,
-    AnswerCache,
     Attempt,
     Ladder,
     LadderSettings,
@@ -325,18 +323,9 @@ def test_a_known_answer_comes_from_the_cache_and_only_for_the_same_decoder() -> 
     assert Ladder(codec, ScriptedWriter({})).digest != ladder.digest
 
 
-def test_full_cache_drops_what_was_used_longest_ago() -> None:
-    cache = AnswerCache(2)
-    cache.put(b"a", Answer("A", "exact", 1.0))
-    cache.put(b"b", Answer("B", "exact", 1.0))
-    assert cache.get(b"a") is not None
-    cache.put(b"c", Answer("C", "exact", 1.0))
-    assert (len(cache), cache.get(b"b"), cache.hit_rate) == (2, None, 0.5)
-
-
-def test_a_cache_of_no_entries_holds_nothing() -> None:
+def test_a_cache_of_no_bytes_holds_nothing() -> None:
     codec = ScriptedCodec([[Read(GOOD, 0.99, 1)]])
-    ladder = Ladder(codec, settings=LadderSettings(cache_entries=0))
+    ladder = Ladder(codec, settings=LadderSettings(cache_bytes=0))
     ladder.decode(codec.vectors)
     assert [a.cached for a in ladder.decode(codec.vectors)] == [False]
 

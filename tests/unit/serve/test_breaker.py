@@ -56,6 +56,32 @@ def test_failed_and_slow_decodes_open_it() -> None:
     assert "57% of the last 7 decodes failed or were too slow" in breaker.reason
 
 
+def test_what_says_nothing_of_the_decoder_is_not_counted_and_gives_up_the_trial() -> None:
+    breaker, clock = make()
+    for _ in range(20):
+        breaker.unknown()
+        breaker.done(0.1, refused=None)
+    assert not breaker.open
+    breaker.refuses(11)
+    clock.now = 5
+    assert breaker.refuses(0) is None
+    breaker.unknown()
+    assert breaker.open
+    assert breaker.refuses(0) is None  # the next one is the trial
+    breaker.done(0.1, refused=None)
+    assert not breaker.open
+
+
+def test_vectors_of_a_client_do_not_show_that_predictions_are_better() -> None:
+    breaker, clock = make(max_refused_share=0.8)
+    for _ in range(8):
+        breaker.done(0.1, refused=True)
+    clock.now = 5
+    assert breaker.refuses(0) is None
+    breaker.done(0.1, refused=None)
+    assert breaker.open
+
+
 def test_a_full_window_of_refused_texts_opens_it_until_one_does_better() -> None:
     breaker, clock = make(max_refused_share=0.8)
     for _ in range(7):

@@ -1,15 +1,17 @@
 """The settings a person writes: config.yaml parses as the application will, and mistakes are named."""
 
+import socket
 from pathlib import Path
 
 import pytest
 import yaml
 from ray.serve._private.deploy_utils import get_app_code_version
+from ray.serve._private.http_util import set_socket_reuse_port
 from ray.serve.schema import ServeDeploySchema
 
 from lvm.errors import InputError
-from serve.app import require_key_unless_loopback
-from serve.launch import parse, put
+from serve.gateway import require_key_unless_loopback
+from serve.launch import claim, parse, put
 from serve.settings import Scale, ServeArgs
 
 CONFIG = Path(__file__).resolve().parents[3] / "serve" / "config.yaml"
@@ -88,3 +90,33 @@ def test_a_network_needs_a_key(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_loopback_needs_none(host: str) -> None:
     require_key_unless_loopback([], host)
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://app.example.org", "http://localhost:3000", "http://[::1]:80", "*"]
+)
+def test_origins_are_taken(origin: str) -> None:
+    assert parse({"run": "somewhere", "cors_origins": [origin]}).cors_origins == [origin]
+
+
+@pytest.mark.parametrize(
+    "origin", ["app.example.org", "https://app.example.org/", "https://a.org/page", "https://*.org", ""]
+)
+def test_what_no_browser_sends_as_origin_is_refused(origin: str) -> None:
+    with pytest.raises(InputError, match=r"cors_origins: .*https://app.example.org"):
+        parse({"run": "somewhere", "cors_origins": [origin]})
+
+
+def test_a_port_is_kept_for_the_proxy_alone_and_a_taken_one_refused() -> None:
+    with claim("127.0.0.1", 0) as held:
+        port = held.getsockname()[1]
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        with socket.socket() as proxy:  # binds as Ray Serve's does
+            assert set_socket_reuse_port(proxy)
+            proxy.bind(("127.0.0.1", port))
+            proxy.listen()
+            with socket.create_connection(("127.0.0.1", port), timeout=5):
+                proxy.accept()[0].close()
+            with pytest.raises(InputError, match=f"port {port} .*choose another --port"):
+                claim("127.0.0.1", port)

@@ -1,14 +1,18 @@
 """Keys, depth and the form of errors."""
 
+import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lvm.errors import InputError
-from serve.guard import accepts, check_keys, depth_of, hash_key, read_keys
+from serve.guard import Guard, accepts, check_keys, depth_of, error_body, hash_key, read_keys
+from serve.metrics import GatewayMetrics
+from serve.settings import Limits
 
 KEY = "a-key-of-sixteen-or-more"
 
@@ -83,3 +87,47 @@ def test_depth_of_json_is_that_of_its_brackets_outside_strings(value: object) ->
 @given(st.binary(max_size=200))
 def test_depth_of_any_bytes_is_a_number(body: bytes) -> None:
     assert depth_of(body) >= 0
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [("/v1/embeddings", "model_not_found"), ("/v1/models/x", "model_not_found"), ("/v1/encode", 404)],
+)
+def test_errors_have_the_form_of_openai(path: str, code: str | int) -> None:
+    error = error_body(404, "no model 'x'", "r", path, "model")["error"]
+    assert error == {
+        "message": "no model 'x'",
+        "type": "not_found_error",
+        "param": "model",
+        "code": code,
+        "request_id": "r",
+    }
+    assert error_body(422, "too long", "r", "/v1/embeddings")["error"]["code"] is None
+
+
+@pytest.mark.parametrize(("method", "body"), [("GET", b"whole body"), ("HEAD", b"")])
+def test_a_head_has_the_headers_of_a_get_and_no_body(method: str, body: bytes) -> None:
+    from fastapi import FastAPI
+    from fastapi.responses import PlainTextResponse
+
+    app = FastAPI()
+    app.add_api_route("/there", lambda: PlainTextResponse("whole body"))
+    guard = Guard(app, Limits(), [], GatewayMetrics())
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        scope = {"type": "http", "method": method, "path": "/there", "headers": [], "query_string": b""}
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await guard(scope, receive, send)
+        assert scope["method"] == method  # the server that wrote it decides by it what it sends
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == 200
+    assert (b"content-length", b"10") in sent[0]["headers"]
+    assert b"".join(m.get("body", b"") for m in sent[1:]) == body

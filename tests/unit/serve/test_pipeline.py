@@ -11,7 +11,7 @@ from lvm.codec.ladder import Answer
 from serve.breaker import Breaker
 from serve.decoder import VectorRow
 from serve.encoder import EncodedText
-from serve.pipeline import Cache, Pipeline, Wish, judge
+from serve.pipeline import Pipeline, Wish, judge
 from serve.predictor import Predicted
 from serve.retriever import CorpusChunk
 from serve.rows import Outcome
@@ -87,7 +87,7 @@ class Parts:
             stage("decode", self.decode),
             Breaker(BreakerArgs(**breaker)),
             Quiet(),  # type: ignore[arg-type]
-            100,
+            10**6,
             patience_s,
             {"lstm": "lstm-1"},
         )
@@ -245,6 +245,66 @@ def test_a_deadline_that_passes_is_no_reason_to_answer_late() -> None:
         asyncio.run(parts.pipeline().say(FIVE, wish(seconds=0.05)))
 
 
+def test_clients_with_short_deadlines_or_that_hang_up_open_no_breaker() -> None:
+    parts = Parts()
+    parts.decode_s = 1
+    pipeline = parts.pipeline(window=4)
+
+    async def main() -> None:
+        for n in range(8):
+            with pytest.raises(DeadlineError):
+                await pipeline.say([*FIVE, str(n)], wish(seconds=0.05))
+            hanging = asyncio.ensure_future(pipeline.say([*FIVE, str(n)], wish()))
+            await asyncio.sleep(0.05)
+            hanging.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await hanging
+        assert (await pipeline.say(FIVE, wish())).answer.source == "writer"
+
+    asyncio.run(main())
+    assert not pipeline.breaker.open
+    assert pipeline.breaker.times_opened == 0
+
+
+@pytest.mark.parametrize("how", ["deadline", "hang up", "patience"])
+def test_a_decoder_that_answers_nobody_in_time_opens_the_breaker_however_its_clients_leave(how: str) -> None:
+    parts = Parts()
+    parts.decode_s = 30
+    pipeline = parts.pipeline(patience_s=0.05 if how == "patience" else 60, window=4, max_decode_s=0.1)
+
+    async def main() -> None:
+        wishes = [wish(seconds=2 if how == "deadline" else 60) for _ in range(4)]
+        asking = [asyncio.ensure_future(pipeline.say([*FIVE, str(n)], w)) for n, w in enumerate(wishes)]
+        while parts.calls["decode"] < 4:
+            await asyncio.sleep(0.01)
+        if how == "hang up":
+            await asyncio.sleep(0.2)
+            for task in asking:
+                task.cancel()
+        await asyncio.wait(asking)
+
+    asyncio.run(main())
+    assert pipeline.breaker.open
+
+
+def test_large_requests_and_vectors_that_are_no_texts_open_no_breaker() -> None:
+    parts = Parts()
+    parts.fault = "no language"
+    parts.decode_s = 0.15
+    pipeline = parts.pipeline(window=4, max_decode_s=0.1)
+    vectors = parts.codec.encode(FIVE).vectors
+
+    async def main() -> None:
+        for _ in range(8):
+            await pipeline.decode(vectors, time.monotonic() + 10)
+            await pipeline.decode(vectors[:1], time.monotonic() + 10, steps=10)
+            await pipeline.decode(vectors, time.monotonic() + 10, steps=1, corpus=False)
+
+    asyncio.run(main())
+    assert pipeline.breaker.times_opened == 0
+    assert parts.calls["decode"] == 8 * 11
+
+
 def test_exact_decoding_never_answers_from_the_corpus() -> None:
     parts = Parts()
     parts.decoder_lost = True
@@ -272,12 +332,3 @@ def test_quality_of_an_answer() -> None:
     bad = judge("the the the the the the", (), context)
     assert (bad.gibberish, bad.keyword_hit, bad.entity_hit) == (True, False, False)
     assert judge("Then Napoleon burned the bridge over the river.", ("no language",), context).gibberish
-
-
-def test_the_cache_drops_what_was_used_longest_ago() -> None:
-    cache: Cache[int] = Cache(2)
-    cache.put(b"a", 1)
-    cache.put(b"b", 2)
-    assert cache.get(b"a") == 1
-    cache.put(b"c", 3)
-    assert (cache.get(b"b"), cache.get(b"a"), len(cache)) == (None, 1, 2)

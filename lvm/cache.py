@@ -1,0 +1,55 @@
+"""A cache bounded in bytes, the least recently used entry first out."""
+
+import dataclasses
+import sys
+from typing import Any, TypeVar
+
+import numpy as np
+from cachetools import LRUCache
+
+V = TypeVar("V")
+
+ENTRY_BYTES = 300
+"""Of an entry beside its value: its key, and its places in the cache's three tables."""
+
+
+def size_of(value: Any) -> int:
+    """Bytes of a value and what it holds: text, numbers, arrays, and tuples, lists, sets, dictionaries, dataclasses of
+    them. What is held twice counts twice."""
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes) + 128
+    size = sys.getsizeof(value)
+    if dataclasses.is_dataclass(value):
+        return size + sum(size_of(getattr(value, f.name)) for f in dataclasses.fields(value))
+    if isinstance(value, dict):
+        return size + sum(size_of(k) + size_of(v) for k, v in value.items())
+    if isinstance(value, tuple | list | set | frozenset):
+        return size + sum(map(size_of, value))
+    return size
+
+
+class Cache(LRUCache[bytes, V]):
+    """From a key to a value. One thread uses it."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """max_bytes: of all entries together; 0 keeps none."""
+        super().__init__(max_bytes, getsizeof=lambda value: size_of(value) + ENTRY_BYTES)
+        self.hits = self.misses = 0
+
+    def find(self, key: bytes) -> V | None:
+        """The value, or None; counts as a hit or a miss."""
+        found = self.get(key)
+        self.hits += found is not None
+        self.misses += found is None
+        return found
+
+    def put(self, key: bytes, value: V) -> None:
+        """Keep a value, unless it is larger than the whole cache."""
+        if self.getsizeof(value) <= self.maxsize:
+            self[key] = value
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over all look-ups, 0 before the first."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 0.0

@@ -1,0 +1,197 @@
+"""The gateway deployment: it answers HTTP and sends rows to encoder, predictor, retriever and decoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.middleware.cors import CORSMiddleware
+
+from lvm.codec.identity import CodecIdentity, require_same_codec
+from lvm.codec.zoo import load_tokenizer
+from lvm.corpus.chunker import Chunker
+from lvm.errors import InputError
+from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH
+from serve.breaker import Breaker
+from serve.encoder import Encoder
+from serve.guard import LOOPBACK, App, Guard, read_keys
+from serve.metrics import GatewayMetrics
+from serve.pipeline import Pipeline
+from serve.predictor import Predictor
+from serve.requests import add_error_replies
+from serve.retriever import Retriever
+from serve.routes import Errors
+from serve.routes.corpus import CorpusRoutes
+from serve.routes.generate import GenerateRoute
+from serve.routes.openai import OpenAIRoutes
+from serve.routes.status import StatusRoutes
+from serve.routes.vectors import VectorRoutes
+from serve.schema import ErrorReply, ModelRecord
+from serve.service import Service
+from serve.settings import ServeArgs, require_run
+from serve.stage import Call, FullError, Stage, StageError
+
+LOST = (RayActorError, DeploymentUnavailableError)
+"""The call did not come back; every operation is a function of its input, so it may be sent again."""
+
+DESCRIPTION = """Documents to vectors, a model that predicts the next vector, and the vector back to text.
+
+`POST /v1/generate` does all of it; the others are its stages. Errors have the form
+`{"error": {"message", "type", "param", "code", "request_id"}}`; the message says what was expected, what came and
+what to do.
+"""
+
+
+@serve.deployment
+@serve.ingress()
+class Gateway:
+    """Answers HTTP."""
+
+    async def __init__(
+        self,
+        args: ServeArgs,
+        models: dict[str, str],
+        encoder: DeploymentHandle | None,
+        predictor: DeploymentHandle | None,
+        retriever: DeploymentHandle | None,
+        decoder: DeploymentHandle,
+    ) -> None:
+        """models: alias to record folder. What has no handle runs here, `ServeArgs.inline`. Raises InputError where the
+        service would be open to a network without a key."""
+        self._args = args
+        self._keys = [*args.api_keys_sha256, *(read_keys(args.api_keys_file) if args.api_keys_file else [])]
+        require_key_unless_loopback(self._keys, _http_host())
+        self._metrics = GatewayMetrics()
+        if args.inline:
+            import torch
+
+            torch.set_num_threads(1)  # the decoder has the other core
+        parts: dict[str, Any] = {
+            "encoder": encoder or Encoder.func_or_class(args),
+            "predictor": predictor or Predictor.func_or_class(args, models),
+            "retriever": retriever or Retriever.func_or_class(args),
+            "decoder": decoder,
+        }
+        described = {
+            name: await (part.describe.remote() if isinstance(part, DeploymentHandle) else part.describe())
+            for name, part in parts.items()
+        }
+        identity = CodecIdentity.from_dict(described["encoder"])
+        for name in ("decoder", "retriever"):
+            record = CodecIdentity.from_dict(described[name]["codec"])
+            require_same_codec(identity, record, "the encoder", f"the {name}")
+        records = {alias: _model_record(alias, r) for alias, r in described["predictor"].items()}
+        records[PASSTHROUGH] = ModelRecord(
+            name=PASSTHROUGH,
+            folder=PASSTHROUGH,
+            architecture=PASSTHROUGH,
+            parameters=0,
+            created="",
+            codec=identity.digest,
+        )
+        tokenizer = load_tokenizer(args.codec or require_run(args.run).identity.name, args.codec_path)
+
+        def stage(name: str, part: str, method: str, max_rows: int, max_calls: int = args.max_calls) -> Stage:
+            where = parts[part]
+            call = _call(where, method) if isinstance(where, DeploymentHandle) else getattr(where, method)
+            return Stage(name, call, LOST, max_calls, max_rows, self._metrics.measure_call)
+
+        pipeline = Pipeline(
+            identity,
+            stage("encode", "encoder", "run", args.queue_rows * CONTEXT_CHUNKS),
+            stage("context", "retriever", "fill", args.queue_rows),
+            stage("predict", "predictor", "run", args.queue_rows),
+            stage("snap", "retriever", "snap", args.queue_rows),
+            stage("search", "retriever", "near", args.queue_rows),
+            stage("decode", "decoder", "run", args.queue_rows, max_calls=args.queue_rows),
+            Breaker(args.breaker),
+            self._metrics,
+            args.cache_bytes,
+            args.decode_patience_s,
+            dict(models),
+        )
+        self._service = Service(
+            args,
+            identity,
+            records,
+            described["decoder"],
+            described["retriever"],
+            Chunker(tokenizer),
+            pipeline,
+            self._metrics,
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The routes, behind the guard."""
+        app = FastAPI(
+            title="Latent vector models",
+            version="1",
+            description=DESCRIPTION,
+            docs_url=None,  # its page loads scripts from a CDN; /openapi.json serves any viewer
+            redoc_url=None,
+        )
+        errors: Errors = {
+            status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 422, 429, 503)
+        }
+        for kind in (GenerateRoute, VectorRoutes, CorpusRoutes, OpenAIRoutes, StatusRoutes):
+            kind(self._service).add_to(app, errors)
+        add_error_replies(app, self._service)
+        guarded: App = Guard(app, self._args.limits, self._keys, self._metrics)
+        if self._args.cors_origins:
+            # Outside the guard: a preflight has no key, and a page must be able to read a refusal.
+            guarded = CORSMiddleware(
+                guarded,
+                allow_origins=self._args.cors_origins,
+                allow_methods=["GET", "HEAD", "POST"],
+                allow_headers=["*"],
+                expose_headers=["Retry-After", "X-Request-ID"],
+            )
+        return guarded
+
+
+def require_key_unless_loopback(key_hashes: Sequence[str], host: str) -> None:
+    """Return where `host` is loopback or there is a key; else raise InputError."""
+    if host not in LOOPBACK and not key_hashes:
+        raise InputError(
+            f"the service would listen on {host} without an API key; set LATENT_API_KEYS or --api-keys-file, or "
+            "listen on 127.0.0.1"
+        )
+
+
+def _http_host() -> str:
+    """Address the HTTP proxies of this cluster listen on."""
+    from ray.serve.context import _get_global_client
+
+    return str(_get_global_client().http_config.host or "127.0.0.1")
+
+
+def _call(handle: DeploymentHandle, method: str) -> Call:
+    caller = handle.options(method_name=method)
+
+    async def call(rows: list[Any], remaining_s: list[float]) -> Any:
+        try:
+            return await caller.remote(rows, remaining_s)
+        except BackPressureError as err:
+            raise FullError(f"the queue of {method} is full; try again later") from err
+        except RayTaskError as err:
+            raise StageError(str(err).strip().splitlines()[-1]) from err
+
+    return call
+
+
+def _model_record(alias: str, described: dict[str, Any]) -> ModelRecord:
+    config, metrics = described["config"], described["metrics"]
+    cosine = metrics.get("val_cosine")
+    return ModelRecord(
+        name=alias,
+        folder=described["folder"],
+        architecture=config["model"],
+        parameters=int(config.get("parameters", 0)),
+        created=str(config.get("created", "")),
+        val_cosine=float(cosine) if isinstance(cosine, int | float) and np.isfinite(cosine) else None,
+        codec=config["codec"]["digest"],
+    )

@@ -1,0 +1,102 @@
+"""What every route does with a request: its id, its line of the log, its time; and how a failure becomes a reply."""
+
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from lvm.errors import InputError
+from serve.guard import error_body
+from serve.schema import RefusedError
+from serve.service import Service, field_of
+from serve.stage import DeadlineError, FullError, StageError, UnavailableError
+
+OUR_FAULT = "the service failed, which is its fault; its log has request {}"
+
+
+def request_id(request: Request) -> str:
+    """The id the guard gave it."""
+    return str(getattr(request.state, "request_id", ""))
+
+
+def log(request: Request, **fields: Any) -> None:
+    """More fields for the line the guard writes of this request."""
+    request.scope["state"].setdefault("log", {}).update(fields)
+
+
+def ms_since(since: float) -> float:
+    """Milliseconds since a `time.perf_counter`."""
+    return round((time.perf_counter() - since) * 1000, 3)
+
+
+def add_error_replies(app: FastAPI, service: Service) -> None:
+    """Each kind of failure gets its status and the form of every error."""
+
+    async def refused(request: Request, err: Exception) -> Response:
+        assert isinstance(err, RefusedError)
+        return error_reply(request, err.status, str(err), err.retry_after_s, err.param)
+
+    async def invalid(request: Request, err: Exception) -> Response:
+        assert isinstance(err, RequestValidationError)
+        first = err.errors()[0]
+        # Not the input itself: it may be large, secret, or hold a NaN that no JSON can say.
+        place = [str(p) for p in first["loc"] if p != "body"]
+        message = f"{'.'.join(place) or 'body'}: {first['msg']} ({len(err.errors())} such); see /openapi.json"
+        return error_reply(request, 422, message, param=field_of(place[0]) if place else None)
+
+    async def http_error(request: Request, err: Exception) -> Response:
+        assert isinstance(err, HTTPException)
+        message = str(err.detail)
+        if err.status_code == 404:
+            message = f"no route {request.method} {request.url.path[:100]}; /openapi.json lists them"
+        elif err.status_code == 400:  # FastAPI's word for a body that Python's JSON reader gave up on
+            message = "the body is no JSON this service can read; send an object as /openapi.json shows"
+        return error_reply(request, err.status_code, message)
+
+    async def input_error(request: Request, err: Exception) -> Response:
+        return error_reply(request, 422, str(err))
+
+    async def late(request: Request, err: Exception) -> Response:
+        service.note(err, request)
+        return error_reply(request, 408, f"{err}; ask for less at once, or name a longer deadline_s")
+
+    async def full(request: Request, err: Exception) -> Response:
+        assert isinstance(err, FullError)
+        service.note(err, request)
+        return error_reply(request, 429, str(err), err.retry_after_s)
+
+    async def unavailable(request: Request, err: Exception) -> Response:
+        return error_reply(request, 503, str(err), 5)
+
+    async def broken(request: Request, err: Exception) -> Response:
+        return error_reply(request, 500, OUR_FAULT.format(request_id(request)))
+
+    for kind, handle in (
+        (RefusedError, refused),
+        (RequestValidationError, invalid),
+        (HTTPException, http_error),
+        (InputError, input_error),
+        (DeadlineError, late),
+        (FullError, full),
+        (UnavailableError, unavailable),
+        (StageError, broken),
+        (Exception, broken),
+    ):
+        app.add_exception_handler(kind, handle)
+
+
+def error_reply(
+    request: Request,
+    status: int,
+    message: str,
+    retry_after_s: int | None = None,
+    param: str | None = None,
+) -> JSONResponse:
+    """An error's reply. param: the field that is wrong."""
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    message = message.encode("utf-8", "replace").decode()  # it may quote what no UTF-8 can say
+    error = error_body(status, message, request_id(request), request.url.path, param)
+    return JSONResponse(error, status, headers)

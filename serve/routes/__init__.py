@@ -1,0 +1,21 @@
+"""The routes, a file a noun. Each class takes the service and adds its own to the application."""
+
+from typing import Any
+
+from serve.retriever import CorpusChunk
+from serve.schema import Neighbour
+
+Errors = dict[int | str, dict[str, Any]]
+"""Statuses and the form of their replies."""
+
+
+def neighbour(chunk: CorpusChunk) -> Neighbour:
+    """A chunk as a reply."""
+    return Neighbour(
+        text=chunk.text,
+        title=chunk.title,
+        source=chunk.source,
+        chunk_id=chunk.chunk_id,
+        position=chunk.position,
+        cosine=round(chunk.cosine, 6),
+    )

@@ -1,0 +1,137 @@
+"""Texts on their way into a corpus."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from fastapi import FastAPI, Request
+
+from lvm.corpus.chunker import chunk_id
+from lvm.vectors.shards import write_bytes
+from lvm.vectors.tmd import all_labels, nearest
+from serve.pipeline import Clock
+from serve.requests import ms_since, request_id
+from serve.routes import Errors
+from serve.schema import (
+    ChunkItem,
+    ChunkReply,
+    ChunkRequest,
+    IngestChunk,
+    IngestReply,
+    IngestRequest,
+    Milliseconds,
+    RefusedError,
+    TmdCode,
+    TmdReply,
+    TmdRequest,
+)
+from serve.service import Service
+
+
+class CorpusRoutes:
+    """Chunks, TMD codes and the inbox of the next run."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def add_to(self, app: FastAPI, errors: Errors) -> None:
+        """errors: replies of every route, for the OpenAPI document."""
+        app.add_api_route(
+            "/v1/chunk", self.chunk, methods=["POST"], response_model=ChunkReply, responses=errors
+        )
+        app.add_api_route("/v1/tmd", self.tmd, methods=["POST"], response_model=TmdReply, responses=errors)
+        app.add_api_route(
+            "/v1/ingest", self.ingest, methods=["POST"], response_model=IngestReply, responses=errors
+        )
+
+    async def chunk(self, request: Request, body: ChunkRequest) -> ChunkReply:
+        """Texts to chunks within the codec's limit."""
+        begun = time.perf_counter()
+        texts = self._service.texts(body.text, "text")
+        with self._service.admitted(len(texts)):
+            cut = await self._service.cut(texts)
+        results = [
+            [ChunkItem(position=c.position, text=c.text, num_tokens=c.num_tokens) for c in cs] for cs in cut
+        ]
+        return ChunkReply(
+            request_id=request_id(request),
+            codec=self._service.codec,
+            results=results,
+            milliseconds=ms_since(begun),
+        )
+
+    async def tmd(self, request: Request, body: TmdRequest) -> TmdReply:
+        """Texts to domain, task and modifier."""
+        clock = Clock()
+        texts = self._service.texts(body.texts, "texts")
+        with self._service.admitted(len(texts)):
+            codes = await self._codes(texts, self._service.deadline(body.deadline_s), clock)
+        return TmdReply(
+            request_id=request_id(request),
+            codec=self._service.codec,
+            results=codes,
+            milliseconds=Milliseconds(**clock.finish()),
+        )
+
+    async def _codes(self, texts: Sequence[str], deadline: float, clock: Clock) -> list[TmdCode]:
+        labels, _ = await self._service.pipeline.encode(all_labels(), deadline)
+        encoded, timing = await self._service.pipeline.encode(texts, deadline)
+        clock.add("encode", timing)
+        found = nearest(np.stack([e.vector for e in encoded]), np.stack([e.vector for e in labels]))
+        return [
+            TmdCode(
+                code=tmd.code,
+                domain=tmd.names[0],
+                task=tmd.names[1],
+                modifier=tmd.names[2],
+                cosines=[round(c, 6) for c in cosines],
+                features=[int(f) for f in tmd.features()],
+            )
+            for tmd, cosines in found
+        ]
+
+    async def ingest(self, request: Request, body: IngestRequest) -> IngestReply:
+        """Articles into the inbox, cut and coded. `latent run --input INBOX` takes them into a corpus; what is
+        served now does not change."""
+        clock = Clock()
+        deadline = self._service.deadline(body.deadline_s)
+        if not self._service.args.inbox:
+            raise RefusedError(422, "no inbox is configured; start the service with --inbox DIR")
+        if not body.articles:
+            raise RefusedError(422, "articles is empty; expected at least one")
+        self._service.require_at_most("articles", len(body.articles), "max_texts")
+        for i, given in enumerate(body.articles):
+            self._service.require_words([given.text], f"articles[{i}].text")
+            self._service.require_words([given.id, given.title, given.source], f"articles[{i}]", empty=True)
+        with self._service.admitted(len(body.articles)):
+            cut = await self._service.cut([a.text for a in body.articles])
+            for i, chunks in enumerate(cut):
+                self._service.require_at_most(f"articles[{i}]", len(chunks), "max_chunks", "chunks")
+            codes = await self._codes([c.text for chunks in cut for c in chunks], deadline, clock)
+            lines = "".join(a.model_dump_json() + "\n" for a in body.articles).encode()
+            file = f"ingest-{hashlib.sha256(lines).hexdigest()[:16]}.jsonl"
+            await asyncio.to_thread(write_bytes, Path(self._service.args.inbox) / file, lines)
+        coded = iter(codes)
+        results = [
+            [
+                IngestChunk(
+                    chunk_id=chunk_id(article.source, article.id, c.position),
+                    position=c.position,
+                    text=c.text,
+                    num_tokens=c.num_tokens,
+                    tmd=next(coded),
+                )
+                for c in chunks
+            ]
+            for article, chunks in zip(body.articles, cut, strict=True)
+        ]
+        return IngestReply(
+            request_id=request_id(request),
+            codec=self._service.codec,
+            file=file,
+            results=results,
+            milliseconds=Milliseconds(**clock.finish()),
+        )

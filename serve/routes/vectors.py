@@ -1,0 +1,159 @@
+"""The stages of a prediction that take or give vectors."""
+
+import numpy as np
+from fastapi import FastAPI, Request
+
+from serve.pipeline import Clock
+from serve.requests import request_id
+from serve.retriever import NearRow
+from serve.routes import Errors, neighbour
+from serve.schema import (
+    DecodeReply,
+    DecodeRequest,
+    EncodeReply,
+    EncodeRequest,
+    Milliseconds,
+    PredictReply,
+    PredictRequest,
+    RefusedError,
+    SearchReply,
+    SearchRequest,
+    decoded_text,
+    pack,
+    unpack,
+)
+from serve.service import Service
+
+
+class VectorRoutes:
+    """Encode, predict, decode and search."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def add_to(self, app: FastAPI, errors: Errors) -> None:
+        """errors: replies of every route, for the OpenAPI document."""
+        app.add_api_route(
+            "/v1/encode", self.encode, methods=["POST"], response_model=EncodeReply, responses=errors
+        )
+        app.add_api_route(
+            "/v1/predict", self.predict, methods=["POST"], response_model=PredictReply, responses=errors
+        )
+        app.add_api_route(
+            "/v1/decode", self.decode, methods=["POST"], response_model=DecodeReply, responses=errors
+        )
+        app.add_api_route(
+            "/v1/search", self.search, methods=["POST"], response_model=SearchReply, responses=errors
+        )
+
+    async def encode(self, request: Request, body: EncodeRequest) -> EncodeReply:
+        """Texts to unit vectors."""
+        clock = Clock()
+        texts = self._service.texts(body.texts, "texts")
+        with self._service.admitted(len(texts)):
+            encoded, timing = await self._service.pipeline.encode(
+                texts, self._service.deadline(body.deadline_s), body.cache
+            )
+        clock.add("encode", timing)
+        return EncodeReply(
+            request_id=request_id(request),
+            codec=self._service.codec,
+            vectors=[pack(e.vector, body.encoding_format) for e in encoded],
+            num_tokens=[e.num_tokens for e in encoded],
+            truncated=[e.truncated for e in encoded],
+            cached=[e.cached for e in encoded],
+            milliseconds=Milliseconds(**clock.finish()),
+        )
+
+    async def predict(self, request: Request, body: PredictRequest) -> PredictReply:
+        """Context vectors to the next vector."""
+        clock = Clock()
+        record = self._service.model(body.model or self._service.default_model)
+        self._service.require_one(vectors=body.vectors, contexts=body.contexts)
+        given = [body.vectors] if body.vectors is not None else body.contexts or []
+        if not given:
+            raise RefusedError(422, "contexts is empty; expected at least one list of vectors")
+        self._service.require_at_most("contexts", len(given), "max_vectors")
+        contexts = []
+        for i, vectors in enumerate(given):
+            name = "vectors" if body.vectors is not None else f"contexts[{i}]"
+            if not vectors:
+                raise RefusedError(422, f"{name} is empty; expected at least one vector")
+            self._service.require_at_most(name, len(vectors), "max_context", "vectors")
+            contexts.append(unpack(vectors, self._service.identity.dim, name))
+        with self._service.admitted(len(contexts)):
+            predicted, timing = await self._service.pipeline.predict(
+                contexts, record.name, self._service.deadline(body.deadline_s)
+            )
+        clock.add("predict", timing)
+        return PredictReply(
+            request_id=request_id(request),
+            model=record,
+            codec=self._service.codec,
+            vectors=[pack(p.vector, body.encoding_format) for p in predicted],
+            milliseconds=Milliseconds(**clock.finish()),
+        )
+
+    async def decode(self, request: Request, body: DecodeRequest) -> DecodeReply:
+        """Vectors to text."""
+        clock = Clock()
+        for name in _names(body.codec), _names(body.subscribers):
+            for codec in name:
+                self._service.require_codec(codec, "codec")
+        self._service.require_steps(body.steps)
+        if not body.vectors:
+            raise RefusedError(422, "vectors is empty; expected at least one")
+        self._service.require_at_most("vectors", len(body.vectors), "max_vectors")
+        vectors = unpack(body.vectors, self._service.identity.dim, "vectors")
+        with self._service.admitted(len(vectors)):
+            answers, timing = await self._service.pipeline.decode(
+                vectors,
+                self._service.deadline(body.deadline_s),
+                body.steps,
+                body.cache,
+                corpus=body.steps is None,
+            )
+        clock.add("decode", timing)
+        return DecodeReply(
+            request_id=request_id(request),
+            codec=self._service.codec,
+            results=[decoded_text(a) for a in answers],
+            milliseconds=Milliseconds(**clock.finish()),
+        )
+
+    async def search(self, request: Request, body: SearchRequest) -> SearchReply:
+        """Texts or vectors to the nearest chunks of the corpus."""
+        clock = Clock()
+        deadline = self._service.deadline(body.deadline_s)
+        self._service.require_one(query=body.query, vectors=body.vectors)
+        self._service.require_at_most("k", body.k, "max_neighbours")
+        if body.query is not None:
+            texts = self._service.texts(body.query, "query")
+            with self._service.admitted(len(texts)):
+                encoded, timing = await self._service.pipeline.encode(texts, deadline)
+            clock.add("encode", timing)
+            queries = np.stack([e.vector for e in encoded])
+        else:
+            if not body.vectors:
+                raise RefusedError(422, "vectors is empty; expected at least one")
+            self._service.require_at_most("vectors", len(body.vectors), "max_vectors")
+            queries = unpack(body.vectors, self._service.identity.dim, "vectors")
+        with self._service.admitted(len(queries)):
+            found, timing = await self._service.pipeline.finder.run(
+                [NearRow(q, body.k) for q in queries], deadline
+            )
+        clock.add("snap", timing)
+        return SearchReply(
+            request_id=request_id(request),
+            codec=self._service.codec,
+            results=[[neighbour(c) for c in chunks] for chunks in found],
+            milliseconds=Milliseconds(**clock.finish()),
+        )
+
+
+def _names(value: str | list[str] | None) -> list[str]:
+    """Names of a list, or of a string with commas."""
+    if value is None:
+        return []
+    listed = value.split(",") if isinstance(value, str) else value
+    return [name.strip() for name in listed]

@@ -1,0 +1,177 @@
+"""What the routes share: the loaded models, the limits of a request, and the room for one more.
+
+Each check raises RefusedError, which says what was expected, what came and what to do.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import Request
+
+from lvm.codec.identity import CodecIdentity
+from lvm.corpus.chunker import Chunk, Chunker
+from lvm.corpus.readers import Article
+from serve.health import Seen, Window
+from serve.metrics import GatewayMetrics
+from serve.pipeline import Pipeline
+from serve.schema import CodecRecord, ModelRecord, RefusedError
+from serve.settings import ServeArgs
+from serve.smoothing import Smoother
+from serve.stage import DeadlineError, FullError
+
+SUBSCRIBERS = {"jxe": "gtr-jxe", "ielab": "gtr-ielab"}
+"""The original's names of codecs."""
+
+
+class Service:
+    """One application, as one gateway sees it."""
+
+    def __init__(
+        self,
+        args: ServeArgs,
+        identity: CodecIdentity,
+        models: dict[str, ModelRecord],
+        decoder: dict[str, Any],
+        corpus: dict[str, Any],
+        chunker: Chunker,
+        pipeline: Pipeline,
+        metrics: GatewayMetrics,
+    ) -> None:
+        """models: by alias. decoder and corpus: what these parts say of themselves. Raises RefusedError where the
+        default model is not among the models."""
+        self.args, self.limits, self.identity = args, args.limits, identity
+        self.codec = CodecRecord(**identity.to_dict())
+        self.models, self.decoder, self.corpus = models, decoder, corpus
+        self.default_model = args.default_model or ("lstm" if "lstm" in models else next(iter(models)))
+        self.model(self.default_model)
+        self.pipeline, self.metrics = pipeline, metrics
+        self.smoother, self.window = Smoother(args.smoothing), Window()
+        self.pending = 0
+        """Inputs at work."""
+        self._chunker, self._chunking = chunker, asyncio.Lock()
+
+    def model(self, name: str) -> ModelRecord:
+        """The model of an alias or a record folder."""
+        for alias, record in self.models.items():
+            if name in (alias, record.folder):
+                return self.models[alias]
+        raise RefusedError(
+            404, f"no model {name!r} is loaded; there are: {', '.join(self.models)}", param="model"
+        )
+
+    def require_codec(self, name: str, what: str) -> None:
+        """Refuse a codec that is not the loaded one; what: the field that named it."""
+        loaded = {self.identity.name, self.identity.digest}
+        if SUBSCRIBERS.get(name, name) not in loaded:
+            raise RefusedError(
+                404,
+                f"{what} {name!r} is not loaded; there is: {self.identity}. Vectors of one codec cannot be read "
+                "by another's decoder",
+                param=what,
+            )
+
+    def require_steps(self, steps: int | None) -> None:
+        """Refuse corrector steps that the limits or the codec do not have."""
+        if steps is None:
+            return
+        self.require_at_most("steps", steps, "max_steps")
+        able = self.decoder["steps"]
+        if able is not None and steps not in able:
+            raise RefusedError(
+                422,
+                f"codec {self.identity.name} takes steps {', '.join(map(str, able))}, got {steps}; or leave it out",
+            )
+
+    def deadline(self, seconds: float | None) -> float:
+        """When a request ends, on `time.monotonic`. seconds: what it asked for."""
+        if seconds is not None:
+            self.require_at_most("deadline_s", seconds, "max_deadline_s")
+        return time.monotonic() + (seconds or self.limits.default_deadline_s)
+
+    def require_at_most(self, what: str, value: float, limit: str, unit: str = "") -> None:
+        """Refuse a value above its limit. what: the field. limit: name of one of `Limits`."""
+        most = getattr(self.limits, limit)
+        if not value <= most:
+            raise RefusedError(
+                422,
+                f"{what} is {value:g}{' ' + unit if unit else ''}, limit {limit} is {most:g}; ask for less",
+                param=field_of(what),
+            )
+
+    def require_one(self, **given: Any) -> None:
+        """Refuse none or several of these fields where exactly one is to be there."""
+        there = sum(value is not None for value in given.values())
+        if there != 1:
+            names, got = " or ".join(given), "both" if there else "neither"
+            raise RefusedError(422, f"expected either {names}, got {got}")
+
+    def texts(self, texts: str | list[str], what: str, limit: str = "max_texts") -> list[str]:
+        """One text or several as a list, each with words and within the limits."""
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        if not listed:
+            raise RefusedError(422, f"{what} is empty; expected at least one text", param=what)
+        self.require_at_most(what, len(listed), limit, "texts")
+        self.require_words(listed, what)
+        return listed
+
+    def require_words(self, texts: Sequence[str], what: str, empty: bool = False) -> None:
+        """Refuse texts that are too long or cannot be written as UTF-8; and, unless `empty`, without words."""
+        for i, text in enumerate(texts):
+            self.require_at_most(f"{what}[{i}]", len(text), "max_characters", "characters")
+            try:
+                text.encode()
+            except UnicodeEncodeError as err:  # JSON can say half a surrogate pair; UTF-8 cannot
+                raise RefusedError(
+                    422,
+                    f"{what}[{i}] holds half a surrogate pair at character {err.start}; send whole characters",
+                    param=field_of(what),
+                ) from err
+            if not empty and not text.strip():
+                raise RefusedError(
+                    422, f"{what}[{i}] holds only white space; expected words", param=field_of(what)
+                )
+
+    async def cut(self, texts: Sequence[str]) -> list[list[Chunk]]:
+        """The chunks of each text."""
+        articles = [Article(str(i), "", text, "request") for i, text in enumerate(texts)]
+        async with self._chunking:  # the chunker's memory of words is not made for two threads
+            if sum(map(len, texts)) < 4000:
+                return self._chunker.chunk(articles)  # under a millisecond: a thread would cost more
+            return await asyncio.to_thread(self._chunker.chunk, articles)
+
+    def require_room(self, inputs: int) -> None:
+        """Raise FullError where so many more inputs would be too many."""
+        if self.pending + inputs > self.limits.max_pending:
+            raise FullError(
+                f"{self.pending} inputs are at work and {inputs} more would pass limit max_pending, "
+                f"{self.limits.max_pending}; try again after the time in Retry-After"
+            )
+
+    @contextmanager
+    def admitted(self, inputs: int) -> Iterator[None]:
+        """Counts inputs as at work; raises FullError where they are too many."""
+        self.require_room(inputs)
+        self.pending += inputs
+        self.metrics.pending.set(self.pending)
+        try:
+            yield
+        finally:
+            self.pending -= inputs
+            self.metrics.pending.set(self.pending)
+
+    def note(self, err: Exception, request: Request, seconds: float | None = None) -> None:
+        """Count a request that got no answer. seconds: where it asked for text, what it took."""
+        if isinstance(err, DeadlineError):
+            self.metrics.deadline.inc(1, {"route": request.scope["route"].path})
+        elif isinstance(err, FullError):
+            self.metrics.refused.inc(1, {"reason": "full"})
+        if seconds is not None:
+            self.window.add(Seen(seconds, not isinstance(err, DeadlineError | FullError)))
+
+
+def field_of(what: str) -> str:
+    """`input` of `input[3]`."""
+    return what.partition("[")[0]
