@@ -46,7 +46,7 @@ def main(
         if not chunks:
             raise InputError(f"{input} gives no chunk; expected articles with text")
         texts = [chunks[i] for i in spread(len(chunks), num_chunks)]
-    encoded = loaded.encode(texts)
+    encoded = loaded.encode_chunks(texts)
     decoded = loaded.decode(encoded.vectors, steps=number, norms=encoded.norms)
     mean = float(decoded.cosines.mean())
     mismatched = mean < MISMATCHED_COSINE

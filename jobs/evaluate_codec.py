@@ -25,8 +25,8 @@ from lvm.codec.zoo import Codec
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
 from lvm.errors import InputError
-from lvm.evaluate.predictability import CONTEXT, contexts_of, ridge_retrieval, targets_of
-from lvm.predict.generate import predictor
+from lvm.evaluate.predictability import contexts_of, ridge_retrieval, targets_of
+from lvm.predict.predictor import load_predictor
 from lvm.predict.record import read_aliases
 from lvm.storage import Location, location
 
@@ -69,28 +69,28 @@ def predicted_ladders(
 
     Raises InputError where no article has a context and a next chunk, or where `models` holds no model.
     """
-    targets = targets_of(doc_ids)
-    if not len(targets):
-        raise InputError(
-            f"no article of the input has {CONTEXT + 1} chunks; --run needs a context of {CONTEXT} and the next"
-        )
     names = sorted(read_aliases(models)) if models.is_dir() else []
     if not names:
         raise InputError(
             f"{models} holds no model; expected the folder of `latent run` or `latent demo` for --run"
         )
-    targets = targets[spread(len(targets), most)]
-    contexts = vectors[contexts_of(targets)]
-    truth = vectors[targets]
-    sources = [texts[i] for i in targets]
     out: dict[str, dict[str, Any]] = {}
     for name in names:
-        folder, predict = predictor(models, name, loaded)
-        made = predict(contexts)
-        say(f"{len(made)} vectors that {folder} predicted")
+        predictor = load_predictor(name, models)
+        predictor.require_codec(loaded.identity, "the loaded codec")
+        length = predictor.context
+        targets = targets_of(doc_ids, length)
+        if not len(targets):
+            raise InputError(
+                f"no article of the input has {length + 1} chunks; {predictor.name} needs a context of {length} and "
+                "the next"
+            )
+        targets = targets[spread(len(targets), most)]
+        made = predictor(vectors[contexts_of(targets, length)])
+        say(f"{len(made)} vectors that {predictor.name} predicted")
         out[name] = {
-            "to_truth": float((made * truth).sum(1).mean()),
-            **ladder(loaded, sources, made, steps_of(loaded)[:3]),
+            "to_truth": float((made * vectors[targets]).sum(1).mean()),
+            **ladder(loaded, [texts[i] for i in targets], made, steps_of(loaded)[:3]),
         }
     return out
 
@@ -149,7 +149,7 @@ def main(
     doc_ids = np.asarray(docs, np.int32)
     num_articles = int(doc_ids[-1]) + 1
     say(f"{num_articles} articles, {len(texts)} chunks")
-    encoded = loaded.encode(texts)
+    encoded = loaded.encode_chunks(texts)
     vectors = encoded.vectors
     picked = spread(len(texts), decoded)
     sources = [texts[i] for i in picked]

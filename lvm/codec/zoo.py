@@ -5,6 +5,7 @@
 """
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress
 
 from lvm.codec.gtr import GTR_CODECS, hash_tensors, load_gtr, load_gtr_tokenizer
 from lvm.codec.identity import CodecIdentity
-from lvm.codec.tokenizer import ChunkTokenizer
+from lvm.codec.tokenizer import ChunkTokenizer, require_texts
 from lvm.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,8 +118,33 @@ class Codec:
         """The codec's tokenizer, with its limit."""
         return self._encoder.tokenizer
 
-    def encode(self, texts: list[str]) -> "Encoded":
-        """Unit vectors (N, 768) float32 of N texts, with norms, token counts and what was cut."""
+    def encode(
+        self, texts: str | Sequence[str], batch_size: int | None = None, show_progress: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Unit vectors, float32: (D,) of one text, (N, D) of a list of N.
+
+        batch_size: most texts encoded at once; None for what suits the device. show_progress: a bar on stderr. Texts
+        above the codec's limit are cut, with a UserWarning; `lvm.chunk` cuts without loss.
+
+        Raises InputError on anything but a str or a sequence of them, naming the place, and on a batch_size below 1.
+        """
+        several = require_texts(texts)
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(f"batch_size is {batch_size!r}; expected a whole number of 1 or more, or None")
+        with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
+            task = progress.add_task("encode", total=len(several))
+            encoded = self._encoder.encode(several, batch_size, lambda rows: progress.advance(task, rows))
+        if encoded.truncated.any():
+            warnings.warn(
+                f"{int(encoded.truncated.sum())} of {len(several)} texts are longer than {self.identity.max_tokens} "
+                f"tokens and were cut, text {int(encoded.truncated.argmax())} first; lvm.chunk(text, codec) cuts "
+                "without loss",
+                stacklevel=2,
+            )
+        return encoded.vectors[0] if isinstance(texts, str) else encoded.vectors
+
+    def encode_chunks(self, texts: list[str]) -> "Encoded":
+        """What a job stores of N chunks: unit vectors (N, D), norms, token counts and what was cut."""
         return self._encoder.encode(texts)
 
     def decode(
@@ -127,7 +155,7 @@ class Codec:
         starts: Sequence[str | None] | None = None,
         norms: npt.NDArray[np.float32] | None = None,
     ) -> Decoded:
-        """Texts of unit vectors (B, 768), with the round-trip cosine of each.
+        """Texts of unit vectors (B, D), or of one (D,), with the round-trip cosine of each.
 
         steps: most corrector steps, for all rows or for each. target_cosine: a row that reaches it takes no
         further step. starts: texts of near neighbours; a row starts from its own or from the hypothesizer's
@@ -136,7 +164,13 @@ class Codec:
 
         Raises InputError on a wrong shape, on values that are no numbers, and on steps the codec lacks.
         """
-        vectors = np.ascontiguousarray(vectors, np.float32)
+        try:
+            vectors = np.atleast_2d(np.asarray(vectors, np.float32))
+        except (TypeError, ValueError) as err:
+            raise InputError(
+                f"got {type(vectors).__name__} to decode ({err}); expected numbers (B, {self.identity.dim}), as encode "
+                "gives them"
+            ) from err
         if vectors.ndim != 2 or vectors.shape[1] != self.identity.dim:
             raise InputError(
                 f"vectors have shape {vectors.shape}, expected (B, {self.identity.dim}) for codec {self.identity}"

@@ -15,10 +15,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.train import TrainResult, check_sequential, main, plan_resources, train_models
+from jobs.train import TrainResult, main, plan_resources, train_models
 from lvm.corpus.coherence import OVERRIDE
 from lvm.errors import IdentityError, InputError, OutputError, TrainingError
 from lvm.models import MODELS, build
+from lvm.predict.fitting import check_sequential
 from lvm.predict.record import load_record, read_aliases
 from lvm.predict.training import CLASSIC, FAST, RECIPES, fit
 from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
