@@ -37,19 +37,22 @@ def test_it_fits_vectors_of_any_length_and_contexts_of_any(
     model: str, array: VectorArray, tmp_path: Path
 ) -> None:
     rows: list[dict[str, Any]] = []
-    fitted = fit(array, tmp_path, model, BRIEF, windows=THREE, device="cpu", log=rows.append)
+    brief = replace(BRIEF, epochs=2)
+    fitted = fit(array, tmp_path, model, brief, windows=THREE, device="cpu", log=rows.append)
     assert fitted.record is not None
     assert fitted.context == 3
     assert fitted.record.config["sizes"]["dim"] == 96
-    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
     # The weights are those of the best epoch, not of the last.
-    val = make_windows(array, THREE).split(0)["val"]
+    parts = make_windows(array, THREE).split(0)
+    val = parts["val"]
     best = max(row["val_cosine"] for row in rows)
     assert evaluate(fitted.record.model, val.batches(64)).cosine == pytest.approx(best, abs=1e-5)
     assert fitted.record.metrics["val_cosine"] == best
     contexts, targets = val.batch(slice(None))
     assert (fitted(contexts) * targets).sum(1).mean() == pytest.approx(best, abs=1e-3)
-    assert best > fitted.record.metrics["context_mean_val_cosine"]
+    corpus_mean = parts["train"].batch(slice(None))[1].mean(0)
+    assert best > (targets @ (corpus_mean / np.linalg.norm(corpus_mean))).mean() + 0.02
     assert read_aliases(tmp_path) == {model: fitted.name}
     assert load_predictor(tmp_path / model).name == fitted.name
 
@@ -58,9 +61,7 @@ def test_the_best_epochs_weights_are_kept_when_later_ones_are_worse(
     array: VectorArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A rate that grows until it spoils what was learnt.
-    monkeypatch.setattr(
-        training, "learning_rate", lambda recipe, peak, done: 1e-3 if done < 0.5 else 3.0
-    )
+    monkeypatch.setattr(training, "learning_rate", lambda recipe, peak, done: 1e-3 if done < 0.5 else 3.0)
     fitted = fit(array, tmp_path, "lstm", replace(BRIEF, max_gradient_norm=None), device="cpu")
     assert fitted.record is not None
     curve = fitted.record.metrics["curve"]

@@ -63,16 +63,17 @@ def test_a_folder_of_that_name_does_not_take_the_place_of_what_ships(
     shutil.copytree(record, tmp_path / "gru")
     monkeypatch.chdir(tmp_path)
     assert load_predictor("gru").name == read_aliases(SHIPPED)["gru"]
-    assert load_predictor("./gru").context == 5  # location() drops the dot: still the shipped one
-    assert load_predictor(tmp_path / "gru").context == 3
+    assert load_predictor("./gru").context == load_predictor(tmp_path / "gru").context == 3
 
 
 def test_a_predictor_there_is_not_is_refused_with_those_there_are(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no model 'lstm'; expected one that ships \(.*gru.*\), passthrough"):
+    with pytest.raises(
+        InputError, match=r"no model 'lstm'; expected one that ships \(.*gru.*\), passthrough"
+    ):
         load_predictor("lstm")
-    with pytest.raises(InputError, match="no model .*nowhere"):
+    with pytest.raises(InputError, match=r"no model .*nowhere"):
         load_predictor(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="no model 'lstm' in .*; there are: gru"):
+    with pytest.raises(InputError, match=r"no model 'lstm' in .*; there are: gru"):
         load_predictor("lstm", models)
 
 
@@ -163,7 +164,7 @@ def test_batches_hold_so_many_texts_and_keep_their_order(
     made = generator.generate([TEXT, OTHER, TEXT])
     assert sizes == [2, 1]
     last = [own[0].context.texts[-1] for own in made]
-    assert last[0] == last[2] == "Within thirty years there were five hundred of them in England."
+    assert last[0] == last[2] == TEXT.partition("1765. ")[2]
     assert last[1] == OTHER
     np.testing.assert_allclose(made[0][0].vector, made[2][0].vector, atol=1e-5)
     assert generator.generate([]) == []
