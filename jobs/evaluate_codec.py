@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from jobs._ray import PathOrUrl, load_codec_at, path_option, run, say
+from jobs._ray import Engine, PathOrUrl, load_codec_at, path_option, run, say
 from lvm.codec.quality import next_chunk_retrieval, read_back, spread, tfidf_svd_vectors, turned
 from lvm.codec.zoo import Codec
 from lvm.corpus.chunker import Chunker
@@ -130,12 +130,13 @@ def main(
     candidates: Annotated[
         int, typer.Option(min=10, help="Chunks among which the next one is looked for.")
     ] = NUM_CANDIDATES,
+    engine: Engine = "lvm",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON in place of a table.")] = False,
 ) -> None:
     """Print the figures."""
     begun = time.perf_counter()
     distances = parse_cosines(cosines)
-    loaded = load_codec_at(codec, codec_path)
+    loaded = load_codec_at(codec, codec_path, engine=engine)
     steps = steps_of(loaded)
     chunker = Chunker(loaded.tokenizer)
     texts: list[str] = []
@@ -156,6 +157,7 @@ def main(
     figures = ladder(loaded, sources, vectors[picked], steps, encoded.norms[picked])
     summary: dict[str, Any] = {
         "codec": str(loaded.identity),
+        "engine": engine,
         "articles": num_articles,
         "chunks": len(texts),
         "decoded": len(picked),

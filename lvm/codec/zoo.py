@@ -25,6 +25,7 @@ from lvm.errors import InputError
 if TYPE_CHECKING:
     from lvm.codec.encoder import Encoded, TextEncoder
     from lvm.codec.inverter import Inverter, Rounds
+    from lvm.codec.vec2text_package import PackageInverter
     from lvm.codec.writer import Writer
 
 CODECS = {"mini": Path(__file__).parent / "weights" / "mini"}
@@ -33,6 +34,9 @@ CODECS = {"mini": Path(__file__).parent / "weights" / "mini"}
 SENTENCE = "sentence-transformers"
 """Name of the codec of any such model, in the folder that --codec-path names: vectors, and a writer where one
 was fitted."""
+
+ENGINES = ("lvm", "vec2text")
+"""What can decode: this library, or the vec2text package for comparison."""
 
 MINI_STEPS = (0, 1, 2, 3, 4, 5)
 """Corrector steps of `mini` that were measured; the first does nearly all, more than five changed no text."""
@@ -59,7 +63,7 @@ class Codec:
         self,
         identity: CodecIdentity,
         encoder: "TextEncoder",
-        inverter: "Inverter | None",
+        inverter: "Inverter | PackageInverter | None",
         scale: float = 1.0,
         supported_steps: tuple[int, ...] | None = None,
         decoder_digest: str = "",
@@ -100,12 +104,17 @@ class Codec:
         return self._supported_steps
 
     def reading(self) -> "Rounds":
-        """Rounds in which unit vectors are read back."""
-        from lvm.codec.inverter import Rounds
+        """Rounds in which unit vectors are read back. Raises InputError with engine vec2text, which knows none."""
+        from lvm.codec.inverter import Inverter, Rounds
 
-        return Rounds(self._require_inverter(), self.scale)
+        inverter = self._require_inverter()
+        if not isinstance(inverter, Inverter):
+            raise InputError(
+                "engine vec2text decodes whole batches and is for comparison; load the codec without it"
+            )
+        return Rounds(inverter, self.scale)
 
-    def _require_inverter(self) -> "Inverter":
+    def _require_inverter(self) -> "Inverter | PackageInverter":
         if self.inverter is None:
             raise InputError(
                 f"codec {self.identity} reads no text back, it has an encoder alone; a writer writes from its vectors "
@@ -243,13 +252,15 @@ def load_codec(
     precision: str = "auto",
     writer: str | Path | None = None,
     language_model: str | Path | None = None,
+    engine: str = "lvm",
 ) -> Codec:
     """A codec ready to encode and decode.
 
     device: "auto" (CUDA, then MPS, then CPU) or a torch device. precision: "float32", "bfloat16",
     "int8", or "auto" for the fastest that keeps the quality. writer: folder of a writer that `latent
     train-writer` made, else the one in the codec's own folder; language_model: what it writes with
-    (`lvm.codec.writer.load_base`). Raises InputError on an unknown name, missing or damaged files, and when
+    (`lvm.codec.writer.load_base`). engine: what `decode` works with, "lvm" or, for comparison, "vec2text", the original
+    package (codec gtr-jxe). Raises InputError on an unknown name, missing or damaged files, and when
     the tokenizer is not the one the weights were trained with.
     """
     from safetensors import SafetensorError
@@ -262,6 +273,20 @@ def load_codec(
     from lvm.codec.unbind import Unbinder, UnbindingInverter
 
     where = pick_device(device)
+    if engine not in ENGINES:
+        raise InputError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
+    if engine == "vec2text":
+        from lvm.codec import vec2text_package
+
+        if name != vec2text_package.CODEC:
+            raise InputError(
+                f"engine vec2text decodes {vec2text_package.CODEC} alone, got {name!r}; choose that codec or engine lvm"
+            )
+        codec = load_gtr(name, path, where, precision)
+        package = vec2text_package.load_vec2text(path)
+        codec.inverter = vec2text_package.PackageInverter(package, codec.tokenizer.decode)
+        codec.decoder_digest += " by vec2text"
+        return codec
     if name == SENTENCE:
         if path is None:
             raise InputError(
