@@ -95,6 +95,10 @@ def articles_of(source: str | Location, limit: int | None = None) -> Iterator["A
         )
 
 
+Engine = Annotated[
+    str, typer.Option(help="What decodes: lvm, or vec2text, the original package, to compare (gtr-jxe).")
+]
+
 GPUS_HELP = "GPUs to wait for; an autoscaling cluster starts nodes for them. None: those that are there now."
 
 Address = Annotated[
@@ -220,6 +224,7 @@ def load_codec_at(
     path: Location | None,
     writer: Location | None = None,
     language_model: Location | None = None,
+    engine: str = "lvm",
 ) -> "Codec":
     """A codec from its name or a folder, with the writer's folders where they are not the usual ones; folders on object
     storage are copied here first."""
@@ -228,7 +233,9 @@ def load_codec_at(
     def here(folder: Location | None) -> Path | None:
         return None if folder is None else local_folder(folder)
 
-    return load_codec(name, here(path), writer=here(writer), language_model=here(language_model))
+    return load_codec(
+        name, here(path), writer=here(writer), language_model=here(language_model), engine=engine
+    )
 
 
 def say(line: str) -> None:

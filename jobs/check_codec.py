@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import PathOrUrl, load_codec_at, path_option, run, say
+from jobs._ray import Engine, PathOrUrl, load_codec_at, path_option, run, say
 from lvm.codec.quality import MISMATCHED_COSINE, read_back, spread
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
@@ -29,11 +29,12 @@ def main(
     codec: Annotated[str, typer.Option(help="Codec: mini, gtr-jxe or gtr-ielab.")] = "mini",
     codec_path: Annotated[PathOrUrl | None, path_option("Folder with the codec's files.")] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Corrector steps; 1 where there are any.")] = None,
+    engine: Engine = "lvm",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON in place of a table.")] = False,
 ) -> None:
     """Send texts through the codec and say what came back."""
     begun = time.perf_counter()
-    loaded = load_codec_at(codec, codec_path)
+    loaded = load_codec_at(codec, codec_path, engine=engine)
     able = loaded.supported_steps
     number = steps if steps is not None else (1 if able is None or 1 in able else 0)
     if able is not None and number not in able:
@@ -46,12 +47,13 @@ def main(
         if not chunks:
             raise InputError(f"{input} gives no chunk; expected articles with text")
         texts = [chunks[i] for i in spread(len(chunks), num_chunks)]
-    encoded = loaded.encode(texts)
+    encoded = loaded.encode_chunks(texts)
     decoded = loaded.decode(encoded.vectors, steps=number, norms=encoded.norms)
     mean = float(decoded.cosines.mean())
     mismatched = mean < MISMATCHED_COSINE
     summary: dict[str, Any] = {
         "codec": str(loaded.identity),
+        "engine": engine,
         "texts": len(texts),
         "steps": number,
         **read_back(texts, decoded.texts),

@@ -65,7 +65,7 @@ class Encoder(Protocol):
     @property
     def identity(self) -> CodecIdentity: ...
 
-    def encode(self, texts: list[str]) -> Any:
+    def encode_chunks(self, texts: list[str]) -> Any:
         """`.vectors` (N, D) float32 of unit norm, `.norms`, `.num_tokens`, `.truncated` of N texts."""
 
 
@@ -144,7 +144,7 @@ def encode_shard(
         )
     table = read_table(source)
     try:
-        encoded = codec.encode(table.column("text").to_pylist())
+        encoded = codec.encode_chunks(table.column("text").to_pylist())
         vectors = vectors_to_table(
             table, encoded.vectors, encoded.norms, encoded.num_tokens, encoded.truncated, settings.dtype
         )

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from jobs._ray import PathOrUrl, articles_of, load_codec_at, path_option, run, say
+from jobs._ray import Engine, PathOrUrl, articles_of, load_codec_at, path_option, run, say
 from lvm.codec.quality import (
     next_chunk_retrieval,
     rank_correlation,
@@ -32,8 +32,8 @@ from lvm.codec.quality import (
 from lvm.codec.zoo import SENTENCE, Codec
 from lvm.corpus.chunker import Chunker
 from lvm.errors import InputError
-from lvm.evaluate.predictability import CONTEXT, contexts_of, ridge_retrieval, targets_of
-from lvm.predict.generate import predictor
+from lvm.evaluate.predictability import contexts_of, ridge_retrieval, targets_of
+from lvm.predict.predictor import load_predictor
 from lvm.predict.record import read_aliases
 from lvm.storage import Location, location
 
@@ -76,28 +76,28 @@ def predicted_ladders(
 
     Raises InputError where no article has a context and a next chunk, or where `models` holds no model.
     """
-    targets = targets_of(doc_ids)
-    if not len(targets):
-        raise InputError(
-            f"no article of the input has {CONTEXT + 1} chunks; --run needs a context of {CONTEXT} and the next"
-        )
     names = sorted(read_aliases(models)) if models.is_dir() else []
     if not names:
         raise InputError(
             f"{models} holds no model; expected the folder of `latent run` or `latent demo` for --run"
         )
-    targets = targets[spread(len(targets), most)]
-    contexts = vectors[contexts_of(targets)]
-    truth = vectors[targets]
-    sources = [texts[i] for i in targets]
     out: dict[str, dict[str, Any]] = {}
     for name in names:
-        folder, predict = predictor(models, name, loaded)
-        made = predict(contexts)
-        say(f"{len(made)} vectors that {folder} predicted")
+        predictor = load_predictor(name, models)
+        predictor.require_codec(loaded.identity, "the loaded codec")
+        length = predictor.context
+        targets = targets_of(doc_ids, length)
+        if not len(targets):
+            raise InputError(
+                f"no article of the input has {length + 1} chunks; {predictor.name} needs a context of {length} and "
+                "the next"
+            )
+        targets = targets[spread(len(targets), most)]
+        made = predictor(vectors[contexts_of(targets, length)])
+        say(f"{len(made)} vectors that {predictor.name} predicted")
         out[name] = {
-            "to_truth": float((made * truth).sum(1).mean()),
-            **ladder(loaded, sources, made, steps_of(loaded)[:3]),
+            "to_truth": float((made * vectors[targets]).sum(1).mean()),
+            **ladder(loaded, [texts[i] for i in targets], made, steps_of(loaded)[:3]),
         }
     return out
 
@@ -140,12 +140,13 @@ def main(
     candidates: Annotated[
         int, typer.Option(min=10, help="Chunks among which the next one is looked for.")
     ] = NUM_CANDIDATES,
+    engine: Engine = "lvm",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON in place of a table.")] = False,
 ) -> None:
     """Print the figures."""
     begun = time.perf_counter()
     distances = parse_cosines(cosines)
-    loaded = load_codec_at(codec, codec_path)
+    loaded = load_codec_at(codec, codec_path, engine=engine)
     steps = steps_of(loaded)
     chunker = Chunker(loaded.tokenizer)
     texts: list[str] = []
@@ -159,13 +160,14 @@ def main(
     doc_ids = np.asarray(docs, np.int32)
     num_articles = int(doc_ids[-1]) + 1
     say(f"{num_articles} articles, {len(texts)} chunks")
-    encoded = loaded.encode(texts)
+    encoded = loaded.encode_chunks(texts)
     vectors = encoded.vectors
     picked = spread(len(texts), decoded)
     sources = [texts[i] for i in picked]
     figures = ladder(loaded, sources, vectors[picked], steps, encoded.norms[picked])
     summary: dict[str, Any] = {
         "codec": str(loaded.identity),
+        "engine": engine,
         "articles": num_articles,
         "chunks": len(texts),
         "decoded": len(picked),
@@ -195,7 +197,7 @@ def main(
     }
     if beside is not None:
         say(f"the same chunks by {beside}")
-        other = load_codec_at(SENTENCE, beside).encode(texts[head]).vectors
+        other = load_codec_at(SENTENCE, beside).encode_chunks(texts[head]).vectors
         found = next_chunk_retrieval(other, doc_ids[head])
         summary |= {
             "beside_next_r1": found["next_r1"],

@@ -3,11 +3,11 @@
     python -m jobs.generate --input articles.jsonl.gz --model gru --limit 300 --output predictions.jsonl
     ray job submit --working-dir . -- python -m jobs.generate --input s3://corpus --run /shared/run --output /shared/out
 
-Contexts of five chunks are taken from each article, evenly spread, and the chunks after them predicted. A row holds
-article, title, position (of the predicted chunk), step (1 for the first of --length), context (texts), next (the true
-text, null past the article's end), text, source (exact, writer or corpus), extract (what the corpus has nearest, with
---run), cosine (of the text's own vector to the prediction), cosine_to_next (to the true next vector), both about the
-corpus mean, and log_prob (nats a character under the language model).
+Contexts of as many chunks as the model was trained on are taken from each article, evenly spread, and the chunks after
+them predicted. A row holds article, title, position (of the predicted chunk), step (1 for the first of --length),
+context (texts), next (the true text, null past the article's end), text, source (exact, writer or corpus), extract
+(what the corpus has nearest, with --run), cosine (of the text's own vector to the prediction), cosine_to_next (to the
+true next vector), both about the corpus mean, and log_prob (nats a character under the language model).
 
 Predictions are made in blocks by Ray Data, and a block is written whole and renamed: a job that is killed and run again
 makes what is missing. 300 predictions with four drafts each on two cores: see tests/bench/results.
@@ -46,7 +46,7 @@ from jobs._ray import run as run_main
 from lvm.codec.ladder import LadderSettings
 from lvm.corpus.chunker import Chunker
 from lvm.errors import InputError, LvmError, OutputError
-from lvm.predict.generate import CONTEXT_CHUNKS, Generator
+from lvm.predict.generate import BATCH_TEXTS, Generator
 from lvm.storage import Location
 from lvm.vectors.shards import (
     Manifest,
@@ -63,9 +63,6 @@ from lvm.vectors.shards import (
     write_bytes,
     write_table,
 )
-
-BLOCK = 32
-"""Predictions of one block: two cores write no faster with more at once."""
 
 KIND = "predictions"
 
@@ -145,19 +142,19 @@ def tasks_of(
     source: str, generator: Generator, per_article: int, length: int, limit: int | None
 ) -> Iterator[Task]:
     """Contexts of the articles, in order; those with too few chunks have none."""
-    chunker = Chunker(generator.codec.tokenizer)
+    chunker, num_context = Chunker(generator.codec.tokenizer), generator.predictor.context
     left = limit
     for article in articles_of(source):
         (chunks,) = chunker.chunk([article])
         texts = [c.text for c in chunks]
-        room = len(texts) - CONTEXT_CHUNKS
+        room = len(texts) - num_context
         if room < 1:
             continue
         number = min(per_article, room)
         for place in np.unique(np.linspace(0, room - 1, number + 2)[1:-1].round().astype(int)).tolist():
             if left is not None and left == 0:
                 return
-            end = place + CONTEXT_CHUNKS
+            end = place + num_context
             yield Task(article.article_id, article.title, end, texts[place:end], texts[end : end + length])
             left = None if left is None else left - 1
 
@@ -165,14 +162,12 @@ def tasks_of(
 def predict_block(generator: Generator, tasks: Sequence[Task], length: int) -> pa.Table:
     """The rows of these contexts: all first chunks, then all second ones, and so on."""
     rows: list[dict[str, Any]] = []
-    contexts = [list(task.context) for task in tasks]
     centre = generator.centre
-    for step in range(length):
-        predictions = generator.next_chunks(contexts)
-        texts = [p.answer.text for p in predictions]
+    for step, predictions in enumerate(generator.continue_all([task.context for task in tasks], length)):
+        texts = [p.text for p in predictions]
         truths = [t.following[step] if step < len(t.following) else None for t in tasks]
         given = [t or " " for t in texts] + [t for t in truths if t is not None]
-        encoded = iter(generator.codec.encode(given).vectors - centre)
+        encoded = iter(generator.codec.encode_chunks(given).vectors - centre)
         own = [next(encoded) for _ in texts]
         true = [None if t is None else next(encoded) for t in truths]
         for task, p, text, a, b in zip(tasks, predictions, texts, own, true, strict=True):
@@ -194,8 +189,6 @@ def predict_block(generator: Generator, tasks: Sequence[Task], length: int) -> p
                     "model": p.model,
                 }
             )
-        for context, text in zip(contexts, texts, strict=True):
-            context.append(text)
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
@@ -278,12 +271,12 @@ def generate(
 
     for task in tasks_of(source, generator, per_article, length, limit):
         tasks.append(task)
-        if len(tasks) == BLOCK:
+        if len(tasks) == BATCH_TEXTS:
             close()
     close()
     if not blocks:
         raise InputError(
-            f"{source} has no article with {CONTEXT_CHUNKS + 1} chunks or more; expected longer articles"
+            f"{source} has no article with {generator.predictor.context + 1} chunks or more; expected longer articles"
         )
     del generator
     inputs = {"contexts": fingerprint([b["footer"] for b in blocks])}
@@ -370,7 +363,7 @@ def settings_for(
     """The settings of a job with this generator."""
     corpus = "" if generator.array is None else generator.array.fingerprint
     return GenerateSettings(
-        generator.model, generator.ladder.digest, corpus, length, per_article, limit, asdict(ladder)
+        generator.predictor.name, generator.ladder.digest, corpus, length, per_article, limit, asdict(ladder)
     )
 
 

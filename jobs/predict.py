@@ -22,7 +22,8 @@ from lvm.codec.ladder import LadderSettings
 from lvm.corpus.chunker import chunk_article
 from lvm.corpus.records import Article
 from lvm.errors import InputError
-from lvm.predict.generate import PASSTHROUGH, Generator, Prediction
+from lvm.predict.generate import Generator, Prediction
+from lvm.predict.steer import PASSTHROUGH
 
 WORDS = {
     "exact": "read back: the vector is this text's own",
@@ -68,11 +69,11 @@ def main(
     if loaded.no_writer is not None:
         say(f"note: {loaded.no_writer}")
     loaded_ms = (time.perf_counter() - begun) * 1000
-    for number, prediction in enumerate(generator.continue_(chunks, length)):
+    for number, (prediction,) in enumerate(generator.continue_all([chunks], length)):
         if prediction.truncated and not number:
             limit = loaded.tokenizer.max_tokens
             say(
-                f"warning: {prediction.truncated} of {len(chunks)} texts were longer than {limit} tokens and were cut"
+                f"warning: {prediction.truncated} of the texts read were longer than {limit} tokens and were cut"
             )
         if as_json:
             print(

@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from safetensors.torch import load_file, save_file
 
@@ -44,16 +43,22 @@ from jobs._ray import (
     say,
     unseen_gpu,
 )
-from lvm.codec.identity import require_same_codec
-from lvm.corpus.coherence import Coherence, require_sequential
-from lvm.errors import InputError, LvmError, OutputError, TrainingError
-from lvm.models import CONFIGS, MODELS, Predictor, build, require_known
+from lvm.errors import InputError, LvmError, TrainingError
+from lvm.models import MODELS, Predictor, build, require_known
+from lvm.predict.fitting import (
+    TrainingData,
+    context_mean_cosine,
+    require_codec_of_models,
+    require_models_folder,
+    run_fingerprint,
+    save_trained,
+    vectors_entry,
+)
 from lvm.predict.record import (
     find_record,
     import_checkpoint,
     load_record,
     read_aliases,
-    save_record,
     set_alias,
 )
 from lvm.predict.training import (
@@ -68,11 +73,8 @@ from lvm.predict.training import (
     spread_batches,
 )
 from lvm.storage import Location, RemotePath, local_folder_for, local_input, move_tree
-from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
-from lvm.vectors.shards import Manifest, file_sha256, fingerprint
-
-TRAINING_VERSION = 1
-"""Raised when the same settings give other weights than before, so that models are trained anew."""
+from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+from lvm.vectors.shards import Manifest, file_sha256
 
 CHECKSUMS = "sha256.json"
 """In each checkpoint, by file name: weights and an optimiser's state do not show that a bit of them turned."""
@@ -92,25 +94,13 @@ an epoch on the sample."""
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """What the driver knows of the vectors; for the records."""
-
-    manifest: Manifest
-    """Of the encode job."""
-    windows: dict[str, int]
-    """Windows of train, val and test."""
-    coherence: Coherence
-    """How sequential the text was found to be."""
-    context_mean: float
-    """Mean cosine of the context's mean and the truth, on the windows validated on."""
-
-
-@dataclass(frozen=True)
 class TrainRun:
     """One architecture on one set of windows: all a worker needs, pickled on the way there."""
 
     model: str
     """Key of MODELS."""
+    dim: int
+    """Length of a vector, D."""
     vectors: Location
     """Folder of the encode job."""
     vectors_fingerprint: str
@@ -127,16 +117,8 @@ class TrainRun:
     @property
     def fingerprint(self) -> str:
         """16 hex digits over all that decides the weights."""
-        return fingerprint(
-            {
-                "version": TRAINING_VERSION,
-                "model": self.model,
-                "sizes": asdict(CONFIGS[self.model]()),
-                "vectors": self.vectors_fingerprint,
-                "windows": asdict(self.windows),
-                "recipe": self.recipe.to_dict(),
-                "seed": self.seed,
-            }
+        return run_fingerprint(
+            self.model, self.dim, self.vectors_fingerprint, self.windows, self.recipe, self.seed
         )
 
     @property
@@ -233,7 +215,7 @@ def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[
         raise InputError(f"{this.vectors} changed while this job ran; run `latent train` again")
     parts = make_windows(array, this.windows).split(this.seed)
     torch.manual_seed(this.seed)
-    model = build(this.model)
+    model = build(this.model, {"dim": this.dim})
     progress: Progress | None = None
     optimiser_state: dict[str, Any] | None = None
     checkpoint = ray.train.get_checkpoint()
@@ -470,84 +452,18 @@ def publish_run(
     progress = result.return_value["progress"]
     device = progress.pop("device")
     checkpoint, best = max(result.best_checkpoints, key=lambda c: (c[1]["val_cosine"], -c[1]["epoch"]))
-    model = build(this.model)
+    model = build(this.model, {"dim": this.dim})
     with checkpoint.as_directory() as folder:
         model.load_state_dict(load_file(Path(folder, "model.safetensors")))
-        rows = json.loads(Path(folder, "progress.json").read_text())["curve"]
-    best_row = next(r for r in rows if r["epoch"] == best["epoch"])
-    recipe, manifest, sizes = this.recipe, data.manifest, data.windows
-    metrics = {
-        "val_cosine": best_row["val_cosine"],
-        "val_loss": best_row["val_loss"],
-        "context_mean_val_cosine": data.context_mean,
-        "start_val_cosine": progress["curve"][0]["val_cosine"],
-        "best_epoch": best_row["epoch"],
-        "epochs": progress["epoch"],
-        "seconds": round(progress["seconds"], 1),
-        "stopped": progress["stopped"],
-        "train_windows": sizes["train"],
-        "val_windows": min(sizes["val"], recipe.max_val_windows),
-        "test_windows": sizes["test"],
-        "curve": progress["curve"],
-    }
-    share = recipe.loss.info_nce_share
-    loss = "squared distance of unit vectors (MSE)" + (
-        f", with InfoNCE at {share:g} of its gradient norm" if share else ""
-    )
-    batch = recipe.batch_size(sizes["train"])
-    peak = recipe.peak_rate(this.model, sizes["train"])
-    config = {
-        "run": this.fingerprint,
-        "seed": this.seed,
-        "windows": asdict(this.windows),
-        "vectors": vectors_entry(this.vectors, manifest),
-        "coherence": data.coherence.to_dict(),
-        "recipe": recipe.to_dict(),
-        "device": device,
-    }
-    provenance = {
-        "Data source": f"{manifest.source or 'not stated'} (licence: {manifest.licence or 'not stated'})",
-        "Vectors": f"{manifest.rows:,}, fingerprint {this.vectors_fingerprint}",
-        "Sequences": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test windows of "
-        f"{this.windows.context} vectors and the next, split by article",
-        "Loss": loss,
-        "Start": "hidden layers along the principal directions, output layer by ridge regression"
-        if recipe.solved_start
-        else "random",
-        "Optimiser": f"{recipe.optimiser}, peak learning rate {peak:.2g}, batch {batch}, "
-        f"recipe {recipe.name}",
-        "Epochs": f"{progress['epoch']} trained ({progress['stopped']}); these are the weights of epoch "
-        f"{best_row['epoch']}",
-        "Seed": str(this.seed),
-        "Device": device,
-    }
-    issues = []
-    if best_row["val_cosine"] <= data.context_mean:
-        issues.append(
-            "On validation articles it does not beat the mean of its context (cosine "
-            f"{best_row['val_cosine']:.4f} against {data.context_mean:.4f})."
-        )
-    if data.coherence.fault is not None:
-        issues.append(f"Trained on text the coherence test refuses: {data.coherence.fault}.")
-    folder = save_record(
-        models, this.model, model, manifest.identity, config, metrics, provenance, tuple(issues)
+    row = next(r for r in progress["curve"] if r["epoch"] == best["epoch"])
+    folder, metrics = save_trained(
+        models, this.model, model, data, this.recipe, Progress(**progress), row, device
     )
     set_alias(models, this.model, folder)
     # What only going on needs is two thirds of a checkpoint; the best three weights stay.
     for optimiser in this.folder.glob("*/optimiser.pt"):
         optimiser.unlink()
     return Trained(folder, metrics, up_to_date=False)
-
-
-def vectors_entry(vectors: Location, manifest: Manifest) -> dict[str, Any]:
-    """What config.json says of the vectors a model was trained or scored on."""
-    return {
-        "directory": str(vectors),
-        "fingerprint": manifest.fingerprint,
-        "rows": manifest.rows,
-        "source": manifest.source,
-        "licence": manifest.licence,
-    }
 
 
 def train_models(
@@ -572,15 +488,15 @@ def train_models(
         require_known(name)
     vectors, models = vectors.resolve(), models.resolve()
     require_models_folder(models)
-    manifest = Manifest.load(vectors, "vectors")
     array = open_vectors(vectors)
     require_codec_of_models(models, array)
-    coherence = check_sequential(array, manifest.source, allow_non_sequential)
-    settings = windows or WindowSettings()
-    parts = make_windows(array, settings).split(seed)
-    result = TrainResult({k: len(v) for k, v in parts.items()})
+    data = TrainingData.of(array, windows, seed, allow_non_sequential)
+    result = TrainResult(data.num_windows)
 
-    runs = [TrainRun(n, vectors, array.fingerprint, settings, recipe, seed, models / "runs") for n in names]
+    runs = [
+        TrainRun(n, data.dim, vectors, array.fingerprint, data.settings, recipe, seed, models / "runs")
+        for n in names
+    ]
     pending = []
     for this in runs:
         found = find_record(models, this.model, run=this.fingerprint)
@@ -592,11 +508,10 @@ def train_models(
         result.trained[this.model] = Trained(found, load_record(models, found.name).metrics, up_to_date=True)
         say(f"train: {this.model} is up to date ({found.name})")
     if pending:
-        context_mean = context_mean_cosine(parts["val"], recipe.max_val_windows)
-        data = TrainingData(manifest, result.windows, coherence, context_mean)
+        context_mean = context_mean_cosine(data.parts["val"], recipe.max_val_windows)
         say(
             f"train: {', '.join(r.model for r in pending)} on {result.windows['train']:,} windows of "
-            f"{settings.context} vectors, recipe {recipe.name}; context mean's val cosine {context_mean:.4f}"
+            f"{data.settings.context} vectors, recipe {recipe.name}; context mean's val cosine {context_mean:.4f}"
         )
         connect(address)
         for this in pending:
@@ -617,45 +532,6 @@ def train_models(
             )
     result.trained = {n: result.trained[n] for n in names if n in result.trained}
     return result
-
-
-def require_models_folder(models: Location) -> None:
-    """Return when `models` is or can become a folder of records, else raise OutputError."""
-    if models.exists() and not models.is_dir():
-        raise OutputError(f"--output {models} is a file, expected a folder; choose another --output")
-    if (models / "manifest.json").exists():
-        kind = Manifest.load(models).kind
-        raise OutputError(
-            f"{models} holds {kind}, expected models or an empty folder; choose another --output"
-        )
-
-
-def require_codec_of_models(models: Location, array: VectorArray) -> None:
-    """Return when every alias in `models` is a model of the vectors' codec, else raise IdentityError."""
-    for alias, folder in read_aliases(models).items():
-        if (models / folder).is_dir():
-            identity = load_record(models, folder).identity
-            require_same_codec(
-                array.identity, identity, str(array.directory), f"model {alias!r} in {models} ({folder})"
-            )
-
-
-def check_sequential(array: VectorArray, source: str, allow_non_sequential: str | None) -> Coherence:
-    """How sequential the text is; raises InputError where it is not and the user does not insist."""
-    firsts = np.flatnonzero(np.diff(array.doc_ids, prepend=-1))
-    names = sorted({source, *array.sources(firsts)})
-    return require_sequential(array.vectors, array.doc_ids, array.positions, names, allow_non_sequential)
-
-
-def context_mean_cosine(val: Windows, most: int) -> float:
-    """Mean cosine between the context's mean and the truth, on the windows training validates on."""
-    total, count = 0.0, 0
-    for contexts, targets in spread_batches(val, most):
-        mean = contexts.mean(axis=1)
-        norms = np.linalg.norm(mean, axis=1) * np.linalg.norm(targets, axis=1)
-        total += float((np.einsum("bd,bd->b", mean, targets) / np.maximum(norms, 1e-12)).sum())
-        count += len(targets)
-    return total / count
 
 
 def _first_line(error: BaseException) -> str:
@@ -705,6 +581,7 @@ def main(
     max_minutes: Annotated[
         float | None, typer.Option(help="Longest training, in minutes, instead of the recipe's.")
     ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Vectors a predictor reads before the next.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the split by article and of training.")] = 0,
     allow_non_sequential: Annotated[
         str | None,
@@ -736,6 +613,7 @@ def main(
             list(dict.fromkeys(names)),
             chosen,
             seed,
+            WindowSettings(context=context),
             allow_non_sequential=allow_non_sequential,
             address=address,
             gpus=gpus,

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +56,9 @@ SUBMIT = "Run a command on a Ray cluster: submit --address URL encode --input â€
 
 SERVE = "Text to text over HTTP: --run DIR --port 8000; a page to try it at /."
 
+SERVE_NEEDS = ("fastapi", "starlette", "uvicorn", "pydantic", "httptools")
+"""Packages of the extra `serve`, beside Ray Serve's own part of Ray."""
+
 FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
@@ -96,6 +100,12 @@ app.add_typer(codec_app, name="codec")
 
 @app.command("serve", help=SERVE, context_settings=FORWARD)
 def _serve(context: typer.Context) -> None:
+    if missing := [name for name in SERVE_NEEDS if find_spec(name) is None]:
+        print(
+            f"error: latent serve needs {', '.join(missing)}, which is not installed; run pip install -e '.[serve]'",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
     raise typer.Exit(run_job("launch", context.args, folder="serve"))
 
 

@@ -57,7 +57,7 @@ class Decoder:
         settings = LadderSettings(candidates=args.candidates, cache_bytes=args.cache_bytes)
         self._ladder = Ladder(self._codec, self._codec.writer, settings)
         # One text that is read back, and one that no text has: both engines are warm then.
-        own = self._codec.encode(["warm up", "a second text"]).vectors
+        own = self._codec.encode_chunks(["warm up", "a second text"]).vectors
         for vector in (own[0], unit(own.sum(0))):
             self._ladder.add(vector, cache=False)
         while len(self._ladder):

@@ -35,13 +35,13 @@ class Encoder:
 
         torch.set_num_threads(args.encoder.num_threads)
         self._codec = codec_of_run(args)
-        self._codec.encode(["warm up"])
+        self._codec.encode_chunks(["warm up"])
         self._queue: RowQueue[str, EncodedText] = RowQueue(
             self._work, args.queue_rows * 5, measure=replica_metrics().measure
         )
 
     def _work(self, texts: list[str]) -> Sequence[EncodedText]:
-        encoded = self._codec.encode(texts)
+        encoded = self._codec.encode_chunks(texts)
         return [
             EncodedText(vector, float(norm), int(count), bool(cut))
             for vector, norm, count, cut in zip(

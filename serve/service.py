@@ -13,7 +13,7 @@ from fastapi import Request
 
 from lvm.codec.identity import CodecIdentity
 from lvm.corpus.chunker import Chunk, Chunker
-from lvm.corpus.readers import Article
+from lvm.corpus.records import Article
 from serve.health import Seen, Window
 from serve.metrics import GatewayMetrics
 from serve.pipeline import Pipeline

@@ -7,26 +7,22 @@ root folder holds `sentence-transformers/gtr-t5-base`, `t5-base`, `jxm/gtr__nq__
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from transformers import T5Model as T5ModelForEmbedding
 
+from lvm.codec.gtr import EMBEDDER, GTR_CODECS, MAX_TOKENS
 from lvm.codec.tokenizer import train_tokenizer
+from lvm.codec.vec2text_package import CODEC, T5, embed, load_vec2text
 
-EMBEDDER, T5 = "sentence-transformers/gtr-t5-base", "t5-base"
-HYPOTHESIZER, CORRECTOR = "jxm/gtr__nq__32", "jxm/gtr__nq__32__correct"
-MAX_TOKENS = 32
-"""`max_seq_length` of the published pairs."""
+HYPOTHESIZER, CORRECTOR = GTR_CODECS[CODEC].hypothesizer, GTR_CODECS[CODEC].corrector
 
 
 @dataclass(frozen=True)
@@ -51,17 +47,6 @@ class Sizes:
 
 GTR_BASE = Sizes(768, 12, 12, 64, 3072, 32128, 12, 12, 64, 3072, 16, embedding_std=0.05)
 """What jxm/gtr__nq__32 has."""
-
-
-@contextlib.contextmanager
-def working_directory(path: Path) -> Iterator[None]:
-    """vec2text's relative names resolve under `path`."""
-    before = Path.cwd()
-    os.chdir(path)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def make_tokenizer(root: Path, texts: Sequence[str], vocabulary_size: int) -> None:
@@ -142,70 +127,9 @@ def make_checkpoints(root: Path, texts: Sequence[str], sizes: Sizes, seed: int =
         "num_repeat_tokens": sizes.num_repeat_tokens,
         "corrector_ignore_hypothesis_embedding": False,
     }
-    with working_directory(root):
+    with contextlib.chdir(root):
         for name, kind in ((HYPOTHESIZER, InversionModel), (CORRECTOR, CorrectorEncoderModel)):
             kind(InversionConfig(**config)).save_pretrained(root / name)
-
-
-def load_vec2text(root: Path) -> Any:
-    """vec2text's own Corrector over the checkpoints, as its API builds it.
-
-    Its trainer fetches three metrics from the hub when it is built, for evaluation alone; those are left out. Its
-    models are built and then filled, for its nested from_pretrained does not run under transformers 5.
-    """
-    import vec2text
-    from vec2text.models import CorrectorEncoderModel, InversionModel
-    from vec2text.models.config import InversionConfig
-
-    with working_directory(root), mock.patch("evaluate.load", return_value=None):
-        models = []
-        for name, kind in ((HYPOTHESIZER, InversionModel), (CORRECTOR, CorrectorEncoderModel)):
-            model = kind(InversionConfig(**json.loads((root / name / "config.json").read_text())))
-            missing, unexpected = model.load_state_dict(
-                load_file(root / name / "model.safetensors"), strict=False
-            )
-            tied = {"embed_tokens.weight", "lm_head.weight", "shared.weight"}
-            assert not unexpected
-            assert all(any(m.endswith(t) for t in tied) for m in missing), missing
-            models.append(model)
-            # vec2text divides by length ** length_penalty; transformers 5 leaves None where 4 had this default.
-            model.encoder_decoder.generation_config.length_penalty = 1.0
-        corrector = vec2text.load_corrector(*models)
-    corrector.model.eval()
-    corrector.inversion_trainer.model.eval()
-    return corrector
-
-
-def vec2text_ids(
-    corrector: Any, vectors: Tensor, steps: int, beam_width: int = 0, max_length: int = MAX_TOKENS
-) -> list[list[int]]:
-    """vec2text's token ids without the start token, up to and with the end token."""
-    kwargs = {**corrector.gen_kwargs, "min_length": 1, "max_length": max_length}
-    with torch.no_grad():
-        if steps == 0:
-            ids = corrector.inversion_trainer.generate({"frozen_embeddings": vectors}, kwargs)
-        else:
-            corrector.return_best_hypothesis = beam_width > 0
-            ids = corrector.generate(
-                {"frozen_embeddings": vectors},
-                kwargs,
-                num_recursive_steps=steps,
-                sequence_beam_width=beam_width,
-            )
-    rows = []
-    for row in ids[:, 1:].tolist():
-        rows.append(row[: row.index(1) + 1] if 1 in row else [i for i in row if i != 0])
-    return rows
-
-
-def embed(corrector: Any, texts: Sequence[str]) -> Tensor:
-    """vec2text's own vectors of texts, (N, 768) float32, not normalised."""
-    batch = corrector.embedder_tokenizer(
-        list(texts), max_length=MAX_TOKENS, truncation=True, padding="max_length", return_tensors="pt"
-    )
-    with torch.no_grad():
-        vectors: Tensor = corrector.call_embedding_model(batch.input_ids, batch.attention_mask)
-    return vectors
 
 
 def fit(root: Path, texts: Sequence[str], steps: int, batch: int = 48, seed: int = 0) -> list[float]:
@@ -257,7 +181,7 @@ def fit(root: Path, texts: Sequence[str], steps: int, batch: int = 48, seed: int
             optimizer.step()
             schedule.step()
         losses.append(loss.item())
-    with working_directory(root):
+    with contextlib.chdir(root):
         hypothesizer.save_pretrained(root / HYPOTHESIZER)
         model.save_pretrained(root / CORRECTOR)
     return losses

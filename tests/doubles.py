@@ -36,10 +36,10 @@ class FakeTokenizer:
 
 
 @lru_cache(maxsize=65_536)
-def word_vector(word: str, seed: str = "") -> np.ndarray:
-    """The (D,) float32 unit vector of one word."""
+def word_vector(word: str, seed: str = "", dim: int = DIM) -> np.ndarray:
+    """The (dim,) float32 unit vector of one word."""
     number = int.from_bytes(hashlib.sha256(f"{seed} {word}".encode()).digest()[:8])
-    vector = np.random.default_rng(number).standard_normal(DIM)
+    vector = np.random.default_rng(number).standard_normal(dim)
     return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
@@ -110,7 +110,7 @@ class FakeCodec:
     def reading(self) -> FakeReading:
         return FakeReading(self)
 
-    def __init__(self, seed: str = "words", max_tokens: int = 32) -> None:
+    def __init__(self, seed: str = "words", max_tokens: int = 32, dim: int = DIM) -> None:
         self.seed = seed
         self.tokenizer = FakeTokenizer(max_tokens)
         self.identity = CodecIdentity(
@@ -121,15 +121,16 @@ class FakeCodec:
             dense=False,
             normalized=False,
             max_tokens=max_tokens,
-            dim=DIM,
+            dim=dim,
         )
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
+    def encode_chunks(self, texts: Sequence[str]) -> Encoded:
         limit = self.identity.max_tokens - 1
-        raw = np.zeros((len(texts), DIM), np.float32)
+        dim = self.identity.dim
+        raw = np.zeros((len(texts), dim), np.float32)
         for row, text in enumerate(texts):
-            raw[row] = word_vector("</s>", self.seed) + sum(
-                word_vector(w.casefold(), self.seed) for w in text.split()[:limit]
+            raw[row] = word_vector("</s>", self.seed, dim) + sum(
+                word_vector(w.casefold(), self.seed, dim) for w in text.split()[:limit]
             )
         norms = np.linalg.norm(raw, axis=1)
         counts = np.array(self.tokenizer.count(texts), np.int32)
@@ -141,7 +142,7 @@ class FakeCodec:
             "text of " + hashlib.sha256((np.round(v, 3) + 0.0).astype("<f4").tobytes()).hexdigest()[:8]
             for v in np.asarray(vectors, np.float32)
         ]
-        cosines = np.einsum("bd,bd->b", self.encode(texts).vectors, vectors).astype(np.float32)
+        cosines = np.einsum("bd,bd->b", self.encode_chunks(texts).vectors, vectors).astype(np.float32)
         return Decoded(texts, cosines, np.full(len(texts), steps, np.int32))
 
 
@@ -153,8 +154,8 @@ def fake_codec() -> FakeCodec:
 class BrokenCodec(FakeCodec):
     """Returns NaN for every text that holds the word "poison"."""
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        encoded = super().encode(texts)
+    def encode_chunks(self, texts: Sequence[str]) -> Encoded:
+        encoded = super().encode_chunks(texts)
         for row, text in enumerate(texts):
             if "poison" in text:
                 encoded.vectors[row] = np.nan
@@ -232,7 +233,7 @@ def write_vectors(
     shards = []
     for number, low in enumerate(range(0, len(articles), articles_per_shard)):
         table = chunk_table(articles[low : low + articles_per_shard], low)
-        encoded = codec.encode(table.column("text").to_pylist())
+        encoded = codec.encode_chunks(table.column("text").to_pylist())
         vectors = vectors_to_table(
             table, encoded.vectors, encoded.norms, encoded.num_tokens, encoded.truncated
         )

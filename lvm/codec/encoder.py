@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lvm.codec.inference import Int8MiniEncoder
 from lvm.codec.runner import Precision, StackRunner, best_precision
 from lvm.codec.t5 import T5Stack
-from lvm.codec.tokenizer import ChunkTokenizer
+from lvm.codec.tokenizer import ChunkTokenizer, require_texts
 from lvm.errors import InputError
 
 BATCH_TOKENS = {"cpu": 2048}
@@ -173,26 +173,25 @@ class TextEncoder:
         self, texts: Sequence[str]
     ) -> tuple[list[list[int]], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Token ids of each text (cut to the limit), whole lengths (N,), and whether each was cut (N,)."""
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"text {i} is a {type(text).__name__}, expected str; give texts alone")
-        ids, lengths = self.tokenizer.encode(texts)
+        ids, lengths = self.tokenizer.encode(require_texts(texts))
         counts = np.asarray(lengths, np.int32)
         return ids, counts, counts > self.tokenizer.max_tokens
 
     def batches(
-        self, ids: Sequence[Sequence[int]]
+        self, ids: Sequence[Sequence[int]], batch_size: int | None = None
     ) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor | None]]:
         """Row numbers, padded ids (B, T) and mask (B, T), longest texts first, under the token budget.
 
-        The mask is None for a batch without padding, which most are.
+        batch_size: most texts of a batch; None for the token budget alone. The mask is None for a batch without
+        padding, which most are.
         """
+        most = len(ids) if batch_size is None else batch_size
         lengths = np.fromiter((len(r) for r in ids), np.int64, len(ids))
         order = np.argsort(-lengths, kind="stable")
         start = 0
         while start < len(order):
             T = int(lengths[order[start]])
-            rows = order[start : start + max(1, self.batch_tokens // T)]
+            rows = order[start : start + max(1, min(most, self.batch_tokens // T))]
             padding = np.cumsum(T - lengths[rows])
             rows = rows[: int(np.searchsorted(padding, MAX_PADDING, side="right"))]
             padded = np.full((len(rows), T), self.tokenizer.pad_id, np.int64)
@@ -225,11 +224,21 @@ class TextEncoder:
             )
         return vectors / norms[:, None], norms.astype(np.float32)
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Vectors of texts in their order; batching by length changes nothing but the speed."""
+    def encode(
+        self,
+        texts: Sequence[str],
+        batch_size: int | None = None,
+        advance: Callable[[int], object] = lambda rows: None,
+    ) -> Encoded:
+        """Vectors of texts in their order; batching by length changes nothing but the speed.
+
+        batch_size: most texts multiplied at once, None for as many as suit the device. advance: called with the number
+        of texts of each batch when it is done.
+        """
         ids, lengths, cut = self.pre(texts)
         vectors = np.empty((len(texts), self.network.config.dim), np.float32)
-        for rows, padded, mask in self.batches(ids):
+        for rows, padded, mask in self.batches(ids, batch_size):
             vectors[rows] = self.core(padded, mask).float().cpu().numpy()
+            advance(len(rows))
         units, norms = self.post(vectors)
         return Encoded(units, norms, lengths, cut)

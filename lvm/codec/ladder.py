@@ -78,7 +78,7 @@ class Decoder(Protocol):
     @property
     def supported_steps(self) -> tuple[int, ...] | None: ...
     def reading(self) -> Reading: ...
-    def encode(self, texts: list[str]) -> Any: ...
+    def encode_chunks(self, texts: list[str]) -> Any: ...
 
 
 class Draft(Protocol):
@@ -510,7 +510,7 @@ class Ladder:
             row.clock("write")
         drafts = [list(finished[row.drafting]) for _, row in ours if row.drafting is not None]
         texts = [d.text for some in drafts for d in some]
-        vectors = _unit(np.asarray(self._codec.encode([t or " " for t in texts]).vectors, np.float32))
+        vectors = _unit(np.asarray(self._codec.encode_chunks([t or " " for t in texts]).vectors, np.float32))
         ranked: list[list[Attempt]] = []
         at = 0
         for (_, row), some in zip(ours, drafts, strict=True):

@@ -22,6 +22,39 @@ SPECIAL = ((END, PAD), ("[SEP]", "[PAD]"))
 """End and padding tokens of the tokenizers read here: T5's and most others', BERT's."""
 
 
+_NOT_NESTED = "give one list of texts, or encode each list by itself"
+_BYTES = 'decode it first: value.decode("utf-8")'
+_CURE = {
+    bytes: _BYTES,
+    bytearray: _BYTES,
+    list: _NOT_NESTED,
+    tuple: _NOT_NESTED,
+    type(None): "leave out what has no text",
+}
+"""What to do with a value that is no text, by its type."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def require_texts(texts: object) -> list[str]:
+    """A str as a list of one, a sequence of str as a list. Raises InputError on all else, with its place."""
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, Sequence) or isinstance(texts, bytes | bytearray):
+        cure = _CURE.get(type(texts), "make a list of str of it")
+        raise InputError(f"expected a str or a list of str, got {type(texts).__name__}; {cure}")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            cure = _CURE.get(type(text), "give texts alone")
+            raise InputError(f"text {place} of {len(texts)} is {type(text).__name__}, expected str; {cure}")
+        if not text.isascii() and _SURROGATE.search(text):
+            raise InputError(
+                f"text {place} of {len(texts)} holds half a surrogate pair, which is no character; decode its bytes "
+                'again, with errors="replace"'
+            )
+    return list(texts)
+
+
 class ChunkTokenizer:
     """Text to token ids under one codec's limit; the end-of-sequence token always counts."""
 

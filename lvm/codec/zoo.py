@@ -5,6 +5,7 @@
 """
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress
 
 from lvm.codec.gtr import GTR_CODECS, hash_tensors, load_gtr, load_gtr_tokenizer
 from lvm.codec.identity import CodecIdentity
-from lvm.codec.tokenizer import ChunkTokenizer
+from lvm.codec.tokenizer import ChunkTokenizer, require_texts
 from lvm.errors import InputError
 
 if TYPE_CHECKING:
     from lvm.codec.encoder import Encoded, TextEncoder
     from lvm.codec.inverter import Inverter, Rounds
+    from lvm.codec.vec2text_package import PackageInverter
     from lvm.codec.writer import Writer
 
 CODECS = {"mini": Path(__file__).parent / "weights" / "mini"}
@@ -30,6 +34,9 @@ CODECS = {"mini": Path(__file__).parent / "weights" / "mini"}
 SENTENCE = "sentence-transformers"
 """Name of the codec of any such model, in the folder that --codec-path names: vectors, and a writer where one
 was fitted."""
+
+ENGINES = ("lvm", "vec2text")
+"""What can decode: this library, or the vec2text package for comparison."""
 
 MINI_STEPS = (0, 1, 2, 3, 4, 5)
 """Corrector steps of `mini` that were measured; the first does nearly all, more than five changed no text."""
@@ -56,7 +63,7 @@ class Codec:
         self,
         identity: CodecIdentity,
         encoder: "TextEncoder",
-        inverter: "Inverter | None",
+        inverter: "Inverter | PackageInverter | None",
         scale: float = 1.0,
         supported_steps: tuple[int, ...] | None = None,
         decoder_digest: str = "",
@@ -97,12 +104,17 @@ class Codec:
         return self._supported_steps
 
     def reading(self) -> "Rounds":
-        """Rounds in which unit vectors are read back."""
-        from lvm.codec.inverter import Rounds
+        """Rounds in which unit vectors are read back. Raises InputError with engine vec2text, which knows none."""
+        from lvm.codec.inverter import Inverter, Rounds
 
-        return Rounds(self._require_inverter(), self.scale)
+        inverter = self._require_inverter()
+        if not isinstance(inverter, Inverter):
+            raise InputError(
+                "engine vec2text decodes whole batches and is for comparison; load the codec without it"
+            )
+        return Rounds(inverter, self.scale)
 
-    def _require_inverter(self) -> "Inverter":
+    def _require_inverter(self) -> "Inverter | PackageInverter":
         if self.inverter is None:
             raise InputError(
                 f"codec {self.identity} reads no text back, it has an encoder alone; a writer writes from its vectors "
@@ -115,8 +127,33 @@ class Codec:
         """The codec's tokenizer, with its limit."""
         return self._encoder.tokenizer
 
-    def encode(self, texts: list[str]) -> "Encoded":
-        """Unit vectors (N, 768) float32 of N texts, with norms, token counts and what was cut."""
+    def encode(
+        self, texts: str | Sequence[str], batch_size: int | None = None, show_progress: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Unit vectors, float32: (D,) of one text, (N, D) of a list of N.
+
+        batch_size: most texts encoded at once; None for what suits the device. show_progress: a bar on stderr. Texts
+        above the codec's limit are cut, with a UserWarning; `lvm.chunk` cuts without loss.
+
+        Raises InputError on anything but a str or a sequence of them, naming the place, and on a batch_size below 1.
+        """
+        several = require_texts(texts)
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(f"batch_size is {batch_size!r}; expected a whole number of 1 or more, or None")
+        with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
+            task = progress.add_task("encode", total=len(several))
+            encoded = self._encoder.encode(several, batch_size, lambda rows: progress.advance(task, rows))
+        if encoded.truncated.any():
+            warnings.warn(
+                f"{int(encoded.truncated.sum())} of {len(several)} texts are longer than {self.identity.max_tokens} "
+                f"tokens and were cut, text {int(encoded.truncated.argmax())} first; lvm.chunk(text, codec) cuts "
+                "without loss",
+                stacklevel=2,
+            )
+        return encoded.vectors[0] if isinstance(texts, str) else encoded.vectors
+
+    def encode_chunks(self, texts: list[str]) -> "Encoded":
+        """What a job stores of N chunks: unit vectors (N, D), norms, token counts and what was cut."""
         return self._encoder.encode(texts)
 
     def decode(
@@ -127,7 +164,7 @@ class Codec:
         starts: Sequence[str | None] | None = None,
         norms: npt.NDArray[np.float32] | None = None,
     ) -> Decoded:
-        """Texts of unit vectors (B, 768), with the round-trip cosine of each.
+        """Texts of unit vectors (B, D), or of one (D,), with the round-trip cosine of each.
 
         steps: most corrector steps, for all rows or for each. target_cosine: a row that reaches it takes no
         further step. starts: texts of near neighbours; a row starts from its own or from the hypothesizer's
@@ -136,7 +173,13 @@ class Codec:
 
         Raises InputError on a wrong shape, on values that are no numbers, and on steps the codec lacks.
         """
-        vectors = np.ascontiguousarray(vectors, np.float32)
+        try:
+            vectors = np.atleast_2d(np.asarray(vectors, np.float32))
+        except (TypeError, ValueError) as err:
+            raise InputError(
+                f"got {type(vectors).__name__} to decode ({err}); expected numbers (B, {self.identity.dim}), as encode "
+                "gives them"
+            ) from err
         if vectors.ndim != 2 or vectors.shape[1] != self.identity.dim:
             raise InputError(
                 f"vectors have shape {vectors.shape}, expected (B, {self.identity.dim}) for codec {self.identity}"
@@ -209,13 +252,15 @@ def load_codec(
     precision: str = "auto",
     writer: str | Path | None = None,
     language_model: str | Path | None = None,
+    engine: str = "lvm",
 ) -> Codec:
     """A codec ready to encode and decode.
 
     device: "auto" (CUDA, then MPS, then CPU) or a torch device. precision: "float32", "bfloat16",
     "int8", or "auto" for the fastest that keeps the quality. writer: folder of a writer that `latent
     train-writer` made, else the one in the codec's own folder; language_model: what it writes with
-    (`lvm.codec.writer.load_base`). Raises InputError on an unknown name, missing or damaged files, and when
+    (`lvm.codec.writer.load_base`). engine: what `decode` works with, "lvm" or, for comparison, "vec2text", the original
+    package (codec gtr-jxe). Raises InputError on an unknown name, missing or damaged files, and when
     the tokenizer is not the one the weights were trained with.
     """
     from safetensors import SafetensorError
@@ -228,6 +273,20 @@ def load_codec(
     from lvm.codec.unbind import Unbinder, UnbindingInverter
 
     where = pick_device(device)
+    if engine not in ENGINES:
+        raise InputError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
+    if engine == "vec2text":
+        from lvm.codec import vec2text_package
+
+        if name != vec2text_package.CODEC:
+            raise InputError(
+                f"engine vec2text decodes {vec2text_package.CODEC} alone, got {name!r}; choose that codec or engine lvm"
+            )
+        codec = load_gtr(name, path, where, precision)
+        package = vec2text_package.load_vec2text(path)
+        codec.inverter = vec2text_package.PackageInverter(package, codec.tokenizer.decode)
+        codec.decoder_digest += " by vec2text"
+        return codec
     if name == SENTENCE:
         if path is None:
             raise InputError(

@@ -328,7 +328,7 @@ def decode_block(
         for row, chunk in zip(taken.tolist(), nearest(block.vectors[taken], taken.tolist()), strict=True):
             answers[row] = Answer(chunk.text, "corpus", chunk.cosine)
     whole = [answer for answer in answers if answer is not None]
-    of_texts = cosines(codec.encode([a.text or " " for a in whole]).vectors, block.truths)
+    of_texts = cosines(codec.encode_chunks([a.text or " " for a in whole]).vectors, block.truths)
     return number, [TextAnswer(a, float(c)) for a, c in zip(whole, of_texts, strict=True)]
 
 

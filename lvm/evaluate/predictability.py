@@ -11,15 +11,15 @@ from lvm.errors import InputError
 from lvm.evaluate.baselines import Batches, RidgeSettings, fit_ridge
 
 CONTEXT = 5
-"""Chunks that are known."""
+"""Chunks that are known where nobody says otherwise."""
 BATCH_WINDOWS = 2048
 """Windows handed on at once."""
 
 
-def targets_of(doc_ids: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Rows (N,) that have a whole context of their own article before them; doc_ids in article order."""
-    last = np.arange(CONTEXT, len(doc_ids))
-    whole: NDArray[np.bool_] = doc_ids[last] == doc_ids[last - CONTEXT]
+def targets_of(doc_ids: NDArray[np.int32], context: int = CONTEXT) -> NDArray[np.int64]:
+    """Rows (N,) that have `context` rows of their own article before them; doc_ids in article order."""
+    last = np.arange(context, len(doc_ids))
+    whole: NDArray[np.bool_] = doc_ids[last] == doc_ids[last - context]
     return last[whole]
 
 
@@ -79,9 +79,9 @@ def ridge_retrieval(
     }
 
 
-def contexts_of(targets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows (B, 5) of the contexts of targets (B,)."""
-    return targets[:, None] + np.arange(-CONTEXT, 0)
+def contexts_of(targets: NDArray[np.int64], context: int = CONTEXT) -> NDArray[np.int64]:
+    """Rows (B, context) before each of the targets (B,)."""
+    return targets[:, None] + np.arange(-context, 0)
 
 
 def _batches(vectors: NDArray[np.float32], targets: NDArray[np.int64]) -> Batches:

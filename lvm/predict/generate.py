@@ -4,38 +4,31 @@ One object per model, loaded once; a corpus is optional. Letters: B contexts, T 
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lvm.codec.identity import require_same_codec
-from lvm.codec.ladder import Answer, Ladder, LadderSettings, Nearest
+from lvm.codec.ladder import Answer, Ladder, LadderSettings, Nearest, Source
+from lvm.codec.tokenizer import require_texts
 from lvm.codec.zoo import Codec
+from lvm.corpus.chunker import Chunker
+from lvm.corpus.records import Article
 from lvm.errors import InputError
 from lvm.predict.extract import Extractor
-from lvm.predict.record import load_record
-from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH, Context, Fill, build_context, snap
+from lvm.predict.predictor import TrainedPredictor, load_predictor
+from lvm.predict.steer import PASSTHROUGH, Context, Fill, build_context, snap
 from lvm.storage import Location
 from lvm.vectors.index import Index, load_index
 from lvm.vectors.sequences import VectorArray, open_vectors
 
 R = TypeVar("R")
 
-SHIPPED = Path(__file__).parent / "weights"
-"""Model records that ship with the package, for the codec that does."""
-
-__all__ = ["CONTEXT_CHUNKS", "PASSTHROUGH", "Generator", "Predict", "Prediction", "predictor"]
-
-
-class Predict(Protocol):
-    """A predictor as a function."""
-
-    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, T, D) unit vectors to (B, D) unit vectors."""
+BATCH_TEXTS = 32
+"""Texts predicted at once: two cores write no faster with more."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +52,20 @@ class Prediction:
     milliseconds: dict[str, float]
     """encode, context, predict, snap, extract, decode; of the whole batch."""
 
+    @property
+    def text(self) -> str:
+        """The predicted text."""
+        return self.answer.text
 
-def predictor(models: Location, name: str, codec: Codec) -> tuple[str, Predict]:
-    """A model record as a function, and its folder name. Raises IdentityError on another codec's model."""
-    if name == PASSTHROUGH:
-        return PASSTHROUGH, lambda contexts: contexts[:, -1]
-    import torch
+    @property
+    def source(self) -> Source:
+        """Where the text comes from: "writer", "corpus", or "exact" where the vector is a text's own."""
+        return self.answer.source
 
-    record = load_record(models, name)
-    require_same_codec(record.identity, codec.identity, f"model {record.folder.name}", "the loaded codec")
-    model = record.model.eval()
-
-    def predict(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            return np.asarray(model(torch.from_numpy(contexts)).float().numpy())
-
-    return record.folder.name, predict
+    @property
+    def cosine(self) -> float:
+        """Cosine of the text, encoded again, to the vector that was decoded."""
+        return self.answer.cosine
 
 
 class Generator:
@@ -83,27 +74,32 @@ class Generator:
     def __init__(
         self,
         codec: Codec,
-        model: str,
-        predict: Predict,
-        array: VectorArray | None = None,
+        predictor: TrainedPredictor,
         index: Index | None = None,
+        vectors: VectorArray | None = None,
         settings: LadderSettings | None = None,
         snapped: bool = False,
     ) -> None:
-        """array and index: a corpus, both or neither; it completes short contexts, answers where no written text reads,
-        and, with `snapped`, moves predictions onto itself before they are written. Raises IdentityError and InputError
-        where they do not belong together."""
-        if (array is None) != (index is None):
+        """index and vectors: a corpus, both or neither; it completes short contexts, answers where no written text
+        reads, and, with `snapped`, moves predictions onto itself before they are written. Raises IdentityError and
+        InputError where they do not belong together."""
+        if not isinstance(predictor, TrainedPredictor):
+            raise InputError(
+                f"the predictor is {type(predictor).__name__}; expected what lvm.load_predictor or lvm.fit returns"
+            )
+        if (vectors is None) != (index is None):
             raise InputError("an index without its vectors answers nothing; pass both or neither")
-        if array is not None and index is not None:
-            array.require_codec(codec.identity, "the loaded codec")
-            index.require_array(array)
+        predictor.require_codec(codec.identity, "the loaded codec")
+        if vectors is not None and index is not None:
+            vectors.require_codec(codec.identity, "the loaded codec")
+            index.require_array(vectors)
         if snapped and index is None:
             raise InputError("a snap needs a corpus; pass its vectors and index")
-        self.codec, self.model, self._predict, self.array, self.index = codec, model, predict, array, index
+        self.codec, self.predictor, self.index, self.array = codec, predictor, index, vectors
         self.ladder = Ladder(codec, codec.writer, settings)
-        self._snapped = snapped and model != PASSTHROUGH
-        self._extractor = None if array is None or index is None else Extractor(array, index)
+        self._chunker = Chunker(codec.tokenizer)
+        self._snapped = snapped and predictor.name != PASSTHROUGH
+        self._extractor = None if vectors is None or index is None else Extractor(vectors, index)
 
     @classmethod
     def load(
@@ -117,17 +113,17 @@ class Generator:
         """From the folder of `latent run`: its vectors, index and models. Without one the predictors that ship with the
         package, and no corpus. Raises InputError where something is missing."""
         if run is None:
-            folder, predict = predictor(SHIPPED, model, codec)
-            return cls(codec, folder, predict, settings=settings)
+            return cls(codec, load_predictor(model), settings=settings)
         for part, stage in (("vectors", "encode"), ("index", "index"), ("models", "train")):
             if not (run / part).is_dir():
                 raise InputError(
                     f"{run} has no {part}/; expected the output of `latent run` or `latent demo` "
                     f"(stage {stage} makes it)"
                 )
-        folder, predict = predictor(run / "models", model, codec)
-        array, index = open_vectors(run / "vectors"), load_index(run / "index")
-        return cls(codec, folder, predict, array, index, settings, snapped)
+        predictor = load_predictor(model, run / "models")
+        return cls(
+            codec, predictor, load_index(run / "index"), open_vectors(run / "vectors"), settings, snapped
+        )
 
     @property
     def centre(self) -> NDArray[np.float32]:
@@ -137,22 +133,49 @@ class Generator:
         writer = self.codec.writer
         return writer.centre if writer is not None else np.zeros(self.codec.identity.dim, np.float32)
 
-    def next_chunk(self, texts: Sequence[str], fill: Fill = "retrieve") -> Prediction:
-        """The predicted text after these chunks; fewer than five are completed as `fill` says."""
-        return self.next_chunks([texts], fill)[0]
+    def generate(
+        self, texts: Sequence[str], length: int = 1, fill: Fill = "retrieve"
+    ) -> list[list[Prediction]]:
+        """What follows each of N texts: `length` predictions a text, each from all before it.
 
-    def continue_(self, texts: Sequence[str], length: int, fill: Fill = "retrieve") -> Iterator[Prediction]:
-        """`length` chunks, each predicted from all before it; what was written is read again as text."""
-        chunks = list(texts)
+        A text of any length is cut into chunks, of which the last ones are read, as many as the predictor was trained
+        on; fewer are completed as `fill` says. Raises InputError on what is no list of str, naming the place, on a text
+        without words, and on a length below 1. Warns where texts do not read because the codec has no writer.
+        """
+        if isinstance(texts, str):
+            raise InputError("expected a list of texts, got one str; write generate([text])")
+        if not isinstance(length, int) or length < 1:
+            raise InputError(f"length is {length!r}; expected a whole number of chunks, 1 or more")
+        articles = [Article("", "", text, "") for text in require_texts(texts)]
+        contexts = [[c.text for c in chunks] for chunks in self._chunker.chunk(articles)] if articles else []
+        for place, context in enumerate(contexts):
+            if not context:
+                raise InputError(f"text {place} of {len(contexts)} has no words; leave it out")
+        made: list[list[Prediction]] = []
+        for low in range(0, len(contexts), BATCH_TEXTS):
+            steps = list(self.continue_all(contexts[low : low + BATCH_TEXTS], length, fill))
+            made += [list(own) for own in zip(*steps, strict=True)]
+        if self.codec.no_writer is not None and not all(p.answer.accepted for own in made for p in own):
+            warnings.warn(f"the predicted texts do not read: {self.codec.no_writer}", stacklevel=2)
+        return made
+
+    def continue_all(
+        self, contexts: Sequence[Sequence[str]], length: int, fill: Fill = "retrieve"
+    ) -> Iterator[list[Prediction]]:
+        """`length` times the next chunk of all B contexts of chunks; what was written is read again as text."""
+        chunks = [list(texts) for texts in contexts]
         for _ in range(length):
-            prediction = self.next_chunk(chunks, fill)
-            chunks.append(prediction.answer.text)
-            yield prediction
+            predictions = self.next_chunks(chunks, fill)
+            for own, prediction in zip(chunks, predictions, strict=True):
+                own.append(prediction.text)
+            yield predictions
 
     def next_chunks(self, contexts: Sequence[Sequence[str]], fill: Fill = "retrieve") -> list[Prediction]:
-        """A Prediction for each of B contexts of one or more chunks."""
+        """A Prediction for each of B contexts of one or more chunks, oldest first; fewer than the predictor's are
+        completed as `fill` says."""
         if not contexts:
             return []
+        contexts = [texts[-self.predictor.context :] for texts in contexts]
         clock: dict[str, float] = {}
 
         def timed(stage: str, call: Callable[[], R]) -> R:
@@ -163,13 +186,13 @@ class Generator:
 
         flat = [text for texts in contexts for text in texts]
         ends = np.cumsum([len(texts) for texts in contexts])
-        encoded = timed("encode", lambda: self.codec.encode(flat))
+        encoded = timed("encode", lambda: self.codec.encode_chunks(flat))
         parts = np.split(encoded.vectors, ends[:-1])
         cut = [int(part.sum()) for part in np.split(encoded.truncated, ends[:-1])]
         filled = timed(
             "context",
             lambda: [
-                build_context(own, texts, CONTEXT_CHUNKS, fill, self.index, self.array)
+                build_context(own, texts, self.predictor.context, fill, self.index, self.array)
                 for own, texts in zip(parts, contexts, strict=True)
             ],
         )
@@ -177,9 +200,9 @@ class Generator:
         given = [c.vectors for c in filled]
         same = len({g.shape for g in given}) == 1
         if same:
-            raw = timed("predict", lambda: self._predict(np.stack(given)))
+            raw = timed("predict", lambda: self.predictor(np.stack(given)))
         else:
-            raw = timed("predict", lambda: np.concatenate([self._predict(g[None]) for g in given]))
+            raw = timed("predict", lambda: np.concatenate([self.predictor(g[None]) for g in given]))
         steered = raw
         if self._snapped and self.index is not None and self.array is not None:
             index, vectors = self.index, self.array.vectors
@@ -198,7 +221,7 @@ class Generator:
                 raw[i],
                 None if extracts is None else extracts[i],
                 filled[i],
-                self.model,
+                self.predictor.name,
                 float((raw[i] * steered[i]).sum()),
                 cut[i],
                 clock,

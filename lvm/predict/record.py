@@ -28,6 +28,7 @@ from torch import Tensor
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError, StorageError
 from lvm.models import MODELS, Predictor, build
+from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location, RemotePath, cache_folder, upload_folder
 from lvm.vectors.shards import cannot_write, file_sha256, sync_directory, temporary_name, write_json
 
@@ -59,6 +60,17 @@ class Record:
     """metrics.json: val_cosine, curve and more."""
     identity: CodecIdentity
     """Codec of the vectors it was trained on."""
+
+    @property
+    def context(self) -> int:
+        """Vectors of the windows it was trained on, T; the usual number where its configuration has none."""
+        found = self.config.get("windows", {}).get("context", CONTEXT_CHUNKS)
+        if not isinstance(found, int) or found < 1:
+            raise InputError(
+                f"{self.folder / CONFIG} says context {found!r}, expected a whole number of 1 or more; the record was "
+                "edited, train the model again"
+            )
+        return found
 
 
 # ----------------------------------------------------------------------------------------------- save, load

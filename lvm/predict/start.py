@@ -58,7 +58,10 @@ def solve_start(model: Predictor, windows: WindowSource) -> float:
     if len(windows) < 2:
         raise InputError(f"expected at least 2 training windows to start from, got {len(windows)}")
     device = next(model.parameters()).device
-    directions = principal_directions(spread_batches(windows, SOLVED_WINDOWS), model.num_directions)
+    count, dim = model.num_directions, model.config.dim
+    directions = principal_directions(spread_batches(windows, SOLVED_WINDOWS), min(count, dim))
+    # Vectors shorter than the hidden layer have no more directions: the other units begin without an input.
+    directions = F.pad(directions, (0, 0, 0, max(0, count - dim)))
     model.start_from(directions.to(device))
     return solve_output(model, spread_batches(windows, SOLVED_WINDOWS))
 

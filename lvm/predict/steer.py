@@ -19,7 +19,7 @@ PASSTHROUGH = "passthrough"
 """The model that predicts nothing: it decodes the last context vector, which shows what the codec can do."""
 
 CONTEXT_CHUNKS = 5
-"""Chunks a predictor reads, SPEC §3."""
+"""Chunks a predictor reads, where its record does not say another number."""
 
 
 class Neighbours(Protocol):

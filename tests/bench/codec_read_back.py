@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
 
-    add("encode", len(picked), lambda: codec.encode(picked))
-    vectors = codec.encode(picked).vectors
+    add("encode", len(picked), lambda: codec.encode_chunks(picked))
+    vectors = codec.encode_chunks(picked).vectors
     for batch in map(int, args.batches.split(",")):
         # Texts from all over the sample, so that the first few are not one article's.
         some = np.linspace(0, len(picked) - 1, batch).astype(int) if batch > 1 else np.array([0])

@@ -31,13 +31,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lvm.codec.vec2text_package import load_vec2text, vec2text_ids
 from tests.checkpoints import (
     CORRECTOR,
     GTR_BASE,
     Sizes,
-    load_vec2text,
     make_checkpoints,
-    vec2text_ids,
 )
 
 SIZES = {

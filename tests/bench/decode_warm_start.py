@@ -48,7 +48,7 @@ def main() -> None:
     ]
     rng = np.random.default_rng(5)
     rows = rng.choice(len(texts), min(NUM_ROWS, len(texts)), replace=False)
-    everything = codec.encode(texts).vectors
+    everything = codec.encode_chunks(texts).vectors
     cosines = everything[rows] @ everything.T
     cosines[np.arange(len(rows)), rows] = -1.0
     near = np.argsort(-cosines, axis=1)[:, :3]

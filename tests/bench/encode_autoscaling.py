@@ -41,10 +41,10 @@ CHECKOUT = Path(__file__).parents[2]
 class WaitingCodec(FakeCodec):
     """The arithmetic codec, asleep while another machine would multiply."""
 
-    def encode(self, texts: Any) -> Any:
+    def encode_chunks(self, texts: Any) -> Any:
         if len(texts) > 1:
             time.sleep(SECONDS_A_SHARD)
-        return super().encode(texts)
+        return super().encode_chunks(texts)
 
 
 def waiting_codec() -> WaitingCodec:

@@ -127,7 +127,7 @@ def check(output: Path, codec: str) -> dict[str, Any]:
         table = read_table(output / "vectors" / name, ["text", "vector"]).slice(0, 256)
         stored = table_to_vectors(table).astype(np.float32)
         stored /= np.linalg.norm(stored, axis=1, keepdims=True)
-        vectors = exact.encode(table.column("text").to_pylist()).vectors
+        vectors = exact.encode_chunks(table.column("text").to_pylist()).vectors
         cosines.append(np.einsum("nd,nd->n", stored, vectors))
     every = np.concatenate(cosines)
     return {

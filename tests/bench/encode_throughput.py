@@ -143,7 +143,7 @@ class GtrOnly:
     def __init__(self, encoder: Any, identity: Any) -> None:
         self.identity, self.tokenizer = identity, encoder.tokenizer
         self.precision = encoder.precision
-        self.encode = encoder.encode
+        self.encode_chunks = encoder.encode
 
 
 # ---------------------------------------------------------------------------------------------- the sides
@@ -255,7 +255,7 @@ def start_side(
             # As many texts as a shard has: what a call can sort by length.
             step = int(how)
             return np.concatenate(
-                [codec.encode(texts[i : i + step]).vectors for i in range(0, len(texts), step)]
+                [codec.encode_chunks(texts[i : i + step]).vectors for i in range(0, len(texts), step)]
             )
 
     else:
@@ -483,9 +483,9 @@ def matrix_peak(device: str) -> float:
 def measure_device(size: str, root: Path, texts: Sequence[str], device: str, sizes: Sizes) -> dict[str, Any]:
     """Our encoder alone in one process on one device: chunks a second, and the share of what `matrix_peak` reaches."""
     codec = load_ours(size, root, device)
-    codec.encode(texts[:2048])
+    codec.encode_chunks(texts[:2048])
     begun = time.perf_counter()
-    encoded = codec.encode(texts)
+    encoded = codec.encode_chunks(texts)
     seconds = time.perf_counter() - begun
     speed = int(encoded.num_tokens.sum()) * token_flops(size, sizes) / seconds
     return {

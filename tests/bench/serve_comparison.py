@@ -17,12 +17,12 @@ import numpy as np
 
 from lvm.codec.inverter import FORESEEN_SHARE
 from lvm.codec.ladder import Ladder, LadderSettings, faults
+from lvm.codec.vec2text_package import embed, load_vec2text, vec2text_ids
 from lvm.codec.zoo import codec_folder, load_codec
-from lvm.predict.generate import predictor
+from lvm.predict.predictor import load_predictor
 from lvm.predict.steer import snap
 from lvm.vectors.index import load_index
 from lvm.vectors.sequences import open_vectors
-from tests.checkpoints import embed, load_vec2text, vec2text_ids
 
 
 @dataclass
@@ -40,14 +40,14 @@ def mini_comparison(run: Path, model: str) -> Comparison:
     codec = load_codec("mini", precision="float32")
     ours = load_codec("mini", precision="float32").inverter
     array, index = open_vectors(run / "vectors"), load_index(run / "index")
-    _, predict = predictor(run / "models", model, codec)
+    predict = load_predictor(model, run / "models")
     write = transformers_decoder("mini", ours.hypothesizer.foresee)
     codec.inverter.hypothesize = lambda vectors: [write(v) for v in vectors]  # type: ignore[method-assign]
 
     ladder = Ladder(codec, codec.writer, LadderSettings(cache_bytes=0))
 
     def answer(texts: list[str]) -> tuple[np.ndarray, str]:
-        vectors = codec.encode(texts).vectors[None]
+        vectors = codec.encode_chunks(texts).vectors[None]
         raw = predict(vectors)
         steered = snap(raw, vectors[:, -1], vectors.mean(1), index, array.vectors).vectors
         return steered[0], ladder.decode(steered, vectors)[0].source
@@ -70,7 +70,7 @@ def vec2text_comparison(run: Path, model: str, root: Path, steps: int) -> Compar
     codec = load_codec("gtr-jxe", root, precision="float32")  # for its scale and identity
     ours = codec.inverter
     array, index = open_vectors(run / "vectors"), load_index(run / "index")
-    _, predict = predictor(run / "models", model, codec)
+    predict = load_predictor(model, run / "models")
 
     def write(vector: np.ndarray, steps: int) -> list[int]:
         return vec2text_ids(corrector, torch.from_numpy(vector[None] * np.float32(codec.scale)), steps)[0]

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from lvm.codec.zoo import Codec, load_codec
-from lvm.predict.generate import predictor
+from lvm.predict.predictor import load_predictor
 from lvm.vectors.sequences import open_vectors, split_articles
 from tests.bench.decode_batch import SIZES, sample_texts
 from tests.bench.serve_comparison import mini_comparison, one_at_a_time, vec2text_comparison
@@ -190,11 +190,11 @@ async def predict_overheads(
     import torch
 
     torch.set_num_threads(1)  # as in a replica
-    vectors = codec.encode(contexts[0]).vectors
+    vectors = codec.encode_chunks(contexts[0]).vectors
     packed = [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in vectors]
     found = {}
     for model in models:
-        _, predict = predictor(run / "models", model, codec)
+        predict = load_predictor(model, run / "models")
         for _ in range(5):
             predict(vectors[None])
         rows: dict[str, float] = {}

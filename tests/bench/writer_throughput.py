@@ -29,7 +29,7 @@ from lvm.codec.writer import Writer
 from lvm.codec.zoo import load_codec
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
-from lvm.predict.generate import Generator
+from lvm.predict.predictor import load_predictor
 
 
 def predicted_vectors(codec: Any, num: int) -> np.ndarray:
@@ -39,9 +39,8 @@ def predicted_vectors(codec: Any, num: int) -> np.ndarray:
     for article in read_articles("sample"):
         texts = [c.text for c in chunker.chunk([article])[0]]
         contexts += [texts[i : i + 5] for i in range(0, len(texts) - 5, 5)]
-    generator = Generator.load(None, "gru", codec)
-    vectors = codec.encode([t for c in contexts[:num] for t in c]).vectors.reshape(num, 5, -1)
-    return np.asarray(generator._predict(vectors), np.float32)
+    vectors = codec.encode([t for c in contexts[:num] for t in c]).reshape(num, 5, -1)
+    return load_predictor("gru")(vectors)
 
 
 def peer(writer: Writer, dtype: torch.dtype) -> Callable[[np.ndarray], list[str]]:

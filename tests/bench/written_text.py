@@ -19,12 +19,12 @@ import numpy as np
 from lvm.codec.ladder import keywords
 from lvm.codec.zoo import Codec, load_codec
 from lvm.evaluate.contest import distinct_2
-from lvm.predict.generate import SHIPPED, predictor
+from lvm.predict.predictor import SHIPPED, load_predictor
 
 
 def centred_cosines(codec: Codec, first: list[str], second: list[str], centre: np.ndarray) -> np.ndarray:
     """(N,) cosines of the texts' vectors about the corpus mean."""
-    a, b = (codec.encode([t or " " for t in texts]).vectors - centre for texts in (first, second))
+    a, b = (codec.encode_chunks([t or " " for t in texts]).vectors - centre for texts in (first, second))
     return np.asarray((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
 
 
@@ -39,8 +39,8 @@ def nats(codec: Codec, rows: list[dict[str, Any]], model: str, models: Path) -> 
     assert writer is not None
     base = load_base()
     parts = Writer.parts(writer.folder, base, codec.identity)
-    _, predict = predictor(models, model, codec)
-    flat = codec.encode([t for r in rows for t in r["context"]]).vectors
+    predict = load_predictor(model, models)
+    flat = codec.encode_chunks([t for r in rows for t in r["context"]]).vectors
     made = torch.from_numpy(predict(flat.reshape(len(rows), -1, flat.shape[1])))
     tokens = Tokens([r["next"] for r in rows], base.model, base.end_id)
     places = torch.full((base.model.config.vocab_size,), -1)

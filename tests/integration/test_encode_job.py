@@ -92,7 +92,7 @@ def test_every_chunk_comes_out_once_with_the_vector_of_its_text(encoded_once: Pa
         after = read_table(path)
         for name in ("chunk_id", "doc_id", "position", "title", "text", "source"):
             assert after.column(name).equals(before.column(name))
-        expected = FakeCodec().encode(before.column("text").to_pylist())
+        expected = FakeCodec().encode_chunks(before.column("text").to_pylist())
         np.testing.assert_array_equal(table_to_vectors(after), expected.vectors.astype(np.float16))
         np.testing.assert_array_equal(after.column("norm").to_numpy(), expected.norms)
         assert read_footer(path)["codec"] == FakeCodec().identity.to_dict()

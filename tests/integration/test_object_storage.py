@@ -97,7 +97,7 @@ def test_the_flow_on_object_storage(bucket: RemotePath) -> None:
     ]
     assert array.chunk_ids.tolist() == wanted
     rows = range(0, len(array), 50)
-    expected = load_codec("mini").encode(array.texts(rows)).vectors
+    expected = load_codec("mini").encode_chunks(array.texts(rows)).vectors
     assert np.einsum("nd,nd->n", array.vectors[rows].astype(np.float32), expected).min() > 0.999
 
     # The rest; then all of it again, which finds nothing to do.

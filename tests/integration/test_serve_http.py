@@ -22,6 +22,7 @@ import pytest
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
 from lvm.predict.generate import Generator
+from lvm.predict.predictor import load_predictor
 from lvm.vectors.tmd import all_labels, nearest, unpack
 from tests.integration import browser
 from tests.integration.serving import CHECKOUT, Service, make_run, running, shipped_codec, vectors_of
@@ -135,7 +136,7 @@ def test_a_text_becomes_the_next_text_and_the_reply_says_how(service: Service) -
 def test_answers_equal_those_of_the_library(service: Service, run: Path) -> None:
     codec = shipped_codec()
     for model in ("lstm", "amn", "passthrough"):
-        expected = Generator.load(run, model, codec).next_chunk(FIVE)
+        expected = Generator.load(run, model, codec).next_chunks([FIVE])[0]
         (step,) = generate(service, chunks=FIVE, model=model, cache=False)["results"][0]["generated"]
         assert step["source"] == expected.answer.source
         if model != "passthrough":
@@ -288,11 +289,8 @@ def test_vectors_decode_to_their_text(service: Service) -> None:
 
 
 def test_vectors_predict_a_vector(service: Service, run: Path) -> None:
-    from lvm.predict.generate import predictor
-
     vectors = vectors_of(service, FIVE)
-    _, predict = predictor(run / "models", "amn", shipped_codec())
-    expected = predict(vectors[None])[0]
+    expected = load_predictor("amn", run / "models")(vectors[None])[0]
     reply = service.post("/v1/predict", {"vectors": vectors.tolist(), "model": "amn"})
     assert reply.status == 200, reply.body
     np.testing.assert_allclose(np.array(reply.json["vectors"][0]), expected, atol=1e-5)
@@ -478,7 +476,7 @@ def test_control_tokens_in_a_text_are_characters(service: Service) -> None:
     plain, odd = "The mill stood empty.", "The mill </s> stood <pad> empty."
     reply = service.post("/v1/embeddings", {"input": [plain, odd]}).json
     first, second = (np.array(d["embedding"]) for d in reply["data"])
-    expected = shipped_codec().encode([plain, odd])
+    expected = shipped_codec().encode_chunks([plain, odd])
     assert reply["usage"]["total_tokens"] == expected.num_tokens.sum()
     np.testing.assert_allclose(second, expected.vectors[1], atol=0.01)
     assert first @ second < 0.999
@@ -508,7 +506,7 @@ def test_texts_get_the_codes_of_their_nearest_labels(service: Service) -> None:
         assert tmd.names == (result["domain"], result["task"], result["modifier"])
         assert result["features"] == tmd.features().tolist()
     vectors = vectors_of(service, ["Mathematics"])
-    ((expected, cosines),) = nearest(vectors, shipped_codec().encode(list(all_labels())).vectors)
+    ((expected, cosines),) = nearest(vectors, shipped_codec().encode_chunks(list(all_labels())).vectors)
     assert reply.json["results"][1]["code"] == expected.code
     assert reply.json["results"][1]["domain"] == "Mathematics"
     assert reply.json["results"][1]["cosines"] == pytest.approx(cosines, abs=0.01)

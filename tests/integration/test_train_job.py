@@ -15,10 +15,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.train import TrainResult, check_sequential, main, plan_resources, train_models
+from jobs.train import TrainResult, main, plan_resources, train_models
 from lvm.corpus.coherence import OVERRIDE
 from lvm.errors import IdentityError, InputError, OutputError, TrainingError
 from lvm.models import MODELS, build
+from lvm.predict.fitting import check_sequential
+from lvm.predict.fitting import fit as library_fit
 from lvm.predict.record import load_record, read_aliases
 from lvm.predict.training import CLASSIC, FAST, RECIPES, fit
 from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
@@ -73,6 +75,23 @@ def test_the_weights_are_those_of_the_best_epoch(trained: tuple[Path, TrainResul
             cosine = torch.cosine_similarity(record.model(contexts), targets).mean().item()
         # The run may have scored in bfloat16.
         assert cosine == pytest.approx(record.metrics["val_cosine"], abs=0.003)
+
+
+def test_vectors_of_another_length_train_on_contexts_of_another(
+    ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_vectors(tmp_path / "vectors", fake_articles(12), FakeCodec(dim=96))
+    main(tmp_path / "vectors", tmp_path / "models", model="amn", epochs=1, context=3)
+    record = load_record(tmp_path / "models", "amn")
+    assert (record.context, record.config["sizes"]["dim"]) == (3, 96)
+    assert record.model(torch.zeros(2, 3, 96)).shape == (2, 96)
+    # The library knows the job's run, and trains nothing.
+    recipe = replace(FAST, epochs=1)
+    array = open_vectors(tmp_path / "vectors")
+    assert (
+        library_fit(array, tmp_path / "models", "amn", recipe, windows=WindowSettings(context=3)).name
+        == record.folder.name
+    )
 
 
 def test_the_record_says_where_it_comes_from(trained: tuple[Path, TrainResult], vectors: Path) -> None:

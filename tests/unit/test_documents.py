@@ -1,18 +1,25 @@
 """Commands in documents and in the comments of shipped files exist with their options, and figures are the model's."""
 
+import ast
+import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import lvm
 from tests.bench import scaling_model
 from tests.commands import commands_in, unknown_options
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+README = PAGES[0].read_text()
 DOCUMENTS = [
-    CHECKOUT / "README.md",
+    *PAGES,
     CHECKOUT / "cluster.yaml",
-    *sorted((CHECKOUT / "docs").glob("*.md")),
     *sorted((CHECKOUT / "deploy").glob("*.yaml")),
     CHECKOUT / "deploy" / "Dockerfile",
     CHECKOUT / "serve" / "config.yaml",
@@ -36,7 +43,11 @@ def test_every_make_target_in_the_documents_exists() -> None:
 
 def test_commands_are_found_in_the_documents_that_have_some() -> None:
     found = {p.name: len(commands_in(p.read_text())) for p in DOCUMENTS}
-    assert found["README.md"] >= 15
+    assert found["README.md"] >= 3
+    assert found["jobs.md"] >= 12
+    assert found["codecs.md"] >= 7
+    assert found["decoding.md"] >= 2
+    assert found["serving.md"] >= 2
     assert found["operations.md"] >= 4
     assert found["scaling.md"] >= 1
     assert found["backfill.yaml"] == found["train.yaml"] == 1
@@ -67,10 +78,115 @@ def test_a_command_that_is_none_is_found() -> None:
         unknown_options("python -m jobs.encoed --input x")
 
 
-def test_links_of_the_documents_lead_somewhere() -> None:
-    for path in (CHECKOUT / "docs").glob("*.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", path.read_text()):
+        page = path.parent / target if target else path
+        assert page.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles], anchor
+
+
+@pytest.mark.parametrize("path", PAGES[1:], ids=lambda p: p.name)
+def test_a_page_begins_with_who_needs_it_and_the_readme_leads_to_it(path: Path) -> None:
+    title, empty, first = path.read_text().splitlines()[:3]
+    assert title.startswith("# ")
+    assert empty == ""
+    assert re.match(r"For (those|everybody) who ", first)
+    assert f"](docs/{path.name})" in README
+
+
+# ---- README.md
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(README.splitlines()) <= 100
+    assert len(README.split()) <= 900  # three minutes at 300 words a minute
+
+
+def test_every_figure_of_the_readme_stands_in_its_results_file() -> None:
+    table = README.partition("## Three figures")[2].partition("\n## ")[0]
+    rows = re.findall(
+        r"^\| (?!what|---)[^|]+\| ([^|]+) \| \[\w+\]\((tests/bench/results/[^)]+)\) \|$", table, re.M
+    )
+    assert len(rows) == 3
+    for measured, source in rows:
+        numbers = re.findall(r"\d[\d.,]*\d%?", measured)
+        assert numbers, measured
+        assert [n for n in numbers if n not in (CHECKOUT / source).read_text()] == [], source
+
+
+def test_no_figure_of_the_readme_stands_outside_that_table() -> None:
+    prose = re.sub(r"```.*?```", "", README, flags=re.S).replace(
+        README.partition("## Three figures")[2].partition("\n## ")[0], ""
+    )
+    said = re.findall(r"\d[\d.,]*\s?(?:%|times|s\b|ms\b|GiB|MB)", prose)
+    assert said == []
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_the_readme_shows_the_lines_of_the_quickstart() -> None:
+    (shown,) = python_blocks(README)
+    lines = (CHECKOUT / "docs" / "quickstart.py").read_text().splitlines()
+    code = [line for line in lines if line and not line.startswith("#")]
+    assert [line for line in shown.splitlines() if line] == code
+    assert 8 <= len(code) <= 14
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_python_in_a_page_names_what_the_library_has(path: Path) -> None:
+    for block in python_blocks(path.read_text()):
+        for node in ast.walk(ast.parse(block)):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "lvm"
+            ):
+                assert node.attr in lvm.__all__
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = node.func.value
+                if isinstance(owner, ast.Name) and owner.id == "lvm":
+                    signature = inspect.signature(getattr(lvm, node.func.attr))
+                    signature.bind(*node.args, **{k.arg: k.value for k in node.keywords if k.arg})
+
+
+def test_every_name_of_the_library_is_on_its_page() -> None:
+    page = (CHECKOUT / "docs" / "python.md").read_text() + README
+    named = {
+        "load_codec",
+        "chunk",
+        "load_predictor",
+        "Generator",
+        "open_vectors",
+        "fit",
+        "load_index",
+        "IdentityError",
+    }
+    assert [n for n in sorted(named) if f"lvm.{n}" not in page] == []
+
+
+def test_the_quickstart_runs_as_it_stands() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/quickstart.py"],
+        cwd=CHECKOUT,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    back, *predictions = done.stdout.splitlines()
+    assert " ".join(ast.literal_eval(back)).startswith(
+        "The steam engine was first used to pump water out of mines."
+    )
+    assert " ".join(ast.literal_eval(back)).endswith("that older ones burned.")
+    assert len(predictions) == 2
+    for line in predictions:
+        assert re.fullmatch(r"(writer|exact) -?\d\.\d\d \S.+", line)
 
 
 # ---- docs/scaling.md

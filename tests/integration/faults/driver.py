@@ -33,12 +33,12 @@ class SlowCodec(FakeCodec):
         super().__init__()
         self.log = log
 
-    def encode(self, texts: Any) -> Any:
+    def encode_chunks(self, texts: Any) -> Any:
         if len(texts) > 1:
             with self.log.open("ab") as file:
                 file.write(b".")
             time.sleep(SECONDS_A_SHARD)
-        return super().encode(texts)
+        return super().encode_chunks(texts)
 
 
 def slow_codec(log: Path) -> SlowCodec:

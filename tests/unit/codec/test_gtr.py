@@ -115,7 +115,7 @@ def test_jxe_gives_the_vectors_of_vec2texts_own_pooling(root: Path, jxe: Codec) 
     with torch.no_grad():
         states = network(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         expected = mean_pool(states, batch.attention_mask).numpy()
-    encoded = jxe.encode(TEXTS)
+    encoded = jxe.encode_chunks(TEXTS)
     norms = np.linalg.norm(expected, axis=1)
     np.testing.assert_allclose(encoded.norms, norms, rtol=2e-5)
     np.testing.assert_allclose(encoded.vectors, expected / norms[:, None], **SAME)
@@ -128,14 +128,14 @@ def test_ielab_gives_the_vectors_of_sentence_transformers(root: Path, ielab: Cod
 
     reference = SentenceTransformer(str(root / EMBEDDER), device="cpu")
     reference.max_seq_length = MAX_TOKENS
-    encoded = ielab.encode(TEXTS)
+    encoded = ielab.encode_chunks(TEXTS)
     np.testing.assert_allclose(encoded.vectors, reference.encode(TEXTS), **SAME)
     np.testing.assert_allclose(encoded.norms, 1.0, atol=1e-5)
 
 
 def test_a_batch_is_its_singles(jxe: Codec) -> None:
-    together = jxe.encode(TEXTS).vectors
-    alone = np.concatenate([jxe.encode([t]).vectors for t in TEXTS])
+    together = jxe.encode_chunks(TEXTS).vectors
+    alone = np.concatenate([jxe.encode_chunks([t]).vectors for t in TEXTS])
     np.testing.assert_allclose(together, alone, **SAME)
 
 
@@ -151,7 +151,7 @@ def test_one_model_name_gives_two_codecs_that_cannot_be_joined(jxe: Codec, ielab
     assert str(a) in str(caught.value)
     assert str(b) in str(caught.value)
     # What the refusal saves people from: the same texts, and vectors that have nothing in common.
-    cosines = (jxe.encode(TEXTS[:3]).vectors * ielab.encode(TEXTS[:3]).vectors).sum(1)
+    cosines = (jxe.encode_chunks(TEXTS[:3]).vectors * ielab.encode_chunks(TEXTS[:3]).vectors).sum(1)
     assert np.abs(cosines).max() < 0.2
 
 
@@ -179,13 +179,13 @@ def test_decoding_restores_the_scale_the_decoder_was_trained_on(
 ) -> None:
     invert, given = jxe.inverter.invert, []
     monkeypatch.setattr(jxe.inverter, "invert", lambda v, *rest: given.append(v) or invert(v, *rest))
-    encoded = jxe.encode(TEXTS[:3])
+    encoded = jxe.encode_chunks(TEXTS[:3])
     known = jxe.decode(encoded.vectors, steps=1, norms=encoded.norms)
     assert len(known.texts) == 3
     np.testing.assert_allclose(given[-1], encoded.vectors * encoded.norms[:, None], atol=1e-5)
     jxe.decode(encoded.vectors * 3.0)  # a predicted vector's length says nothing
     np.testing.assert_allclose(given[-1], encoded.vectors * np.float32(jxe.scale), atol=1e-5)
-    assert jxe.scale == pytest.approx(float(jxe.encode(list(SCALE_TEXTS)).norms.mean()))
+    assert jxe.scale == pytest.approx(float(jxe.encode_chunks(list(SCALE_TEXTS)).norms.mean()))
     assert abs(jxe.scale - 1) > 0.05
     assert ielab.scale == 1.0
     with pytest.raises(InputError, match=r"norms have shape \(2,\) for 3 vectors"):

@@ -52,8 +52,8 @@ def test_prepared_encoders_give_the_networks_vectors(lengths: list[int]) -> None
 
 def test_a_text_alone_has_the_vector_it_has_in_any_batch() -> None:
     codec = load_codec("mini")
-    together = codec.encode(TEXTS * 20).vectors
-    alone = np.concatenate([codec.encode([t]).vectors for t in TEXTS])
+    together = codec.encode_chunks(TEXTS * 20).vectors
+    alone = np.concatenate([codec.encode_chunks([t]).vectors for t in TEXTS])
     assert np.einsum("nd,nd->n", together[:3], alone).min() > 0.999999
 
 

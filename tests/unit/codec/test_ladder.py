@@ -72,7 +72,7 @@ class ScriptedCodec:
     def reading(self) -> "ScriptedReading":
         return ScriptedReading(self)
 
-    def encode(self, texts: list[str]) -> Encoded:
+    def encode_chunks(self, texts: list[str]) -> Encoded:
         return Encoded(np.stack([self.known.get(t, np.full(DIM, 0.1)) for t in texts]).astype(np.float32))
 
 

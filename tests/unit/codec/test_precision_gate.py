@@ -28,7 +28,7 @@ def loss(source: str, articles: int, number: int, precision: str) -> tuple[float
     ]
     texts = chunks[:: max(1, len(chunks) // number)][:number]
     assert len(texts) == number
-    vectors = exact.encode(texts).vectors
+    vectors = exact.encode_chunks(texts).vectors
     first, second = (codec.decode(vectors) for codec in (exact, rough))
     bleu = [read_back(texts, decoded.texts)["bleu"] for decoded in (first, second)]
     return bleu[0] - bleu[1], float(np.mean(first.cosines) - np.mean(second.cosines))

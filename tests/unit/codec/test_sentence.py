@@ -88,7 +88,7 @@ def test_vectors_are_those_of_the_modules_one_after_the_other(folder: Path) -> N
 
 def test_as_a_codec_it_encodes_and_says_that_it_reads_nothing_back(folder: Path) -> None:
     codec = load_codec("sentence-transformers", folder, device="cpu")
-    vectors = codec.encode(TEXTS).vectors
+    vectors = codec.encode_chunks(TEXTS).vectors
     assert vectors.shape == (3, 16)
     assert load_tokenizer("sentence-transformers", folder).num_special == 2
     assert "fit one with `latent train-writer`" in (codec.no_writer or "")

@@ -40,7 +40,7 @@ def test_files_stay_within_forty_megabytes() -> None:
 
 def test_it_reads_back_the_sample(codec: Codec, sample: tuple[list[str], np.ndarray]) -> None:
     texts = sample[0][::4]
-    decoded = codec.decode(codec.encode(texts).vectors)
+    decoded = codec.decode(codec.encode_chunks(texts).vectors)
     figures = read_back(texts, decoded.texts)
     assert figures["bleu"] >= 75
     assert figures["token_f1"] >= 0.88
@@ -51,7 +51,7 @@ def test_one_corrector_step_mends_what_the_hypothesizer_misread(
     codec: Codec, sample: tuple[list[str], np.ndarray]
 ) -> None:
     texts = sample[0][::4]
-    vectors = codec.encode(texts).vectors
+    vectors = codec.encode_chunks(texts).vectors
     first, second = codec.decode(vectors), codec.decode(vectors, steps=1)
     before, after = read_back(texts, first.texts), read_back(texts, second.texts)
     assert after["bleu"] >= max(90.0, before["bleu"])
@@ -64,7 +64,7 @@ def test_one_corrector_step_mends_what_the_hypothesizer_misread(
 
 def test_a_blend_is_told_from_a_texts_own_vector(codec: Codec, sample: tuple[list[str], np.ndarray]) -> None:
     texts = sample[0][:240]
-    own = codec.encode(texts).vectors
+    own = codec.encode_chunks(texts).vectors
     blends = own.reshape(48, 5, -1).sum(1)
     blends /= np.linalg.norm(blends, axis=1, keepdims=True)
     # Before anything is written nearly all blends of five show; of texts' own vectors, and of those at cosine
@@ -83,7 +83,7 @@ def test_a_blend_is_told_from_a_texts_own_vector(codec: Codec, sample: tuple[lis
 
 def test_neighbours_lie_nearer_than_strangers(codec: Codec, sample: tuple[list[str], np.ndarray]) -> None:
     texts, docs = sample
-    nearness = next_chunk_retrieval(codec.encode(texts).vectors, docs)
+    nearness = next_chunk_retrieval(codec.encode_chunks(texts).vectors, docs)
     # Measured on the sample: 0.106 against 0.053; on Wikipedia, see the card, 0.162 against 0.028.
     assert nearness["neighbour_cosine"] > 1.6 * nearness["stranger_cosine"]
     assert nearness["next_r10"] > 4 * 10 / len(texts)  # four times chance; 0.0495 measured, chance is 0.0071
@@ -104,7 +104,7 @@ def test_it_holds_the_bars_on_wikipedia(codec: Codec) -> None:
         chunks = chunk_article(article, codec.tokenizer)
         texts += [c.text for c in chunks]
         docs += [number] * len(chunks)
-    vectors = codec.encode(texts).vectors
+    vectors = codec.encode_chunks(texts).vectors
     figures = read_back(texts[:200], codec.decode(vectors[:200]).texts)
     assert figures["bleu"] >= 45
     assert figures["token_f1"] >= 0.7
@@ -116,7 +116,7 @@ def test_a_vector_off_the_manifold_still_gives_words(
     codec: Codec, sample: tuple[list[str], np.ndarray]
 ) -> None:
     texts = sample[0][:64]
-    vectors = codec.encode(texts).vectors
+    vectors = codec.encode_chunks(texts).vectors
     noise = np.random.default_rng(0).standard_normal(vectors.shape).astype(np.float32)
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     off = 0.9 * vectors + np.sqrt(1 - 0.9**2) * noise
@@ -127,15 +127,15 @@ def test_a_batch_encodes_as_its_singles_and_keeps_the_order(
     codec: Codec, sample: tuple[list[str], np.ndarray]
 ) -> None:
     texts = sample[0][:40]
-    together = codec.encode(texts).vectors
-    alone = np.concatenate([codec.encode([t]).vectors for t in texts])
+    together = codec.encode_chunks(texts).vectors
+    alone = np.concatenate([codec.encode_chunks([t]).vectors for t in texts])
     # bfloat16 products may round differently in another batch shape: 8 bits of mantissa.
     assert (together * alone).sum(1).min() > 0.9995
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
 
 
 def test_long_texts_are_cut_counted_and_said(codec: Codec) -> None:
-    encoded = codec.encode(["short text", "word " * 60])
+    encoded = codec.encode_chunks(["short text", "word " * 60])
     assert encoded.truncated.tolist() == [False, True]
     assert encoded.num_tokens[1] > 32 >= encoded.num_tokens[0]
 
@@ -149,8 +149,8 @@ def test_texts_survive_the_tokenizer() -> None:
 
 
 def test_empty_text_and_no_text_are_no_error(codec: Codec) -> None:
-    assert codec.encode([]).vectors.shape == (0, 768)
-    assert codec.encode([""]).vectors.shape == (1, 768)
+    assert codec.encode_chunks([]).vectors.shape == (0, 768)
+    assert codec.encode_chunks([""]).vectors.shape == (1, 768)
     assert codec.decode(np.empty((0, 768), np.float32)).texts == []
 
 

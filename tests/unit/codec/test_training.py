@@ -75,7 +75,7 @@ def test_weights_load_as_a_codec_that_knows_its_tokenizer(
     shutil.copyfile(TOKENIZER, tmp_path / "tokenizer.json")
     codec = load_codec("own", tmp_path, device="cpu")
     assert codec.identity.dim == TOY.dim
-    decoded = codec.decode(codec.encode(["river stone bread."]).vectors)
+    decoded = codec.decode(codec.encode_chunks(["river stone bread."]).vectors)
     assert len(decoded.texts) == 1
     other = tmp_path / "tokenizer.json"
     train_tokenizer((" ".join(c) for c in fake_articles(30)), 400, other)
@@ -124,7 +124,7 @@ def test_a_run_starts_from_the_weights_it_was_given(
     shutil.copyfile(TOKENIZER, trained / "tokenizer.json")
     shutil.copyfile(TOKENIZER, tmp_path / "still" / "tokenizer.json")
     vectors = [
-        load_codec("own", folder, device="cpu").encode(["river stone bread."]).vectors
+        load_codec("own", folder, device="cpu").encode_chunks(["river stone bread."]).vectors
         for folder in (trained, tmp_path / "still")
     ]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=0.02)  # bfloat16 weights; the centre is set anew

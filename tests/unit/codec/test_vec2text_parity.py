@@ -1,5 +1,6 @@
 """Ours against the vec2text package, on the same weights: small checkpoints trained here on the sample."""
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -11,21 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from jobs import check_codec
+from lvm.codec.gtr import MAX_TOKENS
 from lvm.codec.inverter import Inverter, InverterSettings, Request, Rounds, Vec2TextHypothesizing
 from lvm.codec.runner import Precision
 from lvm.codec.vec2text import Corrector, Hypothesizer
+from lvm.codec.vec2text_package import embed, load_vec2text, vec2text_ids
+from lvm.codec.zoo import Codec, load_codec
 from lvm.errors import InputError
-from tests.checkpoints import (
-    CORRECTOR,
-    HYPOTHESIZER,
-    MAX_TOKENS,
-    Sizes,
-    embed,
-    fit,
-    load_vec2text,
-    make_checkpoints,
-    vec2text_ids,
-)
+from tests.checkpoints import CORRECTOR, HYPOTHESIZER, Sizes, fit, make_checkpoints
 
 # transformers, accelerate and vec2text warn about each other's versions; none of it is ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -273,3 +268,63 @@ def test_a_damaged_checkpoint_is_an_error_that_says_so(
 def test_a_hypothesizer_is_no_corrector(root: Path) -> None:
     with pytest.raises(InputError, match=re.escape("lacks the tensor embedding_transform_1.0.weight")):
         Corrector(root / HYPOTHESIZER, "float32")
+
+
+# ---- the package as an engine
+
+
+@pytest.fixture(scope="module")
+def package(root: Path) -> Codec:
+    return load_codec("gtr-jxe", root, "cpu", "float32", engine="vec2text")
+
+
+def test_the_engine_vec2text_writes_what_the_package_writes(package: Codec, root: Path, theirs: Any) -> None:
+    units = package.encode(sample_sentences()[:6])
+    for steps in (0, 2):
+        ids = vec2text_ids(theirs, torch.from_numpy(units * np.float32(package.scale)), steps)
+        decoded = package.decode(units, steps=steps)
+        assert decoded.texts == theirs.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        again = embed(theirs, decoded.texts)
+        expected = torch.cosine_similarity(again, torch.from_numpy(units)).numpy()
+        np.testing.assert_allclose(decoded.cosines, expected, atol=1e-5)
+    mixed = package.decode(units, steps=[0, 2, 0, 2, 0, 2])
+    first = package.decode(units, steps=0)
+    assert mixed.texts == [(first, decoded)[i % 2].texts[i] for i in range(6)]
+    assert mixed.steps_used.tolist() == [0, 2, 0, 2, 0, 2]
+    assert first.texts == load_codec("gtr-jxe", root, "cpu", "float32").decode(units, steps=0).texts
+
+
+def test_the_package_leaves_the_process_as_it_was(root: Path) -> None:
+    import evaluate
+
+    before, load = Path.cwd(), evaluate.load
+    load_vec2text(root)
+    assert (Path.cwd(), evaluate.load) == (before, load)
+
+
+def test_what_the_package_cannot_do_is_refused(package: Codec, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="engine vec2text decodes gtr-jxe alone, got 'mini'"):
+        load_codec("mini", engine="vec2text")
+    with pytest.raises(InputError, match="unknown engine 'theirs'; expected one of lvm, vec2text"):
+        load_codec("gtr-jxe", root, engine="theirs")
+    with pytest.raises(InputError, match="takes no target cosine and no starts"):
+        package.decode(package.encode(["a"]), target_cosine=0.9)
+    with pytest.raises(InputError, match="decodes whole batches"):
+        package.reading()
+    for part in ("jxm", "sentence-transformers"):
+        (tmp_path / part).symlink_to(root / part)
+    with pytest.raises(InputError, match=r"needs t5-base in .* besides the codec; fetch config\.json"):
+        load_codec("gtr-jxe", tmp_path, engine="vec2text")
+
+
+def test_the_command_compares_engines(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = sample_sentences()[:4]
+    shown = {}
+    for engine in ("lvm", "vec2text"):
+        with contextlib.suppress(SystemExit):  # so small a pair may look mismatched
+            check_codec.main(texts, codec="gtr-jxe", codec_path=root, steps=0, engine=engine, as_json=True)
+        shown[engine] = json.loads(capsys.readouterr().out)
+        assert shown[engine]["engine"] == engine
+    assert shown["lvm"]["cosine"] == pytest.approx(
+        shown["vec2text"]["cosine"], abs=0.02
+    )  # int8 against float32

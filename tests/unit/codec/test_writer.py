@@ -197,7 +197,7 @@ TEXTS = [
 
 
 def test_blends_are_written_as_language_on_their_topic(codec: Codec) -> None:
-    own = codec.encode(TEXTS).vectors
+    own = codec.encode_chunks(TEXTS).vectors
     blends = own.reshape(3, 2, -1).sum(1)
     blends /= np.linalg.norm(blends, axis=1, keepdims=True)
     ladder = Ladder(codec, codec.writer, LadderSettings(candidates=4))
@@ -213,7 +213,7 @@ def test_blends_are_written_as_language_on_their_topic(codec: Codec) -> None:
 
 
 def test_own_vectors_stay_exact(codec: Codec) -> None:
-    answers = Ladder(codec, codec.writer).decode(codec.encode(TEXTS).vectors)
+    answers = Ladder(codec, codec.writer).decode(codec.encode_chunks(TEXTS).vectors)
     assert [(a.text, a.source) for a in answers] == [(t, "exact") for t in TEXTS]
 
 

@@ -14,7 +14,8 @@ import pytest
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import IdentityError
 from lvm.models import TOYS, build
-from lvm.predict.generate import Generator, predictor
+from lvm.predict.generate import Generator
+from lvm.predict.predictor import load_predictor
 from lvm.predict.record import save_record, set_alias
 from lvm.vectors.index import build_index, load_index
 from lvm.vectors.npz import export_npz, import_npz
@@ -59,7 +60,7 @@ def vectors_and_codec(ours: Path, theirs: Path) -> None:
 
 
 def model_and_codec(ours: Path, theirs: Path) -> None:
-    predictor(theirs / "models", "lstm", OURS)  # type: ignore[arg-type]
+    Generator(OURS, load_predictor("lstm", theirs / "models"))  # type: ignore[arg-type]
 
 
 def a_run_and_the_codec_it_is_used_with(ours: Path, theirs: Path) -> None:
@@ -67,8 +68,8 @@ def a_run_and_the_codec_it_is_used_with(ours: Path, theirs: Path) -> None:
 
 
 def a_run_with_the_index_of_another(ours: Path, theirs: Path) -> None:
-    name, predict = predictor(ours / "models", "lstm", OURS)  # type: ignore[arg-type]
-    Generator(OURS, name, predict, open_vectors(ours / "vectors"), load_index(theirs / "index"))  # type: ignore[arg-type]
+    index, vectors = load_index(theirs / "index"), open_vectors(ours / "vectors")
+    Generator(OURS, load_predictor("lstm", ours / "models"), index, vectors)  # type: ignore[arg-type]
 
 
 def npz_and_codec(ours: Path, theirs: Path) -> None:
@@ -101,7 +102,7 @@ def test_the_wrong_join_is_refused_with_both_names(
 
 def test_the_right_joins_are_none(runs: tuple[Path, Path]) -> None:
     for run, codec in zip(runs, (OURS, THEIRS), strict=True):
-        assert Generator.load(run, "lstm", codec).model.startswith("lstm-")  # type: ignore[arg-type]
+        assert Generator.load(run, "lstm", codec).predictor.name.startswith("lstm-")  # type: ignore[arg-type]
         assert len(import_npz(run / "sequences.npz", codec.identity)["all"].contexts) == 16 * 7
 
 

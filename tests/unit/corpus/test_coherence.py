@@ -65,7 +65,7 @@ def made_up(num_articles: int = 30, length: int = 12, drift: float = 0.6, seed: 
 
 def measured(name: str, codec: str, num_articles: int = 30) -> Coherence:
     texts, docs, positions = chunks_of(name, num_articles)
-    vectors = load_codec("mini").encode(texts).vectors if codec == "mini" else tfidf_vectors(texts)
+    vectors = load_codec("mini").encode_chunks(texts).vectors if codec == "mini" else tfidf_vectors(texts)
     return measure_coherence(vectors, docs, positions)
 
 

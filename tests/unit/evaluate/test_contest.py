@@ -226,7 +226,7 @@ def test_a_block_comes_back_with_its_number_and_the_cosine_of_each_text(
     rows = [int(np.flatnonzero([t == text for t in array.texts(np.arange(len(array)))])[0]) for text in texts]
     # The vector is a chunk of the held-out article; the nearest text must still be a foreign one.
     assert all(array.doc_ids[row] != doc for row, doc in zip(rows, block.doc_ids, strict=True))
-    again = fake_codec().encode(texts).vectors
+    again = fake_codec().encode_chunks(texts).vectors
     assert {s.answer.attempts[-1].text for s in said} == {"aaaa"}
     assert [s.text_cosine for s in said] == pytest.approx(
         np.einsum("bd,bd->b", again, block.truths).tolist(), abs=1e-5

@@ -13,12 +13,12 @@ DIM = 768
 class MemoryWindows:
     """Windows of a made-up walk: the next vector is a fixed turn of the last one, plus noise."""
 
-    def __init__(self, count: int, seed: int = 0) -> None:
+    def __init__(self, count: int, seed: int = 0, dim: int = DIM) -> None:
         generator = np.random.default_rng(seed)
-        topics = np.random.default_rng(7).standard_normal((8, DIM))
+        topics = np.random.default_rng(7).standard_normal((8, dim))
         kind = generator.integers(0, 8, count)
-        vectors = topics[kind][:, None] + 0.7 * generator.standard_normal((count, 6, DIM))
-        vectors[:, 5] = np.roll(topics, 1, axis=1)[kind] + 0.3 * generator.standard_normal((count, DIM))
+        vectors = topics[kind][:, None] + 0.7 * generator.standard_normal((count, 6, dim))
+        vectors[:, 5] = np.roll(topics, 1, axis=1)[kind] + 0.3 * generator.standard_normal((count, dim))
         vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
         self.vectors = vectors.astype(np.float32)
 

@@ -32,17 +32,17 @@ def cosine(model: Predictor, windows: MemoryWindows) -> float:
         return torch.cosine_similarity(model(contexts), targets).mean().item()
 
 
+@pytest.mark.parametrize("dim", [DIM, 48], ids=["longer than the hidden layer", "shorter"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_start_beats_context_mean_and_corpus_mean_before_any_step(
-    name: str, train: MemoryWindows, val: MemoryWindows
-) -> None:
+def test_the_start_beats_context_mean_and_corpus_mean_before_any_step(name: str, dim: int) -> None:
+    train, val = MemoryWindows(256, dim=dim), MemoryWindows(64, seed=1, dim=dim)
     contexts, targets = (torch.from_numpy(a) for a in val.batch(slice(None)))
     corpus_mean = torch.from_numpy(train.vectors[:, 5].mean(axis=0))
     baselines = [
         torch.cosine_similarity(guess, targets).mean().item()
         for guess in (contexts.mean(dim=1), corpus_mean[None])
     ]
-    model = build(name, {"hidden": 64} if name != "transformer" else {"width": 64})
+    model = build(name, {"dim": dim, "width" if name == "transformer" else "hidden": 64})
     before = cosine(model.eval(), val)
     solve_start(model, train)
     assert cosine(model, val) > max(before, *baselines) + 0.05

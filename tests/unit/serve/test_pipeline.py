@@ -49,7 +49,7 @@ class Parts:
 
     async def encode(self, rows: list[str], _: list[float]) -> list[Outcome[Any]]:
         self.calls["encode"] += len(rows)
-        vectors = self.codec.encode(rows).vectors
+        vectors = self.codec.encode_chunks(rows).vectors
         return [Outcome(EncodedText(v, 1.0, 5, False)) for v in vectors]
 
     async def predict(self, rows: list[Any], _: list[float]) -> list[Outcome[Any]]:
@@ -102,7 +102,7 @@ def test_a_good_text_needs_no_corpus() -> None:
     said = asyncio.run(parts.pipeline().say(FIVE, wish()))
     assert (said.answer.text, said.folder, said.context.mode) == ("the river rose again", "lstm-1", "seq")
     assert parts.calls == {"encode": 5, "predict": 1, "snap": 1, "decode": 1}
-    vectors = parts.codec.encode([FIVE[0], FIVE[-1]]).vectors
+    vectors = parts.codec.encode_chunks([FIVE[0], FIVE[-1]]).vectors
     assert said.prediction_cosine == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
 
 
@@ -308,7 +308,7 @@ def test_large_requests_and_vectors_that_are_no_texts_open_no_breaker() -> None:
 def test_exact_decoding_never_answers_from_the_corpus() -> None:
     parts = Parts()
     parts.decoder_lost = True
-    vectors = parts.codec.encode(FIVE[:1]).vectors
+    vectors = parts.codec.encode_chunks(FIVE[:1]).vectors
     with pytest.raises(UnavailableError):
         asyncio.run(parts.pipeline().decode(vectors, time.monotonic() + 10, steps=1, corpus=False))
     (answer,), _ = asyncio.run(parts.pipeline().decode(vectors, time.monotonic() + 10))

@@ -56,7 +56,7 @@ def test_the_array_holds_every_chunk_in_order_of_article_and_position(array: Vec
 
 def test_a_row_of_the_array_is_the_vector_of_its_text(array: VectorArray) -> None:
     rows = [0, 13, 200, 359]
-    expected = FakeCodec().encode(array.texts(rows)).vectors
+    expected = FakeCodec().encode_chunks(array.texts(rows)).vectors
     np.testing.assert_array_equal(array.vectors[rows], expected.astype(np.float16))
 
 

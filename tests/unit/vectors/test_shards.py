@@ -38,7 +38,7 @@ def chunks() -> pa.Table:
 
 
 def encode(table: pa.Table) -> Encoded:
-    return FakeCodec().encode(table.column("text").to_pylist())
+    return FakeCodec().encode_chunks(table.column("text").to_pylist())
 
 
 def to_table(table: pa.Table, encoded: Encoded, **changes: object) -> pa.Table:

@@ -1,0 +1,273 @@
+"""From an opened vector array to a model record, in this process. `latent train` does the same for several at once.
+
+What both need is here: the checks before training, what a run is known by, and the record of a finished one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lvm.codec.identity import require_same_codec
+from lvm.codec.zoo import pick_device
+from lvm.corpus.coherence import Coherence, require_sequential
+from lvm.errors import InputError, OutputError
+from lvm.models import CONFIGS, Predictor, build, require_known
+from lvm.predict import training
+from lvm.predict.predictor import TrainedPredictor
+from lvm.predict.record import (
+    find_record,
+    load_record,
+    read_aliases,
+    save_record,
+    set_alias,
+)
+from lvm.predict.start import spread_batches
+from lvm.predict.training import FAST, Progress, Recipe, recipe_named
+from lvm.storage import Location, location
+from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows
+from lvm.vectors.shards import Manifest, fingerprint
+
+TRAINING_VERSION = 1
+"""Raised when the same settings give other weights than before, so that models are trained anew."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Windows to train on, and what is known of them; for the records."""
+
+    array: VectorArray
+    manifest: Manifest
+    """Of the encode job."""
+    settings: WindowSettings
+    """Which windows are trained on."""
+    seed: int
+    """Of the split by article, the first weights, the order of batches and the dropout."""
+    parts: dict[str, Windows]
+    """Windows of train, val and test."""
+    coherence: Coherence
+    """How sequential the text was found to be."""
+
+    @classmethod
+    def of(
+        cls,
+        array: VectorArray,
+        settings: WindowSettings | None = None,
+        seed: int = 0,
+        allow_non_sequential: str | None = None,
+    ) -> "TrainingData":
+        """The windows of an array. Raises InputError where the text is not sequential and the user does not insist, and
+        where there are too few windows to split."""
+        manifest = Manifest.load(array.directory, "vectors")
+        coherence = check_sequential(array, manifest.source, allow_non_sequential)
+        settings = settings or WindowSettings()
+        return cls(array, manifest, settings, seed, make_windows(array, settings).split(seed), coherence)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector, D."""
+        return self.array.identity.dim
+
+    @property
+    def num_windows(self) -> dict[str, int]:
+        """Windows of train, val and test."""
+        return {name: len(part) for name, part in self.parts.items()}
+
+
+def run_fingerprint(
+    model: str, dim: int, vectors_fingerprint: str, windows: WindowSettings, recipe: Recipe, seed: int
+) -> str:
+    """16 hex digits over all that decides the weights. dim: length of a vector, D."""
+    return fingerprint(
+        {
+            "version": TRAINING_VERSION,
+            "model": model,
+            "sizes": asdict(CONFIGS[model](dim=dim)),
+            "vectors": vectors_fingerprint,
+            "windows": asdict(windows),
+            "recipe": recipe.to_dict(),
+            "seed": seed,
+        }
+    )
+
+
+def fit(
+    vectors: VectorArray,
+    models: Location | str,
+    model: str = "gru",
+    recipe: Recipe | str = FAST,
+    seed: int = 0,
+    windows: WindowSettings | None = None,
+    device: str = "auto",
+    log: Callable[[dict[str, Any]], None] | None = None,
+    allow_non_sequential: str | None = None,
+) -> TrainedPredictor:
+    """A predictor of these vectors with the weights of its best epoch by val cosine, and its record in `models`.
+
+    model: amn, lstm, gru or transformer; its sizes follow the vectors. recipe: `fast`, `classic` or your own. seed: of
+    the split by article and of training. windows: context length and filters. device: auto (CUDA, then MPS, then CPU)
+    or a torch device. log: called with the curve's row after each epoch (epoch, val_loss, val_cosine, seconds and, from
+    epoch 1, train_loss). allow_non_sequential: the sentence that lets text without an order train; the refusal names
+    it. The alias `model` in `models` moves to the new record; a second call with the same settings trains nothing and
+    returns the record there is.
+
+    Raises InputError on an unknown name, on text that is not sequential and on too few articles; OutputError where
+    `models` is no folder of models; IdentityError where it holds models of another codec; TrainingError where the loss
+    is no longer a number.
+    """
+    if not isinstance(vectors, VectorArray):
+        raise InputError(
+            f"vectors are {type(vectors).__name__}, expected what lvm.open_vectors returns: "
+            "lvm.open_vectors(folder) of a finished `latent encode`"
+        )
+    require_known(model)
+    recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
+    models = location(models).resolve()
+    require_models_folder(models)
+    require_codec_of_models(models, vectors)
+    data = TrainingData.of(vectors, windows, seed, allow_non_sequential)
+    run = run_fingerprint(model, data.dim, vectors.fingerprint, data.settings, recipe, seed)
+    folder = find_record(models, model, run=run)
+    if folder is None:
+        torch.manual_seed(seed)
+        network = build(model, {"dim": data.dim}).to(pick_device(device))
+        best: dict[str, torch.Tensor] = {}
+
+        def keep_best(trained: nn.Module, _: torch.optim.Optimizer, progress: Progress) -> None:
+            if progress.best is progress.curve[-1]:
+                best.update({name: tensor.detach().clone() for name, tensor in trained.state_dict().items()})
+
+        progress = training.fit(
+            network, model, data.parts["train"], data.parts["val"], recipe, seed, save=keep_best, log=log
+        )
+        network.load_state_dict(best)
+        place = str(next(network.parameters()).device)
+        folder, _ = save_trained(models, model, network, data, recipe, progress, progress.best, place)
+    if read_aliases(models).get(model) != folder.name:
+        set_alias(models, model, folder)
+    return TrainedPredictor(load_record(models, folder.name))
+
+
+def save_trained(
+    models: Location,
+    name: str,
+    network: Predictor,
+    data: TrainingData,
+    recipe: Recipe,
+    progress: Progress,
+    best: Mapping[str, Any],
+    device: str,
+) -> tuple[Location, dict[str, Any]]:
+    """The record of a finished run, and its metrics; the alias does not move.
+
+    network: with the weights of `best`, a row of the progress' curve. device: what it was trained on, in words. Raises
+    OutputError when the disk is full.
+    """
+    manifest, sizes = data.manifest, data.num_windows
+    context_mean = context_mean_cosine(data.parts["val"], recipe.max_val_windows)
+    metrics = {
+        "val_cosine": best["val_cosine"],
+        "val_loss": best["val_loss"],
+        "context_mean_val_cosine": context_mean,
+        "start_val_cosine": progress.curve[0]["val_cosine"],
+        "best_epoch": best["epoch"],
+        "epochs": progress.epoch,
+        "seconds": round(progress.seconds, 1),
+        "stopped": progress.stopped,
+        "train_windows": sizes["train"],
+        "val_windows": min(sizes["val"], recipe.max_val_windows),
+        "test_windows": sizes["test"],
+        "curve": progress.curve,
+    }
+    share = recipe.loss.info_nce_share
+    loss = "squared distance of unit vectors (MSE)" + (
+        f", with InfoNCE at {share:g} of its gradient norm" if share else ""
+    )
+    batch = recipe.batch_size(sizes["train"])
+    peak = recipe.peak_rate(name, sizes["train"])
+    config = {
+        "run": run_fingerprint(name, data.dim, data.array.fingerprint, data.settings, recipe, data.seed),
+        "seed": data.seed,
+        "windows": asdict(data.settings),
+        "vectors": vectors_entry(data.array.directory, manifest),
+        "coherence": data.coherence.to_dict(),
+        "recipe": recipe.to_dict(),
+        "device": device,
+    }
+    provenance = {
+        "Data source": f"{manifest.source or 'not stated'} (licence: {manifest.licence or 'not stated'})",
+        "Vectors": f"{manifest.rows:,}, fingerprint {data.array.fingerprint}",
+        "Sequences": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test windows of "
+        f"{data.settings.context} vectors and the next, split by article",
+        "Loss": loss,
+        "Start": "hidden layers along the principal directions, output layer by ridge regression"
+        if recipe.solved_start
+        else "random",
+        "Optimiser": f"{recipe.optimiser}, peak learning rate {peak:.2g}, batch {batch}, "
+        f"recipe {recipe.name}",
+        "Epochs": f"{progress.epoch} trained ({progress.stopped}); these are the weights of epoch "
+        f"{best['epoch']}",
+        "Seed": str(data.seed),
+        "Device": device,
+    }
+    issues = []
+    if best["val_cosine"] <= context_mean:
+        issues.append(
+            "On validation articles it does not beat the mean of its context (cosine "
+            f"{best['val_cosine']:.4f} against {context_mean:.4f})."
+        )
+    if data.coherence.fault is not None:
+        issues.append(f"Trained on text the coherence test refuses: {data.coherence.fault}.")
+    folder = save_record(models, name, network, manifest.identity, config, metrics, provenance, tuple(issues))
+    return folder, metrics
+
+
+def vectors_entry(vectors: Location, manifest: Manifest) -> dict[str, Any]:
+    """What config.json says of the vectors a model was trained or scored on."""
+    return {
+        "directory": str(vectors),
+        "fingerprint": manifest.fingerprint,
+        "rows": manifest.rows,
+        "source": manifest.source,
+        "licence": manifest.licence,
+    }
+
+
+def require_models_folder(models: Location) -> None:
+    """Return when `models` is or can become a folder of records, else raise OutputError."""
+    if models.exists() and not models.is_dir():
+        raise OutputError(f"{models} is a file, expected a folder for models; choose another")
+    if (models / "manifest.json").exists():
+        kind = Manifest.load(models).kind
+        raise OutputError(f"{models} holds {kind}, expected models or an empty folder; choose another")
+
+
+def require_codec_of_models(models: Location, array: VectorArray) -> None:
+    """Return when every alias in `models` is a model of the vectors' codec, else raise IdentityError."""
+    for alias, folder in read_aliases(models).items():
+        if (models / folder).is_dir():
+            identity = load_record(models, folder).identity
+            require_same_codec(
+                array.identity, identity, str(array.directory), f"model {alias!r} in {models} ({folder})"
+            )
+
+
+def check_sequential(array: VectorArray, source: str, allow_non_sequential: str | None) -> Coherence:
+    """How sequential the text is; raises InputError where it is not and the user does not insist."""
+    firsts = np.flatnonzero(np.diff(array.doc_ids, prepend=-1))
+    names = sorted({source, *array.sources(firsts)})
+    return require_sequential(array.vectors, array.doc_ids, array.positions, names, allow_non_sequential)
+
+
+def context_mean_cosine(val: Windows, most: int) -> float:
+    """Mean cosine between the context's mean and the truth, on the windows training validates on."""
+    total, count = 0.0, 0
+    for contexts, targets in spread_batches(val, most):
+        mean = contexts.mean(axis=1)
+        norms = np.linalg.norm(mean, axis=1) * np.linalg.norm(targets, axis=1)
+        total += float((np.einsum("bd,bd->b", mean, targets) / np.maximum(norms, 1e-12)).sum())
+        count += len(targets)
+    return total / count

@@ -1,0 +1,95 @@
+"""A trained predictor as a function over numpy arrays: contexts in, the next vector out.
+
+Letters: B contexts, T context vectors, D vector length.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvm.codec.identity import CodecIdentity, require_same_codec
+from lvm.errors import InputError
+from lvm.predict.record import ALIASES, CONFIG, Record, load_record, read_aliases
+from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH
+from lvm.storage import Location, location
+
+SHIPPED = Path(__file__).parent / "weights"
+"""Model records that ship with the package, for the codec that does."""
+
+BATCH_CONTEXTS = 1024
+"""Contexts the network reads at once: a transformer's states of so many take some 100 MB."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedPredictor:
+    """A model record, or `passthrough`, which predicts the last vector again."""
+
+    record: Record | None
+    """The record; None for passthrough."""
+
+    @property
+    def name(self) -> str:
+        """Folder name of the record, or "passthrough"."""
+        return PASSTHROUGH if self.record is None else self.record.folder.name
+
+    @property
+    def context(self) -> int:
+        """Vectors of the windows it was trained on, T: what it is given where there are as many."""
+        return CONTEXT_CHUNKS if self.record is None else self.record.context
+
+    def require_codec(self, identity: CodecIdentity, what: str) -> None:
+        """Return when it predicts vectors of this codec, else raise IdentityError; passthrough does of any."""
+        if self.record is not None:
+            require_same_codec(self.record.identity, identity, f"model {self.name}", what)
+
+    def __call__(self, contexts: NDArray[Any]) -> NDArray[np.float32]:
+        """Unit vectors (B, D) float32 from contexts (B, T, D), oldest first; T may be any number of 1 or more.
+
+        Raises InputError on another shape or another D than the model's.
+        """
+        given: NDArray[np.float32] = np.ascontiguousarray(contexts, np.float32)
+        dim = None if self.record is None else self.record.identity.dim
+        if given.ndim != 3 or given.shape[1] < 1 or given.shape[2] != (dim or given.shape[2]):
+            raise InputError(
+                f"contexts have shape {given.shape}, expected (B, T, {dim or 'D'}) for model {self.name}: "
+                "a list of contexts, each of one vector or more"
+            )
+        if self.record is None:
+            return given[:, -1]
+        import torch
+
+        model = self.record.model.eval()
+        device = next(model.parameters()).device
+        predicted = np.empty((len(given), given.shape[2]), np.float32)
+        with torch.inference_mode():
+            for low in range(0, len(given), BATCH_CONTEXTS):
+                part = torch.from_numpy(given[low : low + BATCH_CONTEXTS]).to(device)
+                predicted[low : low + len(part)] = model(part).float().cpu().numpy()
+        return predicted
+
+
+def load_predictor(model: Location | str = "gru", models: Location | str | None = None) -> TrainedPredictor:
+    """The predictor of a name or of a record's folder.
+
+    model: `passthrough`; an alias or folder name among the records in `models`; without `models` one that ships (`gru`,
+    `amn`), or the path of a record, also by alias (`out/mine/models/lstm`). Raises InputError where there is none, and
+    where a file of it is missing or damaged.
+    """
+    name = str(model)
+    if name == PASSTHROUGH:
+        return TrainedPredictor(None)
+    if models is not None:
+        return TrainedPredictor(load_record(location(models), name))
+    shipped = read_aliases(SHIPPED)
+    if name in shipped:
+        return TrainedPredictor(load_record(SHIPPED, name))
+    folder = location(model).resolve()
+    if not (folder / CONFIG).is_file() and not (folder.parent / ALIASES).is_file():
+        raise InputError(
+            f"no model {name!r}; expected one that ships ({', '.join(shipped)}), passthrough, or the folder of a "
+            "record that `latent train` or `lvm.fit` wrote"
+        )
+    return TrainedPredictor(load_record(folder.parent, folder.name))

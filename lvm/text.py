@@ -1,0 +1,23 @@
+"""One text to the chunks a codec takes."""
+
+from typing import TYPE_CHECKING
+
+from lvm.codec.zoo import load_tokenizer
+from lvm.corpus.chunker import chunk_article
+from lvm.corpus.records import Article
+from lvm.errors import InputError
+
+if TYPE_CHECKING:
+    from lvm.codec.zoo import Codec
+
+
+def chunk(text: str, codec: "Codec | str" = "mini") -> list[str]:
+    """Chunks of a text in order, each within the codec's token limit: cut at sentences where they fit, else at clauses.
+
+    Runs of white space become one space; nothing else is lost. A text without words has no chunk. codec: a loaded one,
+    or the name of one whose tokenizer is at hand. Raises InputError on anything but a str.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"expected one text, got {type(text).__name__}; call chunk for each text")
+    tokenizer = load_tokenizer(codec) if isinstance(codec, str) else codec.tokenizer
+    return [c.text for c in chunk_article(Article("", "", text, ""), tokenizer)]

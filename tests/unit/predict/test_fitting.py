@@ -1,0 +1,133 @@
+"""`lvm.fit`: vectors of any length and any context to a record with the best weights, and no training twice."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lvm import InputError, OutputError, WindowSettings, fit, load_predictor, make_windows, open_vectors
+from lvm.errors import IdentityError
+from lvm.models import MODELS
+from lvm.predict import training
+from lvm.predict.fitting import TRAINING_VERSION, run_fingerprint
+from lvm.predict.predictor import SHIPPED
+from lvm.predict.record import load_record, read_aliases
+from lvm.predict.training import FAST, Recipe, evaluate
+from lvm.vectors.sequences import VectorArray
+from tests.doubles import FakeCodec, fake_articles, write_vectors
+
+BRIEF = replace(FAST, epochs=4, batch_windows=64, patience=None, bfloat16=False)
+THREE = WindowSettings(context=3)
+
+
+@pytest.fixture(scope="module")
+def array(tmp_path_factory: pytest.TempPathFactory) -> VectorArray:
+    """40 articles of 12 chunks in 96-d vectors."""
+    folder = tmp_path_factory.mktemp("vectors")
+    write_vectors(folder, fake_articles(40), FakeCodec(dim=96))
+    return open_vectors(folder)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_it_fits_vectors_of_any_length_and_contexts_of_any(
+    model: str, array: VectorArray, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = []
+    brief = replace(BRIEF, epochs=2)
+    fitted = fit(array, tmp_path, model, brief, windows=THREE, device="cpu", log=rows.append)
+    assert fitted.record is not None
+    assert fitted.context == 3
+    assert fitted.record.config["sizes"]["dim"] == 96
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    # The weights are those of the best epoch, not of the last.
+    parts = make_windows(array, THREE).split(0)
+    val = parts["val"]
+    best = max(row["val_cosine"] for row in rows)
+    assert evaluate(fitted.record.model, val.batches(64)).cosine == pytest.approx(best, abs=1e-5)
+    assert fitted.record.metrics["val_cosine"] == best
+    contexts, targets = val.batch(slice(None))
+    assert (fitted(contexts) * targets).sum(1).mean() == pytest.approx(best, abs=1e-3)
+    corpus_mean = parts["train"].batch(slice(None))[1].mean(0)
+    assert best > (targets @ (corpus_mean / np.linalg.norm(corpus_mean))).mean() + 0.02
+    assert read_aliases(tmp_path) == {model: fitted.name}
+    assert load_predictor(tmp_path / model).name == fitted.name
+
+
+def test_the_best_epochs_weights_are_kept_when_later_ones_are_worse(
+    array: VectorArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A rate that grows until it spoils what was learnt.
+    monkeypatch.setattr(training, "learning_rate", lambda recipe, peak, done: 1e-3 if done < 0.5 else 3.0)
+    fitted = fit(array, tmp_path, "lstm", replace(BRIEF, max_gradient_norm=None), device="cpu")
+    assert fitted.record is not None
+    curve = fitted.record.metrics["curve"]
+    assert fitted.record.metrics["best_epoch"] < 4
+    assert curve[-1]["val_cosine"] < fitted.record.metrics["val_cosine"] - 0.01
+    val = make_windows(array).split(0)["val"]
+    found = evaluate(fitted.record.model, val.batches(64)).cosine
+    assert found == pytest.approx(fitted.record.metrics["val_cosine"], abs=1e-5)
+
+
+def test_the_same_again_trains_nothing_and_another_seed_does(array: VectorArray, tmp_path: Path) -> None:
+    once = replace(BRIEF, epochs=1)
+    first = fit(array, str(tmp_path), "amn", once)
+    rows: list[dict[str, Any]] = []
+    assert fit(array, tmp_path, "amn", once, log=rows.append).name == first.name
+    assert rows == []
+    other = fit(array, tmp_path, "amn", once, seed=1)
+    assert other.name != first.name
+    assert read_aliases(tmp_path) == {"amn": other.name}
+    # Asked for again, the first is what the alias means.
+    assert fit(array, tmp_path, "amn", once).name == first.name == read_aliases(tmp_path)["amn"]
+
+
+def test_a_seed_gives_the_same_weights_on_one_thread(array: VectorArray, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        once = replace(BRIEF, epochs=1)
+        one, two = (fit(array, tmp_path / n, "gru", once, device="cpu") for n in ("one", "two"))
+    finally:
+        torch.set_num_threads(threads)
+    contexts = make_windows(array).batch(slice(0, 5))[0]
+    assert np.array_equal(one(contexts), two(contexts))
+
+
+def test_a_run_is_known_by_what_it_was_before_its_parts_moved() -> None:
+    """The record that ships was made by `latent train`: the same settings still are the same run."""
+    config = load_record(SHIPPED, "gru").config
+    found = run_fingerprint(
+        "gru",
+        768,
+        config["vectors"]["fingerprint"],
+        WindowSettings(**config["windows"]),
+        Recipe.from_dict(config["recipe"]),
+        config["seed"],
+    )
+    assert TRAINING_VERSION == 1
+    assert found == config["run"]
+
+
+def test_what_cannot_be_fitted_is_refused(array: VectorArray, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"vectors are str, expected what lvm\.open_vectors returns"):
+        fit(str(array.directory), tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="unknown model 'mamba'; expected one of amn"):
+        fit(array, tmp_path, "mamba")
+    with pytest.raises(InputError, match="unknown recipe 'slow'; expected one of fast"):
+        fit(array, tmp_path, "amn", "slow")
+    with pytest.raises(InputError, match="unknown device 'abacus'"):
+        fit(array, tmp_path, "amn", device="abacus")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file, expected a folder"):
+        fit(array, tmp_path / "file", "amn")
+    with pytest.raises(OutputError, match="holds vectors, expected models"):
+        fit(array, array.directory, "amn")
+    fit(array, tmp_path / "models", "amn", replace(BRIEF, epochs=1))
+    write_vectors(tmp_path / "other", fake_articles(12), FakeCodec("other", dim=96))
+    with pytest.raises(IdentityError, match="encoder_sha256"):
+        fit(open_vectors(tmp_path / "other"), tmp_path / "models", "amn")
+    assert json.loads((tmp_path / "models" / "aliases.json").read_text()).keys() == {"amn"}
