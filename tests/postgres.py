@@ -1,4 +1,4 @@
-"""A real Postgres for tests: the wheel's, one for the whole run, and a database of its own for each test."""
+"""A real Postgres for tests: the wheel's, one for the whole run, and a store of its own for each test."""
 
 import itertools
 import shutil
@@ -27,6 +27,7 @@ def server() -> Iterator[str]:
     ) as admin:  # nothing here outlives the run, so no disk is waited for
         admin.execute("ALTER SYSTEM SET fsync = off")
         admin.execute("SELECT pg_reload_conf()")
+        admin.execute("CREATE EXTENSION vector")
     yield url
     process = psutil.Process(int((folder / "data" / "postmaster.pid").read_text().split()[0]))
     process.send_signal(
@@ -38,8 +39,22 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def database(server: str) -> str:
-    """URL of an empty database."""
+    """URL of an empty schema: a store of its own, made in milliseconds where a database takes a second."""
     name = f"test_{next(_numbers)}"
     with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-    return server.replace("/postgres?", f"/{name}?")
+        connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(name)))
+    return f"{server}&options=-csearch_path%3D{name}%2Cpublic"
+
+
+@pytest.fixture
+def plain(server: str) -> str:
+    """URL of an empty database whose user may not enable pgvector."""
+    name = f"plain_{next(_numbers)}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute("DROP ROLE IF EXISTS modest")
+        admin.execute("CREATE ROLE modest LOGIN")
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    url = server.replace("/postgres?", f"/{name}?")
+    with psycopg.connect(url, autocommit=True) as admin:
+        admin.execute("GRANT CREATE ON SCHEMA public TO modest")
+    return url.replace("postgres:@", "modest:@")
