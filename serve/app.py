@@ -33,10 +33,10 @@ from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.codec.zoo import load_tokenizer
 from lvm.corpus.chunker import Chunk, Chunker, chunk_id
 from lvm.corpus.readers import Article
+from lvm.corpus.tmd import Prototypes, phrases
 from lvm.errors import InputError
 from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH
 from lvm.vectors.shards import write_bytes
-from lvm.vectors.tmd import all_labels, nearest
 from serve.breaker import Breaker
 from serve.decoder import Decoder
 from serve.door import Listener
@@ -592,20 +592,21 @@ class Gateway:
         )
 
     async def _codes(self, texts: Sequence[str], deadline: float, clock: Clock) -> list[TmdCode]:
-        labels, _ = await self._pipeline.encode(all_labels(), deadline)
+        labels, _ = await self._pipeline.encode([phrase for phrase, _ in phrases()], deadline)
         encoded, timing = await self._pipeline.encode(texts, deadline)
         clock.add("encode", timing)
-        found = nearest(np.stack([e.vector for e in encoded]), np.stack([e.vector for e in labels]))
+        prototypes = Prototypes(np.stack([e.vector for e in labels]))
         return [
             TmdCode(
-                code=tmd.code,
-                domain=tmd.names[0],
-                task=tmd.names[1],
-                modifier=tmd.names[2],
-                cosines=[round(c, 6) for c in cosines],
-                features=[int(f) for f in tmd.features()],
+                code=found.tmd.code,
+                domain=found.tmd.names[0],
+                task=found.tmd.names[1],
+                modifier=found.tmd.names[2],
+                cosines=[round(c, 6) for c in found.cosines or ()],
+                confidence=round(found.confidence, 6),
+                features=[int(f) for f in found.tmd.features()],
             )
-            for tmd, cosines in found
+            for found in prototypes.nearest(np.stack([e.vector for e in encoded]))
         ]
 
     async def ingest(self, request: Request, body: IngestRequest) -> IngestReply:
