@@ -15,9 +15,8 @@ Killed at any moment, the same load goes on from the shards that are noted, and 
 """
 
 import hashlib
-import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -31,6 +30,16 @@ from psycopg.types.json import Jsonb
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import DatabaseError, InputError, OutputError
 from lvm.storage import Location
+from lvm.vectors.entries import (
+    COLUMNS,
+    KEPT,
+    Storage,
+    entries_of,
+    export_schema,
+    read_vectors,
+    require_name,
+    require_text,
+)
 from lvm.vectors.postgres import connect, server_name, told
 from lvm.vectors.shards import (
     Manifest,
@@ -40,12 +49,7 @@ from lvm.vectors.shards import (
     fingerprint,
     read_table,
     require_unit_vectors,
-    table_to_vectors,
-    vector_schema,
 )
-
-Storage = Literal["vector", "halfvec", "real"]
-"""Column type of the vectors: pgvector's two, or real[] on a server without it."""
 
 IndexKind = Literal["hnsw", "ivfflat", "none"]
 
@@ -58,33 +62,7 @@ INDEX_ROWS = 2000
 CURSOR_ROWS = 2000
 """Rows fetched from a server-side cursor at once: 3 MB of float16 vectors."""
 
-MAX_NAME = 200
-"""Longest name of a dataset, in characters."""
-
-_COLUMNS = {
-    "dataset_source": "text",  # the dataset
-    "cpe_id": "uuid",  # the chunk_id of the shards, which is 32 hex digits
-    "concept_text": "text",
-    "concept_vec": "bytea",  # the column's own type; the wire form of it is made here
-    "tmd_code": "int4",
-    "tmd_confidence": "float4",
-    "source": "text",
-    "doc_id": "int4",
-    "position": "int4",
-    "title": "text",
-    "num_tokens": "int4",
-    "truncated": "bool",
-    "norm": "float4",
-    "episode": "int4",  # a coherent run of paragraphs of the article, from 0
-    "coherence": "float4",  # of the episode
-    "codec": "text",
-}
-"""Column of an entry to the type it is copied in as."""
-
-_NAMES = sql.SQL(", ").join(map(sql.Identifier, _COLUMNS))
-
-_KEPT = ("tmd_code", "tmd_confidence", "episode", "coherence")
-"""What shards may lack; a load of the same text leaves it as it is."""
+_NAMES = sql.SQL(", ").join(map(sql.Identifier, COLUMNS))
 
 _MIGRATIONS = (
     """
@@ -221,133 +199,6 @@ class Filters:
         for mark in "!%_":
             plain = plain.replace(mark, f"!{mark}")
         return f"%{plain}%"
-
-
-# ------------------------------------------------------------------------------------------- rows on the wire
-
-
-def require_text(value: str, what: str) -> str:
-    """The text, where Postgres can hold it. Raises InputError on a NUL character or a lone surrogate."""
-    if "\0" in value:
-        raise InputError(
-            f"{what} holds a NUL character at place {value.index(chr(0))}, which no Postgres text can hold; expected "
-            "text. Take it out of the source"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as err:
-        raise InputError(
-            f"{what} holds a lone surrogate at place {err.start}, which is no UTF-8; expected text. Take it out of "
-            "the source"
-        ) from err
-    return value
-
-
-def require_name(name: str) -> str:
-    """The name of a dataset, where it is one. Raises InputError."""
-    require_text(name, "the name of the dataset")
-    if not name.strip() or len(name) > MAX_NAME or name != name.strip():
-        raise InputError(
-            f"--dataset is {name[:40]!r}; expected 1 to {MAX_NAME} characters, no space at its ends"
-        )
-    return name
-
-
-def wire_vectors(vectors: NDArray[Any], storage: Storage) -> list[bytes]:
-    """Each row of (N, D) float vectors as Postgres' binary form of the storage's type.
-
-    Source: pgvector's src/vector.c and src/halfvec.c, `vector_recv` and `halfvec_recv` (int16 dimensions, int16 unused,
-    numbers big-endian); Postgres' src/backend/utils/adt/arrayfuncs.c, `array_recv`.
-    """
-    rows, dim = vectors.shape
-    if storage == "real":
-        items = np.empty((rows, dim), [("length", ">i4"), ("value", ">f4")])
-        items["length"], items["value"] = 4, vectors
-        head = np.array(
-            [1, 0, 700, dim, 1], ">i4"
-        ).tobytes()  # one dimension, no nulls, float4, its size, from 1
-        body = items.view(np.uint8).reshape(rows, -1)
-    else:
-        head = np.array([dim, 0], ">i2").tobytes()
-        body = np.ascontiguousarray(vectors, ">f4" if storage == "vector" else ">f2").view(np.uint8)
-        body = body.reshape(rows, -1)
-    return [head + row.tobytes() for row in body]
-
-
-def read_vectors(values: Sequence[bytes], storage: Storage, dim: int) -> NDArray[Any]:
-    """(N, D) of what `wire_vectors` makes, float16 from halfvec, else float32."""
-    data = b"".join(values)
-    if storage == "real":
-        flat = np.frombuffer(data, np.uint8).reshape(len(values), 20 + 8 * dim)[:, 20:]
-        items = np.ascontiguousarray(flat).view([("length", ">i4"), ("value", ">f4")])
-        return np.asarray(items["value"], np.float32).reshape(len(values), dim)
-    kind, width = (">f4", 4) if storage == "vector" else (">f2", 2)
-    flat = np.frombuffer(data, np.uint8).reshape(len(values), 4 + width * dim)[:, 4:]
-    out = np.float32 if storage == "vector" else np.float16
-    return np.ascontiguousarray(flat).view(kind).astype(out)
-
-
-def entries_of(
-    table: pa.Table, dataset: str, identity: CodecIdentity, storage: Storage, what: str
-) -> Iterator[tuple[Any, ...]]:
-    """Rows to copy, in the order of `_COLUMNS`, of a table in `vector_schema`; its optional columns may be there.
-
-    Raises InputError naming `what` and the row: a text that is no UTF-8 or holds NUL, an id that is none, a vector
-    that is NaN or not of norm 1.
-    """
-    try:
-        table.validate(full=True)
-    except pa.ArrowInvalid as err:
-        raise InputError(f"{what} is no sound table: {str(err).strip()}; encode it again") from err
-    columns = {name: table.column(name).to_pylist() for name in table.column_names if name != "vector"}
-    ids = columns["chunk_id"]
-    vectors = table_to_vectors(table, what)
-    require_unit_vectors(vectors, identity.dim, what, ids)
-    for row, chunk_id in enumerate(ids):
-        try:
-            known = len(chunk_id) == 32 and bytes.fromhex(chunk_id)
-        except (TypeError, ValueError):
-            known = False
-        if not known:
-            raise InputError(f"{what}: the chunk_id of row {row} is {chunk_id!r}; expected 32 hex digits")
-    for name in ("text", "title", "source"):
-        for row, value in enumerate(columns[name]):
-            if value is None:
-                raise InputError(f"{what}: row {row} (id {ids[row]}) has no {name}; expected text")
-            if "\0" in value:
-                require_text(value, f"{what}: {name} of row {row} (id {ids[row]})")
-    nothing = [None] * len(ids)
-    given = [columns.get(name, nothing) for name in _KEPT]
-    return zip(
-        [dataset] * len(ids),
-        [bytes.fromhex(i) for i in ids],
-        columns["text"],
-        wire_vectors(vectors, storage),
-        given[0],
-        given[1],
-        columns["source"],
-        columns["doc_id"],
-        columns["position"],
-        columns["title"],
-        columns["num_tokens"],
-        columns["truncated"],
-        columns["norm"],
-        given[2],
-        given[3],
-        [identity.digest] * len(ids),
-        strict=True,
-    )
-
-
-def export_schema(dim: int, dtype: VectorType) -> pa.Schema:
-    """Of exported shards: `vector_schema`, and after it what only the store knows; null where it does not."""
-    extra = [
-        pa.field("tmd_code", pa.int32()),
-        pa.field("tmd_confidence", pa.float32()),
-        pa.field("episode", pa.int32()),
-        pa.field("coherence", pa.float32()),
-    ]
-    return pa.schema([*vector_schema(dim, dtype), *extra])
 
 
 # ----------------------------------------------------------------------------------------------------- store
@@ -527,7 +378,7 @@ class ConceptStore:
                 "SELECT relname FROM pg_class WHERE relkind = 'p' AND relname ~ '^cpe_(vector|halfvec|real)_[0-9]+$' "
                 "AND pg_table_is_visible(oid) ORDER BY relname"
             ).fetchall()
-            others = sql.SQL(", ").join(sql.Identifier(c) for c in _COLUMNS if c != "concept_vec")
+            others = sql.SQL(", ").join(sql.Identifier(c) for c in COLUMNS if c != "concept_vec")
             # Of different dimensions, so as real[]; ::real[] is pgvector's own cast, of halfvec too.
             selects = [
                 sql.SQL("SELECT {}, concept_vec::real[] AS concept_vec FROM {}").format(
@@ -710,7 +561,7 @@ class ConceptStore:
 
     def _copy(self, table: sql.Identifier, rows: Iterator[tuple[Any, ...]]) -> None:
         command = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(table, _NAMES)
-        types = [t if t != "uuid" else "bytea" for t in _COLUMNS.values()]  # 16 bytes on the wire, both
+        types = [t if t != "uuid" else "bytea" for t in COLUMNS.values()]  # 16 bytes on the wire, both
         with self.connection.cursor() as cursor, cursor.copy(command) as copy:
             copy.set_types(types)
             for row in rows:
@@ -796,12 +647,12 @@ class ConceptStore:
                 "AND NOT EXISTS (SELECT 1 FROM {} s WHERE s.cpe_id = e.cpe_id)"
             ).format(table, stage, stage)
         )
-        new = [c for c in _COLUMNS if c != "cpe_id"]
+        new = [c for c in COLUMNS if c != "cpe_id"]
         given = sql.SQL("excluded.{}")
         kept = sql.SQL(
             "CASE WHEN excluded.{0} IS NULL AND e.concept_text = excluded.concept_text THEN e.{0} ELSE excluded.{0} END"
         )
-        values = [(kept if c in _KEPT else given).format(sql.Identifier(c)) for c in new]
+        values = [(kept if c in KEPT else given).format(sql.Identifier(c)) for c in new]
         own = sql.SQL(", ").join(sql.SQL("e.{}").format(sql.Identifier(c)) for c in new)
         self.connection.execute(
             sql.SQL(
@@ -1081,8 +932,3 @@ def _parent(dim: int, storage: Storage) -> sql.Identifier:
 def _hit(row: Sequence[Any]) -> Hit:
     score, cpe_id, *rest = row
     return Hit(cpe_id.hex, None if score is None else float(score), *rest)
-
-
-def content_hash(record: Mapping[str, Any]) -> str:
-    """64 hex digits over all that decides an article's rows: its text, how it is cut, coded and encoded."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

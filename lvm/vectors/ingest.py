@@ -20,7 +20,8 @@ from lvm.corpus.coherence import find_episodes
 from lvm.corpus.readers import Article
 from lvm.corpus.tmd import Coded
 from lvm.errors import InputError
-from lvm.vectors.concepts import ConceptStore, Dataset, content_hash, require_text
+from lvm.vectors.concepts import ConceptStore, Dataset
+from lvm.vectors.entries import content_hash, require_text
 from lvm.vectors.shards import CHUNK_SCHEMA, VectorType, vectors_to_table
 
 STAGES = ("look up", "chunk", "encode", "episodes", "tmd", "store")

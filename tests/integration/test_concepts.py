@@ -16,10 +16,8 @@ from lvm.vectors.concepts import (
     ConceptStore,
     Dataset,
     Filters,
-    entries_of,
-    read_vectors,
-    wire_vectors,
 )
+from lvm.vectors.entries import entries_of, read_vectors, wire_vectors
 from lvm.vectors.postgres import connect
 from lvm.vectors.shards import Manifest, read_table, table_to_vectors, vectors_to_table, write_table
 from tests.doubles import FakeCodec, chunk_table, fake_articles, write_vectors
