@@ -11,6 +11,7 @@ snapshot, and writes the shards that `latent encode` writes, with the store's co
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -96,7 +97,7 @@ def in_parallel(
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     cpus = int(sum(n.get("CPU", 0) for n in nodes_with()))
-    side_by_side = workers or min(max(1, cpus), MAX_WORKERS)
+    side_by_side = min(workers or min(max(1, cpus), MAX_WORKERS), len(items))
     done = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         task, num_cpus=min(1.0, cpus / side_by_side), concurrency=side_by_side
     )
@@ -456,11 +457,8 @@ def clear(
         rows = store.stats(found)["rows"]
         question = f"remove dataset {dataset!r} with {rows:,} rows from {server_name(store.url)}?"
         if not yes:
-            try:
-                sure = typer.confirm(question, err=True)
-            except typer.Abort:  # nobody there to answer
-                sure = False
-            if not sure:
+            say(f"{question} [y/N]")
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 raise OutputError(f"dataset {dataset!r} stays; pass --yes to remove it without being asked")
         rows = store.clear(dataset)
     say(f"clear: dataset {dataset!r} and its {rows:,} rows are gone")

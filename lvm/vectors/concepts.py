@@ -17,11 +17,12 @@ Killed at any moment, the same load goes on from the shards that are noted, and 
 import hashlib
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
+import psycopg
 import pyarrow as pa
 from numpy.typing import NDArray
 from psycopg import errors, sql
@@ -516,7 +517,7 @@ class ConceptStore:
         try:
             yield Load(stage, name, identity, storage)
         finally:
-            if not self.connection.closed and not self.connection.broken:
+            with suppress(psycopg.Error):  # a lost connection has let it go already
                 self.connection.execute("SELECT pg_advisory_unlock(%s)", [lock])
 
     def _drop_stages(self, dataset: str, keep: str | None) -> None:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,10 @@ def own_server() -> Iterator[tuple[Path, str]]:
     """Data folder and URL of a server that the test may kill."""
     folder = Path(tempfile.mkdtemp(prefix="latent-postgres-"))
     yield folder / "data", embedded(folder / "data")
-    with open(folder / "data" / "postmaster.pid") as file:
-        process = psutil.Process(int(file.readline()))
-    process.send_signal(signal.SIGQUIT)
-    process.wait(30)
+    with suppress(FileNotFoundError, psutil.NoSuchProcess):
+        process = psutil.Process(int((folder / "data" / "postmaster.pid").read_text().split()[0]))
+        process.send_signal(signal.SIGQUIT)
+        process.wait(30)
     shutil.rmtree(folder)
 
 
