@@ -304,13 +304,17 @@ def finish(summary: dict[str, Any]) -> None:
     print(json.dumps({**summary, "versions": versions()}), flush=True)
 
 
-def run(main: Callable[..., None], pass_on: bool = False) -> None:
+def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], pass_on: bool = False) -> None:
     """Run a job's `main` as a command: options from its signature, LvmError as one line and exit code 1.
 
-    pass_on: all from the first argument on is arguments, options too; for a command that runs another.
+    main: several by name for a job of several commands. pass_on: all from the first argument on is arguments, options
+    too; for a command that runs another.
     """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(context_settings={"allow_interspersed_args": False} if pass_on else {})(main)
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, no_args_is_help=not callable(main)
+    )
+    for name, command in main.items() if isinstance(main, Mapping) else [(None, main)]:
+        app.command(name, context_settings={"allow_interspersed_args": False} if pass_on else {})(command)
     try:
         app()
     except LvmError as error:

@@ -30,7 +30,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs._ray import CHECKOUT, run, say
-from lvm.cli import CODEC_JOBS, JOBS
+from lvm.cli import CODEC_JOBS, CONCEPT_COMMANDS, JOBS
 from lvm.errors import InputError, LvmError
 
 PARTS = ("jobs", "lvm", "serve", "data/sample", "pyproject.toml", "README.md", "LICENSE")
@@ -57,12 +57,13 @@ def entrypoint(command: list[str]) -> str:
     """The shell line that runs a command of `latent` on the cluster. Raises InputError on an unknown one."""
     jobs = {name: job for name, (job, _) in JOBS.items()}
     jobs |= {f"codec {name}": job for name, (job, _) in CODEC_JOBS.items()}
-    words = 2 if command[:1] == ["codec"] else 1
+    jobs |= {f"concepts {name}": f"concepts {name}" for name in CONCEPT_COMMANDS}
+    words = 2 if command[:1] in (["codec"], ["concepts"]) else 1
     name = " ".join(command[:words])
     if name not in jobs:
         raise InputError(f"no job {name!r} to submit; expected one of {', '.join(jobs)}")
     demo = ["--demo"] if name == "demo" else []
-    return shlex.join(["python", "-m", f"jobs.{jobs[name]}", *demo, *command[words:]])
+    return shlex.join(["python", "-m", *f"jobs.{jobs[name]}".split(), *demo, *command[words:]])
 
 
 @contextmanager

@@ -38,6 +38,7 @@ JOBS = {
     "generate": ("generate", "Articles to predicted texts: Parquet shards or one file of JSON lines."),
     "export": ("export", "Vectors to training sequences in one NPZ file."),
     "check": ("check", "Say what is wrong with an NPZ file of sequences."),
+    "ingest": ("ingest", "Articles to coded, encoded rows of the concept store, once each."),
     "train-writer": ("train_writer", "Fit a writer: any codec's vectors to fluent text."),
     "train-codec": ("train_codec", "Fit a codec (encoder and hypothesizer) on chunks."),
 }
@@ -51,6 +52,15 @@ CODEC_JOBS = {
     ),
 }
 """The same for `latent codec COMMAND`."""
+
+CONCEPT_COMMANDS = {
+    "load": "Vector shards into a dataset of the store.",
+    "export": "A dataset to vector shards.",
+    "search": "Rows near a text or vector, by code, source or words.",
+    "stats": "What the store holds.",
+    "clear": "Remove one dataset; asks.",
+}
+"""Commands of `latent concepts COMMAND`, all of one job, to their line of help."""
 
 SUBMIT = "Run a command on a Ray cluster: submit --address URL encode --input … ; follows its log."
 
@@ -81,21 +91,25 @@ def run_job(job: str, arguments: list[str], folder: str = "jobs") -> int:
     return child.wait()
 
 
-def _add(command: str, job: str, line: str, to: typer.Typer = app) -> None:
+def _add(command: str, job: str, line: str, to: typer.Typer = app, *extra: str) -> None:
     def forward(context: typer.Context) -> None:
-        extra = ["--demo"] if command == "demo" else []
         raise typer.Exit(run_job(job, [*extra, *context.args]))
 
     to.command(command, help=line, context_settings=FORWARD)(forward)
 
 
 for _command, (_job, _line) in JOBS.items():
-    _add(_command, _job, _line)
+    _add(_command, _job, _line, app, *(["--demo"] if _command == "demo" else []))
 
 codec_app = typer.Typer(no_args_is_help=True, help="Measure or try out a codec.")
 for _command, (_job, _line) in CODEC_JOBS.items():
     _add(_command, _job, _line, codec_app)
 app.add_typer(codec_app, name="codec")
+
+concepts_app = typer.Typer(no_args_is_help=True, help="The concept store in Postgres.")
+for _command, _line in CONCEPT_COMMANDS.items():
+    _add(_command, "concepts", _line, concepts_app, _command)
+app.add_typer(concepts_app, name="concepts")
 
 
 @app.command("serve", help=SERVE, context_settings=FORWARD)

@@ -5,6 +5,7 @@ LvmError
 ├── IdentityError   two artefacts come from different codecs and may not be joined
 ├── OutputError     an output directory was made with other settings, or is half written
 ├── TrainingError   a loss or a gradient is no longer a number
+├── DatabaseError   the database does not answer, or refuses
 └── StorageError    object storage does not answer, or refuses
 
 Messages say what was expected, what came, and what to do. The command line prints them as one line;
@@ -30,6 +31,10 @@ class OutputError(LvmError):
 
 class TrainingError(LvmError):
     """A loss or a gradient is no longer a number."""
+
+
+class DatabaseError(LvmError):
+    """The database does not answer, or refuses."""
 
 
 class StorageError(LvmError, OSError):

@@ -425,7 +425,8 @@ class TmdCode(_Reply):
     domain: str
     task: str
     modifier: str
-    cosines: list[float] = Field(description="Of the text with each label.")
+    cosines: list[float] = Field(description="Of the text with each label's prototype.")
+    confidence: float = Field(description="0 to 1: geometric mean of the three labels' shares in their axes.")
     features: list[int] = Field(description="The 16 bits, the highest first.")
 
 

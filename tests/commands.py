@@ -15,9 +15,14 @@ STARTS = ("latent ", "python -m jobs.", "python -m serve.", "python -m tests.", 
 
 @functools.cache
 def options_of(module: str) -> frozenset[str]:
-    """Names of the options of a job, "--help" included, as its own --help lists them."""
+    """Names of the options of a job, "--help" included, as its own --help lists them.
+
+    module: with the command after a space where the job has several.
+    """
     app = typer.Typer(add_completion=False)
-    app.command()(importlib.import_module(module).main)
+    name, _, command = module.partition(" ")
+    job = importlib.import_module(name)
+    app.command()(job.COMMANDS[command] if command else job.main)
     options = [name for p in typer.main.get_command(app).params for name in (*p.opts, *p.secondary_opts)]
     return frozenset({"--help", *(name for name in options if name.startswith("--"))})
 
@@ -26,6 +31,8 @@ def module_of(words: list[str]) -> tuple[str, list[str]]:
     """The module that a `latent` command runs, and its arguments. Raises KeyError on an unknown command."""
     if words[0] == "codec":
         return f"jobs.{CODEC_JOBS[words[1]][0]}", words[2:]
+    if words[0] == "concepts":
+        return f"jobs.concepts {words[1]}", words[2:]
     if words[0] == "serve":
         return "serve.launch", words[1:]
     if words[0] == "submit":
@@ -48,6 +55,8 @@ def unknown_options(command: str) -> list[str]:
         words = words[words.index("--") + 1 :]
     if words[0] == "python":
         module, arguments = words[2], words[3:]
+        if module == "jobs.concepts":
+            module, arguments = f"{module} {arguments[0]}", arguments[1:]
     else:
         module, arguments = module_of(words[1:])
     wrong: list[str] = []

@@ -166,6 +166,8 @@ class Chunk:
     """White space runs are one space."""
     num_tokens: int
     """End of sequence included; at most the tokenizer's max_tokens (see `Chunker` for the one exception)."""
+    paragraph: int = 0
+    """Place of its paragraph in the article, from 0, those without words left out. A chunk never has two."""
 
 
 def chunk_id(namespace: str, article_id: str, position: int) -> str:
@@ -206,17 +208,21 @@ class Chunker:
         ]
         self._learn(word for ps in paragraphs for p in ps for word in p.words)
         texts: list[str] = []
+        places: list[int] = []
         ends: list[int] = []
         for ps in paragraphs:
-            for paragraph in ps:
+            for place, paragraph in enumerate(ps):
                 texts += self._cut_paragraph(paragraph)
+                places += [place] * (len(texts) - len(places))
             ends.append(len(texts))
         counts = self._tokenizer.count(texts) if texts else []
         chunks: list[list[Chunk]] = []
         for article, start, end in zip(articles, [0, *ends], ends, strict=False):
-            pieces: list[tuple[str, int]] = []
-            for text, count in zip(texts[start:end], counts[start:end], strict=True):
-                pieces += [(text, count)] if count - 1 <= self._limit else self._cut_again(text, count)
+            pieces: list[tuple[str, int, int]] = []
+            for i in range(start, end):
+                text, count = texts[i], counts[i]
+                cut = [(text, count)] if count - 1 <= self._limit else self._cut_again(text, count)
+                pieces += [(*piece, places[i]) for piece in cut]
             names = (chunk_id(article.namespace, article.article_id, i) for i in range(len(pieces)))
             chunks.append(
                 [Chunk(name, i, *piece) for i, (name, piece) in enumerate(zip(names, pieces, strict=True))]

@@ -60,6 +60,9 @@ STRANGERS = 16
 FAR = 3
 """Chunks of an article this far or farther apart count as distant."""
 
+EPISODE_BLOCK = 2
+"""Paragraphs before and after a gap that are compared; one alone is too short to say what it is about."""
+
 _LABELS = frozenset(
     {
         *("wordnet", "ontology", "ontologies", "taxonomy", "taxonomies", "geneontology", "swo", "dbpedia"),
@@ -181,6 +184,59 @@ def _wins(
         return 0.5
     won = (nearness[:, None] > others) + 0.5 * (nearness[:, None] == others)
     return float(won[counted].mean())
+
+
+def find_episodes(
+    vectors: npt.NDArray[np.floating[Any]], paragraphs: npt.NDArray[np.integer[Any]]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Episode of each chunk of one article, from 0 in order, and that episode's coherence; both (N,).
+
+    vectors: (N, D) unit vectors in reading order; paragraphs: (N,) number of each chunk's paragraph, never falling. An
+    episode is a run of whole paragraphs, and ends where the similarity of the text before and after drops: at a gap
+    that lies lower than its neighbours and whose depth (how far the similarity rises from there to the peak on either
+    side, added) exceeds the article's mean depth less half a standard deviation. Coherence is the mean cosine of
+    neighbouring chunks inside the episode, 1 for a single chunk.
+    Source: Hearst 1997, TextTiling (Computational Linguistics 23:1), sections 5.2 and 5.3, over vectors of paragraphs
+    in place of counts of words.
+    """
+    if len(vectors) != len(paragraphs):
+        raise InputError(
+            f"{len(vectors)} vectors and {len(paragraphs)} paragraph numbers; expected one of each"
+        )
+    vectors = np.asarray(vectors, np.float32)
+    _, of_paragraph = np.unique(paragraphs, return_inverse=True)
+    count = int(of_paragraph.max()) + 1 if len(of_paragraph) else 0
+    sums = np.zeros((count, vectors.shape[1]), np.float32)
+    np.add.at(sums, of_paragraph, vectors)
+    before = [_direction(sums[max(0, i + 1 - EPISODE_BLOCK) : i + 1]) for i in range(count - 1)]
+    after = [_direction(sums[i + 1 : i + 1 + EPISODE_BLOCK]) for i in range(count - 1)]
+    gaps = np.array([float(b @ a) for b, a in zip(before, after, strict=True)], np.float32)
+    ends = np.zeros(count, bool)
+    if len(gaps) > 1:
+        depths = np.array([_peak(gaps[i::-1]) + _peak(gaps[i:]) - 2 * gaps[i] for i in range(len(gaps))])
+        padded = np.concatenate([[np.inf], gaps, [np.inf]])
+        lowest = (gaps < padded[:-2]) & (gaps < padded[2:])
+        ends[:-1] = lowest & (depths > depths.mean() - depths.std() / 2)
+    episodes = np.concatenate([[0], np.cumsum(ends)[:-1]]) if count else np.zeros(0)
+    of_chunk = episodes[of_paragraph].astype(np.int32) if count else np.zeros(0, np.int32)
+    coherence = np.ones(len(vectors), np.float32)
+    for episode in range(int(of_chunk.max()) + 1 if count else 0):
+        rows = np.flatnonzero(of_chunk == episode)
+        if len(rows) > 1:
+            coherence[rows] = np.einsum("nd,nd->n", vectors[rows[:-1]], vectors[rows[1:]]).mean()
+    return of_chunk, coherence
+
+
+def _direction(sums: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The mean's direction, (D,) unit norm."""
+    total = sums.sum(axis=0)
+    return np.asarray(total / max(float(np.linalg.norm(total)), 1e-12), np.float32)
+
+
+def _peak(gaps: npt.NDArray[np.float32]) -> float:
+    """Similarity of the first peak on the way from gaps[0] on."""
+    falls = np.flatnonzero(gaps[1:] < gaps[:-1])
+    return float(gaps[falls[0]] if len(falls) else gaps[-1])
 
 
 def non_sequential_label(names: Iterable[str]) -> str | None:

@@ -10,8 +10,8 @@ import numpy as np
 from fastapi import FastAPI, Request
 
 from lvm.corpus.chunker import chunk_id
+from lvm.corpus.tmd import Prototypes, phrases
 from lvm.vectors.shards import write_bytes
-from lvm.vectors.tmd import all_labels, nearest
 from serve.pipeline import Clock
 from serve.requests import ms_since, request_id
 from serve.routes import Errors
@@ -77,20 +77,21 @@ class CorpusRoutes:
         )
 
     async def _codes(self, texts: Sequence[str], deadline: float, clock: Clock) -> list[TmdCode]:
-        labels, _ = await self._service.pipeline.encode(all_labels(), deadline)
+        labels, _ = await self._service.pipeline.encode([phrase for phrase, _ in phrases()], deadline)
         encoded, timing = await self._service.pipeline.encode(texts, deadline)
         clock.add("encode", timing)
-        found = nearest(np.stack([e.vector for e in encoded]), np.stack([e.vector for e in labels]))
+        prototypes = Prototypes(np.stack([e.vector for e in labels]))
         return [
             TmdCode(
-                code=tmd.code,
-                domain=tmd.names[0],
-                task=tmd.names[1],
-                modifier=tmd.names[2],
-                cosines=[round(c, 6) for c in cosines],
-                features=[int(f) for f in tmd.features()],
+                code=found.tmd.code,
+                domain=found.tmd.names[0],
+                task=found.tmd.names[1],
+                modifier=found.tmd.names[2],
+                cosines=[round(c, 6) for c in found.cosines or ()],
+                confidence=round(found.confidence, 6),
+                features=[int(f) for f in found.tmd.features()],
             )
-            for tmd, cosines in found
+            for found in prototypes.nearest(np.stack([e.vector for e in encoded]))
         ]
 
     async def ingest(self, request: Request, body: IngestRequest) -> IngestReply:
@@ -118,7 +119,7 @@ class CorpusRoutes:
         results = [
             [
                 IngestChunk(
-                    chunk_id=chunk_id(article.source, article.id, c.position),
+                    chunk_id=chunk_id(file, article.id, c.position),  # as `latent run` will name it
                     position=c.position,
                     text=c.text,
                     num_tokens=c.num_tokens,

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.objects import bucket, own_cache, s3_server
+from tests.postgres import database, plain, server
 
-__all__ = ["CHECKOUT", "bucket", "own_cache", "ray_cluster", "s3_server"]
+__all__ = ["CHECKOUT", "bucket", "database", "own_cache", "plain", "ray_cluster", "s3_server", "server"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

@@ -21,9 +21,9 @@ import pytest
 
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
+from lvm.corpus.tmd import Prototypes, phrases, unpack
 from lvm.predict.generate import Generator
 from lvm.predict.predictor import load_predictor
-from lvm.vectors.tmd import all_labels, nearest, unpack
 from tests.integration import browser
 from tests.integration.serving import CHECKOUT, Service, make_run, running, shipped_codec, vectors_of
 
@@ -506,10 +506,12 @@ def test_texts_get_the_codes_of_their_nearest_labels(service: Service) -> None:
         assert tmd.names == (result["domain"], result["task"], result["modifier"])
         assert result["features"] == tmd.features().tolist()
     vectors = vectors_of(service, ["Mathematics"])
-    ((expected, cosines),) = nearest(vectors, shipped_codec().encode_chunks(list(all_labels())).vectors)
-    assert reply.json["results"][1]["code"] == expected.code
+    prototypes = Prototypes(shipped_codec().encode_chunks([phrase for phrase, _ in phrases()]).vectors)
+    (expected,) = prototypes.nearest(vectors)
+    assert reply.json["results"][1]["code"] == expected.tmd.code
     assert reply.json["results"][1]["domain"] == "Mathematics"
-    assert reply.json["results"][1]["cosines"] == pytest.approx(cosines, abs=0.01)
+    assert reply.json["results"][1]["cosines"] == pytest.approx(expected.cosines, abs=0.01)
+    assert reply.json["results"][1]["confidence"] == pytest.approx(expected.confidence, abs=0.05)
 
 
 def test_ingested_articles_lie_in_the_inbox_with_the_chunks_the_next_run_will_make(

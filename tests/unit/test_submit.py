@@ -9,14 +9,17 @@ from types import SimpleNamespace
 import pytest
 
 from jobs.submit import PARTS, ClusterError, entrypoint, exit_code, follow, working_directory
-from lvm.cli import CODEC_JOBS, JOBS
+from lvm.cli import CODEC_JOBS, CONCEPT_COMMANDS, JOBS
 from lvm.codec.zoo import FILES
 from lvm.errors import InputError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("command", [*JOBS, *(f"codec {name}" for name in CODEC_JOBS)])
+@pytest.mark.parametrize(
+    "command",
+    [*JOBS, *(f"codec {name}" for name in CODEC_JOBS), *(f"concepts {name}" for name in CONCEPT_COMMANDS)],
+)
 def test_every_command_of_latent_that_is_a_job_can_be_submitted(command: str) -> None:
     line = entrypoint([*command.split(), "--output", "a b"])
     assert line.startswith("python -m jobs.")

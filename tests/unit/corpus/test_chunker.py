@@ -225,3 +225,10 @@ def test_a_batch_equals_its_singles() -> None:
 def test_a_limit_without_room_for_a_word_is_refused() -> None:
     with pytest.raises(InputError, match=r"1 tokens.*expected at least 2"):
         Chunker(FakeTokenizer(1))
+
+
+def test_a_chunk_says_which_paragraph_it_is_of() -> None:
+    text = "One two three.\n\n \n\n" + " ".join(["word"] * 70) + ".\n\nLast."
+    (chunks,) = Chunker(FakeTokenizer()).chunk([Article("a", "T", text, "s")])
+    assert [c.paragraph for c in chunks] == [0, *[1] * (len(chunks) - 2), 2]
+    assert len(chunks) >= 5

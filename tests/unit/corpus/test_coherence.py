@@ -18,6 +18,7 @@ from lvm.corpus.coherence import (
     MIN_CONTINUITY,
     OVERRIDE,
     Coherence,
+    find_episodes,
     measure_coherence,
     non_sequential_label,
     require_sequential,
@@ -188,3 +189,40 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     vectors, docs, positions = made_up()
     with pytest.raises(InputError, match="360 vectors, 359 article numbers"):
         measure_coherence(vectors, docs[1:], positions)
+
+
+# ------------------------------------------------------------------------------------------------------ episodes
+
+
+def about(*topics: int) -> np.ndarray:
+    """(N, 8) unit vectors near the axes named, each a little different."""
+    random = np.random.default_rng(0)
+    vectors = np.eye(8, dtype=np.float32)[list(topics)] + random.normal(0, 0.05, (len(topics), 8))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_an_episode_ends_where_the_subject_changes_and_keeps_its_coherence() -> None:
+    vectors = about(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2)
+    episodes, coherence = find_episodes(vectors, np.arange(11))
+    assert episodes.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert coherence.min() > 0.9
+    expected = np.mean([vectors[i] @ vectors[i + 1] for i in (4, 5, 6)])
+    assert coherence[4:8] == pytest.approx([expected] * 4, abs=1e-6)
+
+
+def test_an_episode_holds_whole_paragraphs() -> None:
+    vectors = about(
+        0, 1, 0, 0, 1, 0, 2, 2, 2, 2
+    )  # the second topic is inside paragraphs, the third begins at one
+    episodes, _ = find_episodes(vectors, np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3]))
+    assert episodes.tolist() == [0] * 6 + [1] * 4
+
+
+def test_one_subject_and_short_articles_are_one_episode() -> None:
+    assert find_episodes(np.eye(8, dtype=np.float32)[[0] * 6], np.arange(6))[0].tolist() == [0] * 6
+    assert find_episodes(about(0, 1), np.arange(2))[0].tolist() == [0, 0]
+    episodes, coherence = find_episodes(about(0), np.arange(1))
+    assert (episodes.tolist(), coherence.tolist()) == ([0], [1.0])
+    assert len(find_episodes(about(), np.arange(0))[0]) == 0
+    with pytest.raises(InputError, match="3 vectors and 2 paragraph numbers"):
+        find_episodes(about(0, 1, 2), np.arange(2))

@@ -1,0 +1,306 @@
+"""Ingest articles into the concept store: cut, encoded, divided into episodes, coded and stored, each exactly once.
+
+    python -m jobs.ingest --input articles.jsonl.gz --dataset notes
+    ray job submit --working-dir . -- python -m jobs.ingest --input /shared/dump.xml.bz2 --dataset wiki --tmd none
+
+One transaction an article: killed at any moment and run again, the job stores what is missing and nothing twice. An
+article that came before with the same content is left alone; one that changed takes the place of the old. A record that
+cannot be used is counted with its reason and ends nothing. Workers, one a CPU, hold codec and connection; the driver
+reads. The metrics file has the seconds of each stage, over all workers, and what one article took.
+"""
+
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from jobs._ray import (
+    PROGRESS_LINE_S,
+    Address,
+    PathOrUrl,
+    connect,
+    finish,
+    load_codec_at,
+    nodes_with,
+    path_option,
+    run,
+    say,
+    versions,
+)
+from lvm import errors
+from lvm.codec.identity import require_same_codec
+from lvm.corpus import tmd
+from lvm.corpus.readers import read_articles
+from lvm.corpus.records import BROKEN_SHOWN, Article, ReadReport
+from lvm.corpus.tmd_chat import ChatCoder, ChatSettings
+from lvm.errors import InputError, LvmError
+from lvm.storage import Location, cache_folder, location
+from lvm.vectors.concepts import ConceptStore, Dataset
+from lvm.vectors.ingest import STAGES, Coder, Ingester
+from lvm.vectors.postgres import embedded, server_name
+from lvm.vectors.shards import write_json
+
+BATCH_ARTICLES = 16
+"""Articles a worker gets at once: some 500 chunks of Wikipedia, enough to encode at full speed."""
+
+BATCHES_PER_WORKER = 2
+"""Batches handed to a worker: the one at work, and the next."""
+
+LOG_SHOWN = 5
+"""Refused articles that are spelled out on the screen."""
+
+
+@dataclass(frozen=True)
+class IngestJob:
+    """All a worker needs; pickled on its way there."""
+
+    url: str
+    """Of the server."""
+    dataset: Dataset
+    """Where articles go."""
+    codec: str
+    """Name of the codec."""
+    codec_path: Location | None
+    """Folder with its weights."""
+    language: str
+    """Of the text, ISO 639-1."""
+    tmd: Literal["prototype", "llm", "none"]
+    """How codes are found."""
+    chat: ChatSettings | None
+    """The endpoint, for "llm"."""
+    answers: Path
+    """File that keeps its answers."""
+
+
+class IngestWorker:
+    """An actor: holds codec and connection, ingests the batches it is handed."""
+
+    def __init__(self, job: IngestJob) -> None:
+        self._job = job
+        self._ingester: Ingester | None = None
+        self._chat: ChatCoder | None = None
+
+    def _ready(self) -> Ingester:
+        if self._ingester is None:
+            job = self._job
+            codec = load_codec_at(job.codec, job.codec_path)
+            require_same_codec(
+                job.dataset.identity, codec.identity, f"dataset {job.dataset.name!r}", "the worker"
+            )
+            coder: Coder | None = None
+            if job.chat is not None:
+                self._chat = chat = ChatCoder(job.chat, job.answers)
+                coder = lambda texts, _: chat.code(texts)  # noqa: E731
+            elif job.tmd == "prototype":
+                prototypes = tmd.Prototypes(codec.encode([phrase for phrase, _ in tmd.phrases()]))
+                coder = lambda _, vectors: prototypes.nearest(vectors)  # noqa: E731
+            name = f"llm {job.chat.model}" if job.chat else job.tmd
+            self._ingester = Ingester(ConceptStore(job.url), job.dataset, codec, coder, name, job.language)
+        return self._ingester
+
+    def ingest(self, articles: Sequence[Article]) -> dict[str, Any]:
+        """What became of each, the seconds of each stage, and the codes; or why none could be ingested."""
+        try:
+            ingester = self._ready()
+            before = dict(ingester.seconds)
+            outcomes = [asdict(o) for o in ingester.ingest(articles)]
+            seconds = {stage: ingester.seconds[stage] - before[stage] for stage in STAGES}
+            failures = self._chat.failures if self._chat else []
+            told, failures[:] = failures[-1:], []
+            return {
+                "outcomes": outcomes,
+                "seconds": seconds,
+                "note": "".join(told),
+                "error": "",
+                "refusal": "",
+            }
+        except LvmError as err:
+            return {"error": str(err), "refusal": type(err).__name__}
+
+
+def in_batches(articles: Iterable[Article]) -> Iterator[list[Article]]:
+    """Articles in lists of BATCH_ARTICLES."""
+    iterator = iter(articles)
+    while batch := list(itertools.islice(iterator, BATCH_ARTICLES)):
+        yield batch
+
+
+def ingest_articles(
+    job: IngestJob, articles: Iterable[Article], workers: int | None, address: str | None
+) -> Iterator[tuple[list[Article], dict[str, Any]]]:
+    """Each batch and what a worker made of it, as they end. Reading waits while all workers have enough.
+
+    Raises what a worker was refused; what others had in hand is finished first.
+    """
+    import ray
+
+    connect(address)
+    cpus = int(sum(n.get("CPU", 0) for n in nodes_with()))
+    actor = ray.remote(num_cpus=1)(IngestWorker)
+    actors = [actor.remote(job) for _ in range(min(workers or cpus, cpus))]
+    free = actors * BATCHES_PER_WORKER
+    flying: dict[Any, tuple[Any, list[Article]]] = {}
+    refused: LvmError | None = None
+    batches = in_batches(articles)
+    while True:
+        while free and refused is None and (batch := next(batches, None)) is not None:
+            worker = free.pop(0)
+            flying[worker.ingest.remote(batch)] = (worker, batch)
+        if not flying:
+            break
+        (ref,), _ = ray.wait(list(flying), num_returns=1)
+        worker, batch = flying.pop(ref)
+        free.append(worker)
+        result = ray.get(ref)
+        if result["error"]:
+            refused = refused or getattr(errors, result["refusal"])(result["error"])
+        else:
+            yield batch, result
+    if refused is not None:
+        raise refused
+
+
+def main(
+    dataset: Annotated[str, typer.Option(help="Name of the dataset in the store; made where there is none.")],
+    input: Annotated[
+        str, typer.Option(help="Dump, JSON lines, Parquet, a folder of them or of .txt files, or sample.")
+    ] = "sample",
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LATENT_DATABASE_URL",
+            show_envvar=True,
+            metavar="URL",
+            help="postgresql://USER@HOST:PORT/DATABASE; none: a Postgres of this machine.",
+        ),
+    ] = None,
+    codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder with that codec's weights.")] = None,
+    dtype: Annotated[
+        Literal["float16", "float32"], typer.Option(help="How a new dataset stores a vector's numbers.")
+    ] = "float16",
+    tmd_by: Annotated[
+        Literal["prototype", "llm", "none"],
+        typer.Option("--tmd", help="How codes are found: nearest label, a language model, or not at all."),
+    ] = "prototype",
+    llm_url: Annotated[
+        str, typer.Option(envvar="LATENT_LLM_URL", help="OpenAI-compatible endpoint, http://HOST/v1.")
+    ] = "",
+    llm_model: Annotated[str, typer.Option(help="Its model; the key is read from LATENT_LLM_API_KEY.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,
+    language: Annotated[str, typer.Option(help="Language of the text, ISO 639-1, for its sentences.")] = "en",
+    licence: Annotated[str, typer.Option(help="Licence of the text, kept with a new dataset.")] = "",
+    index: Annotated[
+        Literal["hnsw", "ivfflat", "none"], typer.Option(help="Index of a dataset large enough to want one.")
+    ] = "hnsw",
+    metrics: Annotated[PathOrUrl, path_option("File for counts and the seconds of each stage.")] = Path(
+        "out/ingest-metrics.json"
+    ),
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers; none: one a CPU.")] = None,
+    address: Address = None,
+) -> None:
+    """Ingest articles into the concept store, each exactly once."""
+    started = time.perf_counter()
+    chat = None
+    if tmd_by == "llm":
+        chat = ChatSettings(llm_url, llm_model, os.environ.get("LATENT_LLM_API_KEY", ""))
+    identity = load_codec_at(codec, codec_path).identity
+    report = ReadReport()
+    counts: Counter[str] = Counter()
+    seconds = Counter(dict.fromkeys(STAGES, 0.0))
+    refused: list[dict[str, str]] = []
+    note = ""
+    with ConceptStore(database_url or embedded()) as store:
+        if store.missing:
+            say(f"ingest: vectors are stored as real[] and searched by a scan: {store.missing}")
+        root = input if input == "sample" else location(input)
+        found = store.ensure(dataset, identity, dtype, source=str(input), licence=licence)
+        path = None if codec_path is None else codec_path.resolve()
+        answers = cache_folder() / "tmd-answers.db"
+        job = IngestJob(store.url, found, codec, path, language, tmd_by, chat, answers)
+        ready = time.perf_counter()
+        said = ready
+        for batch, result in ingest_articles(job, read_articles(root, limit, report), workers, address):
+            note = result["note"] or note
+            seconds.update(result["seconds"])
+            for article, outcome in zip(batch, result["outcomes"], strict=True):
+                counts[outcome["status"]] += 1
+                for name in ("chunks", "episodes", "coded"):
+                    counts[name] += outcome[name]
+                if outcome["status"] == "refused" and len(refused) < BROKEN_SHOWN:
+                    refused.append({"article": article.article_id, "reason": outcome["reason"]})
+            if time.perf_counter() - said > PROGRESS_LINE_S:
+                said = time.perf_counter()
+                done = counts["stored"] + counts["known"] + counts["refused"]
+                say(f"ingest: {done:,} articles, {counts['chunks']:,} new chunks")
+        ingested = time.perf_counter() - ready
+        begun = time.perf_counter()
+        no_index = store.ensure_index(found, index)
+        seconds["index"] = time.perf_counter() - begun
+        codes = store.codes(found)
+    num_refused = counts["refused"] + report.num_broken
+    if num_refused and not counts["stored"] + counts["known"]:
+        reason = refused[0]["reason"] if refused else report.broken[0].reason
+        raise InputError(
+            f"none of the {num_refused:,} articles of {input} can be stored; the first: {reason}"
+        )
+    record = {
+        "articles": {name: counts[name] for name in ("stored", "known", "refused")},
+        "broken_records": report.num_broken,
+        "chunks": counts["chunks"],
+        "episodes": counts["episodes"],
+        "coded": counts["coded"],
+        "stage_seconds": {stage: round(s, 4) for stage, s in seconds.items()},
+        "seconds_an_article": round(ingested / max(counts["stored"], 1), 5),
+    }
+    write_json(
+        metrics,
+        {
+            **record,
+            "dataset": dataset,
+            "codec": identity.to_dict(),
+            "coded_by": tmd_by,
+            "tmd": tmd.distribution(codes),
+            "refused": refused,
+            "broken": [asdict(b) for b in report.broken],
+            "versions": versions(),
+        },
+    )
+    say(
+        f"ingest: {counts['stored']:,} articles stored, {counts['chunks']:,} chunks, {counts['episodes']:,} episodes; "
+        f"{counts['known']:,} known, {num_refused:,} refused; dataset {dataset!r} in {server_name(store.url)}"
+    )
+    for line in [f"{r['article']}: {r['reason']}" for r in refused] + [
+        f"{b.place}: {b.reason}" for b in report.broken
+    ][:LOG_SHOWN]:
+        say(f"  refused: {line}")
+    if note:
+        say(f"ingest: {counts['chunks'] - counts['coded']:,} chunks have no code; the last answer: {note}")
+    if codes:
+        say(tmd.distribution_table(codes))
+    say(f"ingest: no index ({no_index})" if no_index else f"ingest: index {index}")
+    total = time.perf_counter() - started
+    finish(
+        {
+            "stage": "ingest",
+            "rows": counts["chunks"],
+            "seconds": round(total, 3),
+            "rows_per_second": round(counts["chunks"] / max(total, 1e-9), 1),
+            "paths": [server_name(store.url), str(metrics)],
+            **record,
+        }
+    )
+
+
+if __name__ == "__main__":
+    from jobs.ingest import (
+        main as command,  # by name, so that workers import the class instead of unpickling it
+    )
+
+    run(command)

@@ -1,0 +1,180 @@
+"""Articles into the concept store: cut, encoded, divided into episodes, coded, stored, each once.
+
+An article is named by its source and id. Its rows are stored in one transaction together with a hash of all that
+decides them, so the same article is stored once however often it comes, and a changed one takes the place of the old.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lvm.codec.identity import CodecIdentity
+from lvm.corpus.chunker import RULES, Chunk, Chunker, Tokenizer
+from lvm.corpus.coherence import find_episodes
+from lvm.corpus.records import Article
+from lvm.corpus.tmd import Coded
+from lvm.errors import InputError
+from lvm.vectors.concepts import ConceptStore, Dataset
+from lvm.vectors.entries import content_hash, require_text
+from lvm.vectors.shards import CHUNK_SCHEMA, VectorType, vectors_to_table
+
+STAGES = ("look up", "chunk", "encode", "episodes", "tmd", "store")
+"""What an article goes through, in order; the names of the timings."""
+
+Coder = Callable[[list[str], NDArray[np.float32]], Sequence[Coded | None]]
+"""Texts and their (N, D) vectors to their codes; None where there is none to be had."""
+
+
+class Encoder(Protocol):
+    """What is needed of a codec."""
+
+    @property
+    def identity(self) -> CodecIdentity: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def encode(self, texts: list[str]) -> Any:
+        """`.vectors` (N, D) float32 of unit norm, `.norms`, `.num_tokens`, `.truncated` of N texts."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one article."""
+
+    status: Literal["stored", "known", "refused"]
+    """Stored now; there already, with this content; or not storable."""
+    chunks: int = 0
+    """Rows stored now."""
+    episodes: int = 0
+    """Coherent runs of paragraphs among them."""
+    coded: int = 0
+    """Rows with a TMD code."""
+    reason: str = ""
+    """Why it was refused."""
+
+
+class Ingester:
+    """Ingests articles into one dataset; it is one thread's."""
+
+    def __init__(
+        self,
+        store: ConceptStore,
+        dataset: Dataset,
+        codec: Encoder,
+        coder: Coder | None = None,
+        coded_by: str = "",
+        language: str = "en",
+    ) -> None:
+        """coded_by: names the coder with its settings; another one makes the articles' rows again."""
+        self._store, self._dataset, self._codec, self._coder = store, dataset, codec, coder
+        self._chunker = Chunker(codec.tokenizer, language)
+        made_by = {"codec": codec.identity.digest, "rules": RULES, "language": language, "tmd": coded_by}
+        self._made_by: dict[str, Any] = made_by
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        """Time spent in each stage so far."""
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - begun
+
+    def ingest(self, articles: Sequence[Article]) -> list[Outcome]:
+        """What became of each article. More at once encode faster; a refused one keeps no other from being stored.
+
+        Raises DatabaseError when the server is gone; the articles before are stored then.
+        """
+        outcomes: dict[int, Outcome] = {}
+        hashes = [content_hash({"title": a.title, "text": a.text, **self._made_by}) for a in articles]
+        for i, article in enumerate(articles):
+            try:
+                for name in ("source", "article_id", "title", "text"):
+                    require_text(getattr(article, name), f"{name} of article {article.article_id!r}")
+            except InputError as err:
+                outcomes[i] = Outcome("refused", reason=str(err))
+        with self._timed("look up"):
+            sound = [(a.source, a.article_id) for i, a in enumerate(articles) if i not in outcomes]
+            there = self._store.contents(self._dataset, sound)
+        for i, article in enumerate(articles):
+            if i not in outcomes and there.get((article.source, article.article_id)) == hashes[i]:
+                outcomes[i] = Outcome("known")
+        new = [i for i in range(len(articles)) if i not in outcomes]
+        with self._timed("chunk"):
+            cut = self._chunker.chunk([articles[i] for i in new])
+        texts = [chunk.text for chunks in cut for chunk in chunks]
+        with self._timed("encode"):
+            encoded = self._codec.encode(texts) if texts else None
+        with self._timed("tmd"):
+            codes = self._code(texts, encoded)
+        start = 0
+        for i, chunks in zip(new, cut, strict=True):
+            rows = slice(start, start + len(chunks))
+            start += len(chunks)
+            try:
+                table, episodes = self._table(articles[i], chunks, encoded, codes, rows)
+                with self._timed("store"):
+                    stored = self._store.store_article(
+                        self._dataset, articles[i].source, articles[i].article_id, hashes[i], table
+                    )
+            except InputError as err:
+                outcomes[i] = Outcome("refused", reason=str(err))
+                continue
+            num_coded = sum(c is not None for c in codes[rows])
+            outcomes[i] = Outcome("stored", len(chunks), episodes, num_coded) if stored else Outcome("known")
+        return [outcomes[i] for i in range(len(articles))]
+
+    def _code(self, texts: list[str], encoded: Any) -> list[Coded | None]:
+        if self._coder is None or not texts:
+            return [None] * len(texts)
+        sound = np.isfinite(encoded.vectors).all(axis=1)
+        vectors = np.where(
+            sound[:, None], encoded.vectors, 0
+        )  # a text without a vector is refused when it is stored
+        return list(self._coder(texts, vectors))
+
+    def _table(
+        self, article: Article, chunks: list[Chunk], encoded: Any, codes: list[Coded | None], rows: slice
+    ) -> tuple[pa.Table, int]:
+        """The article's rows and the number of its episodes. Raises InputError on vectors that are none."""
+        columns = {
+            "chunk_id": [c.chunk_id for c in chunks],
+            "doc_id": [0] * len(chunks),  # the store numbers its articles itself
+            "position": [c.position for c in chunks],
+            "title": [article.title] * len(chunks),
+            "text": [c.text for c in chunks],
+            "source": [article.source] * len(chunks),
+            "num_tokens": [c.num_tokens for c in chunks],
+        }
+        table = pa.table(columns, schema=CHUNK_SCHEMA)
+        dtype: VectorType = "float16" if self._dataset.storage == "halfvec" else "float32"
+        own = _rows(encoded, rows, self._codec.identity.dim)
+        table = vectors_to_table(table, *own, dtype)
+        vectors = own[0]
+        with self._timed("episodes"):
+            episodes, coherence = find_episodes(vectors, np.array([c.paragraph for c in chunks], np.int64))
+        extra = {
+            "tmd_code": pa.array([c and c.tmd.code for c in codes[rows]], pa.int32()),
+            "tmd_confidence": pa.array([c and c.confidence for c in codes[rows]], pa.float32()),
+            "episode": pa.array(episodes, pa.int32()),
+            "coherence": pa.array(coherence, pa.float32()),
+        }
+        for name, values in extra.items():
+            table = table.append_column(name, values)
+        return table, len(np.unique(episodes))
+
+
+def _rows(
+    encoded: Any, rows: slice, dim: int
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Vectors, norms, token counts and what was truncated, of some of the texts; of none where nothing was encoded."""
+    if encoded is None:
+        return np.zeros((0, dim), np.float32), np.zeros(0), np.zeros(0), np.zeros(0)
+    return encoded.vectors[rows], encoded.norms[rows], encoded.num_tokens[rows], encoded.truncated[rows]
