@@ -633,7 +633,7 @@ class Gateway:
         results = [
             [
                 IngestChunk(
-                    chunk_id=chunk_id(article.source, article.id, c.position),
+                    chunk_id=chunk_id(file, article.id, c.position),  # as `latent run` will name it
                     position=c.position,
                     text=c.text,
                     num_tokens=c.num_tokens,
