@@ -163,19 +163,8 @@ class Counts:
 
     def add(self, other: "Counts") -> None:
         """Add another's counts and append its examples."""
-        for name in (
-            *(
-                "articles",
-                "chunks",
-                "words",
-                "tokens",
-                "letters",
-                "long_words",
-                "num_broken",
-                "duplicates",
-            ),
-            "broken_files",
-        ):
+        sums = ("articles", "chunks", "words", "tokens", "letters", "long_words", "num_broken", "duplicates")
+        for name in (*sums, "broken_files"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.skipped = dict(Counter(self.skipped) + Counter(other.skipped))
         self.broken = [*self.broken, *other.broken][:BROKEN_SHOWN]
@@ -306,7 +295,6 @@ def read_blocks(
     number = first = 0
     rows = 0.0
     block: list[Record] = []
-    broken_files: list[dict[str, str]] = []
     try:
         if limit is None or limit > 0:
             for record in read_records(input_file, report, moved):
@@ -325,17 +313,14 @@ def read_blocks(
         yield "error", type(err).__name__, str(err)
         return
     except (LvmError, OSError) as err:
-        reason = (
-            str(err) if isinstance(err, LvmError) else f"{input_file.name} cannot be read: {err.strerror}"
-        )
-        broken_files.append({"file": input_file.name, "reason": reason})
+        report.add_broken_file(input_file.name, err)
     if block:
         yield "block", number, first, position, number in staged
         if number not in staged:
             yield (block,)
     counts = Counts(num_broken=report.num_broken, skipped=dict(report.skipped))
     counts.broken = [asdict(b) for b in report.broken]
-    counts.broken_files = broken_files
+    counts.broken_files = [{"file": f.place, "reason": f.reason} for f in report.broken_files]
     yield "end", report.articles, asdict(counts)
 
 
@@ -795,14 +780,8 @@ def chunk_corpus(
         BlockCutter(folder, tokenizer, settings).run(todo, limit, num_records)
 
     new = [(w, _done(folder, w)) for w in works if w.key not in taken]
-    _refuse_broken_files(
-        [
-            f
-            for read in [*(d["read"] for _, d in new), *(e.read for e in taken.values())]
-            for f in read.get("broken_files", [])
-        ],
-        strict,
-    )
+    reads = [*(d["read"] for _, d in new), *(e.read for e in taken.values())]
+    _refuse_broken_files([file for read in reads for file in read.get("broken_files", [])], strict)
     # The old manifest's parts keep their names until the new one is there, so that a kill leaves it whole.
     entries = {**taken, **assign(new, taken, () if old is None else [s.file for s in old.shards])}
     folder.save_ledger(entries)

@@ -88,7 +88,6 @@ def read_dump(
                             Article(own or title, title, markup, source, place), f"page {own or title}", media
                         )
                     on_position(position())
-                    element.clear()
                 if depth == 1:
                     # By what has ended, not by place: the parser is ahead of its events.
                     within[0].remove(element)

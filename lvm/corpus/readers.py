@@ -29,9 +29,9 @@ from lvm.corpus.inputs import (
     text_files,
 )
 from lvm.corpus.records import (
+    FIELDS,
     MAX_RECORD_BYTES,
     Article,
-    BrokenRecord,
     BrokenRecordError,
     ReadReport,
     Record,
@@ -41,7 +41,6 @@ from lvm.corpus.records import (
 from lvm.errors import InputError, StorageError
 from lvm.storage import Location
 
-FIELDS = ("id", "title", "text")
 BATCH_BYTES = 32 << 20
 """Bytes of Parquet text decoded at a time; a batch has one row at least."""
 
@@ -74,7 +73,7 @@ def read_articles(
         except (InputError, OSError) as err:
             if strict:
                 raise
-            report.broken_files.append(BrokenRecord(input_file.name, str(err)))
+            report.add_broken_file(input_file.name, err)
 
 
 def read_records(

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lvm.errors import StorageError
+from lvm.errors import LvmError, StorageError
 
 T = TypeVar("T")
+
+FIELDS = ("id", "title", "text")
+"""What a record must name; `source` may be beside them."""
 
 BROKEN_SHOWN = 20
 """How many broken records a report spells out; the others are counted."""
@@ -114,6 +117,11 @@ class ReadReport:
         if len(self.broken) < BROKEN_SHOWN:
             self.broken.append(BrokenRecord(whole(place), whole(reason)[:500]))
 
+    def add_broken_file(self, name: str, err: LvmError | OSError) -> None:
+        """Keep a file that broke, and why."""
+        reason = str(err) if isinstance(err, LvmError) else f"{name} cannot be read: {err.strerror}"
+        self.broken_files.append(BrokenRecord(name, reason))
+
     def read(self, place: str, make: Callable[..., T], *arguments: Any) -> T | None:
         """What `make` makes of a record; None where the record is broken, which is counted.
 
@@ -135,9 +143,7 @@ class ReadReport:
 
 def article_of(record: dict[str, Any], source: str, place: str) -> Article:
     """The article a record of named fields holds. Raises BrokenRecordError naming the field that is wrong."""
-    if not isinstance(record, dict):
-        raise BrokenRecordError(f"expected an object with the fields id, title, text, got {short(record)}")
-    missing = [name for name in ("id", "title", "text") if name not in record]
+    missing = [name for name in FIELDS if name not in record]
     if missing:
         raise BrokenRecordError(
             f"expected the fields id, title, text; {', '.join(missing)} is missing, "
