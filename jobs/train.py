@@ -1,25 +1,23 @@
 """Train predictors: reads the vectors of `latent encode`, writes a model record for each architecture.
 
-    python -m jobs.train --vectors out/vectors --output out/models --model all
+    python -m jobs.train --vectors out/vectors --output out/models --model all --ensemble 3
     ray job submit --working-dir . -- python -m jobs.train --vectors /shared/vectors --output /shared/models
 
-One Ray Train run an architecture, all in flight at once, each with its part of the cluster's CPUs or GPUs. A
-worker maps the vectors from disk; nothing but settings travels. After each epoch it saves a checkpoint (the
-best three are kept, and the last one to go on from) and a line appears here. A job killed at any moment and
-run again goes on where each run was; one that has trained these vectors with these settings before trains
-nothing. A run whose loss is no longer a number ends with a message while the others go on, and the exit code
-says so at the end.
+One Ray Train run an architecture, as many in flight at once as the cluster has room for, each with its part of the
+CPUs or GPUs; the others in their turn. A worker maps the vectors from disk; nothing but settings travels. After each
+epoch it saves a checkpoint (the best three are kept, and the last one to go on from) and a line appears here. A job
+killed at any moment and run again goes on where each run was; one that has trained these vectors with these settings
+before trains nothing. A run whose loss is no longer a number ends with a message while the others go on, and the exit
+code says so at the end.
 
     models/runs/<architecture>-<settings>/   Ray Train's storage: checkpoints, tensorboard/ with the curves
     models/<architecture>-<time>-<hash>/     the record; models/aliases.json points to it
 
-Bundled sample, two cores: about a minute. See `lvm/predict/training.py` for the recipes.
+Bundled sample, the four original architectures, two cores: about a minute. See `lvm/predict/training.py` for the
+recipes.
 """
 
-import json
-import math
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,54 +26,33 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-from safetensors.torch import load_file, save_file
 
-from jobs._ray import (
-    GPUS_HELP,
-    Address,
-    PathOrUrl,
-    connect,
-    finish,
-    nodes_with,
-    path_option,
-    run,
-    say,
-    unseen_gpu,
+from jobs._ray import GPUS_HELP, Address, PathOrUrl, connect, finish, nodes_with, path_option, run, say
+from jobs._training import (
+    Trained,
+    TrainingData,
+    TrainRun,
+    check_sequential,
+    context_mean_cosine,
+    for_ray,
+    plan_resources,
+    publish_run,
+    require_codec_of_models,
+    require_models_folder,
+    require_whole,
+    runs_at_once,
+    train_run,
+    vectors_entry,
 )
-from lvm.codec.identity import require_same_codec
-from lvm.corpus.coherence import Coherence, require_sequential
-from lvm.errors import InputError, LvmError, OutputError, TrainingError
-from lvm.models import CONFIGS, MODELS, Predictor, build, require_known
-from lvm.predict.record import (
-    find_record,
-    import_checkpoint,
-    load_record,
-    read_aliases,
-    save_record,
-    set_alias,
-)
-from lvm.predict.training import (
-    FAST,
-    RECIPES,
-    Progress,
-    Recipe,
-    evaluate,
-    fit,
-    pick_device,
-    recipe_named,
-    spread_batches,
-)
-from lvm.storage import Location, RemotePath, local_folder_for, local_input, move_tree
-from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
-from lvm.vectors.shards import Manifest, file_sha256, fingerprint
-
-TRAINING_VERSION = 1
-"""Raised when the same settings give other weights than before, so that models are trained anew."""
-
-CHECKSUMS = "sha256.json"
-"""In each checkpoint, by file name: weights and an optimiser's state do not show that a bit of them turned."""
+from lvm.errors import LvmError, TrainingError
+from lvm.models import ENSEMBLE, MODELS, ORIGINAL, Predictor, gpt2, require_known
+from lvm.predict.ensemble import make_ensemble
+from lvm.predict.record import find_record, import_checkpoint, load_record, read_aliases, set_alias
+from lvm.predict.training import FAST, RECIPES, Recipe, evaluate, recipe_named, spread_batches
+from lvm.storage import Location, local_folder, local_input, move_tree
+from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+from lvm.vectors.shards import Manifest
 
 CHECKPOINTS_KEPT = 3
 """By val cosine; Ray Train keeps the latest one besides."""
@@ -86,80 +63,15 @@ RESTARTS = 2
 STARTS = 10
 """Times Ray Train tries for a minute to get a run's CPUs and GPUs; then they are not there, and the run fails."""
 
+MAX_CONTEXT = 64
+"""Longest context of the command: articles of more chunks are rare."""
+
+DIM = 768
+"""Length of a vector where a record's sizes do not say it."""
+
 POLL_S = 0.25
 """How often Ray Train's controllers and this process look for news, in seconds; Ray's own 2 s are longer than
 an epoch on the sample."""
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What the driver knows of the vectors; for the records."""
-
-    manifest: Manifest
-    """Of the encode job."""
-    windows: dict[str, int]
-    """Windows of train, val and test."""
-    coherence: Coherence
-    """How sequential the text was found to be."""
-    context_mean: float
-    """Mean cosine of the context's mean and the truth, on the windows validated on."""
-
-
-@dataclass(frozen=True)
-class TrainRun:
-    """One architecture on one set of windows: all a worker needs, pickled on the way there."""
-
-    model: str
-    """Key of MODELS."""
-    vectors: Location
-    """Folder of the encode job."""
-    vectors_fingerprint: str
-    """Of that folder's manifest."""
-    windows: WindowSettings
-    """Which windows are trained on."""
-    recipe: Recipe
-    """How."""
-    seed: int
-    """Of the split by article, the first weights, the order of batches and the dropout."""
-    storage: Location
-    """Ray Train's folder for the runs of all architectures."""
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits over all that decides the weights."""
-        return fingerprint(
-            {
-                "version": TRAINING_VERSION,
-                "model": self.model,
-                "sizes": asdict(CONFIGS[self.model]()),
-                "vectors": self.vectors_fingerprint,
-                "windows": asdict(self.windows),
-                "recipe": self.recipe.to_dict(),
-                "seed": self.seed,
-            }
-        )
-
-    @property
-    def name(self) -> str:
-        """Name of the Ray Train run: the same settings go on with the same run."""
-        return f"{self.model}-{self.fingerprint}"
-
-    @property
-    def folder(self) -> Location:
-        """Where Ray Train keeps this run."""
-        return self.storage / self.name
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model that is ready to use."""
-
-    folder: Location
-    """Its record."""
-    metrics: dict[str, Any]
-    """The record's metrics.json."""
-    up_to_date: bool
-    """True when it was there before."""
 
 
 @dataclass
@@ -178,9 +90,10 @@ class TrainResult:
 
 
 class Board:
-    """What the runs have to say, and how many are still training. A Ray actor; it uses no CPU."""
+    """What the runs have to say, and how many are training. A Ray actor; it uses no CPU."""
 
     def __init__(self, names: Sequence[str]) -> None:
+        """names: of the runs that begin at once."""
         self.training = set(names)
         self.lines: list[tuple[str, dict[str, Any]]] = []
 
@@ -189,8 +102,9 @@ class Board:
         self.lines.append((model, row))
         return len(self.training)
 
-    def in_flight(self) -> int:
-        """The number of runs still training."""
+    def enter(self, model: str) -> int:
+        """This run trains now; the number of runs that do comes back."""
+        self.training.add(model)
         return len(self.training)
 
     def leave(self, model: str) -> None:
@@ -222,111 +136,28 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
 def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[str, Any]:
     import ray
     import torch
-    from torch.utils.tensorboard import SummaryWriter
 
     def share_cores(num_training: int) -> None:
         """On one machine, threads of runs that have ended go to those still training."""
         torch.set_num_threads(threads if cores is None else max(threads, cores // max(1, num_training)))
 
-    array = open_vectors(this.vectors)
-    if array.fingerprint != this.vectors_fingerprint:
-        raise InputError(f"{this.vectors} changed while this job ran; run `latent train` again")
-    parts = make_windows(array, this.windows).split(this.seed)
-    torch.manual_seed(this.seed)
-    model = build(this.model)
-    progress: Progress | None = None
-    optimiser_state: dict[str, Any] | None = None
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            model.load_state_dict(load_file(Path(folder, "model.safetensors")))
-            # Absent where the run had its record already: then no step is left to take.
-            if (moments := Path(folder, "optimiser.pt")).exists():
-                optimiser_state = torch.load(moments, map_location="cpu", weights_only=True)
-            progress = Progress(**json.loads(Path(folder, "progress.json").read_text()))
-    start = progress.epoch if progress is not None else 0
-    if checkpoint is not None:
-        ray.get(board.post.remote(this.model, {"resumed": start}))
-    share_cores(ray.get(board.in_flight.remote()))
-    device = pick_device()
-    model.to(device)
-    if note := unseen_gpu():
-        ray.get(board.post.remote(this.model, {"note": note}))
-    events = ExitStack()
-    curves = events.enter_context(local_folder_for(this.folder / "tensorboard"))
-    writer = SummaryWriter(curves, purge_step=start + 1)
+    def tell(row: dict[str, Any]) -> None:
+        share_cores(ray.get(board.post.remote(this.model, row)))
 
-    def log(row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            if key != "epoch":
-                writer.add_scalar(key, value, row["epoch"])
-        writer.flush()
-        share_cores(ray.get(board.post.remote(this.model, {**row, "device": str(device)})))
-
-    def save(model: torch.nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-            save_file(state, Path(folder, "model.safetensors"))
-            torch.save(optimiser.state_dict(), Path(folder, "optimiser.pt"))
-            Path(folder, "progress.json").write_text(json.dumps(progress.to_dict()))
-            sums = {name: file_sha256(Path(folder, name)) for name in os.listdir(folder)}
-            Path(folder, CHECKSUMS).write_text(json.dumps(sums))
-            row = progress.curve[-1]
-            ray.train.report(
-                {"epoch": row["epoch"], "val_cosine": row["val_cosine"]},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-            )
-
-    try:
-        progress = fit(
-            model,
-            this.model,
-            parts["train"],
-            parts["val"],
-            this.recipe,
-            this.seed,
-            progress=progress,
-            optimiser_state=optimiser_state,
-            save=save,
-            log=log,
+    def keep(folder: Path, row: dict[str, Any]) -> None:
+        ray.train.report(
+            {"epoch": row["epoch"], "val_cosine": row["val_cosine"]},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
         )
-    finally:
-        writer.close()
-        events.close()
-    return {**progress.to_dict(), "device": str(device)}
+
+    share_cores(ray.get(board.enter.remote(this.model)))
+    checkpoint = ray.train.get_checkpoint()
+    with ExitStack() as opened:
+        folder = None if checkpoint is None else Path(opened.enter_context(checkpoint.as_directory()))
+        return train_run(this, folder, keep, tell, this.folder / "tensorboard")
 
 
 # ------------------------------------------------------------------------------------------- on the driver
-
-
-def plan_resources(
-    nodes: Sequence[Mapping[str, float]], num_runs: int
-) -> tuple[dict[str, float], int, int | None]:
-    """What each of `num_runs` runs gets, so that all fit at once: Ray resources, threads, cores to share.
-
-    nodes: Ray resources of each live node. GPUs are shared where there are fewer than runs: the predictors
-    are small, and one alone leaves most of a GPU idle. The cores to share are those of a cluster of one
-    machine, None on more: there a run keeps to its own threads.
-    """
-    with_gpu = [n for n in nodes if n.get("GPU")]
-    # With GPUs each run needs a part of one, so its CPUs have to be found on the same node.
-    usable = with_gpu or nodes
-    cpus = _fitting([n.get("CPU", 0.0) for n in usable], num_runs, most=math.inf)
-    resources = {"CPU": cpus}
-    if with_gpu:
-        resources["GPU"] = _fitting([n["GPU"] for n in with_gpu], num_runs, most=1.0)
-    cores = int(nodes[0].get("CPU", 1.0)) if len(nodes) == 1 else None
-    return resources, max(1, int(cpus)), cores
-
-
-def _fitting(free: Sequence[float], num_runs: int, most: float) -> float:
-    """The largest part, whole or one over a whole number, of which `num_runs` fit on nodes with this much."""
-    for whole in range(int(min(max(free), most)), 0, -1):
-        if sum(int(f // whole) for f in free) >= num_runs:
-            return float(whole)
-    units = max(1, sum(int(f) for f in free))
-    sharers = math.ceil(num_runs / units)
-    return math.floor(10_000 / sharers) / 10_000  # Ray counts in ten-thousandths
 
 
 def set_aside_if_broken(this: TrainRun) -> None:
@@ -341,7 +172,7 @@ def set_aside_if_broken(this: TrainRun) -> None:
     if not (this.folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).exists():
         return
     try:
-        found = ray.train.Result.from_path(*_for_ray(this.folder).values())
+        found = ray.train.Result.from_path(*for_ray(this.folder).values())
         # The latest is as a rule among the best: each folder is read once.
         kept = (found.checkpoint, *(c for c, _ in found.best_checkpoints))
         for checkpoint in {c.path: c for c in kept}.values():
@@ -356,31 +187,9 @@ def set_aside_if_broken(this: TrainRun) -> None:
         )
 
 
-def require_whole(checkpoint: Any) -> None:
-    """Return when every file of a checkpoint is as it was written, else raise InputError naming one.
-
-    Those on object storage are taken as they are: it has checksums of its own, and they would travel for this alone.
-    """
-    folder = Path(checkpoint.path)
-    if not folder.is_dir() or not (folder / CHECKSUMS).exists():
-        return
-    for name, sha256 in json.loads((folder / CHECKSUMS).read_text()).items():
-        if name == "optimiser.pt" and not (folder / name).exists():
-            continue  # it goes when the run has its record
-        if (got := file_sha256(folder / name)) != sha256:
-            raise InputError(f"{folder / name} has SHA-256 {got[:16]}…, expected {sha256[:16]}…")
-
-
-def _for_ray(folder: Location) -> dict[str, Any]:
-    """Where Ray Train is to keep runs, in its own words."""
-    if isinstance(folder, RemotePath):
-        return {"storage_path": folder.key, "storage_filesystem": folder.filesystem}
-    return {"storage_path": str(folder), "storage_filesystem": None}
-
-
 def train_with_ray(runs: Sequence[TrainRun], gpus: int | None = None) -> Iterator[tuple[TrainRun, Any]]:
-    """Train all at once; each comes back as soon as it ends, with its `ray.train.Result` or its exception.
-    Raises InputError when `gpus` GPUs do not come.
+    """Train as many at once as there is room for, the rest in turns; each comes back as soon as it ends, with its
+    `ray.train.Result` or its exception. Raises InputError when `gpus` GPUs do not come.
 
     Each `TrainTrainer.fit` blocks, so each has a thread of its own in this process; the work is done by the
     workers Ray starts for it.
@@ -391,16 +200,24 @@ def train_with_ray(runs: Sequence[TrainRun], gpus: int | None = None) -> Iterato
     from ray.train.v2.api.config import LoggingConfig
 
     nodes = nodes_with(gpus)
-    resources, threads, cores = plan_resources(nodes, len(runs))
+    at_once = runs_at_once(nodes, len(runs))
+    resources, threads, cores = plan_resources(nodes, at_once)
+    if at_once < len(runs):
+        say(f"train: {at_once} at a time, the rest as they end")
+    turns = threading.Semaphore(at_once)
     # Read by Ray Train's controllers, which inherit them from this process.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     if len(nodes) == 1:
         # It watches for nodes that are about to be taken away; one process for each run less.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    board: Any = ray.remote(num_cpus=0)(Board).remote([r.model for r in runs])
+    board: Any = ray.remote(num_cpus=0)(Board).remote([r.model for r in runs[:at_once]])
     ended: list[tuple[TrainRun, Any]] = []
 
     def fit(this: TrainRun) -> None:
+        with turns:
+            fit_now(this)
+
+    def fit_now(this: TrainRun) -> None:
         try:
             trainer = TorchTrainer(
                 train_loop_per_worker,
@@ -412,7 +229,7 @@ def train_with_ray(runs: Sequence[TrainRun], gpus: int | None = None) -> Iterato
                 ),
                 run_config=RunConfig(
                     name=this.name,
-                    **_for_ray(this.storage),
+                    **for_ray(this.storage),
                     checkpoint_config=CheckpointConfig(
                         num_to_keep=CHECKPOINTS_KEPT, checkpoint_score_attribute="val_cosine"
                     ),
@@ -446,108 +263,13 @@ def _say_row(model: str, row: Mapping[str, Any]) -> None:
         say(f"train: {model}: {row['note']}")
         return
     if "resumed" in row:
-        say(f"train: {model:<11} goes on after epoch {row['resumed']}")
+        say(f"train: {model:<13} goes on after epoch {row['resumed']}")
         return
     trained = f"train loss {row['train_loss']:.4f}" if "train_loss" in row else "start            "
     say(
-        f"train: {model:<11} epoch {row['epoch']:>2}  {trained}  val loss {row['val_loss']:.4f}  "
+        f"train: {model:<13} epoch {row['epoch']:>2}  {trained}  val loss {row['val_loss']:.4f}  "
         f"val cosine {row['val_cosine']:.4f}  {row['seconds']:.0f} s"
     )
-
-
-def publish_run(
-    this: TrainRun,
-    result: Any,
-    models: Location,
-    data: TrainingData,
-) -> Trained:
-    """Make the record of a finished run from its best checkpoint, and move the alias to it.
-
-    Raises TrainingError when the run refused.
-    """
-    if "refusal" in result.return_value:
-        raise TrainingError(result.return_value["refusal"])
-    progress = result.return_value["progress"]
-    device = progress.pop("device")
-    checkpoint, best = max(result.best_checkpoints, key=lambda c: (c[1]["val_cosine"], -c[1]["epoch"]))
-    model = build(this.model)
-    with checkpoint.as_directory() as folder:
-        model.load_state_dict(load_file(Path(folder, "model.safetensors")))
-        rows = json.loads(Path(folder, "progress.json").read_text())["curve"]
-    best_row = next(r for r in rows if r["epoch"] == best["epoch"])
-    recipe, manifest, sizes = this.recipe, data.manifest, data.windows
-    metrics = {
-        "val_cosine": best_row["val_cosine"],
-        "val_loss": best_row["val_loss"],
-        "context_mean_val_cosine": data.context_mean,
-        "start_val_cosine": progress["curve"][0]["val_cosine"],
-        "best_epoch": best_row["epoch"],
-        "epochs": progress["epoch"],
-        "seconds": round(progress["seconds"], 1),
-        "stopped": progress["stopped"],
-        "train_windows": sizes["train"],
-        "val_windows": min(sizes["val"], recipe.max_val_windows),
-        "test_windows": sizes["test"],
-        "curve": progress["curve"],
-    }
-    share = recipe.loss.info_nce_share
-    loss = "squared distance of unit vectors (MSE)" + (
-        f", with InfoNCE at {share:g} of its gradient norm" if share else ""
-    )
-    batch = recipe.batch_size(sizes["train"])
-    peak = recipe.peak_rate(this.model, sizes["train"])
-    config = {
-        "run": this.fingerprint,
-        "seed": this.seed,
-        "windows": asdict(this.windows),
-        "vectors": vectors_entry(this.vectors, manifest),
-        "coherence": data.coherence.to_dict(),
-        "recipe": recipe.to_dict(),
-        "device": device,
-    }
-    provenance = {
-        "Data source": f"{manifest.source or 'not stated'} (licence: {manifest.licence or 'not stated'})",
-        "Vectors": f"{manifest.rows:,}, fingerprint {this.vectors_fingerprint}",
-        "Sequences": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test windows of "
-        f"{this.windows.context} vectors and the next, split by article",
-        "Loss": loss,
-        "Start": "hidden layers along the principal directions, output layer by ridge regression"
-        if recipe.solved_start
-        else "random",
-        "Optimiser": f"{recipe.optimiser}, peak learning rate {peak:.2g}, batch {batch}, "
-        f"recipe {recipe.name}",
-        "Epochs": f"{progress['epoch']} trained ({progress['stopped']}); these are the weights of epoch "
-        f"{best_row['epoch']}",
-        "Seed": str(this.seed),
-        "Device": device,
-    }
-    issues = []
-    if best_row["val_cosine"] <= data.context_mean:
-        issues.append(
-            "On validation articles it does not beat the mean of its context (cosine "
-            f"{best_row['val_cosine']:.4f} against {data.context_mean:.4f})."
-        )
-    if data.coherence.fault is not None:
-        issues.append(f"Trained on text the coherence test refuses: {data.coherence.fault}.")
-    folder = save_record(
-        models, this.model, model, manifest.identity, config, metrics, provenance, tuple(issues)
-    )
-    set_alias(models, this.model, folder)
-    # What only going on needs is two thirds of a checkpoint; the best three weights stay.
-    for optimiser in this.folder.glob("*/optimiser.pt"):
-        optimiser.unlink()
-    return Trained(folder, metrics, up_to_date=False)
-
-
-def vectors_entry(vectors: Location, manifest: Manifest) -> dict[str, Any]:
-    """What config.json says of the vectors a model was trained or scored on."""
-    return {
-        "directory": str(vectors),
-        "fingerprint": manifest.fingerprint,
-        "rows": manifest.rows,
-        "source": manifest.source,
-        "licence": manifest.licence,
-    }
 
 
 def train_models(
@@ -560,13 +282,14 @@ def train_models(
     allow_non_sequential: str | None = None,
     address: str | None = None,
     gpus: int | None = None,
+    gpt2_layers: Location | None = None,
 ) -> TrainResult:
     """Bring `models` to hold a record of each architecture, trained on `vectors` in this way.
 
     A run that fails is listed in `failed`; the others are trained and saved. gpus: how many to wait for; None for those
-    there are. Raises InputError before any training when the vectors are not finished, not sequential, or too few to
-    split, or when the cluster does not come to have what is asked for, and IdentityError when
-    `models` holds models of another codec.
+    there are. gpt2_layers: folder of a checkpoint in GPT-2's layout, from which `gpt2` starts. Raises InputError before
+    any training when the vectors are not finished, not sequential, or too few to split, or when the cluster does not
+    come to have what is asked for, and IdentityError when `models` holds models of another codec.
     """
     for name in names:
         require_known(name)
@@ -580,7 +303,25 @@ def train_models(
     parts = make_windows(array, settings).split(seed)
     result = TrainResult({k: len(v) for k, v in parts.items()})
 
-    runs = [TrainRun(n, vectors, array.fingerprint, settings, recipe, seed, models / "runs") for n in names]
+    runs = []
+    for name in names:
+        sizes: dict[str, Any] = {} if array.identity.dim == DIM else {"dim": array.identity.dim}
+        layers = gpt2_layers if name == "gpt2" else None
+        if layers is not None:
+            sizes |= gpt2.sizes_of(local_folder(layers))
+        runs.append(
+            TrainRun(
+                name,
+                vectors,
+                array.fingerprint,
+                settings,
+                recipe,
+                seed,
+                models / "runs",
+                sizes,
+                layers_from=layers,
+            )
+        )
     pending = []
     for this in runs:
         found = find_record(models, this.model, run=this.fingerprint)
@@ -605,57 +346,42 @@ def train_models(
             try:
                 if isinstance(outcome, Exception):
                     raise TrainingError(f"{this.model}: the run failed: {_first_line(outcome)}") from outcome
-                made = publish_run(this, outcome, models, data)
+                if "refusal" in outcome.return_value:
+                    raise TrainingError(outcome.return_value["refusal"])
+                progress = outcome.return_value["progress"]
+                made = publish_run(this, progress, outcome.best_checkpoints, models, data, this.model)
+                # What only going on needs is two thirds of a checkpoint; the best three weights stay.
+                for optimiser in this.folder.glob("*/optimiser.pt"):
+                    optimiser.unlink()
             except LvmError as err:
                 result.failed[this.model] = str(err)
                 say(f"train: {err}")
                 continue
             result.trained[this.model] = made
             say(
-                f"train: {this.model:<11} done: val cosine {made.metrics['val_cosine']:.4f} at epoch "
+                f"train: {this.model:<13} done: val cosine {made.metrics['val_cosine']:.4f} at epoch "
                 f"{made.metrics['best_epoch']} ({made.metrics['stopped']}); {made.folder.name}"
             )
     result.trained = {n: result.trained[n] for n in names if n in result.trained}
     return result
 
 
-def require_models_folder(models: Location) -> None:
-    """Return when `models` is or can become a folder of records, else raise OutputError."""
-    if models.exists() and not models.is_dir():
-        raise OutputError(f"--output {models} is a file, expected a folder; choose another --output")
-    if (models / "manifest.json").exists():
-        kind = Manifest.load(models).kind
-        raise OutputError(
-            f"{models} holds {kind}, expected models or an empty folder; choose another --output"
+def ensemble_of(vectors: Location, models: Location, members: Mapping[str, str], most: int) -> Trained:
+    """The record of an ensemble of the best `most` of these members (name to folder), and its alias; the one there is
+    when it is of the same members."""
+    vectors, models = vectors.resolve(), models.resolve()
+    folder, up_to_date = make_ensemble(models, open_vectors(vectors), members, most)
+    if read_aliases(models).get(ENSEMBLE) != folder.name:
+        set_alias(models, ENSEMBLE, folder)
+    metrics = load_record(models, folder.name).metrics
+    if up_to_date:
+        say(f"train: ensemble is up to date ({folder.name})")
+    else:
+        say(
+            f"train: ensemble of {', '.join(metrics['members'])}: val cosine {metrics['val_cosine']:.4f}, the best "
+            f"of them alone {metrics['best_member_val_cosine']:.4f}; {folder.name}"
         )
-
-
-def require_codec_of_models(models: Location, array: VectorArray) -> None:
-    """Return when every alias in `models` is a model of the vectors' codec, else raise IdentityError."""
-    for alias, folder in read_aliases(models).items():
-        if (models / folder).is_dir():
-            identity = load_record(models, folder).identity
-            require_same_codec(
-                array.identity, identity, str(array.directory), f"model {alias!r} in {models} ({folder})"
-            )
-
-
-def check_sequential(array: VectorArray, source: str, allow_non_sequential: str | None) -> Coherence:
-    """How sequential the text is; raises InputError where it is not and the user does not insist."""
-    firsts = np.flatnonzero(np.diff(array.doc_ids, prepend=-1))
-    names = sorted({source, *array.sources(firsts)})
-    return require_sequential(array.vectors, array.doc_ids, array.positions, names, allow_non_sequential)
-
-
-def context_mean_cosine(val: Windows, most: int) -> float:
-    """Mean cosine between the context's mean and the truth, on the windows training validates on."""
-    total, count = 0.0, 0
-    for contexts, targets in spread_batches(val, most):
-        mean = contexts.mean(axis=1)
-        norms = np.linalg.norm(mean, axis=1) * np.linalg.norm(targets, axis=1)
-        total += float((np.einsum("bd,bd->b", mean, targets) / np.maximum(norms, 1e-12)).sum())
-        count += len(targets)
-    return total / count
+    return Trained(folder, metrics, up_to_date)
 
 
 def _first_line(error: BaseException) -> str:
@@ -698,8 +424,20 @@ def main(
     vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
     output: Annotated[PathOrUrl, path_option("Folder for the model records; those in it stay.")],
     model: Annotated[
-        str, typer.Option(help=f"Of {', '.join(MODELS)}: one, several by comma, or all.")
-    ] = "all",
+        str,
+        typer.Option(
+            help=f"Of {', '.join(MODELS)}: one, several by comma, all, or original ({', '.join(ORIGINAL)})."
+        ),
+    ] = "original",
+    context: Annotated[
+        int, typer.Option(min=1, max=MAX_CONTEXT, help="Vectors a model reads before the one it predicts.")
+    ] = WindowSettings.context,
+    ensemble: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Make an ensemble of so many of the trained models, the best by val cosine."
+        ),
+    ] = None,
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "fast",
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, instead of the recipe's.")] = None,
     max_minutes: Annotated[
@@ -713,6 +451,10 @@ def main(
     import_checkpoint: Annotated[
         PathOrUrl | None,
         path_option('Train nothing; make a record of this original checkpoint {"model_state_dict": …}.'),
+    ] = None,
+    gpt2_layers: Annotated[
+        PathOrUrl | None,
+        path_option("Folder of a checkpoint in GPT-2's layout; gpt2 starts from its layers."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
     address: Address = None,
@@ -729,17 +471,23 @@ def main(
             chosen = replace(chosen, epochs=epochs)
         if max_minutes is not None:
             chosen = replace(chosen, max_minutes=max_minutes)
-        names = list(MODELS) if model == "all" else [n.strip() for n in model.split(",")]
+        lists = {"all": list(MODELS), "original": list(ORIGINAL)}
+        names = lists.get(model) or [n.strip() for n in model.split(",")]
         result = train_models(
             vectors,
             output,
             list(dict.fromkeys(names)),
             chosen,
             seed,
+            WindowSettings(context=context),
             allow_non_sequential=allow_non_sequential,
             address=address,
             gpus=gpus,
+            gpt2_layers=None if gpt2_layers is None else gpt2_layers.resolve(),
         )
+        if ensemble is not None:
+            members = {n: t.folder.name for n, t in result.trained.items()}
+            result.trained[ENSEMBLE] = ensemble_of(vectors, output, members, ensemble)
     if result.failed:
         saved = ", ".join(result.trained) or "none"
         raise TrainingError(

@@ -30,7 +30,8 @@ from lvm.models import (
     transformer,
 )
 from lvm.models.amn import AMN, AMNConfig
-from lvm.models.ensemble import Ensemble, EnsembleConfig
+from lvm.models.ensemble import Ensemble as Ensemble
+from lvm.models.ensemble import EnsembleConfig as EnsembleConfig
 from lvm.models.gru import GRU, GRUConfig
 from lvm.models.lstm import LSTM, LSTMConfig
 from lvm.models.transformer import Transformer, TransformerConfig
@@ -69,6 +70,9 @@ SPACES = {name: row[3] for name, row in _TABLE.items()}
 """Sizes that `latent sweep` tries, by field of the config."""
 
 ENSEMBLE = "ensemble"
+
+ORIGINAL = ("amn", "lstm", "gru", "transformer")
+"""The system this follows had these four; they ship and are what a command trains when it is not told."""
 
 
 def build(name: str, sizes: dict[str, Any] | None = None) -> Any:

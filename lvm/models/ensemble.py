@@ -23,7 +23,8 @@ class EnsembleConfig:
     dim: int = 768
     """Length of a vector, D."""
     members: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    """Each with `model`, a key of MODELS, and `sizes`, the fields of its config."""
+    """Each with `model`, a key of MODELS, `sizes`, the fields of its config, and `context`, how many of the last
+    vectors it reads."""
 
 
 class Ensemble(nn.Module):
@@ -38,7 +39,8 @@ class Ensemble(nn.Module):
 
     def forward(self, contexts: Tensor) -> Tensor:
         """(B, D) unit vectors from contexts (B, T, D)."""
-        return self.combine(torch.stack([member(contexts) for member in self.members]))
+        each = zip(self.members, self.config.members, strict=True)
+        return self.combine(torch.stack([member(contexts[:, -m["context"] :]) for member, m in each]))
 
     def combine(self, predicted: Tensor) -> Tensor:
         """(B, D) unit vectors from the members' (M, B, D)."""

@@ -53,9 +53,7 @@ def turned(x: Tensor, start: int) -> Tensor:
     """
     length, size = x.shape[-2:]
     place = torch.arange(start, start + length, device=x.device, dtype=x.dtype)[:, None]
-    rate = torch.exp(
-        torch.arange(0, size, 2, device=x.device, dtype=x.dtype) * (-math.log(10_000.0) / size)
-    )
+    rate = torch.exp(torch.arange(0, size, 2, device=x.device, dtype=x.dtype) * (-math.log(10_000.0) / size))
     angle = place * rate
     even, odd = x[..., 0::2], x[..., 1::2]
     parts = (even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos())

@@ -34,6 +34,9 @@ from lvm.vectors.shards import cannot_write, file_sha256, sync_directory, tempor
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "MODEL_CARD.md"
 ALIASES = "aliases.json"
 
+DEFAULT_CONTEXT = 5
+"""Context length of records that do not say theirs."""
+
 KNOWN_ISSUES = (
     "Trained on squared distance, a predictor drifts towards the mean of what may follow: its vectors are "
     "blander than real ones, and decoded text shows it. Snap predictions to the corpus before decoding.",
@@ -48,7 +51,7 @@ class Record:
     """A model as it was saved."""
 
     name: str
-    """Architecture, a key of MODELS."""
+    """Architecture, a key of MODELS, or ensemble."""
     folder: Location
     """Where it lies."""
     model: Predictor
@@ -59,6 +62,11 @@ class Record:
     """metrics.json: val_cosine, curve and more."""
     identity: CodecIdentity
     """Codec of the vectors it was trained on."""
+
+    @property
+    def context(self) -> int:
+        """Vectors it was trained to read, T; it takes any number."""
+        return int(self.config.get("windows", {}).get("context", DEFAULT_CONTEXT))
 
 
 # ----------------------------------------------------------------------------------------------- save, load

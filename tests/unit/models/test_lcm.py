@@ -85,7 +85,7 @@ def test_sampling_is_ddim_with_guidance_written_out(guidance: float) -> None:
     noise = torch.randn(1, DIM, generator=torch.Generator().manual_seed(3)) / math.sqrt(DIM)
     times = [1.0, 0.75, 0.5, 0.25, 0.0]
     f = [math.cos((t + 0.008) / 1.008 * math.pi / 2) for t in times]
-    alphas = [max(x, 0.0) / f[0] for x in f]
+    alphas = [max(x, 0.0) / math.cos(0.008 / 1.008 * math.pi / 2) for x in f]
     sigmas = [math.sqrt(max(0.0, 1 - a * a)) for a in alphas]
     for row in range(2):
         # One context at a time, with the tower run over the whole row: clean vectors, then the noisy one.
