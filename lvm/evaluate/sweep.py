@@ -102,13 +102,14 @@ def compare(trials: Sequence[Trial], key: str, name: str) -> Table:
     """Val cosine by one setting, over all architectures: the difference to the own architecture's mean, with a 95 %
     interval of that difference's mean (normal, from the spread of the trials)."""
     rows = scored(trials)
-    means = {
-        m: np.mean([t["val_cosine"] for t in rows if t["model"] == m]) for m in {t["model"] for t in rows}
-    }  # type: ignore[misc]
+    by_model: dict[str, list[float]] = {}
+    for trial in rows:
+        by_model.setdefault(trial["model"], []).append(trial["val_cosine"] or 0.0)
+    means = {model: float(np.mean(values)) for model, values in by_model.items()}
     found: dict[Any, list[float]] = {}
     for trial in rows:
         row: Mapping[str, Any] = trial
-        found.setdefault(row[key], []).append(float((trial["val_cosine"] or 0.0) - means[trial["model"]]))
+        found.setdefault(row[key], []).append((trial["val_cosine"] or 0.0) - means[trial["model"]])
     cells = []
     for value, differences in sorted(found.items()):
         mean, count = float(np.mean(differences)), len(differences)
@@ -139,7 +140,7 @@ def plot_leaderboard(trials: Sequence[Trial], intervals: Mapping[int, Interval])
         figure = Figure(figsize=(4.8, 0.8 + 0.3 * len(best)), layout="constrained")
         axes = figure.add_subplot()
         for place, (model, top) in enumerate(reversed(best.items())):
-            values = [t["val_cosine"] for t in scored(trials) if t["model"] == model]
+            values = [t["val_cosine"] or 0.0 for t in scored(trials) if t["model"] == model]
             axes.plot(values, [place] * len(values), "o", color=colours[model], alpha=0.4, markersize=4)
             interval = intervals.get(top["number"])
             if interval is not None:

@@ -61,6 +61,14 @@ def test_default_sizes_have_the_pinned_number_of_parameters(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
+def test_the_documentation_has_these_numbers() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "models.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    assert {row[1].strip(" `"): int(row[4].replace(",", "")) for row in rows} == PARAMETERS
+    steps = {row[1].strip(" `") for row in rows if row[5].strip() == "yes"}
+    assert steps == {*STEPS}
+
+
 def test_every_architecture_is_pinned() -> None:
     assert set(PARAMETERS) == set(MODELS) == set(CONFIGS) == set(TOYS)
 
