@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lvm.errors import InputError
 from lvm.models.attention import CausalAttention
-from lvm.models.trunk import FeedForward, Trunk
+from lvm.models.trunk import FeedForward, Trunk, wide
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class GPT2(Trunk):
     def embed(self, vectors: Tensor, start: int = 0) -> Tensor:
         """(B, T, W) inputs of the first layer from vectors (B, T, D); the first is at place `start`."""
         places = torch.arange(start, start + vectors.shape[1], device=vectors.device)
-        inputs: Tensor = self.input_proj(vectors)
+        inputs = wide(self.input_proj(vectors))
         return inputs + self.place[places.clamp(max=len(self.place) - 1)]
 
     @torch.no_grad()

@@ -112,6 +112,9 @@ class LCMDiffusion(Trunk):
                 FeedForward(config.width, 4 * config.width),
             ]
         super().__init__(config, mixers, positions=True)
+        with torch.no_grad():  # a first guess of a unit vector's size
+            for tensor in self.output_proj.parameters():
+                tensor.div_(math.sqrt(config.dim))
         self.time = nn.Sequential(
             nn.Linear(config.width, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )

@@ -47,7 +47,11 @@ SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
 
 def orthogonal_features(count: int, size: int) -> Tensor:
     """(count, size) rows, orthogonal within each `size` of them, of the lengths Gaussian rows have."""
-    blocks = [torch.linalg.qr(torch.randn(size, size))[0].T for _ in range(-(-count // size))]
+    blocks = []
+    for _ in range(-(-count // size)):
+        q, r = torch.linalg.qr(torch.randn(size, size))
+        # Without the signs not every direction is as likely (Mezzadri 2007, arXiv math-ph/0609050), and the mean is off.
+        blocks.append((q * r.diagonal().sign()).T)
     lengths = torch.randn(count, size).norm(dim=1)
     rows: Tensor = torch.cat(blocks)[:count] * lengths[:, None]
     return rows

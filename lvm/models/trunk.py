@@ -163,7 +163,7 @@ class Trunk(nn.Module):
 
     def embed(self, vectors: Tensor, start: int = 0) -> Tensor:
         """(B, T, W) inputs of the first branch from vectors (B, T, D); the first is at place `start`."""
-        x: Tensor = self.input_proj(vectors)
+        x = wide(self.input_proj(vectors))  # the stream stays wide; what the branches add may be narrower
         if self.positions:
             x = x + sinusoidal_positions(start + x.shape[1], self.config.width, x)[start:]
         return x

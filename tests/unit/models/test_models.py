@@ -196,6 +196,19 @@ def test_saved_and_loaded_it_gives_equal_outputs(
 
 
 @each_model
+@pytest.mark.parametrize("length", [5, 70])
+def test_in_bfloat16_it_says_nearly_the_same(toy: Callable[[str], Predictor], name: str, length: int) -> None:
+    model, contexts, targets = toy(name), units(3, length, DIM), units(3, DIM, seed=2)
+    exact = model(contexts)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model(contexts)
+        output = model.loss(contexts, targets) if name in OWN_LOSS else narrow.sum()
+    assert F.cosine_similarity(exact, narrow.float(), dim=-1).min() > 0.995
+    output.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@each_model
 def test_evaluation_mode_has_no_chance_in_it(toy: Callable[[str], Predictor], name: str) -> None:
     model, contexts = toy(name), units(3, 5, DIM)
     assert torch.equal(model(contexts), model(contexts))
