@@ -50,7 +50,7 @@ def orthogonal_features(count: int, size: int) -> Tensor:
     blocks = []
     for _ in range(-(-count // size)):
         q, r = torch.linalg.qr(torch.randn(size, size))
-        # Without the signs not every direction is as likely (Mezzadri 2007, arXiv math-ph/0609050), and the mean is off.
+        # Without the signs not every direction is as likely (Mezzadri 2007, arXiv math-ph/0609050).
         blocks.append((q * r.diagonal().sign()).T)
     lengths = torch.randn(count, size).norm(dim=1)
     rows: Tensor = torch.cat(blocks)[:count] * lengths[:, None]
