@@ -135,9 +135,12 @@ def test_killed_and_run_again_it_does_what_is_missing(vectors: Path, tmp_path: P
         command, cwd=CHECKOUT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert child.stderr is not None
+    said = []
     for line in child.stderr:
-        if re_ended(line):
+        said.append(line)
+        if line.startswith("sweep: ") and " of 4: " in line:
             break
+    assert " of 4: " in said[-1], "".join(said)
     time.sleep(1.0)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -148,12 +151,7 @@ def test_killed_and_run_again_it_does_what_is_missing(vectors: Path, tmp_path: P
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "sweep: goes on where it was" in done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["complete"]
-    assert said["rows"] == 4
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["complete"]
+    assert summary["rows"] == 4
     assert len(list((output / "tune").glob("*/*-amn"))) == 4
-
-
-def re_ended(line: str) -> bool:
-    """Whether a line says that a trial ended."""
-    return line.startswith("sweep: ") and " of 4: " in line
