@@ -342,3 +342,9 @@ def test_hyena_is_gates_and_direct_sums() -> None:
         convolved = [sum(kernel[s] * z[t - s] for s in range(t + 1)) + skip * z[t] for t in range(LENGTH)]
         z = gate * torch.stack(convolved)
     torch.testing.assert_close(y[0], block.out(z), **TIGHT)
+
+
+def test_hyenas_windows_fade_to_a_hundredth_as_its_code_has_it() -> None:
+    rate = HyenaOperator(HyenaConfig(width=8)).filters.rate
+    torch.testing.assert_close(torch.exp(-0.3 * rate[-1]), torch.tensor(0.01))
+    torch.testing.assert_close(torch.exp(-1.5 * rate[0]), torch.tensor(0.01))
