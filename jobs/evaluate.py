@@ -15,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -39,7 +39,7 @@ from jobs._ray import (
     versions,
 )
 from lvm.codec.ladder import decoder_digest
-from lvm.codec.zoo import pick_device
+from lvm.devices import pick_device
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.evaluate.baselines import context_mean, copy_last
 from lvm.evaluate.contest import (
@@ -77,6 +77,7 @@ from lvm.evaluate.leaderboard import (
 from lvm.evaluate.metrics import LATENCY_BATCHES, Predict, measure_latency
 from lvm.evaluate.report import html_page
 from lvm.predict.record import Record, load_record, read_aliases
+from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location
 from lvm.vectors.index import load_index
 from lvm.vectors.sequences import VectorArray, WindowSettings, make_windows, open_vectors
@@ -110,10 +111,13 @@ def evaluate(
     settings: EvaluateSettings,
     overwrite: bool = False,
     address: str | None = None,
+    context: int | None = None,
 ) -> tuple[Evaluation, bool]:
     """The evaluation in `paths.output`, and whether it was there already.
 
-    Models that were trained on other vectors, or on another split than the newest, are left out and named.
+    Models that were trained on other vectors, or on another split than the newest, are left out and named. Those of
+    different context lengths meet on the same targets: windows of `context` vectors, by default as many as the longest
+    of them reads, of which each reads the last ones.
     Raises IdentityError when vectors, index, models and codec are not of one codec; InputError when no model
     is left; OutputError when the folder holds an evaluation with other settings.
     """
@@ -121,7 +125,7 @@ def evaluate(
     array = open_vectors(paths.vectors)
     index = load_index(paths.index)
     index.require_array(array)
-    entrants = choose_field(current_records(paths.models), array)
+    entrants = choose_field(current_records(paths.models), array, context)
     records = entrants.records
     ood = {_ood_name(p): open_vectors(p) for p in paths.ood}
     if len(ood) < len(paths.ood):
@@ -144,6 +148,8 @@ def evaluate(
         "left_out": list(entrants.left_out),
         "ood": {name: foreign.fingerprint for name, foreign in ood.items()},
     }
+    if entrants.windows.context != CONTEXT_CHUNKS:
+        inputs["context"] = entrants.windows.context
     if codec.no_writer is not None:
         say(f"evaluate: {codec.no_writer}")
     del codec
@@ -189,7 +195,7 @@ def evaluate(
     began = time.perf_counter()
     say("evaluate: measuring latency, one predictor at a time")
     device = pick_device("auto")
-    predictors = baselines | {n: model_predictor(r.model, device) for n, r in records.items()}
+    predictors = baselines | {n: model_predictor(r.model, device, r.context) for n, r in records.items()}
     latency = {
         name: [
             measure_latency(
@@ -299,18 +305,19 @@ class Field:
 
     records: dict[str, Record]
     windows: WindowSettings
-    """Filters the models' windows went through."""
+    """Filters the models' windows went through, and the context length of those they are judged on."""
     seed: int
     """Of the split by article."""
     left_out: dict[str, str]
     """Alias to the reason why that model takes no part."""
 
 
-def choose_field(records: dict[str, Record], array: VectorArray) -> Field:
+def choose_field(records: dict[str, Record], array: VectorArray, context: int | None = None) -> Field:
     """The models that were trained on these vectors, with the newest one's split.
 
-    A model of other vectors or of another split may have been trained on what are test articles here: it is
-    left out. Raises IdentityError when a model is of another codec, InputError when none is left.
+    context: of the windows; None is the longest any of the models was trained with. A model of other vectors or of
+    another split may have been trained on what are test articles here: it is left out. Raises IdentityError when a
+    model is of another codec, InputError when none is left.
     """
     left_out: dict[str, str] = {}
     split: tuple[WindowSettings, int] | None = None
@@ -322,10 +329,13 @@ def choose_field(records: dict[str, Record], array: VectorArray) -> Field:
         if made_from != array.fingerprint:
             left_out[name] = f"{record.folder.name} is of vectors {made_from}, these are {array.fingerprint}"
             continue
-        own = WindowSettings(**config["windows"]), int(config["seed"])
+        own = replace(WindowSettings(**config["windows"]), context=1), int(config["seed"])
         split = split or own
         if own != split:
-            left_out[name] = f"{record.folder.name} was trained on another split: seed {own[1]}, {own[0]}"
+            left_out[name] = (
+                f"{record.folder.name} was trained on another split: seed {own[1]}, "
+                f"{WindowSettings(**config['windows'])}"
+            )
             continue
         fitting[name] = record
     if split is None:
@@ -333,7 +343,9 @@ def choose_field(records: dict[str, Record], array: VectorArray) -> Field:
             f"no model fits the vectors in {array.directory}: {'; '.join(left_out.values())}. "
             "Run `latent train` on these vectors."
         )
-    return Field({name: fitting[name] for name in records if name in fitting}, *split, left_out)
+    longest = context or max(record.context for record in fitting.values())
+    windows = replace(split[0], context=longest)
+    return Field({name: fitting[name] for name in records if name in fitting}, windows, split[1], left_out)
 
 
 def cluster_size() -> tuple[int, int, int]:
@@ -472,6 +484,13 @@ def main(
     codec_path: Annotated[
         PathOrUrl | None, path_option("Folder with a codec's weights, instead of the shipped ones.")
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Vectors before each target; none: as many as the longest model reads. Each reads the last ones.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an evaluation made with other settings.")] = False,
     address: Address = None,
 ) -> None:
@@ -480,7 +499,7 @@ def main(
     settings = EvaluateSettings(examples=examples)
     paths = Paths(vectors, index, models, output, tuple(ood or ()))
     load = partial(load_codec_at, codec, None if codec_path is None else codec_path.resolve())
-    evaluation, up_to_date = evaluate(paths, load, settings, overwrite, address)
+    evaluation, up_to_date = evaluate(paths, load, settings, overwrite, address, context)
     if up_to_date:
         say(f"evaluate: {output} is up to date, nothing computed again")
     print_result(evaluation)

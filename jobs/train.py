@@ -1,25 +1,23 @@
 """Train predictors: reads the vectors of `latent encode`, writes a model record for each architecture.
 
-    python -m jobs.train --vectors out/vectors --output out/models --model all
+    python -m jobs.train --vectors out/vectors --output out/models --model all --ensemble 3
     ray job submit --working-dir . -- python -m jobs.train --vectors /shared/vectors --output /shared/models
 
-One Ray Train run an architecture, all in flight at once, each with its part of the cluster's CPUs or GPUs. A
-worker maps the vectors from disk; nothing but settings travels. After each epoch it saves a checkpoint (the
-best three are kept, and the last one to go on from) and a line appears here. A job killed at any moment and
-run again goes on where each run was; one that has trained these vectors with these settings before trains
-nothing. A run whose loss is no longer a number ends with a message while the others go on, and the exit code
-says so at the end.
+One Ray Train run an architecture, as many in flight at once as the cluster has room for, each with its part of the
+CPUs or GPUs; the others in their turn. A worker maps the vectors from disk; nothing but settings travels. After each
+epoch it saves a checkpoint (the best three are kept, and the last one to go on from) and a line appears here. A job
+killed at any moment and run again goes on where each run was; one that has trained these vectors with these settings
+before trains nothing. A run whose loss is no longer a number ends with a message while the others go on, and the exit
+code says so at the end.
 
     models/runs/<architecture>-<settings>/   Ray Train's storage: checkpoints, tensorboard/ with the curves
     models/<architecture>-<time>-<hash>/     the record; models/aliases.json points to it
 
-Bundled sample, two cores: about a minute. See `lvm/predict/training.py` for the recipes.
+Bundled sample, the four original architectures, two cores: about a minute. See `lvm/predict/training.py` for the
+recipes.
 """
 
-import json
-import math
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +27,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from safetensors.torch import load_file, save_file
 
 from jobs._ray import (
     GPUS_HELP,
@@ -43,41 +40,23 @@ from jobs._ray import (
     say,
     unseen_gpu,
 )
-from lvm.errors import InputError, LvmError, TrainingError
-from lvm.models import MODELS, Predictor, build, require_known
+from jobs._training import Trained, for_ray, plan_resources, publish_run, runs_at_once
+from lvm.errors import LvmError, TrainingError
+from lvm.models import ENSEMBLE, MODELS, ORIGINAL, Predictor, gpt2, require_known
+from lvm.predict.ensemble import make_ensemble
 from lvm.predict.fitting import (
     TrainingData,
     context_mean_cosine,
     require_codec_of_models,
     require_models_folder,
-    run_fingerprint,
-    save_trained,
     vectors_entry,
 )
-from lvm.predict.record import (
-    find_record,
-    import_checkpoint,
-    load_record,
-    read_aliases,
-    set_alias,
-)
-from lvm.predict.training import (
-    FAST,
-    RECIPES,
-    Progress,
-    Recipe,
-    evaluate,
-    fit,
-    pick_device,
-    recipe_named,
-    spread_batches,
-)
-from lvm.storage import Location, RemotePath, local_folder_for, local_input, move_tree
+from lvm.predict.record import find_record, import_checkpoint, load_record, read_aliases, set_alias
+from lvm.predict.runs import TrainRun, require_whole, train_run
+from lvm.predict.training import FAST, RECIPES, Progress, Recipe, evaluate, recipe_named, spread_batches
+from lvm.storage import Location, local_folder, local_input, move_tree
 from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
-from lvm.vectors.shards import Manifest, file_sha256
-
-CHECKSUMS = "sha256.json"
-"""In each checkpoint, by file name: weights and an optimiser's state do not show that a bit of them turned."""
+from lvm.vectors.shards import Manifest
 
 CHECKPOINTS_KEPT = 3
 """By val cosine; Ray Train keeps the latest one besides."""
@@ -88,60 +67,12 @@ RESTARTS = 2
 STARTS = 10
 """Times Ray Train tries for a minute to get a run's CPUs and GPUs; then they are not there, and the run fails."""
 
+MAX_CONTEXT = 64
+"""Longest context of the command: articles of more chunks are rare."""
+
 POLL_S = 0.25
 """How often Ray Train's controllers and this process look for news, in seconds; Ray's own 2 s are longer than
 an epoch on the sample."""
-
-
-@dataclass(frozen=True)
-class TrainRun:
-    """One architecture on one set of windows: all a worker needs, pickled on the way there."""
-
-    model: str
-    """Key of MODELS."""
-    dim: int
-    """Length of a vector, D."""
-    vectors: Location
-    """Folder of the encode job."""
-    vectors_fingerprint: str
-    """Of that folder's manifest."""
-    windows: WindowSettings
-    """Which windows are trained on."""
-    recipe: Recipe
-    """How."""
-    seed: int
-    """Of the split by article, the first weights, the order of batches and the dropout."""
-    storage: Location
-    """Ray Train's folder for the runs of all architectures."""
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits over all that decides the weights."""
-        return run_fingerprint(
-            self.model, self.dim, self.vectors_fingerprint, self.windows, self.recipe, self.seed
-        )
-
-    @property
-    def name(self) -> str:
-        """Name of the Ray Train run: the same settings go on with the same run."""
-        return f"{self.model}-{self.fingerprint}"
-
-    @property
-    def folder(self) -> Location:
-        """Where Ray Train keeps this run."""
-        return self.storage / self.name
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model that is ready to use."""
-
-    folder: Location
-    """Its record."""
-    metrics: dict[str, Any]
-    """The record's metrics.json."""
-    up_to_date: bool
-    """True when it was there before."""
 
 
 @dataclass
@@ -160,9 +91,10 @@ class TrainResult:
 
 
 class Board:
-    """What the runs have to say, and how many are still training. A Ray actor; it uses no CPU."""
+    """What the runs have to say, and how many are training. A Ray actor; it uses no CPU."""
 
     def __init__(self, names: Sequence[str]) -> None:
+        """names: of the runs that begin at once."""
         self.training = set(names)
         self.lines: list[tuple[str, dict[str, Any]]] = []
 
@@ -171,8 +103,9 @@ class Board:
         self.lines.append((model, row))
         return len(self.training)
 
-    def in_flight(self) -> int:
-        """The number of runs still training."""
+    def enter(self, model: str) -> int:
+        """This run trains now; the number of runs that do comes back."""
+        self.training.add(model)
         return len(self.training)
 
     def leave(self, model: str) -> None:
@@ -186,7 +119,7 @@ class Board:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Train one architecture; what comes back is the run's `progress`, or its `refusal` in words.
+    """Train one architecture; what comes back is the run's `progress` and `device`, or its `refusal` in words.
 
     A refusal comes back as text, not as an exception: Ray would start the run again, and it would fail again.
     """
@@ -194,124 +127,46 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     this: TrainRun = config["run"]
     try:
-        return {"progress": _train(this, config["board"], config["threads"], config["cores"])}
+        progress, device = _train(this, config)
+        return {"progress": progress.to_dict(), "device": device}
     except LvmError as err:
         return {"refusal": str(err)}
     finally:
         ray.get(config["board"].leave.remote(this.model))
 
 
-def _train(this: TrainRun, board: Any, threads: int, cores: int | None) -> dict[str, Any]:
+def _train(this: TrainRun, config: dict[str, Any]) -> tuple[Progress, str]:
     import ray
     import torch
-    from torch.utils.tensorboard import SummaryWriter
+
+    board, threads, cores = config["board"], config["threads"], config["cores"]
 
     def share_cores(num_training: int) -> None:
         """On one machine, threads of runs that have ended go to those still training."""
         torch.set_num_threads(threads if cores is None else max(threads, cores // max(1, num_training)))
 
-    array = open_vectors(this.vectors)
-    if array.fingerprint != this.vectors_fingerprint:
-        raise InputError(f"{this.vectors} changed while this job ran; run `latent train` again")
-    parts = make_windows(array, this.windows).split(this.seed)
-    torch.manual_seed(this.seed)
-    model = build(this.model, {"dim": this.dim})
-    progress: Progress | None = None
-    optimiser_state: dict[str, Any] | None = None
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            model.load_state_dict(load_file(Path(folder, "model.safetensors")))
-            # Absent where the run had its record already: then no step is left to take.
-            if (moments := Path(folder, "optimiser.pt")).exists():
-                optimiser_state = torch.load(moments, map_location="cpu", weights_only=True)
-            progress = Progress(**json.loads(Path(folder, "progress.json").read_text()))
-    start = progress.epoch if progress is not None else 0
-    if checkpoint is not None:
-        ray.get(board.post.remote(this.model, {"resumed": start}))
-    share_cores(ray.get(board.in_flight.remote()))
-    device = pick_device()
-    model.to(device)
-    if note := unseen_gpu():
-        ray.get(board.post.remote(this.model, {"note": note}))
-    events = ExitStack()
-    curves = events.enter_context(local_folder_for(this.folder / "tensorboard"))
-    writer = SummaryWriter(curves, purge_step=start + 1)
+    def tell(row: dict[str, Any]) -> None:
+        share_cores(ray.get(board.post.remote(this.model, row)))
 
-    def log(row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            if key != "epoch":
-                writer.add_scalar(key, value, row["epoch"])
-        writer.flush()
-        share_cores(ray.get(board.post.remote(this.model, {**row, "device": str(device)})))
-
-    def save(model: torch.nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-            save_file(state, Path(folder, "model.safetensors"))
-            torch.save(optimiser.state_dict(), Path(folder, "optimiser.pt"))
-            Path(folder, "progress.json").write_text(json.dumps(progress.to_dict()))
-            sums = {name: file_sha256(Path(folder, name)) for name in os.listdir(folder)}
-            Path(folder, CHECKSUMS).write_text(json.dumps(sums))
-            row = progress.curve[-1]
-            ray.train.report(
-                {"epoch": row["epoch"], "val_cosine": row["val_cosine"]},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-            )
-
-    try:
-        progress = fit(
-            model,
-            this.model,
-            parts["train"],
-            parts["val"],
-            this.recipe,
-            this.seed,
-            progress=progress,
-            optimiser_state=optimiser_state,
-            save=save,
-            log=log,
+    def keep(folder: Path, row: dict[str, Any]) -> None:
+        ray.train.report(
+            {"epoch": row["epoch"], "val_cosine": row["val_cosine"]},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
         )
-    finally:
-        writer.close()
-        events.close()
-    return {**progress.to_dict(), "device": str(device)}
+
+    share_cores(ray.get(board.enter.remote(this.model)))
+    if note := unseen_gpu():
+        tell({"note": note})
+    checkpoint = ray.train.get_checkpoint()
+    with ExitStack() as opened:
+        folder = None if checkpoint is None else Path(opened.enter_context(checkpoint.as_directory()))
+        return train_run(this, folder, keep, tell, config["storage"] / this.name / "tensorboard")
 
 
 # ------------------------------------------------------------------------------------------- on the driver
 
 
-def plan_resources(
-    nodes: Sequence[Mapping[str, float]], num_runs: int
-) -> tuple[dict[str, float], int, int | None]:
-    """What each of `num_runs` runs gets, so that all fit at once: Ray resources, threads, cores to share.
-
-    nodes: Ray resources of each live node. GPUs are shared where there are fewer than runs: the predictors
-    are small, and one alone leaves most of a GPU idle. The cores to share are those of a cluster of one
-    machine, None on more: there a run keeps to its own threads.
-    """
-    with_gpu = [n for n in nodes if n.get("GPU")]
-    # With GPUs each run needs a part of one, so its CPUs have to be found on the same node.
-    usable = with_gpu or nodes
-    cpus = _fitting([n.get("CPU", 0.0) for n in usable], num_runs, most=math.inf)
-    resources = {"CPU": cpus}
-    if with_gpu:
-        resources["GPU"] = _fitting([n["GPU"] for n in with_gpu], num_runs, most=1.0)
-    cores = int(nodes[0].get("CPU", 1.0)) if len(nodes) == 1 else None
-    return resources, max(1, int(cpus)), cores
-
-
-def _fitting(free: Sequence[float], num_runs: int, most: float) -> float:
-    """The largest part, whole or one over a whole number, of which `num_runs` fit on nodes with this much."""
-    for whole in range(int(min(max(free), most)), 0, -1):
-        if sum(int(f // whole) for f in free) >= num_runs:
-            return float(whole)
-    units = max(1, sum(int(f) for f in free))
-    sharers = math.ceil(num_runs / units)
-    return math.floor(10_000 / sharers) / 10_000  # Ray counts in ten-thousandths
-
-
-def set_aside_if_broken(this: TrainRun) -> None:
+def set_aside_if_broken(this: TrainRun, storage: Location) -> None:
     """Move a run's folder away when Ray Train could not go on from it.
 
     Ray Train writes its list of checkpoints in place, so a kill in that very moment leaves half a file; and a
@@ -320,49 +175,31 @@ def set_aside_if_broken(this: TrainRun) -> None:
     import ray.train
     from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
-    if not (this.folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).exists():
+    folder = storage / this.name
+    if not (folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).exists():
         return
     try:
-        found = ray.train.Result.from_path(*_for_ray(this.folder).values())
+        found = ray.train.Result.from_path(*for_ray(folder).values())
         # The latest is as a rule among the best: each folder is read once.
         kept = (found.checkpoint, *(c for c, _ in found.best_checkpoints))
         for checkpoint in {c.path: c for c in kept}.values():
             require_whole(checkpoint)
     except Exception as err:
         # Whatever it is, Ray Train would fail with the same on the way in, and say less about what to do.
-        aside = this.folder.with_name(f"{this.folder.name}.broken-{time.time_ns()}")
-        move_tree(this.folder, aside)
+        aside = folder.with_name(f"{folder.name}.broken-{time.time_ns()}")
+        move_tree(folder, aside)
         say(
             f"train: {this.model}: its checkpoints cannot be read ({str(err).splitlines()[0]}); it starts "
             f"anew, what there was is in {aside}"
         )
 
 
-def require_whole(checkpoint: Any) -> None:
-    """Return when every file of a checkpoint is as it was written, else raise InputError naming one.
-
-    Those on object storage are taken as they are: it has checksums of its own, and they would travel for this alone.
-    """
-    folder = Path(checkpoint.path)
-    if not folder.is_dir() or not (folder / CHECKSUMS).exists():
-        return
-    for name, sha256 in json.loads((folder / CHECKSUMS).read_text()).items():
-        if name == "optimiser.pt" and not (folder / name).exists():
-            continue  # it goes when the run has its record
-        if (got := file_sha256(folder / name)) != sha256:
-            raise InputError(f"{folder / name} has SHA-256 {got[:16]}…, expected {sha256[:16]}…")
-
-
-def _for_ray(folder: Location) -> dict[str, Any]:
-    """Where Ray Train is to keep runs, in its own words."""
-    if isinstance(folder, RemotePath):
-        return {"storage_path": folder.key, "storage_filesystem": folder.filesystem}
-    return {"storage_path": str(folder), "storage_filesystem": None}
-
-
-def train_with_ray(runs: Sequence[TrainRun], gpus: int | None = None) -> Iterator[tuple[TrainRun, Any]]:
-    """Train all at once; each comes back as soon as it ends, with its `ray.train.Result` or its exception.
-    Raises InputError when `gpus` GPUs do not come.
+def train_with_ray(
+    runs: Sequence[TrainRun], storage: Location, gpus: int | None = None
+) -> Iterator[tuple[TrainRun, Any]]:
+    """Train as many at once as there is room for, the rest in turns; each comes back as soon as it ends, with its
+    `ray.train.Result` or its exception. storage: Ray Train's folder for the runs. Raises InputError when `gpus` GPUs do
+    not come.
 
     Each `TrainTrainer.fit` blocks, so each has a thread of its own in this process; the work is done by the
     workers Ray starts for it.
@@ -373,28 +210,37 @@ def train_with_ray(runs: Sequence[TrainRun], gpus: int | None = None) -> Iterato
     from ray.train.v2.api.config import LoggingConfig
 
     nodes = nodes_with(gpus)
-    resources, threads, cores = plan_resources(nodes, len(runs))
+    at_once = runs_at_once(nodes, len(runs))
+    resources, threads, cores = plan_resources(nodes, at_once)
+    if at_once < len(runs):
+        say(f"train: {at_once} at a time, the rest as they end")
+    turns = threading.Semaphore(at_once)
     # Read by Ray Train's controllers, which inherit them from this process.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     if len(nodes) == 1:
         # It watches for nodes that are about to be taken away; one process for each run less.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    board: Any = ray.remote(num_cpus=0)(Board).remote([r.model for r in runs])
+    board: Any = ray.remote(num_cpus=0)(Board).remote([r.model for r in runs[:at_once]])
+    shared = {"board": board, "threads": threads, "cores": cores, "storage": storage}
     ended: list[tuple[TrainRun, Any]] = []
 
     def fit(this: TrainRun) -> None:
+        with turns:
+            fit_now(this)
+
+    def fit_now(this: TrainRun) -> None:
         try:
             trainer = TorchTrainer(
                 train_loop_per_worker,
                 # A run is one worker, which has nobody to talk to; NCCL would not start where torch sees no GPU.
                 torch_config=TorchConfig(backend="gloo"),
-                train_loop_config={"run": this, "board": board, "threads": threads, "cores": cores},
+                train_loop_config={**shared, "run": this},
                 scaling_config=ScalingConfig(
                     num_workers=1, use_gpu="GPU" in resources, resources_per_worker=resources
                 ),
                 run_config=RunConfig(
                     name=this.name,
-                    **_for_ray(this.storage),
+                    **for_ray(storage),
                     checkpoint_config=CheckpointConfig(
                         num_to_keep=CHECKPOINTS_KEPT, checkpoint_score_attribute="val_cosine"
                     ),
@@ -428,42 +274,13 @@ def _say_row(model: str, row: Mapping[str, Any]) -> None:
         say(f"train: {model}: {row['note']}")
         return
     if "resumed" in row:
-        say(f"train: {model:<11} goes on after epoch {row['resumed']}")
+        say(f"train: {model:<13} goes on after epoch {row['resumed']}")
         return
     trained = f"train loss {row['train_loss']:.4f}" if "train_loss" in row else "start            "
     say(
-        f"train: {model:<11} epoch {row['epoch']:>2}  {trained}  val loss {row['val_loss']:.4f}  "
+        f"train: {model:<13} epoch {row['epoch']:>2}  {trained}  val loss {row['val_loss']:.4f}  "
         f"val cosine {row['val_cosine']:.4f}  {row['seconds']:.0f} s"
     )
-
-
-def publish_run(
-    this: TrainRun,
-    result: Any,
-    models: Location,
-    data: TrainingData,
-) -> Trained:
-    """Make the record of a finished run from its best checkpoint, and move the alias to it.
-
-    Raises TrainingError when the run refused.
-    """
-    if "refusal" in result.return_value:
-        raise TrainingError(result.return_value["refusal"])
-    progress = result.return_value["progress"]
-    device = progress.pop("device")
-    checkpoint, best = max(result.best_checkpoints, key=lambda c: (c[1]["val_cosine"], -c[1]["epoch"]))
-    model = build(this.model, {"dim": this.dim})
-    with checkpoint.as_directory() as folder:
-        model.load_state_dict(load_file(Path(folder, "model.safetensors")))
-    row = next(r for r in progress["curve"] if r["epoch"] == best["epoch"])
-    folder, metrics = save_trained(
-        models, this.model, model, data, this.recipe, Progress(**progress), row, device
-    )
-    set_alias(models, this.model, folder)
-    # What only going on needs is two thirds of a checkpoint; the best three weights stay.
-    for optimiser in this.folder.glob("*/optimiser.pt"):
-        optimiser.unlink()
-    return Trained(folder, metrics, up_to_date=False)
 
 
 def train_models(
@@ -476,13 +293,14 @@ def train_models(
     allow_non_sequential: str | None = None,
     address: str | None = None,
     gpus: int | None = None,
+    gpt2_layers: Location | None = None,
 ) -> TrainResult:
     """Bring `models` to hold a record of each architecture, trained on `vectors` in this way.
 
     A run that fails is listed in `failed`; the others are trained and saved. gpus: how many to wait for; None for those
-    there are. Raises InputError before any training when the vectors are not finished, not sequential, or too few to
-    split, or when the cluster does not come to have what is asked for, and IdentityError when
-    `models` holds models of another codec.
+    there are. gpt2_layers: folder of a checkpoint in GPT-2's layout, from which `gpt2` starts. Raises InputError before
+    any training when the vectors are not finished, not sequential, or too few to split, or when the cluster does not
+    come to have what is asked for, and IdentityError when `models` holds models of another codec.
     """
     for name in names:
         require_known(name)
@@ -490,13 +308,15 @@ def train_models(
     require_models_folder(models)
     array = open_vectors(vectors)
     require_codec_of_models(models, array)
-    data = TrainingData.of(array, windows, seed, allow_non_sequential)
+    settings = windows or WindowSettings()
+    data = TrainingData.of(array, settings, seed, allow_non_sequential)
     result = TrainResult(data.num_windows)
 
-    runs = [
-        TrainRun(n, data.dim, vectors, array.fingerprint, data.settings, recipe, seed, models / "runs")
-        for n in names
-    ]
+    runs = []
+    for name in names:
+        layers = gpt2_layers if name == "gpt2" else None
+        sizes = {} if layers is None else gpt2.sizes_of(local_folder(layers))
+        runs.append(TrainRun.of(array, name, settings, recipe, seed, sizes, layers_from=layers))
     pending = []
     for this in runs:
         found = find_record(models, this.model, run=this.fingerprint)
@@ -511,27 +331,53 @@ def train_models(
         context_mean = context_mean_cosine(data.parts["val"], recipe.max_val_windows)
         say(
             f"train: {', '.join(r.model for r in pending)} on {result.windows['train']:,} windows of "
-            f"{data.settings.context} vectors, recipe {recipe.name}; context mean's val cosine {context_mean:.4f}"
+            f"{settings.context} vectors, recipe {recipe.name}; context mean's val cosine {context_mean:.4f}"
         )
         connect(address)
+        storage = models / "runs"
         for this in pending:
-            set_aside_if_broken(this)
-        for this, outcome in train_with_ray(pending, gpus):
+            set_aside_if_broken(this, storage)
+        for this, outcome in train_with_ray(pending, storage, gpus):
             try:
                 if isinstance(outcome, Exception):
                     raise TrainingError(f"{this.model}: the run failed: {_first_line(outcome)}") from outcome
-                made = publish_run(this, outcome, models, data)
+                returned = outcome.return_value
+                if "refusal" in returned:
+                    raise TrainingError(returned["refusal"])
+                progress = Progress(**returned["progress"])
+                made = publish_run(this, progress, returned["device"], outcome.best_checkpoints, models, data)
+                # What only going on needs is two thirds of a checkpoint; the best three weights stay.
+                for optimiser in (storage / this.name).glob("*/optimiser.pt"):
+                    optimiser.unlink()
             except LvmError as err:
                 result.failed[this.model] = str(err)
                 say(f"train: {err}")
                 continue
             result.trained[this.model] = made
             say(
-                f"train: {this.model:<11} done: val cosine {made.metrics['val_cosine']:.4f} at epoch "
+                f"train: {this.model:<13} done: val cosine {made.metrics['val_cosine']:.4f} at epoch "
                 f"{made.metrics['best_epoch']} ({made.metrics['stopped']}); {made.folder.name}"
             )
     result.trained = {n: result.trained[n] for n in names if n in result.trained}
     return result
+
+
+def ensemble_of(vectors: Location, models: Location, members: Mapping[str, str], most: int) -> Trained:
+    """The record of an ensemble of the best `most` of these members (name to folder), and its alias; the one there is
+    when it is of the same members."""
+    vectors, models = vectors.resolve(), models.resolve()
+    folder, up_to_date = make_ensemble(models, open_vectors(vectors), members, most)
+    if read_aliases(models).get(ENSEMBLE) != folder.name:
+        set_alias(models, ENSEMBLE, folder)
+    metrics = load_record(models, folder.name).metrics
+    if up_to_date:
+        say(f"train: ensemble is up to date ({folder.name})")
+    else:
+        say(
+            f"train: ensemble of {', '.join(metrics['members'])}: val cosine {metrics['val_cosine']:.4f}, the best "
+            f"of them alone {metrics['best_member_val_cosine']:.4f}; {folder.name}"
+        )
+    return Trained(folder, metrics, up_to_date)
 
 
 def _first_line(error: BaseException) -> str:
@@ -574,14 +420,25 @@ def main(
     vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
     output: Annotated[PathOrUrl, path_option("Folder for the model records; those in it stay.")],
     model: Annotated[
-        str, typer.Option(help=f"Of {', '.join(MODELS)}: one, several by comma, or all.")
-    ] = "all",
+        str,
+        typer.Option(
+            help=f"Of {', '.join(MODELS)}: one, several by comma, all, or original ({', '.join(ORIGINAL)})."
+        ),
+    ] = "original",
+    context: Annotated[
+        int, typer.Option(min=1, max=MAX_CONTEXT, help="Vectors a model reads before the one it predicts.")
+    ] = WindowSettings.context,
+    ensemble: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Make an ensemble of so many of the trained models, the best by val cosine."
+        ),
+    ] = None,
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "fast",
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, instead of the recipe's.")] = None,
     max_minutes: Annotated[
         float | None, typer.Option(help="Longest training, in minutes, instead of the recipe's.")
     ] = None,
-    context: Annotated[int, typer.Option(min=1, help="Vectors a predictor reads before the next.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the split by article and of training.")] = 0,
     allow_non_sequential: Annotated[
         str | None,
@@ -590,6 +447,10 @@ def main(
     import_checkpoint: Annotated[
         PathOrUrl | None,
         path_option('Train nothing; make a record of this original checkpoint {"model_state_dict": …}.'),
+    ] = None,
+    gpt2_layers: Annotated[
+        PathOrUrl | None,
+        path_option("Folder of a checkpoint in GPT-2's layout; gpt2 starts from its layers."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
     address: Address = None,
@@ -606,7 +467,8 @@ def main(
             chosen = replace(chosen, epochs=epochs)
         if max_minutes is not None:
             chosen = replace(chosen, max_minutes=max_minutes)
-        names = list(MODELS) if model == "all" else [n.strip() for n in model.split(",")]
+        lists = {"all": list(MODELS), "original": list(ORIGINAL)}
+        names = lists.get(model) or [n.strip() for n in model.split(",")]
         result = train_models(
             vectors,
             output,
@@ -617,7 +479,11 @@ def main(
             allow_non_sequential=allow_non_sequential,
             address=address,
             gpus=gpus,
+            gpt2_layers=None if gpt2_layers is None else gpt2_layers.resolve(),
         )
+        if ensemble is not None:
+            members = {n: t.folder.name for n, t in result.trained.items()}
+            result.trained[ENSEMBLE] = ensemble_of(vectors, output, members, ensemble)
     if result.failed:
         saved = ", ".join(result.trained) or "none"
         raise TrainingError(

@@ -33,6 +33,10 @@ JOBS = {
     "encode": ("encode", "Chunks to vectors."),
     "index": ("index", "Vectors to a FAISS index."),
     "train": ("train", "Vectors to predictors, all architectures at the same time."),
+    "sweep": (
+        "sweep",
+        "Search architectures and settings with Ray Tune: a table of trials, a page, the best models.",
+    ),
     "evaluate": ("evaluate", "Predictors against baselines: leaderboard, examples, report."),
     "predict": ("predict", "Five texts, or one text on standard input, to the predicted next text."),
     "generate": ("generate", "Articles to predicted texts: Parquet shards or one file of JSON lines."),

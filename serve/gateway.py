@@ -90,9 +90,11 @@ class Gateway:
             folder=PASSTHROUGH,
             architecture=PASSTHROUGH,
             parameters=0,
+            context=CONTEXT_CHUNKS,
             created="",
             codec=identity.digest,
         )
+        contexts = {alias: record.context for alias, record in records.items()}
         tokenizer = load_tokenizer(args.codec or require_run(args.run).identity.name, args.codec_path)
 
         def stage(name: str, part: str, method: str, max_rows: int, max_calls: int = args.max_calls) -> Stage:
@@ -102,7 +104,7 @@ class Gateway:
 
         pipeline = Pipeline(
             identity,
-            stage("encode", "encoder", "run", args.queue_rows * CONTEXT_CHUNKS),
+            stage("encode", "encoder", "run", args.queue_rows * max(contexts.values())),
             stage("context", "retriever", "fill", args.queue_rows),
             stage("predict", "predictor", "run", args.queue_rows),
             stage("snap", "retriever", "snap", args.queue_rows),
@@ -113,6 +115,7 @@ class Gateway:
             args.cache_bytes,
             args.decode_patience_s,
             dict(models),
+            contexts,
         )
         self._service = Service(
             args,
@@ -191,6 +194,7 @@ def _model_record(alias: str, described: dict[str, Any]) -> ModelRecord:
         folder=described["folder"],
         architecture=config["model"],
         parameters=int(config.get("parameters", 0)),
+        context=described["context"],
         created=str(config.get("created", "")),
         val_cosine=float(cosine) if isinstance(cosine, int | float) and np.isfinite(cosine) else None,
         codec=config["codec"]["digest"],

@@ -126,12 +126,15 @@ class Pipeline:
         cache_bytes: int,
         decode_patience_s: float,
         folders: dict[str, str],
+        contexts: dict[str, int],
     ) -> None:
-        """filler, snapper and finder are three operations of the retriever. folders: alias to record folder."""
+        """filler, snapper and finder are three operations of the retriever. folders: alias to record folder. contexts:
+        alias to the vectors that model reads; CONTEXT_CHUNKS for others."""
         self.identity, self.breaker = identity, breaker
         self.encoder, self.filler, self.predictor = encoder, filler, predictor
         self.snapper, self.finder, self.decoder = snapper, finder, decoder
-        self._metrics, self._patience_s, self._folders = metrics, decode_patience_s, folders
+        self._metrics, self._patience_s = metrics, decode_patience_s
+        self._folders, self._contexts = folders, contexts
         self._vectors: Cache[EncodedText] = Cache(cache_bytes)
         self._answers: Cache[Said] = Cache(cache_bytes)
         self._on_their_way = 0
@@ -181,7 +184,7 @@ class Pipeline:
         clock = Clock()
         self._on_their_way += 1
         try:
-            way = await self._steer(texts[-CONTEXT_CHUNKS:], wish, clock)  # no predictor reads more
+            way = await self._steer(texts[-self._context_length(wish) :], wish, clock)
         finally:
             self._on_their_way -= 1
         answer = await self._decode(way, wish, clock)
@@ -279,14 +282,19 @@ class Pipeline:
     async def _context(
         self, vectors: NDArray[np.float32], texts: Sequence[str], wish: Wish, clock: Clock
     ) -> Context:
-        if wish.fill == "retrieve" and len(texts) < CONTEXT_CHUNKS:
-            (context,), timing = await self.filler.run([FillRow(vectors, tuple(texts))], wish.deadline)
+        length = self._context_length(wish)
+        if wish.fill == "retrieve" and len(texts) < length:
+            row = FillRow(vectors, tuple(texts), length)
+            (context,), timing = await self.filler.run([row], wish.deadline)
             clock.add("context", timing)
             return context  # type: ignore[no-any-return]
         begun = time.perf_counter()
-        context = build_context(vectors, texts, CONTEXT_CHUNKS, wish.fill)
+        context = build_context(vectors, texts, length, wish.fill)
         clock.ms["context"] += (time.perf_counter() - begun) * 1000
         return context
+
+    def _context_length(self, wish: Wish) -> int:
+        return self._contexts.get(wish.model, CONTEXT_CHUNKS)
 
     async def _predict(self, context: Context, wish: Wish, clock: Clock) -> tuple[str, NDArray[np.float32]]:
         (predicted,), timing = await self.predict([context.vectors], wish.model, wish.deadline)
@@ -366,7 +374,7 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------ book-keeping
 
     def _key(self, texts: Sequence[str], wish: Wish) -> bytes:
-        read = texts[-CONTEXT_CHUNKS:]
+        read = texts[-self._context_length(wish) :]
         what = (
             self.identity.digest,
             self._folders.get(wish.model, wish.model),

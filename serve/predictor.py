@@ -58,7 +58,7 @@ class Predictor:
             record = load_record(Path(args.run) / "models", folder)
             require_same_codec(record.identity, manifest.identity, f"model {folder}", f"{args.run}/vectors")
             with torch.inference_mode():
-                record.model(torch.zeros(1, 5, record.identity.dim))  # the first call allocates
+                record.model(torch.zeros(1, record.context, record.identity.dim))  # the first call allocates
             self._records[alias] = record
         self._queue: RowQueue[ContextRow, Predicted] = RowQueue(
             self._work,
@@ -83,8 +83,8 @@ class Predictor:
         return await self._queue.submit(rows, remaining_s)
 
     async def describe(self) -> dict[str, dict[str, Any]]:
-        """Each alias's record: folder, architecture, parameters, codec, metrics, training."""
+        """Each alias's record: folder, context length, architecture, parameters, codec, metrics, training."""
         return {
-            alias: {"folder": r.folder.name, "config": r.config, "metrics": r.metrics}
+            alias: {"folder": r.folder.name, "context": r.context, "config": r.config, "metrics": r.metrics}
             for alias, r in self._records.items()
         }

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from lvm.predict.extract import Extractor
-from lvm.predict.steer import CONTEXT_CHUNKS, Context, build_context, snap
+from lvm.predict.steer import Context, build_context, snap
 from lvm.vectors.index import load_index
 from lvm.vectors.sequences import open_vectors
 from serve.rows import EXPIRED, Outcome
@@ -25,8 +25,10 @@ class FillRow:
     """Chunks to complete to a full context."""
 
     vectors: NDArray[np.float32]
-    """(n, D), n under five."""
+    """(n, D), n under `length`."""
     texts: tuple[str, ...]
+    length: int
+    """Vectors that the model reads."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Retriever:
         return await self._each(rows, remaining_s, lambda live: [self._fill(row) for row in live])
 
     def _fill(self, row: FillRow) -> Context:
-        return build_context(row.vectors, row.texts, CONTEXT_CHUNKS, "retrieve", self._index, self._array)
+        return build_context(row.vectors, row.texts, row.length, "retrieve", self._index, self._array)
 
     async def snap(
         self, rows: list[SnapRow], remaining_s: list[float]

@@ -94,6 +94,9 @@ class ModelRecord(_Reply):
     folder: str = Field(description="Its record, which names the very weights.")
     architecture: str
     parameters: int
+    context: int = Field(
+        description="Chunks it reads before the one it predicts; more are left out, oldest first."
+    )
     created: str
     val_cosine: float | None = None
     codec: str = Field(description="Digest of the codec its vectors come from.")

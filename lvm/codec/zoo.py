@@ -20,6 +20,7 @@ from rich.progress import Progress
 from lvm.codec.gtr import GTR_CODECS, hash_tensors, load_gtr, load_gtr_tokenizer
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.tokenizer import ChunkTokenizer, require_texts
+from lvm.devices import pick_device
 from lvm.errors import InputError
 
 if TYPE_CHECKING:
@@ -396,17 +397,3 @@ def find_writer(
     where = Path(folder) if folder is not None else own
     assert where is not None
     return Writer(Writer.parts(where, base, identity), base, device=device)
-
-
-def pick_device(device: str) -> Any:
-    """The torch device of a name; "auto" takes CUDA, then MPS, then CPU."""
-    import torch
-
-    if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as err:
-            raise InputError(f"unknown device {device!r}; expected auto, cpu, cuda or mps") from err
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -64,12 +64,21 @@ class RidgeSettings:
     """Penalties tried, as multiples of the mean eigenvalue of the inputs' scatter matrix (X'X, centred)."""
 
 
+RIDGE_CONTEXT = 8
+"""Context vectors the regression reads, the last ones: its cost grows with the cube of their number."""
+
+
+def inputs_of(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(B, T * D) the last vectors of contexts (B, any T, D), laid end to end."""
+    return contexts[:, -RIDGE_CONTEXT:].reshape(len(contexts), -1)
+
+
 @dataclass(frozen=True)
 class Ridge:
-    """Linear regression with an L2 penalty from the whole context, laid end to end, to the next vector."""
+    """Linear regression with an L2 penalty from the context's last vectors, laid end to end, to the next vector."""
 
     weights: NDArray[np.float32]
-    """(T * D, D)."""
+    """(T * D, D), T at most RIDGE_CONTEXT."""
     bias: NDArray[np.float32]
     """(D,), not penalised."""
     penalty: float
@@ -80,7 +89,7 @@ class Ridge:
     """Training windows it was fitted on."""
 
     def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
-        return unit(contexts.reshape(len(contexts), -1) @ self.weights + self.bias)
+        return unit(inputs_of(contexts) @ self.weights + self.bias)
 
     @property
     def num_parameters(self) -> int:
@@ -151,7 +160,7 @@ def _solver(batches: Batches) -> _Wide | _Tall:
     """The solver that fits the number of windows, filled and finished; both give the same solution."""
     solver: _Wide | _Tall = _Wide()
     for contexts, targets in batches():
-        x = torch.from_numpy(contexts.reshape(len(contexts), -1))
+        x = torch.from_numpy(inputs_of(contexts))
         y = torch.from_numpy(targets)
         if isinstance(solver, _Wide) and solver.count + len(x) > x.shape[1]:
             tall = _Tall(x.shape[1], y.shape[1])

@@ -148,14 +148,18 @@ class Scored:
 # ---------------------------------------------------------------------------------------------- predictors
 
 
-def model_predictor(model: torch.nn.Module, device: torch.device) -> Predict:
-    """The model as a function over numpy arrays, in evaluation mode on `device`."""
+def model_predictor(model: torch.nn.Module, device: torch.device, context: int | None = None) -> Predict:
+    """The model as a function over numpy arrays, in evaluation mode on `device`.
+
+    context: vectors it reads, the last ones of each context; None is all of them.
+    """
     model = model.to(device).eval()
+    read = slice(None) if context is None else slice(-context, None)
 
     def predict(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
             predicted: NDArray[np.float32] = (
-                model(torch.from_numpy(contexts).to(device)).float().cpu().numpy()
+                model(torch.from_numpy(contexts[:, read]).to(device)).float().cpu().numpy()
             )
         return predicted
 
@@ -223,13 +227,16 @@ def score_model(contest: Contest, name: str, models: Location, folder: str) -> S
     model = record.model
     parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    predict = model_predictor(model, torch.device("cpu"))
+    predict = model_predictor(model, torch.device("cpu"), record.context)
     scored = _score(contest, name, "model", predict, parameters, weight_bytes, model_details(record))
     attention = getattr(model, "attention", None)
     if attention is None:
         return scored
     with torch.inference_mode():
-        weights = [attention(torch.from_numpy(c)).numpy() for c, _ in contest.test.batches(BATCH_WINDOWS)]
+        weights = [
+            attention(torch.from_numpy(c[:, -record.context :])).numpy()
+            for c, _ in contest.test.batches(BATCH_WINDOWS)
+        ]
     return replace(scored, attention=summarise_attention(np.concatenate(weights)))
 
 

@@ -34,7 +34,7 @@ GREY = "#8A8F98"
 WIDTH_IN = 4.8
 """Width of a plot, inches; at this size its text stays readable on a phone."""
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "latent",
     "font.family": "sans-serif",
@@ -58,7 +58,7 @@ _STYLE: Any = {
 def plot_leaderboard(evaluation: Evaluation) -> str:
     """Test cosine of every row as bars from zero, with the interval over articles."""
     ranked = ranking(evaluation)[::-1]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 0.6 + 0.34 * len(ranked)), layout="constrained")
         axes = figure.add_subplot()
         means = [e["cosine"]["mean"] for e in ranked]
@@ -88,7 +88,7 @@ def plot_leaderboard(evaluation: Evaluation) -> str:
         axes.set_xlim(low, max(high, 0.05) * 1.2)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("cosine with the true next vector, 95 % interval")
-        return _svg(figure, "Bars of the test cosine of every model and baseline", "bars")
+        return svg_of(figure, "Bars of the test cosine of every model and baseline", "bars")
 
 
 def plot_distributions(evaluation: Evaluation) -> str:
@@ -96,7 +96,7 @@ def plot_distributions(evaluation: Evaluation) -> str:
     centres = (HISTOGRAM_EDGES[:-1] + HISTOGRAM_EDGES[1:]) / 2
     colours = _colours(evaluation)
     shown = [e for e in ranking(evaluation) if e["kind"] == "model" or e["name"] in ("passthrough", "ridge")]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 3.4), layout="constrained")
         axes = figure.add_subplot()
         for entry in shown:
@@ -119,7 +119,7 @@ def plot_distributions(evaluation: Evaluation) -> str:
         axes.set_xlabel("cosine with the true next vector")
         axes.set_ylabel("% of test windows")
         axes.legend(fontsize=9)
-        return _svg(figure, "Distribution of the cosine over test windows", "distribution")
+        return svg_of(figure, "Distribution of the cosine over test windows", "distribution")
 
 
 def plot_curves(evaluation: Evaluation) -> str | None:
@@ -133,7 +133,7 @@ def plot_curves(evaluation: Evaluation) -> str | None:
         return None
     rows = (len(curves) + 1) // 2
     colours = _colours(evaluation)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 0.4 + 1.9 * rows), layout="constrained")
         panels = figure.subplots(rows, 2, sharey=True, squeeze=False).flatten()
         for panel, (name, curve) in zip(panels, curves.items(), strict=False):
@@ -151,7 +151,7 @@ def plot_curves(evaluation: Evaluation) -> str | None:
         panels[0].legend(fontsize=8)
         figure.supxlabel("epoch", fontsize=10, color="#3C4043")
         figure.supylabel("loss", fontsize=10, color="#3C4043")
-        return _svg(figure, "Training and validation loss by epoch", "curves")
+        return svg_of(figure, "Training and validation loss by epoch", "curves")
 
 
 def plot_attention(entry: Entry) -> str:
@@ -161,7 +161,7 @@ def plot_attention(entry: Entry) -> str:
     labels = [str(p) for p in places]
     if len(labels) > 1:
         labels[0], labels[-1] = "1\noldest", f"{len(labels)}\nlast"
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 3.0), layout="constrained")
         axes = figure.add_subplot()
         means = [w["mean"] for w in weights]
@@ -182,7 +182,7 @@ def plot_attention(entry: Entry) -> str:
         axes.set_xlabel("place in the context")
         axes.set_ylabel("attention")
         axes.legend(fontsize=9, loc="upper left")
-        return _svg(figure, f"Attention of {entry['name']} over the context", f"attention-{entry['name']}")
+        return svg_of(figure, f"Attention of {entry['name']} over the context", f"attention-{entry['name']}")
 
 
 def _colours(evaluation: Evaluation) -> dict[str, str]:
@@ -190,7 +190,7 @@ def _colours(evaluation: Evaluation) -> dict[str, str]:
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(models)}
 
 
-def _svg(figure: Figure, label: str, prefix: str) -> str:
+def svg_of(figure: Figure, label: str, prefix: str) -> str:
     """The figure as an <svg> element whose ids begin with `prefix`, so that several fit one page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
@@ -282,24 +282,29 @@ def html_page(evaluation: Evaluation) -> str:
         f'<p class="soft">Codec {escape(where["codec"]["name"])} ({escape(where["codec"]["digest"])}), '
         f"{where['vectors']['chunks']:,} chunks of {where['vectors']['articles']:,} articles, "
         f"{escape(evaluation['created'])}</p>",
-        _section("Result", f'<p class="lead">{escape(headline(evaluation))}</p>' + _gate_lines(evaluation)),
-        _section(
+        section("Result", f'<p class="lead">{escape(headline(evaluation))}</p>' + _gate_lines(evaluation)),
+        section(
             board.title,
-            f"<figure>{plot_leaderboard(evaluation)}</figure>{_table(board)}"
+            f"<figure>{plot_leaderboard(evaluation)}</figure>{table_of(board)}"
             f'<p class="soft">Split: {escape(evaluation["rules"]["split"])} '
             f"Cosine: {escape(evaluation['rules']['cosine'])}</p>",
         ),
-        '<div class="grid">' + "".join(_figure(*figure) for figure in figures) + "</div>",
-        *(_section(table.title, _table(table)) for table in others),
-        _section("Examples", _examples(evaluation)),
-        _section("Settings and provenance", _provenance(evaluation)),
+        '<div class="grid">' + "".join(figure_card(*figure) for figure in figures) + "</div>",
+        *(section(table.title, table_of(table)) for table in others),
+        section("Examples", _examples(evaluation)),
+        section("Settings and provenance", _provenance(evaluation)),
     ]
+    return whole_page("Evaluation of next-vector models", parts)
+
+
+def whole_page(title: str, parts: Sequence[str]) -> str:
+    """An HTML page of these parts of its body, which asks nothing of any network."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Evaluation of next-vector models</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -349,16 +354,16 @@ def _gate_lines(evaluation: Evaluation) -> str:
     return f'<p class="soft">Promotion gate</p><dl>{"".join(lines)}</dl>' if lines else ""
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
-def _figure(title: str, drawn: str, note: str) -> str:
+def figure_card(title: str, drawn: str, note: str) -> str:
     caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
     return f'<div class="card"><h3>{escape(title)}</h3><figure>{drawn}{caption}</figure></div>'
 
 
-def _table(table: Table) -> str:
+def table_of(table: Table) -> str:
     columns: list[Sequence[str]] = (
         list(zip(*table.rows, strict=True)) if table.rows else [() for _ in table.headers]
     )

@@ -1,47 +1,92 @@
 """Predictors: context vectors (B, T, D) in, the next vector (B, D) out, all of norm 1.
 
-`MODELS[name](CONFIGS[name]())` makes one of the default sizes, `MODELS[name](TOYS[name])` a tiny one.
+`MODELS[name](CONFIGS[name]())` makes one of the default sizes, `MODELS[name](TOYS[name])` a tiny one. An
+`ensemble` is made of trained ones and is none of MODELS: `build` makes it, nothing trains it.
+
+An architecture may have, for the training loop: `loss(contexts, targets)`, a scalar that is minimised in the place of
+squared distance; `prepare(targets)`, called once with batches of training targets before the first step; and
+`solves_output = False` where no regression can set its output layer.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from lvm.errors import InputError
-from lvm.models import amn, gru, lstm, transformer
+from lvm.models import (
+    amn,
+    gpt2,
+    gru,
+    hybrid,
+    hyena,
+    lcm_diffusion,
+    lcm_quant,
+    linformer,
+    lstm,
+    mamba2,
+    performer,
+    retnet,
+    rwkv,
+    s4,
+    transformer,
+)
 from lvm.models.amn import AMN, AMNConfig
+from lvm.models.ensemble import Ensemble as Ensemble
+from lvm.models.ensemble import EnsembleConfig as EnsembleConfig
 from lvm.models.gru import GRU, GRUConfig
 from lvm.models.lstm import LSTM, LSTMConfig
 from lvm.models.transformer import Transformer, TransformerConfig
+from lvm.models.trunk import Trunk
 
-Predictor = AMN | LSTM | GRU | Transformer
-Config = AMNConfig | LSTMConfig | GRUConfig | TransformerConfig
+Architecture = AMN | LSTM | GRU | Transformer | Trunk
+Predictor = Architecture | Ensemble
 
-MODELS: dict[str, Callable[[Any], Predictor]] = {
-    "amn": AMN,
-    "lstm": LSTM,
-    "gru": GRU,
-    "transformer": Transformer,
+_TABLE: dict[str, tuple[Callable[[Any], Architecture], type[Any], Any, dict[str, tuple[Any, ...]]]] = {
+    "amn": (AMN, AMNConfig, amn.TOY, amn.SPACE),
+    "lstm": (LSTM, LSTMConfig, lstm.TOY, lstm.SPACE),
+    "gru": (GRU, GRUConfig, gru.TOY, gru.SPACE),
+    "transformer": (Transformer, TransformerConfig, transformer.TOY, transformer.SPACE),
+    "mamba2": (mamba2.Mamba2, mamba2.Mamba2Config, mamba2.TOY, mamba2.SPACE),
+    "s4": (s4.S4, s4.S4Config, s4.TOY, s4.SPACE),
+    "rwkv": (rwkv.RWKV, rwkv.RWKVConfig, rwkv.TOY, rwkv.SPACE),
+    "hybrid": (hybrid.Hybrid, hybrid.HybridConfig, hybrid.TOY, hybrid.SPACE),
+    "gpt2": (gpt2.GPT2, gpt2.GPT2Config, gpt2.TOY, gpt2.SPACE),
+    "linformer": (linformer.Linformer, linformer.LinformerConfig, linformer.TOY, linformer.SPACE),
+    "performer": (performer.Performer, performer.PerformerConfig, performer.TOY, performer.SPACE),
+    "hyena": (hyena.Hyena, hyena.HyenaConfig, hyena.TOY, hyena.SPACE),
+    "retnet": (retnet.RetNet, retnet.RetNetConfig, retnet.TOY, retnet.SPACE),
+    "lcm-diffusion": (
+        lcm_diffusion.LCMDiffusion,
+        lcm_diffusion.LCMDiffusionConfig,
+        lcm_diffusion.TOY,
+        lcm_diffusion.SPACE,
+    ),
+    "lcm-quant": (lcm_quant.LCMQuant, lcm_quant.LCMQuantConfig, lcm_quant.TOY, lcm_quant.SPACE),
 }
-CONFIGS: dict[str, type[Config]] = {
-    "amn": AMNConfig,
-    "lstm": LSTMConfig,
-    "gru": GRUConfig,
-    "transformer": TransformerConfig,
-}
-TOYS: dict[str, Config] = {"amn": amn.TOY, "lstm": lstm.TOY, "gru": gru.TOY, "transformer": transformer.TOY}
+
+MODELS = {name: row[0] for name, row in _TABLE.items()}
+CONFIGS = {name: row[1] for name, row in _TABLE.items()}
+TOYS = {name: row[2] for name, row in _TABLE.items()}
+SPACES = {name: row[3] for name, row in _TABLE.items()}
+"""Sizes that `latent sweep` tries, by field of the config."""
+
+ENSEMBLE = "ensemble"
+
+ORIGINAL = ("amn", "lstm", "gru", "transformer")
+"""The system this follows had these four; they ship and are what a command trains when it is not told."""
 
 
-def build(name: str, sizes: dict[str, Any] | None = None) -> Predictor:
+def build(name: str, sizes: dict[str, Any] | None = None) -> Any:
     """A new, untrained predictor; `sizes` are fields of its config that differ from the default.
 
-    Raises InputError for an unknown name, listing the known ones, and for an unknown size.
+    Raises InputError for an unknown name, listing the known ones, and for an unknown size or one that does not fit.
     """
+    if name == ENSEMBLE:
+        return Ensemble(EnsembleConfig(**(sizes or {})), build)
     require_known(name)
     try:
-        config = CONFIGS[name](**(sizes or {}))
-    except TypeError as err:
+        return MODELS[name](CONFIGS[name](**(sizes or {})))
+    except (TypeError, RuntimeError, ValueError, ZeroDivisionError) as err:
         raise InputError(f"sizes of model {name!r} do not fit this version: {err}") from err
-    return MODELS[name](config)
 
 
 def require_known(name: str) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from lvm.codec.identity import require_same_codec
-from lvm.codec.zoo import pick_device
 from lvm.corpus.coherence import Coherence, require_sequential
+from lvm.devices import pick_device
 from lvm.errors import InputError, OutputError
-from lvm.models import CONFIGS, Predictor, build, require_known
+from lvm.models import Predictor, require_known
 from lvm.predict import training
 from lvm.predict.predictor import TrainedPredictor
 from lvm.predict.record import (
@@ -25,14 +25,12 @@ from lvm.predict.record import (
     save_record,
     set_alias,
 )
+from lvm.predict.runs import TrainRun
 from lvm.predict.start import spread_batches
 from lvm.predict.training import FAST, Progress, Recipe, recipe_named
 from lvm.storage import Location, location
 from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows
-from lvm.vectors.shards import Manifest, fingerprint
-
-TRAINING_VERSION = 1
-"""Raised when the same settings give other weights than before, so that models are trained anew."""
+from lvm.vectors.shards import Manifest
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,6 @@ class TrainingData:
     array: VectorArray
     manifest: Manifest
     """Of the encode job."""
-    settings: WindowSettings
-    """Which windows are trained on."""
-    seed: int
-    """Of the split by article, the first weights, the order of batches and the dropout."""
     parts: dict[str, Windows]
     """Windows of train, val and test."""
     coherence: Coherence
@@ -55,7 +49,7 @@ class TrainingData:
     def of(
         cls,
         array: VectorArray,
-        settings: WindowSettings | None = None,
+        windows: WindowSettings,
         seed: int = 0,
         allow_non_sequential: str | None = None,
     ) -> "TrainingData":
@@ -63,35 +57,12 @@ class TrainingData:
         where there are too few windows to split."""
         manifest = Manifest.load(array.directory, "vectors")
         coherence = check_sequential(array, manifest.source, allow_non_sequential)
-        settings = settings or WindowSettings()
-        return cls(array, manifest, settings, seed, make_windows(array, settings).split(seed), coherence)
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector, D."""
-        return self.array.identity.dim
+        return cls(array, manifest, make_windows(array, windows).split(seed), coherence)
 
     @property
     def num_windows(self) -> dict[str, int]:
         """Windows of train, val and test."""
         return {name: len(part) for name, part in self.parts.items()}
-
-
-def run_fingerprint(
-    model: str, dim: int, vectors_fingerprint: str, windows: WindowSettings, recipe: Recipe, seed: int
-) -> str:
-    """16 hex digits over all that decides the weights. dim: length of a vector, D."""
-    return fingerprint(
-        {
-            "version": TRAINING_VERSION,
-            "model": model,
-            "sizes": asdict(CONFIGS[model](dim=dim)),
-            "vectors": vectors_fingerprint,
-            "windows": asdict(windows),
-            "recipe": recipe.to_dict(),
-            "seed": seed,
-        }
-    )
 
 
 def fit(
@@ -128,12 +99,12 @@ def fit(
     models = location(models).resolve()
     require_models_folder(models)
     require_codec_of_models(models, vectors)
-    data = TrainingData.of(vectors, windows, seed, allow_non_sequential)
-    run = run_fingerprint(model, data.dim, vectors.fingerprint, data.settings, recipe, seed)
-    folder = find_record(models, model, run=run)
+    this = TrainRun.of(vectors, model, windows or WindowSettings(), recipe, seed)
+    data = TrainingData.of(vectors, this.windows, seed, allow_non_sequential)
+    folder = find_record(models, model, run=this.fingerprint)
     if folder is None:
         torch.manual_seed(seed)
-        network = build(model, {"dim": data.dim}).to(pick_device(device))
+        network = this.build().to(pick_device(device))
         best: dict[str, torch.Tensor] = {}
 
         def keep_best(trained: nn.Module, _: torch.optim.Optimizer, progress: Progress) -> None:
@@ -145,7 +116,7 @@ def fit(
         )
         network.load_state_dict(best)
         place = str(next(network.parameters()).device)
-        folder, _ = save_trained(models, model, network, data, recipe, progress, progress.best, place)
+        folder, _ = save_trained(models, this, network, data, progress, progress.best, place)
     if read_aliases(models).get(model) != folder.name:
         set_alias(models, model, folder)
     return TrainedPredictor(load_record(models, folder.name))
@@ -153,10 +124,9 @@ def fit(
 
 def save_trained(
     models: Location,
-    name: str,
+    this: TrainRun,
     network: Predictor,
     data: TrainingData,
-    recipe: Recipe,
     progress: Progress,
     best: Mapping[str, Any],
     device: str,
@@ -166,7 +136,7 @@ def save_trained(
     network: with the weights of `best`, a row of the progress' curve. device: what it was trained on, in words. Raises
     OutputError when the disk is full.
     """
-    manifest, sizes = data.manifest, data.num_windows
+    manifest, sizes, recipe = data.manifest, data.num_windows, this.recipe
     context_mean = context_mean_cosine(data.parts["val"], recipe.max_val_windows)
     metrics = {
         "val_cosine": best["val_cosine"],
@@ -183,34 +153,41 @@ def save_trained(
         "curve": progress.curve,
     }
     share = recipe.loss.info_nce_share
-    loss = "squared distance of unit vectors (MSE)" + (
-        f", with InfoNCE at {share:g} of its gradient norm" if share else ""
-    )
+    if hasattr(network, "loss"):
+        loss = f"the architecture's own, see lvm/models/{this.model.replace('-', '_')}.py"
+    else:
+        loss = "squared distance of unit vectors (MSE)" + (
+            f", with InfoNCE at {share:g} of its gradient norm" if share else ""
+        )
+    start = [f"layers of {this.layers_from}"] if this.layers_from is not None else []
+    if recipe.solved_start:
+        start.append("inputs along the principal directions")
+        if getattr(network, "solves_output", True):
+            start.append("output layer by ridge regression")
     batch = recipe.batch_size(sizes["train"])
-    peak = recipe.peak_rate(name, sizes["train"])
+    peak = recipe.peak_rate(this.model, sizes["train"])
     config = {
-        "run": run_fingerprint(name, data.dim, data.array.fingerprint, data.settings, recipe, data.seed),
-        "seed": data.seed,
-        "windows": asdict(data.settings),
+        "run": this.fingerprint,
+        "seed": this.seed,
+        "windows": asdict(this.windows),
         "vectors": vectors_entry(data.array.directory, manifest),
         "coherence": data.coherence.to_dict(),
         "recipe": recipe.to_dict(),
         "device": device,
+        **({} if this.reach is None else {"reach": this.reach}),
     }
     provenance = {
         "Data source": f"{manifest.source or 'not stated'} (licence: {manifest.licence or 'not stated'})",
-        "Vectors": f"{manifest.rows:,}, fingerprint {data.array.fingerprint}",
+        "Vectors": f"{manifest.rows:,}, fingerprint {this.vectors_fingerprint}",
         "Sequences": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test windows of "
-        f"{data.settings.context} vectors and the next, split by article",
+        f"{this.windows.context} vectors and the next, split by article",
         "Loss": loss,
-        "Start": "hidden layers along the principal directions, output layer by ridge regression"
-        if recipe.solved_start
-        else "random",
+        "Start": ", ".join(start) or "random",
         "Optimiser": f"{recipe.optimiser}, peak learning rate {peak:.2g}, batch {batch}, "
         f"recipe {recipe.name}",
         "Epochs": f"{progress.epoch} trained ({progress.stopped}); these are the weights of epoch "
         f"{best['epoch']}",
-        "Seed": str(data.seed),
+        "Seed": str(this.seed),
         "Device": device,
     }
     issues = []
@@ -221,7 +198,9 @@ def save_trained(
         )
     if data.coherence.fault is not None:
         issues.append(f"Trained on text the coherence test refuses: {data.coherence.fault}.")
-    folder = save_record(models, name, network, manifest.identity, config, metrics, provenance, tuple(issues))
+    folder = save_record(
+        models, this.model, network, manifest.identity, config, metrics, provenance, tuple(issues)
+    )
     return folder, metrics
 
 

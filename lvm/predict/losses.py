@@ -43,8 +43,9 @@ class LossSettings:
 class LossReport:
     """What one call of `backward` saw; plain numbers."""
 
-    mse: float
-    """Squared distance, the batch's mean."""
+    loss: float
+    """The batch's mean of what is minimised: squared distance, beside which InfoNCE is reported by itself, or the
+    architecture's own loss."""
     info_nce: float | None = None
     """None where MSE was alone, as are the three below."""
     mse_gradient_norm: float | None = None
@@ -86,8 +87,9 @@ def backward(
         return LossReport(distance.item())
     used = [p for p in parameters if p.requires_grad]
     contrast = info_nce(predicted, targets, settings.temperature)
-    first = torch.autograd.grad(distance, used, retain_graph=True)
-    second = torch.autograd.grad(contrast, used)
+    # Not every parameter takes part in contexts this short (Linformer's summaries of finished blocks).
+    first = torch.autograd.grad(distance, used, retain_graph=True, allow_unused=True, materialize_grads=True)
+    second = torch.autograd.grad(contrast, used, allow_unused=True, materialize_grads=True)
     first_norm, second_norm = _norm(first), _norm(second)
     scale = settings.info_nce_share * first_norm / second_norm if second_norm > 0.0 else 0.0
     for parameter, a, b in zip(used, first, second, strict=True):

@@ -49,7 +49,7 @@ class Record:
     """A model as it was saved."""
 
     name: str
-    """Architecture, a key of MODELS."""
+    """Architecture, a key of MODELS, or ensemble."""
     folder: Location
     """Where it lies."""
     model: Predictor

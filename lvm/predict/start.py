@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lvm.errors import InputError
-from lvm.models import Predictor
+from lvm.models import Architecture
 from lvm.ridge import Ridge
 
 Batch = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -50,8 +50,9 @@ def spread_batches(windows: WindowSource, most: int, batch_windows: int = 512) -
         yield windows.batch(indices[low : low + batch_windows])
 
 
-def solve_start(model: Predictor, windows: WindowSource) -> float:
-    """Set all of the model's weights from windows; the penalty that was chosen comes back.
+def solve_start(model: Architecture, windows: WindowSource) -> float | None:
+    """Set all of the model's weights from windows; the penalty that was chosen comes back, None where the architecture
+    has no output layer that a regression could set.
 
     Raises InputError with fewer than two windows.
     """
@@ -60,9 +61,10 @@ def solve_start(model: Predictor, windows: WindowSource) -> float:
     device = next(model.parameters()).device
     count, dim = model.num_directions, model.config.dim
     directions = principal_directions(spread_batches(windows, SOLVED_WINDOWS), min(count, dim))
-    # Vectors shorter than the hidden layer have no more directions: the other units begin without an input.
-    directions = F.pad(directions, (0, 0, 0, max(0, count - dim)))
-    model.start_from(directions.to(device))
+    # A layer wider than the vectors begins with as many of its units as there are directions.
+    model.start_from(F.pad(directions, (0, 0, 0, count - len(directions))).to(device))
+    if not getattr(model, "solves_output", True):
+        return None
     return solve_output(model, spread_batches(windows, SOLVED_WINDOWS))
 
 
@@ -89,7 +91,7 @@ def principal_directions(batches: Iterable[Batch], count: int) -> Tensor:
 
 
 @torch.no_grad()
-def solve_output(model: Predictor, batches: Iterable[Batch]) -> float:
+def solve_output(model: Architecture, batches: Iterable[Batch]) -> float:
     """Set the output layer to the ridge regression of the targets on the model's features; the penalty.
 
     Batches in corpus order; HELD_OUT_SHARE of the windows, the last ones, choose the penalty by cosine.

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lvm.errors import InputError, TrainingError
-from lvm.models import MODELS, Predictor
+from lvm.models import MODELS, Architecture
 from lvm.predict.losses import LossReport, LossSettings, backward, mse
-from lvm.predict.start import Batch, WindowSource, solve_start, spread_batches
+from lvm.predict.start import SOLVED_WINDOWS, Batch, WindowSource, solve_start, spread_batches
 
 # ------------------------------------------------------------------------------------------------- settings
 
@@ -117,7 +117,7 @@ CLASSIC = Recipe(
 
 FAST = Recipe(
     name="fast",
-    learning_rates={"amn": 3e-4, "lstm": 1e-3, "gru": 3e-4, "transformer": 3e-4},
+    learning_rates={**dict.fromkeys(MODELS, 3e-4), "lstm": 1e-3},
     optimiser="adamw",
     epochs=8,
     batch_windows=256,
@@ -209,15 +209,6 @@ def shuffled_batches(windows: WindowSource, recipe: Recipe, seed: int, epoch: in
 # --------------------------------------------------------------------------------------------- device, dtype
 
 
-def pick_device() -> torch.device:
-    """CUDA where there is one, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether this device has bfloat16 multiplication of its own.
 
@@ -267,14 +258,20 @@ def train_step(
 ) -> LossReport:
     """One step on one batch; what its loss and gradients were.
 
-    contexts: (B, T, D), targets: (B, D), on the model's device. A loss that is no number leaves the weights
-    as they were.
+    contexts: (B, T, D), targets: (B, D), on the model's device. What is minimised is `model.loss(contexts, targets)`
+    where the architecture has one of its own, else the recipe's. A loss that is no number leaves the weights as they
+    were.
     """
     optimiser.zero_grad(set_to_none=True)
+    own_loss = getattr(model, "loss", None)
     with torch.autocast(contexts.device.type, torch.bfloat16, enabled=bfloat16):
-        predicted = model(contexts)
-    report = backward(recipe.loss, predicted, targets, model.parameters())
-    if not math.isfinite(report.mse):
+        output = model(contexts) if own_loss is None else own_loss(contexts, targets)
+    if own_loss is None:
+        report = backward(recipe.loss, output, targets, model.parameters())
+    else:
+        output.backward()
+        report = LossReport(output.item())
+    if not math.isfinite(report.loss):
         return report
     if recipe.max_gradient_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
@@ -304,7 +301,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], bfloat16: bool = False)
 
 
 def fit(
-    model: Predictor,
+    model: Architecture,
     name: str,
     train: WindowSource,
     val: WindowSource,
@@ -331,6 +328,14 @@ def fit(
     bfloat16 = recipe.bfloat16 and bfloat16_is_faster(device)
     peak = recipe.peak_rate(name, len(train))
     steps_per_epoch = recipe.steps_per_epoch(len(train))
+    if hasattr(model, "loss") and recipe.loss.info_nce_share:
+        raise InputError(
+            f"{name} has a loss of its own, beside which InfoNCE has no place; expected info_nce_share 0 for it, got "
+            f"{recipe.loss.info_nce_share:g}"
+        )
+    prepare = getattr(model, "prepare", None)
+    if progress is None and prepare is not None:
+        prepare(torch.from_numpy(targets) for _, targets in spread_batches(train, SOLVED_WINDOWS))
     if progress is None and recipe.solved_start:
         solve_start(model, train)
     optimiser = make_optimiser(model, recipe, device)
@@ -393,9 +398,9 @@ def fit(
                 recipe,
                 bfloat16,
             )
-            if not math.isfinite(report.mse):
+            if not math.isfinite(report.loss):
                 raise TrainingError(
-                    f"{name}: the loss is {report.mse} at epoch {progress.epoch}, batch {number} of "
+                    f"{name}: the loss is {report.loss} at epoch {progress.epoch}, batch {number} of "
                     f"{steps_per_epoch} (learning rate {rate:.2g}); expected a number. Training of {name} "
                     "ends here. Take a lower learning rate."
                 )
@@ -423,7 +428,7 @@ def _reason_to_stop(progress: Progress, recipe: Recipe) -> str | None:
 
 def _means(reports: list[LossReport]) -> dict[str, float]:
     """Means over an epoch's steps, of what was measured."""
-    row = {"train_loss": float(np.mean([r.mse for r in reports]))}
+    row = {"train_loss": float(np.mean([r.loss for r in reports]))}
     for name in ("info_nce", "mse_gradient_norm", "info_nce_gradient_norm", "info_nce_scale"):
         values = [getattr(r, name) for r in reports]
         if values[0] is not None:

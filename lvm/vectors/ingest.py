@@ -111,7 +111,7 @@ class Ingester:
             cut = self._chunker.chunk([articles[i] for i in new])
         texts = [chunk.text for chunks in cut for chunk in chunks]
         with self._timed("encode"):
-            encoded = self._codec.encode(texts) if texts else None
+            encoded = self._codec.encode_chunks(texts) if texts else None
         with self._timed("tmd"):
             codes = self._code(texts, encoded)
         start = 0

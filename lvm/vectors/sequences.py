@@ -398,6 +398,15 @@ class Windows:
         """These windows only: integers, or a mask of M booleans."""
         return Windows(self.array, self.starts[np.asarray(indices)], self.context, self.report)
 
+    def last(self, context: int) -> "Windows":
+        """The same targets, each with the last `context` of its context vectors; a view like this one.
+
+        Raises InputError when there are not as many.
+        """
+        if not 1 <= context <= self.context:
+            raise InputError(f"expected 1 to {self.context} of {self.context} context vectors, got {context}")
+        return Windows(self.array, self.starts + (self.context - context), context, self.report)
+
     def split(self, seed: int = 0) -> dict[str, "Windows"]:
         """Windows of the train, val and test articles. No article is in two of them.
 

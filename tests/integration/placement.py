@@ -21,7 +21,7 @@ from jobs.evaluate import decode_all
 from jobs.train import train_models
 from lvm.errors import LvmError
 from lvm.evaluate.contest import Block, TextPlan
-from lvm.models import MODELS
+from lvm.models import ORIGINAL
 from lvm.predict.record import load_record
 from lvm.predict.training import FAST
 from lvm.vectors.index import build_index
@@ -88,7 +88,7 @@ def main() -> None:
         ]
         report["gpu_node"] = nodes[0].node_id
         world.cluster.wait_for_nodes()
-        train = (folder / "data", folder / "models", list(MODELS), recipe)
+        train = (folder / "data", folder / "models", list(ORIGINAL), recipe)
         report["two_gpus"] = refusal(train_models, *train, gpus=2)
         report["encoded"] = encode_chunks(*encode, gpus=1).manifest.rows
         with Watch() as watch:

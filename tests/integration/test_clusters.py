@@ -11,7 +11,7 @@ import pytest
 from jobs.encode import plan
 from jobs.evaluate import threads_a_task
 from jobs.train import plan_resources
-from lvm.models import MODELS
+from lvm.models import ORIGINAL
 from tests.integration.conftest import CHECKOUT
 
 GPU_NODE, CPU_NODE = {"CPU": 2.0, "GPU": 1.0}, {"CPU": 2.0}
@@ -73,19 +73,19 @@ def placement(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
 def test_four_models_are_placed_on_the_gpu_node_all_at_once(placement: tuple[dict[str, Any], str]) -> None:
     report, _ = placement
     assert report["failed"] == {}
-    assert report["placed"] == [[report["gpu_node"]]] * len(MODELS)
-    assert report["resources"] == [{"CPU": 0.5, "GPU": 0.25}] * len(MODELS)
-    assert report["most_at_once"] == len(MODELS)
+    assert report["placed"] == [[report["gpu_node"]]] * len(ORIGINAL)
+    assert report["resources"] == [{"CPU": 0.5, "GPU": 0.25}] * len(ORIGINAL)
+    assert report["most_at_once"] == len(ORIGINAL)
 
 
 def test_a_gpu_that_torch_cannot_see_is_said_and_the_cpu_does_the_work(
     placement: tuple[dict[str, Any], str],
 ) -> None:
     report, said = placement
-    assert report["devices"] == dict.fromkeys(MODELS, "cpu")
+    assert report["devices"] == dict.fromkeys(ORIGINAL, "cpu")
     assert report["encoded"] == 48
     assert report["decoded"] == 4
-    for who in ("encode", *(f"train: {name}" for name in MODELS), "evaluate"):
+    for who in ("encode", *(f"train: {name}" for name in ORIGINAL), "evaluate"):
         lines = [line for line in said.splitlines() if line.startswith(f"{who}: Ray gave it a GPU on ")]
         assert len(lines) == 1, who
         assert "it works on the CPU" in lines[0]

@@ -70,7 +70,7 @@ def encoded(texts: list[str], dtype: Any = "float16", **columns: list[Any]) -> p
     for name, values in columns.items():
         at = table.schema.get_field_index(name)
         table = table.set_column(at, name, pa.array(values, table.schema.field(name).type))
-    out = FakeCodec().encode(texts)
+    out = FakeCodec().encode_chunks(texts)
     return vectors_to_table(table, out.vectors, out.norms, out.num_tokens, out.truncated, dtype)
 
 
@@ -227,7 +227,7 @@ def test_articles_of_other_loads_stay_unless_they_are_to_be_replaced(
 
 
 def vectors_of(chunks: pa.Table) -> pa.Table:
-    out = FakeCodec().encode(chunks.column("text").to_pylist())
+    out = FakeCodec().encode_chunks(chunks.column("text").to_pylist())
     return vectors_to_table(chunks, out.vectors, out.norms, out.num_tokens, out.truncated)
 
 

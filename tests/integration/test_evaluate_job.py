@@ -36,14 +36,19 @@ SETTINGS = EvaluateSettings(
 
 
 def save_toy(
-    run: Path, name: str, seed: int = 0, split_seed: int = 0, codec: FakeCodec | None = None
+    run: Path,
+    name: str,
+    seed: int = 0,
+    split_seed: int = 0,
+    codec: FakeCodec | None = None,
+    context: int = 5,
 ) -> Path:
     """An untrained toy model with the record a training on these vectors would leave, and its alias."""
     array = open_vectors(run / "vectors")
     torch.manual_seed(seed)
     config = {
         "seed": split_seed,
-        "windows": asdict(WindowSettings()),
+        "windows": asdict(WindowSettings(context=context)),
         "vectors": {"fingerprint": array.fingerprint},
     }
     curve = [{"epoch": 1, "train_loss": 1.5, "val_loss": 1.4, "val_cosine": 0.3, "seconds": 1.0}]
@@ -219,6 +224,29 @@ def test_a_new_model_is_evaluated_and_one_of_another_split_is_left_out_by_name(
     assert "lstm" in made["split"]["left_out"]
     assert "lstm is left out" in capsys.readouterr().err
     assert "trained on another split: seed 0" in (paths.output / "report.html").read_text()
+
+
+def test_models_of_different_context_lengths_meet_on_the_same_targets(
+    tmp_path: Path, ray_cluster: str
+) -> None:
+    paths = make_run(tmp_path)
+    save_toy(tmp_path, "s4", context=7)
+    made, _ = evaluate(paths, fake_codec, SETTINGS)
+    assert made["split"]["left_out"] == {}
+    array = open_vectors(paths.vectors)
+    test = make_windows(array, WindowSettings(context=7)).split(0)["test"]
+    assert made["split"]["test_windows"] == len(test)
+    contexts, targets = test.batch(slice(None))
+    found = {e["name"]: e["cosine"]["mean"] for e in made["entries"]}
+    for name, own in (("amn", 5), ("lstm", 5), ("s4", 7)):
+        with torch.inference_mode():
+            predicted = load_record(paths.models, name).model(torch.from_numpy(contexts[:, -own:])).numpy()
+        assert found[name] == pytest.approx(cosines(predicted, targets).mean(), abs=1e-5)
+
+    shorter, up_to_date = evaluate(paths, fake_codec, SETTINGS, context=6)
+    assert not up_to_date
+    longer_test = make_windows(array, WindowSettings(context=6)).split(0)["test"]
+    assert shorter["split"]["test_windows"] == len(longer_test) > len(test)
 
 
 def test_models_of_other_vectors_are_refused_when_none_is_left(tmp_path: Path, ray_cluster: str) -> None:

@@ -49,7 +49,7 @@ def test_an_article_becomes_rows_in_order_with_episodes_codes_and_names_of_the_c
     assert found.column("episode").to_pylist() == [0, 0, 1, 1]
     coherence = found.column("coherence").to_pylist()
     assert coherence[0] == coherence[1] > 0.3
-    vectors = FakeCodec().encode(texts).vectors
+    vectors = FakeCodec().encode_chunks(texts).vectors
     assert coherence[2] == pytest.approx(float(vectors[2] @ vectors[3]), abs=1e-6)
     assert found.column("tmd_code").to_pylist() == [
         *(Tmd(len(t) % 16, 2, 3).code for t in texts[:3]), None
@@ -126,7 +126,7 @@ def test_bad_articles_are_refused_with_their_reason_and_the_others_stored(databa
 
 
 def prototypes() -> np.ndarray:
-    return FakeCodec().encode([phrase for phrase, _ in phrases()]).vectors
+    return FakeCodec().encode_chunks([phrase for phrase, _ in phrases()]).vectors
 
 
 def test_articles_without_words_and_hostile_strings(database: str) -> None:

@@ -112,7 +112,7 @@ def test_mini_puts_typical_texts_where_they_belong() -> None:
     from lvm.codec.zoo import load_codec
 
     codec = load_codec("mini")
-    encoded = codec.encode([phrase for phrase, _ in phrases()])
+    encoded = codec.encode_chunks([phrase for phrase, _ in phrases()])
     assert not encoded.truncated.any()
     prototypes = Prototypes(encoded.vectors)
     texts = {
@@ -122,5 +122,5 @@ def test_mini_puts_typical_texts_where_they_belong() -> None:
         "The equation has two solutions, both of them negative numbers.": "Mathematics",
         "The lake lies in a forest between two mountains.": "Environment",
     }
-    found = prototypes.nearest(codec.encode(list(texts)).vectors)
+    found = prototypes.nearest(codec.encode_chunks(list(texts)).vectors)
     assert [coded.tmd.names[0] for coded in found] == list(texts.values())

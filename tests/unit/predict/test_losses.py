@@ -52,7 +52,7 @@ def test_mse_alone_sets_the_gradient_of_mse() -> None:
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     found, report = gradients(LossSettings())
     torch.testing.assert_close(found, expected)
-    assert report.mse == pytest.approx(loss.item())
+    assert report.loss == pytest.approx(loss.item())
     assert report.info_nce is None
 
 

@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from lvm.errors import InputError
-from lvm.models import MODELS, TOYS, Predictor, build
+from lvm.models import MODELS, ORIGINAL, TOYS, Predictor, build
 from lvm.predict.start import (
     HELD_OUT_SHARE,
     PENALTIES,
@@ -33,7 +33,7 @@ def cosine(model: Predictor, windows: MemoryWindows) -> float:
 
 
 @pytest.mark.parametrize("dim", [DIM, 48], ids=["longer than the hidden layer", "shorter"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [n for n, m in MODELS.items() if getattr(m, "solves_output", True)])
 def test_the_start_beats_context_mean_and_corpus_mean_before_any_step(name: str, dim: int) -> None:
     train, val = MemoryWindows(256, dim=dim), MemoryWindows(64, seed=1, dim=dim)
     contexts, targets = (torch.from_numpy(a) for a in val.batch(slice(None)))
@@ -42,7 +42,9 @@ def test_the_start_beats_context_mean_and_corpus_mean_before_any_step(name: str,
         torch.cosine_similarity(guess, targets).mean().item()
         for guess in (contexts.mean(dim=1), corpus_mean[None])
     ]
-    model = build(name, {"dim": dim, "width" if name == "transformer" else "hidden": 64})
+    toys = asdict(TOYS[name])
+    width = "width" if "width" in toys else "hidden"
+    model = build(name, ({} if name in ORIGINAL else toys) | {"dim": dim, width: 64})
     before = cosine(model.eval(), val)
     solve_start(model, train)
     assert cosine(model, val) > max(before, *baselines) + 0.05
@@ -106,6 +108,19 @@ def test_a_start_changes_neither_the_sizes_nor_the_names(name: str, train: Memor
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     assert all(torch.isfinite(v).all() for v in after.values())
     assert asdict(model.config) == asdict(TOYS[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_wider_than_the_vectors_starts_too(name: str) -> None:
+    toys = asdict(TOYS[name]) | {"dim": 24}
+    model = build(name, toys | {"width" if "width" in toys else "hidden": 48})
+    random = np.random.default_rng(0)
+    windows = MemoryWindows(40)
+    windows.vectors = random.standard_normal((40, 6, 24)).astype(np.float32)
+    windows.vectors /= np.linalg.norm(windows.vectors, axis=-1, keepdims=True)
+    solve_start(model, windows)
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values())
+    assert torch.isfinite(model.eval()(torch.from_numpy(windows.vectors[:, :5]))).all()
 
 
 def test_two_windows_are_enough_and_one_is_refused() -> None:

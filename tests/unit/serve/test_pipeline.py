@@ -89,7 +89,8 @@ class Parts:
             Quiet(),  # type: ignore[arg-type]
             10**6,
             patience_s,
-            {"lstm": "lstm-1"},
+            {"lstm": "lstm-1", "long": "lstm-2"},
+            {"lstm": 5, "long": 7},
         )
 
 
@@ -104,6 +105,12 @@ def test_a_good_text_needs_no_corpus() -> None:
     assert parts.calls == {"encode": 5, "predict": 1, "snap": 1, "decode": 1}
     vectors = parts.codec.encode_chunks([FIVE[0], FIVE[-1]]).vectors
     assert said.prediction_cosine == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
+
+
+def test_each_model_reads_as_many_chunks_as_it_was_trained_on() -> None:
+    parts = Parts()
+    said = asyncio.run(parts.pipeline().say([*FIVE, *"abcd"], wish("long")))
+    assert said.context.texts == (*FIVE[2:], *"abcd")
 
 
 def test_no_more_is_read_than_a_predictor_reads() -> None:
@@ -292,7 +299,7 @@ def test_large_requests_and_vectors_that_are_no_texts_open_no_breaker() -> None:
     parts.fault = "no language"
     parts.decode_s = 0.15
     pipeline = parts.pipeline(window=4, max_decode_s=0.1)
-    vectors = parts.codec.encode(FIVE).vectors
+    vectors = parts.codec.encode_chunks(FIVE).vectors
 
     async def main() -> None:
         for _ in range(8):

@@ -1,0 +1,102 @@
+"""What `latent train` and `latent sweep` share: each run's part of the cluster, and from a run to a model record."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from lvm.models import build
+from lvm.predict.fitting import TrainingData, save_trained
+from lvm.predict.record import set_alias
+from lvm.predict.runs import TrainRun
+from lvm.predict.training import Progress
+from lvm.storage import Location, RemotePath
+
+RUNS_A_CPU, RUNS_A_GPU = 2, 8
+"""Most runs that share a processor core, and a GPU. More would take each other's memory and finish no sooner: the rest
+waits for its turn."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that is ready to use."""
+
+    folder: Location
+    """Its record."""
+    metrics: dict[str, Any]
+    """The record's metrics.json."""
+    up_to_date: bool
+    """True when it was there before."""
+
+
+def runs_at_once(nodes: Sequence[Mapping[str, float]], num_runs: int, runs_a_cpu: int = RUNS_A_CPU) -> int:
+    """How many of `num_runs` runs are in flight together. nodes: Ray resources of each live node."""
+    with_gpu = [n for n in nodes if n.get("GPU")]
+    room = runs_a_cpu * sum(int(n.get("CPU", 0.0)) for n in with_gpu or nodes)
+    if with_gpu:
+        room = min(room, RUNS_A_GPU * sum(int(n["GPU"]) for n in with_gpu))
+    return max(1, min(num_runs, room))
+
+
+def plan_resources(
+    nodes: Sequence[Mapping[str, float]], num_runs: int
+) -> tuple[dict[str, float], int, int | None]:
+    """What each of `num_runs` runs gets, so that all fit at once: Ray resources, threads, cores to share.
+
+    nodes: Ray resources of each live node. GPUs are shared where there are fewer than runs: the predictors
+    are small, and one alone leaves most of a GPU idle. The cores to share are those of a cluster of one
+    machine, None on more: there a run keeps to its own threads.
+    """
+    with_gpu = [n for n in nodes if n.get("GPU")]
+    # With GPUs each run needs a part of one, so its CPUs have to be found on the same node.
+    usable = with_gpu or nodes
+    cpus = _fitting([n.get("CPU", 0.0) for n in usable], num_runs, most=math.inf)
+    resources = {"CPU": cpus}
+    if with_gpu:
+        resources["GPU"] = _fitting([n["GPU"] for n in with_gpu], num_runs, most=1.0)
+    cores = int(nodes[0].get("CPU", 1.0)) if len(nodes) == 1 else None
+    return resources, max(1, int(cpus)), cores
+
+
+def _fitting(free: Sequence[float], num_runs: int, most: float) -> float:
+    """The largest part, whole or one over a whole number, of which `num_runs` fit on nodes with this much."""
+    for whole in range(int(min(max(free), most)), 0, -1):
+        if sum(int(f // whole) for f in free) >= num_runs:
+            return float(whole)
+    units = max(1, sum(int(f) for f in free))
+    sharers = math.ceil(num_runs / units)
+    return math.floor(10_000 / sharers) / 10_000  # Ray counts in ten-thousandths
+
+
+def for_ray(folder: Location) -> dict[str, Any]:
+    """Where Ray is to keep runs, in its own words."""
+    if isinstance(folder, RemotePath):
+        return {"storage_path": folder.key, "storage_filesystem": folder.filesystem}
+    return {"storage_path": str(folder), "storage_filesystem": None}
+
+
+def publish_run(
+    this: TrainRun,
+    progress: Progress,
+    device: str,
+    checkpoints: Sequence[tuple[Any, Mapping[str, Any]]],
+    models: Location,
+    data: TrainingData,
+) -> Trained:
+    """Make the record of a finished run from its best checkpoint, and move the alias to it.
+
+    device: what it was trained on, in words. checkpoints: Ray's best ones with what was reported with each.
+    """
+    checkpoint, best = max(checkpoints, key=lambda c: (c[1]["val_cosine"], -c[1]["epoch"]))
+    network = build(this.model, dict(this.sizes))
+    with checkpoint.as_directory() as folder:
+        network.load_state_dict(load_file(Path(folder, "model.safetensors")))
+        curve = json.loads(Path(folder, "progress.json").read_text())["curve"]
+    row = next(r for r in curve if r["epoch"] == best["epoch"])
+    record, metrics = save_trained(models, this, network, data, progress, row, device)
+    set_alias(models, this.model, record)
+    return Trained(record, metrics, up_to_date=False)

@@ -1,0 +1,571 @@
+"""Search architectures and settings with Ray Tune: reads vectors, writes a table of trials, a page and the best models.
+
+    python -m jobs.sweep --vectors out/vectors --output out/sweep --trials 100 --hours 4
+    ray job submit --working-dir . -- python -m jobs.sweep --vectors /shared/vectors --output /shared/sweep
+
+A trial is a training run as `latent train` makes it, with sizes, learning rate, objective and context length drawn from
+the seed; architectures take turns. ASHA ends the trials that fall behind (Li et al. 2018, arXiv 1810.05934). All are
+judged on the same validation targets, those that have as many vectors before them as the longest context. As many run
+at once as there are processor cores, or eight to a GPU. A sweep that was killed, run again with the same settings, goes
+on where each trial was, by Tune's own restore; one whose --hours were over takes up the trials that had not begun.
+
+    trials.parquet, trials.csv   one row a trial
+    sweep.html                   leaderboard with intervals, parallel coordinates, quality against cost; no network
+    sweep.json                   settings, leaderboard and intervals; written last
+    models/                      a record for the best trial of each architecture, and an ensemble of the best of them
+    tune/<settings>/             Tune's own: `tensorboard --logdir` shows curves and HParams
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import torch
+import typer
+
+from jobs._ray import GPUS_HELP, Address, PathOrUrl, connect, finish, nodes_with, path_option, run, say
+from jobs._training import for_ray, plan_resources, publish_run, runs_at_once
+from lvm.corpus.coherence import Coherence
+from lvm.errors import InputError, LvmError, OutputError
+from lvm.evaluate.leaderboard import as_text
+from lvm.evaluate.metrics import Interval, clustered_interval, cosines
+from lvm.evaluate.sweep import Trial, best_of_each, html_page, leaderboard, scored
+from lvm.models import ENSEMBLE, MODELS, SPACES, require_known
+from lvm.predict.ensemble import make_ensemble
+from lvm.predict.fitting import TrainingData, check_sequential
+from lvm.predict.losses import LossSettings
+from lvm.predict.record import find_record, load_record, read_aliases, set_alias
+from lvm.predict.runs import TrainRun, train_run, windows_of
+from lvm.predict.training import Progress, Recipe, recipe_named
+from lvm.storage import Location, RemotePath
+from lvm.vectors.sequences import VectorArray, WindowSettings, open_vectors
+from lvm.vectors.shards import Manifest, fingerprint, write_bytes, write_json
+
+SWEEP_VERSION = 1
+"""Raised when the same settings draw other trials than before."""
+
+RATES = (1e-4, 2e-3)
+"""Range of the peak learning rate, log-uniform: a third to six times what the recipes take."""
+
+INFO_NCE_SHARES = (0.0, 0.1, 0.3)
+"""Objectives: squared distance alone, or with InfoNCE at this share of its gradient."""
+
+GRACE_EPOCHS, REDUCTION = 1, 3
+"""ASHA: no trial ends before so many epochs; of each rung a third goes on."""
+
+ENSEMBLE_MEMBERS = 3
+"""Of the ensemble that is made of the best trials."""
+
+SCHEMA = pa.schema(
+    [
+        ("number", pa.int32()),
+        ("model", pa.string()),
+        ("context", pa.int32()),
+        ("learning_rate", pa.float64()),
+        ("info_nce_share", pa.float64()),
+        ("sizes", pa.string()),
+        ("parameters", pa.int64()),
+        ("val_cosine", pa.float64()),
+        ("epochs", pa.int32()),
+        ("seconds", pa.float64()),
+        ("state", pa.string()),
+        ("note", pa.string()),
+    ]
+)
+"""Of the table of trials."""
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What is tried; the same settings are the same sweep."""
+
+    trials: int
+    """Number of trials."""
+    models: tuple[str, ...]
+    """Architectures, keys of MODELS."""
+    contexts: tuple[int, ...]
+    """Context lengths."""
+    recipe: str
+    """All that is not searched for."""
+    epochs: int
+    """Most epochs of a trial."""
+    windows_per_epoch: int
+    """Most training windows of an epoch."""
+    seed: int
+    """Of the draws, the split and the training."""
+
+
+def draw_trials(settings: SweepSettings) -> list[dict[str, Any]]:
+    """The settings of every trial, by the seed alone: number, model, sizes, context, learning_rate, info_nce_share.
+
+    Architectures take turns, so that a sweep cut short has seen them all.
+    """
+    rng = np.random.default_rng(settings.seed)
+    low, high = np.log(RATES)
+    trials = []
+    for number in range(settings.trials):
+        model = settings.models[number % len(settings.models)]
+        sizes = {field: _one_of(rng, values) for field, values in SPACES[model].items()}
+        rate = float(np.exp(rng.uniform(low, high)))
+        share = _one_of(rng, INFO_NCE_SHARES)
+        trials.append(
+            {
+                "number": number,
+                "model": model,
+                "sizes": sizes,
+                "context": _one_of(rng, settings.contexts),
+                "learning_rate": float(f"{rate:.4g}"),
+                "info_nce_share": 0.0 if hasattr(MODELS[model], "loss") else share,
+            }
+        )
+    return trials
+
+
+def _one_of(rng: np.random.Generator, values: Sequence[Any]) -> Any:
+    return values[int(rng.integers(len(values)))]
+
+
+def run_of(trial: Mapping[str, Any], settings: SweepSettings, array: VectorArray) -> TrainRun:
+    """A trial as the training run it is."""
+    base = recipe_named(settings.recipe)
+    recipe: Recipe = replace(
+        base,
+        name=f"sweep of {base.name}",
+        learning_rates={**base.learning_rates, trial["model"]: trial["learning_rate"]},
+        epochs=settings.epochs,
+        max_windows_per_epoch=settings.windows_per_epoch,
+        patience=None,  # ASHA's part
+        loss=LossSettings(info_nce_share=trial["info_nce_share"]),
+    )
+    return TrainRun.of(
+        array,
+        trial["model"],
+        WindowSettings(context=trial["context"]),
+        recipe,
+        settings.seed,
+        trial["sizes"],
+        reach=max(settings.contexts),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ on a worker
+
+
+def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) -> None:
+    """One trial, as Tune calls it: reports each epoch with a checkpoint, and a refusal in words."""
+    from ray import tune
+
+    this = runs[config["trial"]["number"]]
+    torch.set_num_threads(threads)
+    best = -1.0
+
+    def keep(folder: Path, row: dict[str, Any]) -> None:
+        nonlocal best
+        best = max(best, row["val_cosine"])
+        shown = {k: row[k] for k in ("epoch", "val_cosine", "val_loss", "seconds")}
+        tune.report(
+            {**shown, "best_val_cosine": best}, checkpoint=tune.Checkpoint.from_directory(str(folder))
+        )
+
+    checkpoint = tune.get_checkpoint()
+    try:
+        with ExitStack() as opened:
+            folder = None if checkpoint is None else Path(opened.enter_context(checkpoint.as_directory()))
+            if folder is not None:
+                progress = json.loads((folder / "progress.json").read_text())
+                best = max(row["val_cosine"] for row in progress["curve"])
+            train_run(this, folder, keep, lambda _: None, Path(tune.get_context().get_trial_dir()) / "curves")
+    except (LvmError, torch.OutOfMemoryError) as err:
+        tune.report({"epoch": 0, "val_cosine": -1.0, "refusal": f"{err}"})
+
+
+# ------------------------------------------------------------------------------------------- on the driver
+
+
+def tune_trials(
+    trials: Sequence[dict[str, Any]],
+    runs: Sequence[TrainRun],
+    folder: Location,
+    max_epochs: int,
+    hours: float | None,
+    gpus: int | None,
+) -> Any:
+    """Run all trials, or those that are missing; Tune's ResultGrid."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    nodes = nodes_with(gpus)
+    at_once = runs_at_once(nodes, len(trials), runs_a_cpu=1)
+    resources, threads, _ = plan_resources(nodes, at_once)
+    resources = {k.lower(): v for k, v in resources.items()}
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, runs=list(runs), threads=threads), resources
+    )
+    say(f"sweep: {len(trials)} trials, {at_once} at a time")
+    # Of a killed sweep at most so much is done again; Tune's own choice grows with the number of trials.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "10")
+    # Every trial keeps its best checkpoint alone, and Tune warns that it writes its own state as often.
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    where = for_ray(folder.parent)
+    path = where["storage_path"] + "/" + folder.name
+    space = {"trial": tune.grid_search(list(trials))}
+    if tune.Tuner.can_restore(path, storage_filesystem=where["storage_filesystem"]):
+        say("sweep: goes on where it was")
+        tuner = tune.Tuner.restore(
+            path,
+            trainable=trainable,
+            param_space=space,
+            resume_unfinished=True,
+            storage_filesystem=where["storage_filesystem"],
+        )
+        with redirect_stdout(sys.stderr):  # where Tune says where things are
+            return tuner.fit()
+    tuner = tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric="val_cosine",
+            mode="max",
+            scheduler=ASHAScheduler(
+                time_attr="epoch",
+                max_t=max(max_epochs, GRACE_EPOCHS),
+                grace_period=GRACE_EPOCHS,
+                reduction_factor=REDUCTION,
+                stop_last_trials=False,
+            ),
+            max_concurrent_trials=at_once,
+            time_budget_s=None if hours is None else 3600 * hours,
+            trial_dirname_creator=_name_of,
+            trial_name_creator=_name_of,
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=where["storage_path"],
+            storage_filesystem=where["storage_filesystem"],
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="val_cosine"),
+            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=[_progress_lines(len(trials))],
+            verbose=0,
+        ),
+    )
+    with redirect_stdout(sys.stderr):
+        return tuner.fit()
+
+
+def _name_of(trial: Any) -> str:
+    chosen = trial.config["trial"]
+    return f"{chosen['number']:03d}-{chosen['model']}"
+
+
+def _progress_lines(total: int) -> Any:
+    """A line on stderr for every trial that ends."""
+    from ray import tune
+
+    class Lines(tune.Callback):  # type: ignore[misc]
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._say(trials, trial)
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._say(trials, trial)
+
+        def _say(self, trials: list[Any], trial: Any) -> None:
+            ended = len({t.trial_id for t in trials if t.is_finished()} | {trial.trial_id})
+            last = trial.last_result
+            said = last.get("refusal") or f"val cosine {last.get('best_val_cosine', float('nan')):.4f}"
+            say(f"sweep: {ended} of {total}: {trial} epoch {last.get('epoch', 0)}, {said}")
+
+    return Lines()
+
+
+def rows_of(
+    results: Any, trials: Sequence[Mapping[str, Any]], runs: Sequence[TrainRun], epochs: int, over: bool
+) -> list[Trial]:
+    """The table, a row a trial in order. over: the sweep's time was."""
+    found = {r.config["trial"]["number"]: r for r in results if r.config}
+    rows = []
+    for trial, this in zip(trials, runs, strict=True):
+        result = found.get(trial["number"])
+        metrics = (result.metrics or {}) if result is not None else {}
+        cosine, done = metrics.get("best_val_cosine"), int(metrics.get("epoch", 0))
+        note = str(metrics.get("refusal", ""))
+        if result is not None and result.error is not None:
+            note = note or str(result.error).strip().splitlines()[-1]
+        if note:
+            state = "failed"
+        elif done >= epochs:
+            state = "finished"
+        else:
+            state = "out of time" if over or cosine is None else "stopped early"
+        with torch.device("meta"):
+            parameters = None if note else sum(p.numel() for p in this.build().parameters())
+        rows.append(
+            Trial(
+                number=trial["number"],
+                model=trial["model"],
+                context=trial["context"],
+                learning_rate=trial["learning_rate"],
+                info_nce_share=trial["info_nce_share"],
+                sizes=json.dumps(trial["sizes"]),
+                parameters=parameters,
+                val_cosine=None if note else cosine,
+                epochs=done,
+                seconds=float(metrics.get("seconds", 0.0)),
+                state=state,
+                note=note,
+            )
+        )
+    return rows
+
+
+def publish_best(
+    rows: Sequence[Trial],
+    runs: Sequence[TrainRun],
+    results: Any,
+    models: Location,
+    array: VectorArray,
+    coherence: Coherence,
+) -> dict[int, Interval]:
+    """A record for the best trial of each architecture, with the alias of its name; the intervals of their val cosines,
+    by trial number."""
+    found = {r.config["trial"]["number"]: r for r in results if r.config}
+    intervals = {}
+    for best in best_of_each(rows).values():
+        this, result = runs[best["number"]], found[best["number"]]
+        folder = find_record(models, this.model, run=this.fingerprint)
+        if folder is None:
+            with result.checkpoint.as_directory() as latest:
+                progress = json.loads(Path(latest, "progress.json").read_text())
+            progress["stopped"] = {"finished": f"all {this.recipe.epochs} epochs are done"}.get(
+                best["state"], f"{best['state']} by the sweep"
+            )
+            data = TrainingData(array, Manifest.load(array.directory, "vectors"), windows_of(this), coherence)
+            checkpoints = result.best_checkpoints
+            made = publish_run(this, Progress(**progress), "as the cluster's", checkpoints, models, data)
+            folder = made.folder
+        else:
+            set_alias(models, this.model, folder)
+        intervals[best["number"]] = interval_of(folder, this)
+    return intervals
+
+
+def interval_of(folder: Location, this: TrainRun) -> Interval:
+    """Val cosine of a record on the validation windows its run was judged on, with its interval over articles."""
+    val = windows_of(this)["val"]
+    rows = np.linspace(0, len(val) - 1, min(this.recipe.max_val_windows, len(val))).astype(np.int64)
+    val = val.subset(rows)
+    model = load_record(folder.parent, folder.name).model
+    values = []
+    with torch.inference_mode():
+        for contexts, targets in val.batches(512):
+            values.append(cosines(model(torch.from_numpy(contexts)).float().numpy(), targets))
+    return clustered_interval(np.concatenate(values), val.doc_ids)
+
+
+def ensemble_of_best(rows: Sequence[Trial], models: Location, array: VectorArray) -> dict[str, Any] | None:
+    """What an ensemble of the best records gains; None with fewer than two."""
+    aliases = read_aliases(models)
+    members = {t["model"]: aliases[t["model"]] for t in best_of_each(rows).values()}
+    if len(members) < 2:
+        return None
+    folder, _ = make_ensemble(models, array, members, ENSEMBLE_MEMBERS)
+    set_alias(models, ENSEMBLE, folder)
+    metrics = load_record(models, folder.name).metrics
+    return {k: metrics[k] for k in ("val_cosine", "best_member_val_cosine", "members", "weights")}
+
+
+def sweep(
+    vectors: Location,
+    output: Location,
+    settings: SweepSettings,
+    hours: float | None = None,
+    allow_non_sequential: str | None = None,
+    gpus: int | None = None,
+    address: str | None = None,
+) -> tuple[list[Trial], dict[str, Any], bool]:
+    """All trials, what sweep.json says, and whether it was there before.
+
+    Raises InputError for settings that do not fit the vectors, OutputError when `output` holds another sweep.
+    """
+    for name in settings.models:
+        require_known(name)
+    vectors, output = vectors.resolve(), output.resolve()
+    manifest, array = Manifest.load(vectors, "vectors"), open_vectors(vectors)
+    identity = fingerprint({"version": SWEEP_VERSION, "vectors": array.fingerprint, **asdict(settings)})
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"--output {output} is a file, expected a folder; choose another --output")
+    if (output / "sweep.json").exists():
+        found = json.loads((output / "sweep.json").read_text())
+        if found.get("sweep") != identity:
+            raise OutputError(
+                f"{output} holds another sweep ({found.get('settings')}); choose another --output"
+            )
+        if found["complete"]:
+            return read_trials(output), found, True
+    coherence = check_sequential(array, manifest.source, allow_non_sequential)
+    trials = draw_trials(settings)
+    runs = [run_of(trial, settings, array) for trial in trials]
+    windows_of(runs[0])  # too few windows for the longest context are said before Ray starts
+
+    connect(address)
+    begun = time.monotonic()
+    folder = output / "tune" / identity
+    output.mkdir(parents=True, exist_ok=True)
+    results = tune_trials(trials, runs, folder, settings.epochs, hours, gpus)
+    over = hours is not None and time.monotonic() - begun >= 3600 * hours
+    rows = rows_of(results, trials, runs, settings.epochs, over)
+    if not scored(rows):
+        raise InputError(
+            f"none of {len(rows)} trials has a score; the first says: {rows[0]['note'] or 'nothing yet, give it hours'}"
+        )
+    models = output / "models"
+    intervals = publish_best(rows, runs, results, models, array, coherence)
+    ensemble = ensemble_of_best(rows, models, array)
+    record = {
+        "sweep": identity,
+        "settings": asdict(settings),
+        "complete": not any(r["state"] == "out of time" for r in rows),
+        "vectors": array.fingerprint,
+        "best": {m: {**t, "sizes": json.loads(t["sizes"])} for m, t in best_of_each(rows).items()},
+        "intervals": {str(n): i.to_dict() for n, i in intervals.items()},
+        "ensemble": ensemble,
+    }
+    write_results(output, rows, intervals, record, manifest)
+    if record["complete"]:
+        discard_checkpoints(folder)
+    return rows, record, False
+
+
+def write_results(
+    output: Location,
+    rows: Sequence[Trial],
+    intervals: Mapping[int, Interval],
+    record: Mapping[str, Any],
+    manifest: Manifest,
+) -> None:
+    """The tables, the page, and sweep.json last."""
+    table = pa.Table.from_pylist([dict(r) for r in rows], schema=SCHEMA)
+    buffer = pa.BufferOutputStream()
+    pa.parquet.write_table(table, buffer)
+    write_bytes(output / "trials.parquet", buffer.getvalue().to_pybytes())
+    buffer = pa.BufferOutputStream()
+    pa.csv.write_csv(table, buffer)
+    write_bytes(output / "trials.csv", buffer.getvalue().to_pybytes())
+    lines = {
+        **{k: str(v) for k, v in record["settings"].items()},
+        "learning rate": f"log-uniform, {RATES[0]:g} to {RATES[1]:g}",
+        "InfoNCE shares": ", ".join(map(str, INFO_NCE_SHARES)),
+        "early stops": f"ASHA, from epoch {GRACE_EPOCHS}, one in {REDUCTION} goes on",
+        "vectors": f"{manifest.rows:,} of {manifest.source or 'a source not stated'}, {manifest.identity}",
+    }
+    if record["ensemble"]:
+        made = record["ensemble"]
+        lines["ensemble"] = (
+            f"{', '.join(made['members'])}: val cosine {made['val_cosine']:.4f}, the best of them alone "
+            f"{made['best_member_val_cosine']:.4f}"
+        )
+    page = html_page(rows, intervals, "A sweep of next-vector models", lines)
+    write_bytes(output / "sweep.html", page.encode())
+    write_json(output / "sweep.json", dict(record))
+
+
+def read_trials(output: Location) -> list[Trial]:
+    """The rows of a sweep's table."""
+    with (output / "trials.parquet").open("rb") as file:
+        rows: list[Trial] = pa.parquet.read_table(pa.BufferReader(file.read())).to_pylist()
+    return rows
+
+
+def discard_checkpoints(folder: Location) -> None:
+    """Take the trials' checkpoints away: the best are records now, of the others a row is left."""
+    for checkpoint in folder.glob("*/checkpoint_*"):
+        if isinstance(checkpoint, RemotePath):
+            continue  # a bucket's own rules let old objects expire
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------- command
+
+
+def main(
+    vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
+    output: Annotated[PathOrUrl, path_option("Folder for the tables, the page and the best models.")],
+    trials: Annotated[int, typer.Option(min=1, help="Number of trials.")] = 100,
+    hours: Annotated[
+        float | None, typer.Option(help="Longest time, in hours; none: until all are done.")
+    ] = None,
+    model: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}: several by comma, or all.")] = "all",
+    contexts: Annotated[str, typer.Option(help="Context lengths to try, by comma.")] = "5,10,20",
+    recipe: Annotated[str, typer.Option(help="Recipe that gives what is not searched for.")] = "fast",
+    epochs: Annotated[int, typer.Option(min=1, help="Most epochs of a trial.")] = 8,
+    windows_per_epoch: Annotated[
+        int, typer.Option(min=1, help="Most training windows of an epoch.")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws, the split and the training.")] = 0,
+    allow_non_sequential: Annotated[
+        str | None,
+        typer.Option(help="The sentence that lets text without an order train; the refusal names it."),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
+    address: Address = None,
+) -> None:
+    """Try architectures and settings; a second run with the same settings goes on, or says that all is done."""
+    started = time.perf_counter()
+    if hours is not None and not hours > 0:
+        raise InputError(f"--hours must be above 0, got {hours}")
+    recipe_named(recipe)
+    settings = SweepSettings(
+        trials,
+        tuple(MODELS) if model == "all" else tuple(dict.fromkeys(n.strip() for n in model.split(","))),
+        parse_contexts(contexts),
+        recipe,
+        epochs,
+        windows_per_epoch,
+        seed,
+    )
+    rows, record, up_to_date = sweep(vectors, output, settings, hours, allow_non_sequential, gpus, address)
+    if up_to_date:
+        say(f"sweep: {output} is complete, nothing trained again")
+    intervals = {int(n): Interval(**i) for n, i in record["intervals"].items()}
+    print(as_text(leaderboard(rows, intervals)))
+    seconds = time.perf_counter() - started
+    best = scored(rows)[0]
+    finish(
+        {
+            "stage": "sweep",
+            "rows": len(rows),
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(len(rows) / max(seconds, 1e-9), 3),
+            "paths": [str(output / n) for n in ("trials.parquet", "trials.csv", "sweep.html", "sweep.json")],
+            "up_to_date": up_to_date,
+            "complete": record["complete"],
+            "states": {s: sum(r["state"] == s for r in rows) for s in sorted({r["state"] for r in rows})},
+            "best": {"model": best["model"], "val_cosine": best["val_cosine"]},
+            "ensemble": record["ensemble"],
+        }
+    )
+
+
+def parse_contexts(given: str) -> tuple[int, ...]:
+    """Context lengths, ascending, from numbers by comma. Raises InputError for anything else."""
+    try:
+        values = tuple(sorted({int(part) for part in given.split(",")}))
+    except ValueError as err:
+        raise InputError(f"--contexts {given!r}: expected whole numbers by comma, such as 5,10,20") from err
+    if values[0] < 1:
+        raise InputError(f"--contexts must be 1 or more, got {values[0]}")
+    return values
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,299 @@
+"""What a sweep found: the leaderboard of architectures and one page with plots, from the table of trials alone.
+
+A row is one trial: number, model, context, learning_rate, info_nce_share, sizes (JSON), parameters, val_cosine (its
+best epoch's), epochs, seconds, state (one of STATES), note.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, TypedDict
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from lvm.evaluate.leaderboard import Table
+from lvm.evaluate.metrics import Interval
+from lvm.evaluate.report import STYLE, figure_card, section, svg_of, table_of, whole_page
+
+STATES = ("finished", "stopped early", "out of time", "failed")
+
+
+class Trial(TypedDict):
+    """One row of the table."""
+
+    number: int
+    model: str
+    context: int
+    learning_rate: float
+    info_nce_share: float
+    sizes: str
+    parameters: int | None
+    val_cosine: float | None
+    epochs: int
+    seconds: float
+    state: str
+    note: str
+
+
+def scored(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials with a val cosine, best first."""
+    return sorted((t for t in trials if t["val_cosine"] is not None), key=lambda t: -(t["val_cosine"] or 0.0))
+
+
+def best_of_each(trials: Sequence[Trial]) -> dict[str, Trial]:
+    """The best trial of each architecture, best first."""
+    best: dict[str, Trial] = {}
+    for trial in scored(trials):
+        best.setdefault(trial["model"], trial)
+    return best
+
+
+def leaderboard(trials: Sequence[Trial], intervals: Mapping[int, Interval]) -> Table:
+    """Architectures by their best trial. intervals: by trial number, of those that were measured."""
+    rows = []
+    for place, (model, best) in enumerate(best_of_each(trials).items(), 1):
+        own = [t for t in scored(trials) if t["model"] == model]
+        middle = float(np.median([t["val_cosine"] or 0.0 for t in own]))
+        interval = intervals.get(best["number"])
+        sizes = ", ".join(f"{k} {v}" for k, v in json.loads(best["sizes"]).items())
+        rows.append(
+            (
+                str(place),
+                model,
+                f"{best['val_cosine']:.4f}",
+                "" if interval is None else f"[{interval.low:.4f}, {interval.high:.4f}]",
+                f"{middle:.4f}",
+                str(len(own)),
+                str(best["context"]),
+                f"{best['learning_rate']:.1e}",
+                f"{best['info_nce_share']:g}",
+                sizes,
+                f"{best['parameters']:,}",
+                f"{best['seconds']:.0f}",
+            )
+        )
+    return Table(
+        "Architectures by their best trial",
+        (
+            "#",
+            "architecture",
+            "val cosine",
+            "95 % interval",
+            "median trial",
+            "trials",
+            "context",
+            "learning rate",
+            "InfoNCE",
+            "sizes",
+            "parameters",
+            "seconds",
+        ),
+        tuple(rows),
+        "Val cosine: mean over the same validation targets for every trial, at its best epoch; the interval "
+        "resamples articles. The best of many trials is a little lucky: the test articles, which no trial has seen, "
+        "say how much.",
+        frozenset(range(len(rows))),
+    )
+
+
+def compare(trials: Sequence[Trial], key: str, name: str) -> Table:
+    """Val cosine by one setting, over all architectures: the difference to the own architecture's mean, with a 95 %
+    interval of that difference's mean (normal, from the spread of the trials)."""
+    rows = scored(trials)
+    by_model: dict[str, list[float]] = {}
+    for trial in rows:
+        by_model.setdefault(trial["model"], []).append(trial["val_cosine"] or 0.0)
+    means = {model: float(np.mean(values)) for model, values in by_model.items()}
+    found: dict[Any, list[float]] = {}
+    for trial in rows:
+        row: Mapping[str, Any] = trial
+        found.setdefault(row[key], []).append((trial["val_cosine"] or 0.0) - means[trial["model"]])
+    cells = []
+    for value, differences in sorted(found.items()):
+        mean, count = float(np.mean(differences)), len(differences)
+        spread = 1.96 * float(np.std(differences, ddof=1)) / count**0.5 if count > 1 else float("nan")
+        cells.append((f"{value:g}", str(count), f"{mean:+.4f}", f"±{spread:.4f}" if count > 1 else ""))
+    return Table(
+        f"By {name}",
+        (name, "trials", "against the architecture's mean", "95 %"),
+        tuple(cells),
+        "Early stops are among them: a setting that is slow to start looks worse than it is.",
+    )
+
+
+# --------------------------------------------------------------------------------------------------- plots
+
+
+def colours_of(trials: Sequence[Trial]) -> dict[str, Any]:
+    """A colour for each architecture, by name."""
+    models = sorted({t["model"] for t in trials})
+    palette = matplotlib.colormaps["tab20"]
+    return {model: palette(i % 20) for i, model in enumerate(models)}
+
+
+def plot_leaderboard(trials: Sequence[Trial], intervals: Mapping[int, Interval]) -> str:
+    """Every trial as a dot, the best of each architecture with its interval."""
+    best, colours = best_of_each(trials), colours_of(trials)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.8, 0.8 + 0.3 * len(best)), layout="constrained")
+        axes = figure.add_subplot()
+        for place, (model, top) in enumerate(reversed(best.items())):
+            values = [t["val_cosine"] or 0.0 for t in scored(trials) if t["model"] == model]
+            axes.plot(values, [place] * len(values), "o", color=colours[model], alpha=0.4, markersize=4)
+            interval = intervals.get(top["number"])
+            if interval is not None:
+                axes.plot([interval.low, interval.high], [place, place], color="#202124", linewidth=1.2)
+        axes.set_yticks(range(len(best)), list(reversed(best)))
+        axes.set_xlabel("val cosine; line: 95 % interval of the best")
+        return svg_of(figure, "Val cosine of every trial by architecture", "board")
+
+
+def plot_parallel(trials: Sequence[Trial]) -> str:
+    """Parallel coordinates: one line a trial across its settings to its val cosine."""
+    rows, colours = scored(trials), colours_of(trials)
+    models = list(reversed(best_of_each(trials)))
+    axes_of: list[tuple[str, list[float], list[tuple[float, str]]]] = [
+        (
+            "architecture",
+            [float(models.index(t["model"])) for t in rows],
+            [(float(i), m) for i, m in enumerate(models)],
+        ),
+        ("context", [float(t["context"]) for t in rows], []),
+        ("log10 learning rate", [float(np.log10(t["learning_rate"])) for t in rows], []),
+        ("InfoNCE share", [t["info_nce_share"] for t in rows], []),
+        ("log10 parameters", [float(np.log10(t["parameters"] or 1)) for t in rows], []),
+        ("val cosine", [float(t["val_cosine"] or 0.0) for t in rows], []),
+    ]
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        scaled = []
+        for place, (name, values, ticks) in enumerate(axes_of):
+            low, high = (min(values), max(values)) if values else (0.0, 1.0)
+            span = (high - low) or 1.0
+            scaled.append([(v - low) / span if high > low else 0.5 for v in values])
+            axes.axvline(place, color="#9AA0A6", linewidth=0.8)
+            marks = ticks or [(low, f"{low:.3g}"), (high, f"{high:.3g}")]
+            for value, text in marks:
+                height = (value - low) / span if high > low else 0.5
+                axes.annotate(
+                    text, (place, height), (4, 0), textcoords="offset points", fontsize=8, va="center"
+                )
+            axes.annotate(name, (place, 1.06), ha="center", fontsize=9, annotation_clip=False)
+        # The best on top.
+        for number in range(len(rows) - 1, -1, -1):
+            axes.plot(
+                range(len(scaled)),
+                [column[number] for column in scaled],
+                color=colours[rows[number]["model"]],
+                alpha=0.9 if number < 5 else 0.35,
+                linewidth=2.0 if number < 5 else 1.0,
+            )
+        axes.set_ylim(-0.05, 1.12)
+        axes.set_xlim(-0.1, len(axes_of) - 0.6)
+        axes.axis("off")
+        drawn = svg_of(figure, "Settings and val cosine of every trial", "parallel")
+        return drawn.replace("<svg", '<svg style="max-width: 100%"', 1)
+
+
+def plot_cost(trials: Sequence[Trial], key: str, label: str) -> str:
+    """Val cosine against what a trial costs, `seconds` or `parameters`, with the front no other trial beats."""
+    rows, colours = scored(trials), colours_of(trials)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.8, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        points = []
+        for model in sorted({t["model"] for t in rows}):
+            own: list[Mapping[str, Any]] = [t for t in rows if t["model"] == model]
+            x, y = [max(float(t[key]), 1e-3) for t in own], [float(t["val_cosine"]) for t in own]
+            axes.plot(x, y, "o", color=colours[model], markersize=4, label=model)
+            points += list(zip(x, y, strict=True))
+        front: list[tuple[float, float]] = []
+        for x_value, y_value in sorted(points, key=lambda p: (p[0], -p[1])):
+            if not front or y_value > front[-1][1]:
+                front.append((x_value, y_value))
+        axes.plot(*zip(*front, strict=True), color="#202124", linewidth=1.0, drawstyle="steps-post")
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel("val cosine")
+        axes.legend(fontsize=7, ncols=2)
+        return svg_of(figure, f"Val cosine against {label}", f"cost-{key}")
+
+
+# ---------------------------------------------------------------------------------------------------- page
+
+
+def html_page(
+    trials: Sequence[Trial], intervals: Mapping[int, Interval], title: str, lines: Mapping[str, str]
+) -> str:
+    """The whole page. title: what was swept; lines: settings and provenance."""
+    states = ", ".join(
+        f"{sum(t['state'] == s for t in trials)} {s}" for s in STATES if any(t["state"] == s for t in trials)
+    )
+    heading = f'<h1>{escape(title)}</h1><p class="soft">{len(trials)} trials: {escape(states)}</p>'
+    if not scored(trials):
+        return whole_page(title, [heading, section("Result", "<p>No trial has a score yet.</p>")])
+    board = leaderboard(trials, intervals)
+    failed = [t for t in trials if t["state"] == "failed"]
+    parts = [
+        heading,
+        section(board.title, f"<figure>{plot_leaderboard(trials, intervals)}</figure>{table_of(board)}"),
+        section("Every trial across its settings", f"<figure>{plot_parallel(trials)}</figure>"),
+        '<div class="grid">'
+        + figure_card(
+            "Quality and time", plot_cost(trials, "seconds", "seconds of training"), "Line: not beaten."
+        )
+        + figure_card("Quality and size", plot_cost(trials, "parameters", "parameters"), "Line: not beaten.")
+        + "</div>",
+        *(
+            section(table.title, table_of(table))
+            for table in (
+                compare(trials, "context", "context"),
+                compare(trials, "info_nce_share", "InfoNCE share"),
+                *([_failures(failed)] if failed else []),
+                _all(trials),
+            )
+        ),
+        section(
+            "Settings",
+            "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in lines.items()) + "</dl>",
+        ),
+    ]
+    return whole_page(title, parts)
+
+
+def _failures(failed: Sequence[Trial]) -> Table:
+    rows = tuple((str(t["number"]), t["model"], t["sizes"], t["note"]) for t in failed)
+    return Table("Failed", ("trial", "architecture", "sizes", "why"), rows)
+
+
+def _all(trials: Sequence[Trial]) -> Table:
+    rows = tuple(
+        (
+            str(t["number"]),
+            t["model"],
+            f"{t['val_cosine']:.4f}",
+            str(t["context"]),
+            f"{t['learning_rate']:.1e}",
+            f"{t['info_nce_share']:g}",
+            ", ".join(f"{k} {v}" for k, v in json.loads(t["sizes"]).items()),
+            f"{t['parameters'] or 0:,}",
+            str(t["epochs"]),
+            f"{t['seconds']:.0f}",
+            t["state"],
+        )
+        for t in scored(trials)
+    )
+    headers = (
+        "trial",
+        "architecture",
+        "val cosine",
+        "context",
+        "learning rate",
+        "InfoNCE",
+        "sizes",
+        "parameters",
+    )
+    return Table("All trials, best first", (*headers, "epochs", "seconds", "state"), rows)

@@ -1,0 +1,44 @@
+"""Causal softmax attention with a memory of keys and values.
+
+Letters: B batch, H heads, T places, S places with those before, P length of a head, W = H P.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def heads_of(x: Tensor, head_dim: int) -> Tensor:
+    """(B, H, T, P) from (B, T, H P)."""
+    heads: Tensor = x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return heads
+
+
+def joined(x: Tensor) -> Tensor:
+    """(B, T, H P) from (B, H, T, P)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class CausalAttention(nn.Module):
+    """Each place attends to itself and those before (Vaswani et al. 2017)."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, memory: tuple[Tensor, Tensor] | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(B, T, W), and the keys and values (B, H, S, P) so far.
+
+        seen: bool, broadcast to (B, H, T, S), True where a place is attended to; None is all up to itself.
+        """
+        q, k, v = (heads_of(part, self.head_dim) for part in self.qkv(x).chunk(3, dim=-1))
+        if memory is not None:
+            k, v = torch.cat((memory[0], k), dim=2), torch.cat((memory[1], v), dim=2)
+        if seen is None:
+            places, so_far = q.shape[2], k.shape[2]
+            seen = torch.ones(places, so_far, dtype=torch.bool, device=x.device).tril(so_far - places)
+        return self.out(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))), (k, v)

@@ -1,0 +1,165 @@
+"""LCM by quantisation: the next vector as a sum of codewords, each chosen given the ones before.
+
+LCM team 2024, "Large Concept Models", arXiv 2412.08821, section 2.4 (Quant-LCM, the discrete form): residual vector
+quantisation turns a vector into one code a level, each of what the levels before left over; a causal Transformer over
+the context, with the partial sum and the level as further inputs, gives each level's probabilities; the loss is
+cross-entropy. Choices: codebooks by k-means over training targets (`prepare`) and then fixed; fewer and smaller ones
+than the paper's 64 of 8,192, made for far larger sets; a small head reads the context's state and the partial sum, so
+that the context is read once and not once a level. The answer is the expected codeword of each level, given the
+expected sum so far, as cosine asks for a mean. `answer="likeliest"` takes the likeliest code.
+
+Letters: B batch, T context vectors, D vector length, W width, L levels, K codes of a level.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lvm.errors import InputError
+from lvm.models.attention import CausalAttention
+from lvm.models.trunk import FeedForward, Trunk, wide
+
+KMEANS_ROUNDS = 12
+"""Of Lloyd's algorithm for each codebook."""
+
+
+@dataclass(frozen=True)
+class LCMQuantConfig:
+    """Sizes of the network."""
+
+    dim: int = 768
+    """Length of a vector, D."""
+    width: int = 512
+    """Length of a state of the residual stream, W."""
+    num_layers: int = 4
+    """Pairs of attention and feed-forward."""
+    head_dim: int = 64
+    """Length of a head; it divides the width."""
+    levels: int = 8
+    """Codewords of a vector, L."""
+    codes: int = 256
+    """Codewords of a level to choose from, K."""
+    dropout: float = 0.1
+    """Share of the outputs of a part zeroed while training."""
+    answer: Literal["expected", "likeliest"] = "expected"
+    """Which codeword of a level makes the answer."""
+
+    def __post_init__(self) -> None:
+        if self.answer not in ("expected", "likeliest"):
+            raise InputError(f"answer must be expected or likeliest, got {self.answer!r}")
+
+
+TOY = LCMQuantConfig(width=32, num_layers=2, head_dim=16, levels=2, codes=8)
+SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6), "levels": (4, 8)}
+"""Sizes that `latent sweep` tries."""
+
+
+class LCMQuant(Trunk):
+    """Next vector as a sum of codewords."""
+
+    has_steps = False
+    solves_output = False
+    """What the last layer gives are no vectors, so no regression of the targets sets it."""
+    codebooks: Tensor
+
+    def __init__(self, config: LCMQuantConfig) -> None:
+        mixers: list[nn.Module] = []
+        for _ in range(config.num_layers):
+            mixers += [
+                CausalAttention(config.width, config.head_dim),
+                FeedForward(config.width, 4 * config.width),
+            ]
+        super().__init__(config, mixers, positions=True)
+        del self.output_proj
+        self.register_buffer(
+            "codebooks", torch.randn(config.levels, config.codes, config.dim) / math.sqrt(config.dim)
+        )
+        self.level = nn.Parameter(torch.randn(config.levels, config.width) * 0.02)
+        self.partial = nn.Linear(config.dim, config.width)
+        self.head = nn.Sequential(
+            nn.LayerNorm(config.width), nn.Linear(config.width, config.width), nn.GELU()
+        )
+        self.logits = nn.Parameter(
+            torch.randn(config.levels, config.codes, config.width) / math.sqrt(config.width)
+        )
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        """(B, D) unit vectors from contexts (B, T, D)."""
+        features = self.features(contexts)
+        total = wide(torch.zeros_like(contexts[:, 0]))
+        for level, codebook in enumerate(self.codebooks):
+            logits = wide(self._level_logits(features, total, level))
+            if self.config.answer == "expected":
+                total = total + logits.softmax(dim=-1) @ codebook
+            else:
+                total = total + codebook[logits.argmax(dim=-1)]
+        return F.normalize(total, dim=-1)
+
+    def loss(self, contexts: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of the targets' codes in nats, mean over levels and batch, a scalar.
+
+        contexts: (B, T, D), targets: (B, D).
+        """
+        features = self.features(contexts)
+        codes, before = self.quantise(targets)
+        total = targets.new_zeros(())
+        for level in range(len(self.codebooks)):
+            logits = wide(self._level_logits(features, before[:, level], level))
+            total = total + F.cross_entropy(logits, codes[:, level])
+        return total / len(self.codebooks)
+
+    @torch.no_grad()
+    def quantise(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (B, L), int64, of vectors (B, D), and the partial sum (B, L, D) before each level."""
+        total = torch.zeros_like(vectors)
+        codes, before = [], []
+        for codebook in self.codebooks:
+            before.append(total)
+            code = nearest(vectors - total, codebook)
+            codes.append(code)
+            total = total + codebook[code]
+        return torch.stack(codes, dim=1), torch.stack(before, dim=1)
+
+    @torch.no_grad()
+    def prepare(self, targets: Iterable[Tensor]) -> None:
+        """Set the codebooks from batches (B, D) of training targets; called once, before training begins.
+
+        k-means of what the levels before left over, from targets evenly spaced over all.
+        """
+        left = torch.cat(list(targets)).to(self.codebooks)
+        for level in range(len(self.codebooks)):
+            book = kmeans(left, self.codebooks.shape[1])
+            self.codebooks[level] = book
+            left = left - book[nearest(left, book)]
+
+    def _level_logits(self, features: Tensor, partial: Tensor, level: int) -> Tensor:
+        """(B, K) from the context's features (B, W) and the sum of the levels before (B, D)."""
+        # Unit vectors have small numbers; the states are of size 1.
+        scaled = partial * math.sqrt(self.config.dim)
+        hidden: Tensor = self.head(features + self.partial(scaled.to(features.dtype)) + self.level[level])
+        return hidden @ self.logits[level].T
+
+
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """(B,) the nearest of K codewords (K, D) for each of the vectors (B, D)."""
+    return (codebook.square().sum(dim=-1) - 2.0 * vectors @ codebook.T).argmin(dim=-1)
+
+
+def kmeans(vectors: Tensor, count: int) -> Tensor:
+    """(count, D) centres of the vectors (N, D), by Lloyd's algorithm from vectors evenly spaced over all.
+
+    A centre that nothing is nearest to stays where it is. With fewer vectors than centres some come twice.
+    """
+    first = torch.linspace(0, len(vectors) - 1, count, device=vectors.device).round().long()
+    centres = vectors[first].clone()
+    for _ in range(KMEANS_ROUNDS):
+        own = nearest(vectors, centres)
+        sums = torch.zeros_like(centres).index_add_(0, own, vectors)
+        sizes = torch.bincount(own, minlength=count).to(sums)[:, None]
+        centres = torch.where(sizes > 0, sums / sizes.clamp_min(1.0), centres)
+    return centres

@@ -1,0 +1,198 @@
+"""A training run: its settings, its checkpoints, and how it goes on from one. Whoever starts runs (Ray Train, Ray Tune)
+says where checkpoints go."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lvm.devices import pick_device
+from lvm.errors import InputError
+from lvm.models import CONFIGS, Architecture, build
+from lvm.predict.training import Progress, Recipe, fit
+from lvm.storage import Location, local_folder, local_folder_for
+from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
+from lvm.vectors.shards import file_sha256, fingerprint
+
+TRAINING_VERSION = 1
+"""Raised when the same settings give other weights than before, so that models are trained anew."""
+
+CHECKSUMS = "sha256.json"
+"""In each checkpoint, by file name: weights and an optimiser's state do not show that a bit of them turned."""
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """One architecture on one set of windows: all a worker needs, pickled on the way there."""
+
+    model: str
+    """Key of MODELS."""
+    vectors: Location
+    """Folder of the encode job."""
+    vectors_fingerprint: str
+    """Of that folder's manifest."""
+    windows: WindowSettings
+    """Which windows are trained on."""
+    recipe: Recipe
+    """How."""
+    seed: int
+    """Of the split by article, the first weights, the order of batches and the dropout."""
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the architecture's config that differ from its default; `dim` is the vectors' length."""
+    reach: int | None = None
+    """Validation windows are those that have so many context vectors, of which the model reads the last ones: so runs
+    of different context lengths are judged on the same targets. None: of as many as the model reads."""
+    layers_from: Location | None = None
+    """Folder of a GPT-2 checkpoint that `gpt2` starts from."""
+
+    @classmethod
+    def of(
+        cls,
+        array: VectorArray,
+        model: str,
+        windows: WindowSettings,
+        recipe: Recipe,
+        seed: int = 0,
+        sizes: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> "TrainRun":
+        """A run on this array; the network's `dim` is its vectors'."""
+        sizes = {"dim": array.identity.dim, **(sizes or {})}
+        return cls(model, array.directory, array.fingerprint, windows, recipe, seed, sizes, **options)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over all that decides the weights."""
+        recipe = self.recipe.to_dict()
+        # Another architecture's rate decides nothing here.
+        recipe["learning_rates"] = {self.model: recipe["learning_rates"][self.model]}
+        parts = {
+            "version": TRAINING_VERSION,
+            "model": self.model,
+            "sizes": asdict(CONFIGS[self.model](**self.sizes)),
+            "vectors": self.vectors_fingerprint,
+            "windows": asdict(self.windows),
+            "recipe": recipe,
+            "seed": self.seed,
+        }
+        if self.reach is not None:
+            parts["reach"] = self.reach
+        if self.layers_from is not None:
+            parts["layers_from"] = str(self.layers_from)
+        return fingerprint(parts)
+
+    @property
+    def name(self) -> str:
+        """Name of the run: the same settings go on with the same run."""
+        return f"{self.model}-{self.fingerprint}"
+
+    def build(self) -> Architecture:
+        """The untrained model; its first weights are torch's random ones, or of `layers_from`."""
+        model: Any = build(self.model, dict(self.sizes))
+        if self.layers_from is not None:
+            model.load_layers(local_folder(self.layers_from))
+        return model  # type: ignore[no-any-return]
+
+
+def train_run(
+    this: TrainRun,
+    checkpoint: Path | None,
+    keep: Callable[[Path, dict[str, Any]], None],
+    tell: Callable[[dict[str, Any]], None],
+    events: Location,
+) -> tuple[Progress, str]:
+    """Train to the end, from a checkpoint where there is one; how it went and on which device comes back.
+
+    keep: is given the folder of a checkpoint and the curve's new entry after each epoch; the folder goes when it
+    returns. tell: takes what a person may want to know: the curve's entries, `resumed`. events: folder of
+    TensorBoard's curves. Raises InputError when the vectors changed or do not suffice, TrainingError when the loss is
+    no longer a number.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    parts = windows_of(this)
+    torch.manual_seed(this.seed)
+    model = this.build()
+    progress: Progress | None = None
+    optimiser_state: dict[str, Any] | None = None
+    if checkpoint is not None:
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        # Absent where the run had its record already: then no step is left to take.
+        if (moments := checkpoint / "optimiser.pt").exists():
+            optimiser_state = torch.load(moments, map_location="cpu", weights_only=True)
+        progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    start = progress.epoch if progress is not None else 0
+    if checkpoint is not None:
+        tell({"resumed": start})
+    device = pick_device()
+    model.to(device)
+
+    def save(model: torch.nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+            save_file(state, folder / "model.safetensors")
+            torch.save(optimiser.state_dict(), folder / "optimiser.pt")
+            (folder / "progress.json").write_text(json.dumps(progress.to_dict()))
+            sums = {name: file_sha256(folder / name) for name in os.listdir(folder)}
+            (folder / CHECKSUMS).write_text(json.dumps(sums))
+            keep(folder, progress.curve[-1])
+
+    with ExitStack() as opened:
+        writer = SummaryWriter(opened.enter_context(local_folder_for(events)), purge_step=start + 1)
+        opened.callback(writer.close)
+
+        def log(row: dict[str, Any]) -> None:
+            for key, value in row.items():
+                if key != "epoch":
+                    writer.add_scalar(key, value, row["epoch"])
+            writer.flush()
+            tell({**row, "device": str(device)})
+
+        progress = fit(
+            model,
+            this.model,
+            parts["train"],
+            parts["val"],
+            this.recipe,
+            this.seed,
+            progress=progress,
+            optimiser_state=optimiser_state,
+            save=save,
+            log=log,
+        )
+    return progress, str(device)
+
+
+def windows_of(this: TrainRun) -> dict[str, Windows]:
+    """Windows of train, val and test. Raises InputError when the vectors are others than the run was planned with."""
+    array = open_vectors(this.vectors)
+    if array.fingerprint != this.vectors_fingerprint:
+        raise InputError(f"{this.vectors} changed while this job ran; run it again")
+    parts = make_windows(array, this.windows).split(this.seed)
+    if this.reach is not None:
+        longer = make_windows(array, replace(this.windows, context=this.reach)).split(this.seed)
+        parts["val"] = longer["val"].last(this.windows.context)
+    return parts
+
+
+def require_whole(checkpoint: Any) -> None:
+    """Return when every file of a checkpoint is as it was written, else raise InputError naming one.
+
+    Those on object storage are taken as they are: it has checksums of its own, and they would travel for this alone.
+    """
+    folder = Path(checkpoint.path)
+    if not folder.is_dir() or not (folder / CHECKSUMS).exists():
+        return
+    for name, sha256 in json.loads((folder / CHECKSUMS).read_text()).items():
+        if name == "optimiser.pt" and not (folder / name).exists():
+            continue  # it goes when the run has its record
+        if (got := file_sha256(folder / name)) != sha256:
+            raise InputError(f"{folder / name} has SHA-256 {got[:16]}…, expected {sha256[:16]}…")

@@ -1,0 +1,124 @@
+"""The sweep without Ray: what is drawn, and what is made of a table of trials."""
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from jobs.sweep import INFO_NCE_SHARES, RATES, SweepSettings, draw_trials, parse_contexts
+from lvm.errors import InputError
+from lvm.evaluate.metrics import Interval
+from lvm.evaluate.sweep import Trial, best_of_each, compare, html_page, leaderboard
+from lvm.models import MODELS, SPACES, build
+
+SETTINGS = SweepSettings(60, tuple(MODELS), (5, 10), "fast", 4, 1000, 0)
+
+
+def trial(number: int, model: str, cosine: float | None, **changes: Any) -> Trial:
+    row: Any = {
+        "number": number,
+        "model": model,
+        "context": 5,
+        "learning_rate": 1e-3,
+        "info_nce_share": 0.0,
+        "sizes": json.dumps({"width": 256}),
+        "parameters": 1000 * (number + 1),
+        "val_cosine": cosine,
+        "epochs": 3,
+        "seconds": 10.0 + number,
+        "state": "finished" if cosine is not None else "failed",
+        "note": "" if cosine is not None else "out of <memory>",
+    }
+    return {**row, **changes}
+
+
+TRIALS = [
+    trial(0, "gru", 0.30, context=5),
+    trial(1, "s4", 0.35, context=10),
+    trial(2, "gru", 0.40, context=10),
+    trial(3, "s4", None),
+    trial(4, "s4", 0.25, context=5),
+]
+
+
+# ---- what is drawn
+
+
+def test_architectures_take_turns_and_draw_from_their_space() -> None:
+    trials = draw_trials(SETTINGS)
+    assert Counter(t["model"] for t in trials) == dict.fromkeys(MODELS, 4)
+    assert [t["model"] for t in trials[: len(MODELS)]] == list(MODELS)
+    for drawn in trials:
+        assert set(drawn["sizes"]) == set(SPACES[drawn["model"]])
+        assert all(v in SPACES[drawn["model"]][k] for k, v in drawn["sizes"].items())
+        assert RATES[0] <= drawn["learning_rate"] <= RATES[1]
+        assert drawn["context"] in (5, 10)
+        assert drawn["info_nce_share"] in INFO_NCE_SHARES
+        if hasattr(MODELS[drawn["model"]], "loss"):
+            assert drawn["info_nce_share"] == 0.0
+    assert len({json.dumps(t) for t in trials}) == 60
+
+
+def test_the_seed_alone_decides() -> None:
+    from dataclasses import replace
+
+    assert draw_trials(SETTINGS) == draw_trials(SETTINGS)
+    assert draw_trials(replace(SETTINGS, seed=1)) != draw_trials(SETTINGS)
+    # A longer sweep begins with the same trials.
+    assert draw_trials(replace(SETTINGS, trials=90))[:60] == draw_trials(SETTINGS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_size_of_a_space_can_be_built(name: str) -> None:
+    import itertools
+
+    import torch
+
+    assert SPACES[name]
+    with torch.device("meta"):
+        for values in itertools.product(*SPACES[name].values()):
+            build(name, dict(zip(SPACES[name], values, strict=True)))
+
+
+def test_contexts_are_numbers_by_comma() -> None:
+    assert parse_contexts("20, 5,5") == (5, 20)
+    with pytest.raises(InputError, match="'5,x': expected whole numbers by comma"):
+        parse_contexts("5,x")
+    with pytest.raises(InputError, match="1 or more, got 0"):
+        parse_contexts("0,5")
+
+
+# ---- what is made of the trials
+
+
+def test_the_leaderboard_has_each_architectures_best_trial_first() -> None:
+    assert [(m, t["number"]) for m, t in best_of_each(TRIALS).items()] == [("gru", 2), ("s4", 1)]
+    board = leaderboard(TRIALS, {2: Interval(0.4, 0.39, 0.41, 7)})
+    first, second = board.rows
+    assert first[:7] == ("1", "gru", "0.4000", "[0.3900, 0.4100]", "0.3500", "2", "10")
+    assert second[:7] == ("2", "s4", "0.3500", "", "0.3000", "2", "10")
+
+
+def test_a_setting_is_compared_within_its_architecture() -> None:
+    table = compare(TRIALS, "context", "context")
+    assert [(row[0], row[1], row[2]) for row in table.rows] == [("5", "2", "-0.0500"), ("10", "2", "+0.0500")]
+
+
+def test_the_page_shows_every_trial_and_asks_nothing_of_a_network() -> None:
+    page = html_page(TRIALS, {2: Interval(0.4, 0.39, 0.41, 7)}, "A <sweep>", {"seed": "0"})
+    assert "A &lt;sweep&gt;" in page
+    assert "5 trials: 4 finished, 1 failed" in page
+    assert "out of &lt;memory&gt;" in page
+    for title in ("Architectures by their best trial", "Every trial across its settings", "Quality and time"):
+        assert title in page
+    assert page.count("<svg") == 4
+    assert not re.search(r'(src|href)="(?!#)', page.replace('xmlns:xlink="http', ""))
+    assert "default-src 'none'" in page
+    assert len(re.findall(r'id="parallel-line2d_\d+"', page)) >= 4
+
+
+def test_the_page_of_a_sweep_without_a_score_says_so() -> None:
+    page = html_page([trial(0, "gru", None)], {}, "Sweep", {})
+    assert "No trial has a score yet" in page

@@ -1,0 +1,106 @@
+"""What a training run is, before any Ray: its fingerprint, its windows, and how many go at once."""
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs._training import plan_resources, runs_at_once
+from lvm.errors import InputError
+from lvm.predict.runs import TrainRun, windows_of
+from lvm.predict.training import FAST
+from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+from tests.doubles import fake_articles, write_vectors
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "vectors"
+    write_vectors(folder, fake_articles(40))
+    return folder
+
+
+@pytest.fixture
+def run(vectors: Path) -> TrainRun:
+    return TrainRun.of(open_vectors(vectors), "lstm", WindowSettings(context=2), FAST)
+
+
+def test_another_architectures_rate_decides_nothing(run: TrainRun) -> None:
+    rates = {**FAST.learning_rates, "gru": 0.1}
+    assert replace(run, recipe=replace(FAST, learning_rates=rates)).fingerprint == run.fingerprint
+    rates = {**FAST.learning_rates, "lstm": 0.1}
+    assert replace(run, recipe=replace(FAST, learning_rates=rates)).fingerprint != run.fingerprint
+
+
+def test_all_that_decides_the_weights_is_in_the_fingerprint(run: TrainRun) -> None:
+    others = [
+        replace(run, sizes={"hidden": 64}),
+        replace(run, windows=WindowSettings(context=3)),
+        replace(run, reach=3),
+        replace(run, seed=1),
+        replace(run, model="gpt2", layers_from=Path("somewhere")),
+        replace(run, model="gpt2"),
+    ]
+    assert len({r.fingerprint for r in [run, *others]}) == len(others) + 1
+    assert replace(run, sizes={"hidden": 512}).fingerprint == run.fingerprint  # the default
+
+
+def test_sizes_reach_the_model(run: TrainRun) -> None:
+    assert replace(run, sizes={"hidden": 64}).build().config.hidden == 64
+
+
+def test_with_a_reach_all_context_lengths_are_judged_on_the_same_targets(run: TrainRun) -> None:
+    longer = make_windows(open_vectors(run.vectors), WindowSettings(context=4)).split(0)["val"]
+    for context in (1, 2, 4):
+        parts = windows_of(replace(run, windows=WindowSettings(context=context), reach=4))
+        assert np.array_equal(parts["val"].rows_of_target, longer.rows_of_target)
+        assert parts["val"].context == parts["train"].context == context
+        contexts, targets = parts["val"].batch(slice(None))
+        wanted, wanted_targets = longer.batch(slice(None))
+        assert np.array_equal(contexts, wanted[:, -context:])
+        assert np.array_equal(targets, wanted_targets)
+    own = windows_of(run)["val"]
+    assert len(own) > len(longer)
+    assert not set(windows_of(run)["train"].doc_ids) & set(longer.doc_ids)
+
+
+def test_more_of_a_context_than_there_is_is_refused(run: TrainRun) -> None:
+    val = windows_of(run)["val"]
+    for wrong in (0, 3):
+        with pytest.raises(InputError, match=f"expected 1 to 2 of 2 context vectors, got {wrong}"):
+            val.last(wrong)
+
+
+def test_vectors_that_changed_are_refused(run: TrainRun) -> None:
+    with pytest.raises(InputError, match="changed while this job ran"):
+        windows_of(replace(run, vectors_fingerprint="0" * 16))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_runs", "expected"),
+    [
+        ([{"CPU": 2.0}], 4, 4),
+        ([{"CPU": 2.0}], 15, 4),
+        ([{"CPU": 16.0}], 15, 15),
+        ([{"CPU": 16.0, "GPU": 1.0}], 15, 8),
+        ([{"CPU": 2.0, "GPU": 1.0}, {"CPU": 64.0}], 15, 4),
+        ([{"CPU": 0.0}], 3, 1),
+    ],
+)
+def test_as_many_runs_at_once_as_there_is_room_for(
+    nodes: list[dict[str, float]], num_runs: int, expected: int
+) -> None:
+    at_once = runs_at_once(nodes, num_runs)
+    assert at_once == expected
+    resources, threads, _ = plan_resources(nodes, at_once)
+    assert threads >= 1
+    gpus = sum(n.get("GPU", 0.0) for n in nodes)
+    assert resources.get("GPU", 0.0) * at_once <= max(gpus, 0.0) + 1e-9
+
+
+def test_a_run_is_pickled_whole(run: TrainRun) -> None:
+    import pickle
+
+    assert dataclasses.asdict(pickle.loads(pickle.dumps(run))) == dataclasses.asdict(run)
