@@ -70,7 +70,7 @@ SUBMIT = "Run a command on a Ray cluster: submit --address URL encode --input â€
 
 SERVE = "Text to text over HTTP: --run DIR --port 8000; a page to try it at /."
 
-SERVE_NEEDS = ("fastapi", "starlette", "uvicorn", "pydantic", "httptools")
+SERVE_NEEDS = ("fastapi", "starlette", "uvicorn", "pydantic")
 """Packages of the extra `serve`, beside Ray Serve's own part of Ray."""
 
 FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

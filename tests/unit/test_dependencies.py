@@ -15,13 +15,22 @@ from lvm.cli import SERVE_NEEDS
 CHECKOUT = Path(__file__).resolve().parents[2]
 OWN = {"lvm", "jobs", "serve", "tests"}
 
-PACKAGE_OF = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+PACKAGE_OF = {
+    "backports": "backports.zstd",
+    "compression": "backports.zstd",  # the standard library's from Python 3.14 on
+    "faiss": "faiss-cpu",
+    "pydantic_core": "pydantic",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 """Module to the package that brings it, where the two differ by more than - and _."""
 
 NOT_IMPORTED = {
     "tensorboard": "torch.utils.tensorboard, which latent train writes curves with, needs it",
     "ruff": "make check",
     "mypy": "make check",
+    "langchain-openai": "tests import it by pytest.importorskip",
+    "llama-index-embeddings-openai": "tests import it by pytest.importorskip",
     "openai": "tests import it by pytest.importorskip",
     "schemathesis": "tests import it by pytest.importorskip",
 }
