@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from lvm.models import build
 from lvm.predict.fitting import TrainingData, save_trained
 from lvm.predict.record import set_alias
-from lvm.predict.runs import TrainRun
-from lvm.predict.training import Progress
+from lvm.predict.runs import WEIGHTS, Outcome, TrainRun
 from lvm.storage import Location, RemotePath
 
 RUNS_A_CPU, RUNS_A_GPU = 2, 8
@@ -81,22 +80,21 @@ def for_ray(folder: Location) -> dict[str, Any]:
 
 def publish_run(
     this: TrainRun,
-    progress: Progress,
-    device: str,
+    done: Outcome,
     checkpoints: Sequence[tuple[Any, Mapping[str, Any]]],
     models: Location,
     data: TrainingData,
 ) -> Trained:
     """Make the record of a finished run from its best checkpoint, and move the alias to it.
 
-    device: what it was trained on, in words. checkpoints: Ray's best ones with what was reported with each.
+    checkpoints: Ray's best ones with what was reported with each.
     """
     checkpoint, best = max(checkpoints, key=lambda c: (c[1]["val_cosine"], -c[1]["epoch"]))
     network = build(this.model, dict(this.sizes))
     with checkpoint.as_directory() as folder:
-        network.load_state_dict(load_file(Path(folder, "model.safetensors")))
+        network.load_state_dict(load_file(Path(folder, WEIGHTS)))
         curve = json.loads(Path(folder, "progress.json").read_text())["curve"]
     row = next(r for r in curve if r["epoch"] == best["epoch"])
-    record, metrics = save_trained(models, this, network, data, progress, row, device)
+    record, metrics = save_trained(models, this, network, data, done, row)
     set_alias(models, this.model, record)
     return Trained(record, metrics, up_to_date=False)

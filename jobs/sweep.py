@@ -46,7 +46,7 @@ from lvm.predict.ensemble import make_ensemble
 from lvm.predict.fitting import TrainingData, check_sequential
 from lvm.predict.losses import LossSettings
 from lvm.predict.record import find_record, load_record, read_aliases, set_alias
-from lvm.predict.runs import TrainRun, train_run, windows_of
+from lvm.predict.runs import Outcome, TrainRun, train_run, windows_of
 from lvm.predict.training import Progress, Recipe, recipe_named
 from lvm.storage import Location, RemotePath
 from lvm.vectors.sequences import VectorArray, WindowSettings, open_vectors
@@ -147,6 +147,7 @@ def run_of(trial: Mapping[str, Any], settings: SweepSettings, array: VectorArray
         max_windows_per_epoch=settings.windows_per_epoch,
         patience=None,  # ASHA's part
         loss=LossSettings(info_nce_share=trial["info_nce_share"]),
+        rank=None,  # trials are judged by cosine
     )
     return TrainRun.of(
         array,
@@ -351,7 +352,8 @@ def publish_best(
             )
             data = TrainingData(array, Manifest.load(array.directory, "vectors"), windows_of(this), coherence)
             checkpoints = result.best_checkpoints
-            made = publish_run(this, Progress(**progress), "as the cluster's", checkpoints, models, data)
+            done = Outcome(Progress(**progress), "as the cluster's", ranker=None)
+            made = publish_run(this, done, checkpoints, models, data)
             folder = made.folder
         else:
             set_alias(models, this.model, folder)

@@ -52,8 +52,8 @@ from lvm.predict.fitting import (
     vectors_entry,
 )
 from lvm.predict.record import find_record, import_checkpoint, load_record, read_aliases, set_alias
-from lvm.predict.runs import TrainRun, require_whole, train_run
-from lvm.predict.training import FAST, RECIPES, Progress, Recipe, evaluate, recipe_named, spread_batches
+from lvm.predict.runs import Outcome, TrainRun, require_whole, train_run
+from lvm.predict.training import FAST, RECIPES, Recipe, evaluate, recipe_named, spread_batches
 from lvm.storage import Location, local_folder, local_input, move_tree
 from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
 from lvm.vectors.shards import Manifest
@@ -119,7 +119,7 @@ class Board:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Train one architecture; what comes back is the run's `progress` and `device`, or its `refusal` in words.
+    """Train one architecture; what comes back is the run's `done`, an `Outcome`, or its `refusal` in words.
 
     A refusal comes back as text, not as an exception: Ray would start the run again, and it would fail again.
     """
@@ -127,15 +127,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     this: TrainRun = config["run"]
     try:
-        progress, device = _train(this, config)
-        return {"progress": progress.to_dict(), "device": device}
+        return {"done": _train(this, config)}
     except LvmError as err:
         return {"refusal": str(err)}
     finally:
         ray.get(config["board"].leave.remote(this.model))
 
 
-def _train(this: TrainRun, config: dict[str, Any]) -> tuple[Progress, str]:
+def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
     import ray
     import torch
 
@@ -273,6 +272,11 @@ def _say_row(model: str, row: Mapping[str, Any]) -> None:
     if "note" in row:
         say(f"train: {model}: {row['note']}")
         return
+    if "rank_loss" in row:
+        if row["step"] == row["steps"] or row["step"] % 500 == 0:
+            step = f"step {row['step']:,} of {row['steps']:,}"
+            say(f"train: {model:<13} rank head, {step}, loss {row['rank_loss']:.4f}")
+        return
     if "resumed" in row:
         say(f"train: {model:<13} goes on after epoch {row['resumed']}")
         return
@@ -344,8 +348,7 @@ def train_models(
                 returned = outcome.return_value
                 if "refusal" in returned:
                     raise TrainingError(returned["refusal"])
-                progress = Progress(**returned["progress"])
-                made = publish_run(this, progress, returned["device"], outcome.best_checkpoints, models, data)
+                made = publish_run(this, returned["done"], outcome.best_checkpoints, models, data)
                 # What only going on needs is two thirds of a checkpoint; the best three weights stay.
                 for optimiser in (storage / this.name).glob("*/optimiser.pt"):
                     optimiser.unlink()

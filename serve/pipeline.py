@@ -224,7 +224,7 @@ class Pipeline:
     ) -> tuple[list[Predicted], Timing]:
         """One Predicted a context (T, D) of unit vectors."""
         if model == PASSTHROUGH:
-            return [Predicted(c[-1], PASSTHROUGH) for c in contexts], Timing()
+            return [Predicted(c[-1], c[-1], PASSTHROUGH) for c in contexts], Timing()
         return await self.predictor.run([ContextRow(model, c) for c in contexts], deadline)
 
     async def decode(
@@ -268,10 +268,12 @@ class Pipeline:
         clock.add("encode", timing)
         vectors = np.stack([e.vector for e in encoded])
         context = await self._context(vectors, texts, wish, clock)
-        folder, raw = await self._predict(context, wish, clock)
+        (predicted,), timing = await self.predict([context.vectors], wish.model, wish.deadline)
+        clock.add("predict", timing)
+        folder, raw = predicted.folder, predicted.vector
         steered, drifted = raw, False
         if wish.model != PASSTHROUGH and wish.snap:  # passthrough shows the codec alone
-            row = SnapRow(raw, context.vectors[-1], context.vectors.mean(0))
+            row = SnapRow(predicted.search, context.vectors[-1], context.vectors.mean(0))
             ((steered, drifted),), timing = await self.snapper.run([row], wish.deadline)
             clock.add("snap", timing)
         near: list[CorpusChunk] = []
@@ -295,11 +297,6 @@ class Pipeline:
 
     def _context_length(self, wish: Wish) -> int:
         return self._contexts.get(wish.model, CONTEXT_CHUNKS)
-
-    async def _predict(self, context: Context, wish: Wish, clock: Clock) -> tuple[str, NDArray[np.float32]]:
-        (predicted,), timing = await self.predict([context.vectors], wish.model, wish.deadline)
-        clock.add("predict", timing)
-        return predicted.folder, predicted.vector
 
     async def _near(
         self,

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from lvm.codec.identity import require_same_codec
 from lvm.predict.steer import PASSTHROUGH
 from serve.metrics import replica_metrics
 from serve.rows import Outcome, RowQueue
@@ -37,6 +36,8 @@ class Predicted:
 
     vector: NDArray[np.float32]
     """(D,), norm 1."""
+    search: NDArray[np.float32]
+    """(D,), norm 1: what finds the next chunk (`lvm.predict.ranking`)."""
     folder: str
 
 
@@ -49,17 +50,18 @@ class Predictor:
         version of a model is another application, which Ray Serve rolls out replica by replica."""
         import torch
 
-        from lvm.predict.record import load_record  # torch; the gateway imports this module for its rows
+        # With torch; the gateway imports this module for its rows.
+        from lvm.predict.predictor import load_predictor
 
         torch.set_num_threads(args.predictor.num_threads)
         manifest = require_run(args.run)
-        self._records = {}
+        self._predictors = {}
         for alias, folder in models.items():
-            record = load_record(Path(args.run) / "models", folder)
-            require_same_codec(record.identity, manifest.identity, f"model {folder}", f"{args.run}/vectors")
-            with torch.inference_mode():
-                record.model(torch.zeros(1, record.context, record.identity.dim))  # the first call allocates
-            self._records[alias] = record
+            predictor = load_predictor(folder, Path(args.run) / "models")
+            predictor.require_codec(manifest.identity, f"{args.run}/vectors")
+            blank = np.zeros((1, predictor.context, manifest.identity.dim), np.float32)
+            predictor(blank), predictor.search(blank)  # the first calls allocate
+            self._predictors[alias] = predictor
         self._queue: RowQueue[ContextRow, Predicted] = RowQueue(
             self._work,
             args.queue_rows * 2,
@@ -68,15 +70,12 @@ class Predictor:
         )
 
     def _work(self, rows: list[ContextRow]) -> Sequence[Predicted]:
-        import torch
-
         contexts = np.stack([row.vectors for row in rows])
         if rows[0].model == PASSTHROUGH:
-            return [Predicted(vector, PASSTHROUGH) for vector in contexts[:, -1]]
-        record = self._records[rows[0].model]
-        with torch.inference_mode():
-            vectors = record.model(torch.from_numpy(contexts)).float().numpy()
-        return [Predicted(vector, record.folder.name) for vector in vectors]
+            return [Predicted(vector, vector, PASSTHROUGH) for vector in contexts[:, -1]]
+        predictor = self._predictors[rows[0].model]
+        vectors, searching = predictor(contexts), predictor.search(contexts)
+        return [Predicted(v, s, predictor.name) for v, s in zip(vectors, searching, strict=True)]
 
     async def run(self, rows: list[ContextRow], remaining_s: list[float]) -> list[Outcome[Predicted]]:
         """One outcome a context."""
@@ -85,6 +84,12 @@ class Predictor:
     async def describe(self) -> dict[str, dict[str, Any]]:
         """Each alias's record: folder, context length, architecture, parameters, codec, metrics, training."""
         return {
-            alias: {"folder": r.folder.name, "context": r.context, "config": r.config, "metrics": r.metrics}
-            for alias, r in self._records.items()
+            alias: {
+                "folder": p.name,
+                "context": p.context,
+                "config": p.record.config,
+                "metrics": p.record.metrics,
+            }
+            for alias, p in self._predictors.items()
+            if p.record is not None
         }

@@ -37,6 +37,7 @@ from lvm.evaluate.metrics import (
     text_scores,
 )
 from lvm.predict.extract import Extractor
+from lvm.predict.predictor import TrainedPredictor
 from lvm.predict.record import Record, load_record
 from lvm.predict.steer import snap, unit
 from lvm.storage import Location
@@ -227,8 +228,18 @@ def score_model(contest: Contest, name: str, models: Location, folder: str) -> S
     model = record.model
     parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    predict = model_predictor(model, torch.device("cpu"), record.context)
-    scored = _score(contest, name, "model", predict, parameters, weight_bytes, model_details(record))
+    predictor = TrainedPredictor(record)
+    read = slice(-record.context, None)
+    scored = _score(
+        contest,
+        name,
+        "model",
+        lambda contexts: predictor(contexts[:, read]),
+        parameters,
+        weight_bytes,
+        model_details(record),
+        None if record.ranker is None else lambda contexts: predictor.search(contexts[:, read]),
+    )
     attention = getattr(model, "attention", None)
     if attention is None:
         return scored
@@ -248,6 +259,7 @@ def _score(
     parameters: int,
     weight_bytes: int,
     details: dict[str, Any],
+    search: Predict | None = None,
 ) -> Scored:
     torch.set_num_threads(contest.threads)
     array, settings = contest.test.array, contest.settings
@@ -260,7 +272,9 @@ def _score(
         parameters,
         weight_bytes,
         details,
-        scores=score_windows(predict, batches_with_rows(contest.test), pool, array.vectors, array.doc_ids),
+        scores=score_windows(
+            predict, search, batches_with_rows(contest.test), pool, array.vectors, array.doc_ids
+        ),
         val_cosine=mean_cosine(predict, batches_of(contest.val)),
         ood_cosine={ood: mean_cosine(predict, batches_of(w)) for ood, w in contest.ood.items()},
         sample=unit(predict(contexts)),

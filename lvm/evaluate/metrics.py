@@ -200,12 +200,14 @@ class WindowScores:
 
 def score_windows(
     predict: Predict,
+    search: Predict | None,
     batches: Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]],
     pool: Pool,
     vectors: Floats,
     doc_ids: Ints,
 ) -> WindowScores:
-    """Every measure of WindowScores for each window of `batches`.
+    """Every measure of WindowScores for each window of `batches`; ranks are those of what `search` gives, where the
+    predictor has a vector of its own for that.
 
     A batch is contexts (B, T, D), targets (B, D), context rows (B, T), target rows (B,). Raises InputError
     when a predictor returns a wrong shape or a number that is not finite, naming the first such window.
@@ -227,6 +229,7 @@ def score_windows(
             )
         direction = unit(predicted)
         truth = unit(targets)
+        sought = direction if search is None else unit(search(contexts))
         cosine = np.einsum("bd,bd->b", direction, truth)
         parts.append(
             WindowScores(
@@ -234,8 +237,8 @@ def score_windows(
                 squared_error=((predicted - targets) ** 2).mean(axis=1),
                 norm=np.linalg.norm(predicted, axis=1),
                 margin=cosine - cosines(direction, contexts[:, -1]),
-                in_article=ranks_in_article(direction, truth, target_rows, context_rows, vectors, doc_ids),
-                in_pool=ranks_in_pool(direction, truth, target_rows, context_rows, pool),
+                in_article=ranks_in_article(sought, truth, target_rows, context_rows, vectors, doc_ids),
+                in_pool=ranks_in_pool(sought, truth, target_rows, context_rows, pool),
             )
         )
     if not parts:

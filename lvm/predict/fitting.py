@@ -18,6 +18,7 @@ from lvm.errors import InputError, OutputError
 from lvm.models import Predictor, require_known
 from lvm.predict import training
 from lvm.predict.predictor import TrainedPredictor
+from lvm.predict.ranking import fit_rank_head
 from lvm.predict.record import (
     find_record,
     load_record,
@@ -25,7 +26,7 @@ from lvm.predict.record import (
     save_record,
     set_alias,
 )
-from lvm.predict.runs import TrainRun
+from lvm.predict.runs import Outcome, TrainRun
 from lvm.predict.start import spread_batches
 from lvm.predict.training import FAST, Progress, Recipe, recipe_named
 from lvm.storage import Location, location
@@ -115,8 +116,13 @@ def fit(
             network, model, data.parts["train"], data.parts["val"], recipe, seed, save=keep_best, log=log
         )
         network.load_state_dict(best)
-        place = str(next(network.parameters()).device)
-        folder, _ = save_trained(models, this, network, data, progress, progress.best, place)
+        place = next(network.parameters()).device
+        ranker = None
+        if recipe.rank is not None:
+            bfloat16 = recipe.bfloat16 and training.bfloat16_is_faster(place)
+            ranker = fit_rank_head(network, data.parts["train"], recipe.rank, seed, bfloat16)
+        done = Outcome(progress, str(place), ranker)
+        folder, _ = save_trained(models, this, network, data, done, progress.best)
     if read_aliases(models).get(model) != folder.name:
         set_alias(models, model, folder)
     return TrainedPredictor(load_record(models, folder.name))
@@ -127,16 +133,14 @@ def save_trained(
     this: TrainRun,
     network: Predictor,
     data: TrainingData,
-    progress: Progress,
+    done: Outcome,
     best: Mapping[str, Any],
-    device: str,
 ) -> tuple[Location, dict[str, Any]]:
     """The record of a finished run, and its metrics; the alias does not move.
 
-    network: with the weights of `best`, a row of the progress' curve. device: what it was trained on, in words. Raises
-    OutputError when the disk is full.
+    network: with the weights of `best`, a row of the progress' curve. Raises OutputError when the disk is full.
     """
-    manifest, sizes, recipe = data.manifest, data.num_windows, this.recipe
+    manifest, sizes, recipe, progress = data.manifest, data.num_windows, this.recipe, done.progress
     context_mean = context_mean_cosine(data.parts["val"], recipe.max_val_windows)
     metrics = {
         "val_cosine": best["val_cosine"],
@@ -173,7 +177,7 @@ def save_trained(
         "vectors": vectors_entry(data.array.directory, manifest),
         "coherence": data.coherence.to_dict(),
         "recipe": recipe.to_dict(),
-        "device": device,
+        "device": done.device,
         **({} if this.reach is None else {"reach": this.reach}),
     }
     provenance = {
@@ -188,7 +192,7 @@ def save_trained(
         "Epochs": f"{progress.epoch} trained ({progress.stopped}); these are the weights of epoch "
         f"{best['epoch']}",
         "Seed": str(this.seed),
-        "Device": device,
+        "Device": done.device,
     }
     issues = []
     if best["val_cosine"] <= context_mean:
@@ -199,7 +203,15 @@ def save_trained(
     if data.coherence.fault is not None:
         issues.append(f"Trained on text the coherence test refuses: {data.coherence.fault}.")
     folder = save_record(
-        models, this.model, network, manifest.identity, config, metrics, provenance, tuple(issues)
+        models,
+        this.model,
+        network,
+        manifest.identity,
+        config,
+        metrics,
+        provenance,
+        tuple(issues),
+        done.ranker,
     )
     return folder, metrics
 

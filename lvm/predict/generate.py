@@ -207,7 +207,13 @@ class Generator:
         if self._snapped and self.index is not None and self.array is not None:
             index, vectors = self.index, self.array.vectors
             last, means = np.stack([g[-1] for g in given]), np.stack([g.mean(0) for g in given])
-            steered = timed("snap", lambda: snap(raw, last, means, index, vectors).vectors)
+            if same:
+                sought = timed("predict", lambda: self.predictor.search(np.stack(given)))
+            else:
+                sought = timed(
+                    "predict", lambda: np.concatenate([self.predictor.search(g[None]) for g in given])
+                )
+            steered = timed("snap", lambda: snap(sought, last, means, index, vectors).vectors)
         extracts: list[Nearest] | None = None
         if self._extractor is not None:
             extracts = timed("extract", lambda: self._extract(raw, filled))

@@ -3,6 +3,7 @@
 Letters: B contexts, T context vectors, D vector length.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,23 @@ class TrainedPredictor:
 
         Raises InputError on another shape or another D than the model's.
         """
+        given = self._checked(contexts)
+        if self.record is None:
+            return given[:, -1]
+        return self._in_parts(self.record.model.eval(), given)
+
+    def search(self, contexts: NDArray[Any]) -> NDArray[np.float32]:
+        """Unit vectors (B, D) float32 to find the next chunk with: of the record's rank head, which is trained to find
+        it, else the predictions themselves. Arguments and errors as when called."""
+        if self.record is None or self.record.ranker is None:
+            return self(contexts)
+        from lvm.predict.ranking import search_vectors
+
+        model, head = self.record.model.eval(), self.record.ranker
+        given = self._checked(contexts)
+        return self._in_parts(lambda part: search_vectors(model, head, part), given)
+
+    def _checked(self, contexts: NDArray[Any]) -> NDArray[np.float32]:
         given: NDArray[np.float32] = np.ascontiguousarray(contexts, np.float32)
         dim = None if self.record is None else self.record.identity.dim
         if given.ndim != 3 or given.shape[1] < 1 or given.shape[2] != (dim or given.shape[2]):
@@ -57,18 +75,19 @@ class TrainedPredictor:
                 f"contexts have shape {given.shape}, expected (B, T, {dim or 'D'}) for model {self.name}: "
                 "a list of contexts, each of one vector or more"
             )
-        if self.record is None:
-            return given[:, -1]
+        return given
+
+    def _in_parts(self, network: Callable[[Any], Any], given: NDArray[np.float32]) -> NDArray[np.float32]:
         import torch
 
-        model = self.record.model.eval()
-        device = next(model.parameters()).device
-        predicted = np.empty((len(given), given.shape[2]), np.float32)
+        assert self.record is not None
+        device = next(self.record.model.parameters()).device
+        made = np.empty((len(given), given.shape[2]), np.float32)
         with torch.inference_mode():
             for low in range(0, len(given), BATCH_CONTEXTS):
                 part = torch.from_numpy(given[low : low + BATCH_CONTEXTS]).to(device)
-                predicted[low : low + len(part)] = model(part).float().cpu().numpy()
-        return predicted
+                made[low : low + len(part)] = network(part).float().cpu().numpy()
+        return made
 
 
 def load_predictor(model: Location | str = "gru", models: Location | str | None = None) -> TrainedPredictor:

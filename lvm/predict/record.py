@@ -23,16 +23,19 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError, StorageError
 from lvm.models import MODELS, Predictor, build
+from lvm.predict.ranking import RankHead
 from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location, RemotePath, cache_folder, upload_folder
 from lvm.vectors.shards import cannot_write, file_sha256, sync_directory, temporary_name, write_json
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "MODEL_CARD.md"
+RANK_WEIGHTS = "rank.safetensors"
+"""Of the head that searches, where the record has one."""
 ALIASES = "aliases.json"
 
 KNOWN_ISSUES = (
@@ -60,6 +63,8 @@ class Record:
     """metrics.json: val_cosine, curve and more."""
     identity: CodecIdentity
     """Codec of the vectors it was trained on."""
+    ranker: RankHead | None = None
+    """The head that searches, on the CPU, in evaluation mode; None where it has none."""
 
     @property
     def context(self) -> int:
@@ -85,6 +90,7 @@ def save_record(
     metrics: Mapping[str, Any],
     provenance: Mapping[str, str],
     issues: tuple[str, ...] = (),
+    ranker: RankHead | None = None,
 ) -> Location:
     """The new folder of this model, complete and named; the alias does not move.
 
@@ -99,6 +105,15 @@ def save_record(
     try:
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, temporary / WEIGHTS)
+        rank: dict[str, Any] = {}
+        if ranker is not None:
+            heads = {k: v.detach().cpu().contiguous() for k, v in ranker.state_dict().items()}
+            save_file(heads, temporary / RANK_WEIGHTS)
+            rank = {
+                "sizes": ranker.sizes,
+                "parameters": sum(p.numel() for p in ranker.parameters()),
+                "weights_sha256": file_sha256(temporary / RANK_WEIGHTS),
+            }
         num_parameters = sum(p.numel() for p in model.parameters())
         full = {
             "model": name,
@@ -107,10 +122,13 @@ def save_record(
             "codec": identity.to_dict(),
             "created": created.isoformat(timespec="seconds"),
             "weights_sha256": file_sha256(temporary / WEIGHTS),
+            **({"rank": rank} if rank else {}),
             **config,
         }
         _write_text(temporary / CONFIG, json.dumps(full, indent=2, ensure_ascii=False) + "\n")
         _write_text(temporary / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        if rank:
+            provenance = {**provenance, "Head that searches": f"{rank['parameters']:,} parameters besides"}
         card = model_card(name, num_parameters, identity, created, metrics, provenance, issues)
         _write_text(temporary / CARD, card)
         digest = hashlib.sha256((temporary / WEIGHTS).read_bytes() + card.encode()).hexdigest()[:8]
@@ -145,21 +163,12 @@ def load_record(models: Location, name_or_folder: str) -> Record:
             )
     identity = CodecIdentity.from_dict(config["codec"])
     model = build(config["model"], config["sizes"])
-    try:
-        data = (folder / WEIGHTS).read_bytes()  # from object storage in one request
-        found = hashlib.sha256(data).hexdigest()
-        if found != config.get("weights_sha256", found):  # records of older versions have none
-            raise InputError(
-                f"{folder / WEIGHTS} has SHA-256 {found[:16]}…, its {CONFIG} says {config['weights_sha256'][:16]}…: it "
-                "was damaged or replaced; train the model again"
-            )
-        weights = load(data)
-    except StorageError:
-        raise
-    except (OSError, SafetensorError) as err:
-        raise InputError(f"{folder / WEIGHTS} cannot be read ({err}); train the model again") from err
-    _load_weights(model, weights, folder / WEIGHTS)
-    return Record(config["model"], folder, model.eval(), config, metrics, identity)
+    _load_weights(model, folder / WEIGHTS, config.get("weights_sha256"))
+    ranker = None
+    if (rank := config.get("rank")) is not None:
+        ranker = RankHead(**rank["sizes"]).eval()
+        _load_weights(ranker, folder / RANK_WEIGHTS, rank["weights_sha256"])
+    return Record(config["model"], folder, model.eval(), config, metrics, identity, ranker)
 
 
 def resolve(models: Location, name_or_folder: str) -> Location:
@@ -210,8 +219,26 @@ def set_alias(models: Location, alias: str, folder: Location) -> None:
     write_json(models / ALIASES, {**read_aliases(models), alias: folder.name})
 
 
-def _load_weights(model: Predictor, weights: Mapping[str, Tensor], source: Location) -> None:
-    """Copy weights into the model. Raises InputError naming the first tensor that does not fit."""
+def _load_weights(model: nn.Module, source: Location, sha256: str | None) -> None:
+    """Copy a file's weights into the model; records of older versions have no `sha256`. Raises InputError where the
+    file is missing or damaged, and naming the first tensor that does not fit."""
+    try:
+        data = source.read_bytes()  # from object storage in one request
+        digest = hashlib.sha256(data).hexdigest()
+        if sha256 is not None and digest != sha256:
+            raise InputError(
+                f"{source} has SHA-256 {digest[:16]}…, its {CONFIG} says {sha256[:16]}…: it was damaged or replaced; "
+                "train the model again"
+            )
+        weights = load(data)
+    except StorageError:
+        raise
+    except (OSError, SafetensorError) as err:
+        raise InputError(f"{source} cannot be read ({err}); train the model again") from err
+    _fill(model, weights, source)
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], source: Location) -> None:
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in weights.items()}
     if expected != found:
@@ -344,7 +371,7 @@ def import_checkpoint(
     weights = {k: v for k, v in plain.items() if k not in _BUFFERS}
     name = _architecture_of(weights, path)
     model = build(name).eval()
-    _load_weights(model, weights, path)
+    _fill(model, weights, path)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     metrics = {
         f"original_{k}": float(v)

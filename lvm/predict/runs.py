@@ -12,17 +12,22 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lvm.devices import pick_device
 from lvm.errors import InputError
 from lvm.models import CONFIGS, Architecture, build
-from lvm.predict.training import Progress, Recipe, fit
+from lvm.predict.ranking import RankHead, fit_rank_head
+from lvm.predict.training import Progress, Recipe, bfloat16_is_faster, fit
 from lvm.storage import Location, local_folder, local_folder_for
 from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
 from lvm.vectors.shards import file_sha256, fingerprint
 
 TRAINING_VERSION = 1
 """Raised when the same settings give other weights than before, so that models are trained anew."""
+
+WEIGHTS, BEST = "model.safetensors", "best.safetensors"
+"""In each checkpoint: the epoch's weights, and those of the best epoch where that is an earlier one."""
 
 CHECKSUMS = "sha256.json"
 """In each checkpoint, by file name: weights and an optimiser's state do not show that a bit of them turned."""
@@ -101,29 +106,42 @@ class TrainRun:
         return model  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run gives."""
+
+    progress: Progress
+    device: str
+    """What it was trained on, in words."""
+    ranker: RankHead | None
+    """Of the best epoch's weights."""
+
+
 def train_run(
     this: TrainRun,
     checkpoint: Path | None,
     keep: Callable[[Path, dict[str, Any]], None],
     tell: Callable[[dict[str, Any]], None],
     events: Location,
-) -> tuple[Progress, str]:
-    """Train to the end, from a checkpoint where there is one; how it went and on which device comes back.
+) -> Outcome:
+    """Train to the end, from a checkpoint where there is one.
 
     keep: is given the folder of a checkpoint and the curve's new entry after each epoch; the folder goes when it
-    returns. tell: takes what a person may want to know: the curve's entries, `resumed`. events: folder of
+    returns. tell: takes what a person may want to know: the curve's entries, `resumed`, `rank_loss`. events: folder of
     TensorBoard's curves. Raises InputError when the vectors changed or do not suffice, TrainingError when the loss is
     no longer a number.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     parts = windows_of(this)
+    best: dict[str, Tensor] = {}
     torch.manual_seed(this.seed)
     model = this.build()
     progress: Progress | None = None
     optimiser_state: dict[str, Any] | None = None
     if checkpoint is not None:
-        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        model.load_state_dict(load_file(checkpoint / WEIGHTS))
+        best = load_file(checkpoint / (BEST if (checkpoint / BEST).exists() else WEIGHTS))
         # Absent where the run had its record already: then no step is left to take.
         if (moments := checkpoint / "optimiser.pt").exists():
             optimiser_state = torch.load(moments, map_location="cpu", weights_only=True)
@@ -138,7 +156,11 @@ def train_run(
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-            save_file(state, folder / "model.safetensors")
+            save_file(state, folder / WEIGHTS)
+            if progress.best is progress.curve[-1]:
+                best.update({name: tensor.clone() for name, tensor in state.items()})
+            else:
+                save_file(best, folder / BEST)
             torch.save(optimiser.state_dict(), folder / "optimiser.pt")
             (folder / "progress.json").write_text(json.dumps(progress.to_dict()))
             sums = {name: file_sha256(folder / name) for name in os.listdir(folder)}
@@ -168,7 +190,12 @@ def train_run(
             save=save,
             log=log,
         )
-    return progress, str(device)
+    ranker = None
+    if this.recipe.rank is not None:
+        model.load_state_dict(best)
+        bfloat16 = this.recipe.bfloat16 and bfloat16_is_faster(device)
+        ranker = fit_rank_head(model, parts["train"], this.recipe.rank, this.seed, bfloat16, tell)
+    return Outcome(progress, str(device), ranker)
 
 
 def windows_of(this: TrainRun) -> dict[str, Windows]:

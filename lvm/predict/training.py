@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lvm.errors import InputError, TrainingError
 from lvm.models import MODELS, Architecture
 from lvm.predict.losses import LossReport, LossSettings, backward, mse
+from lvm.predict.ranking import RankSettings
 from lvm.predict.start import SOLVED_WINDOWS, Batch, WindowSource, solve_start, spread_batches
 
 # ------------------------------------------------------------------------------------------------- settings
@@ -65,6 +66,8 @@ class Recipe:
     """Multiply in bfloat16 where the device is faster with it; weights and loss stay float32."""
     loss: LossSettings = field(default_factory=LossSettings)
     """What is minimised."""
+    rank: RankSettings | None = None
+    """How the head that searches is trained, after the predictor; None for no head."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_windows", "max_val_windows"):
@@ -82,7 +85,14 @@ class Recipe:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Recipe":
         """The recipe `to_dict` gave."""
-        return cls(**{**record, "loss": LossSettings(**record["loss"])})
+        rank = record.get("rank")
+        return cls(
+            **{
+                **record,
+                "loss": LossSettings(**record["loss"]),
+                "rank": None if rank is None else RankSettings(**rank),
+            }
+        )
 
     def batch_size(self, num_windows: int) -> int:
         """Windows a step for a training set of this size."""
@@ -132,6 +142,7 @@ FAST = Recipe(
     small_sets=True,
     solved_start=True,
     bfloat16=True,
+    rank=RankSettings(),
 )
 """The default."""
 

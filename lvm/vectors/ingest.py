@@ -39,7 +39,7 @@ class Encoder(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
 
-    def encode(self, texts: list[str]) -> Any:
+    def encode_chunks(self, texts: list[str]) -> Any:
         """`.vectors` (N, D) float32 of unit norm, `.norms`, `.num_tokens`, `.truncated` of N texts."""
 
 

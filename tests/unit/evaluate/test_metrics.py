@@ -169,7 +169,7 @@ def test_window_scores_of_copying_the_last_vector() -> None:
             yield contexts[part], targets[part], context_rows[part], target_rows[part]
 
     pool = Pool.draw(vectors, 20, seed=0)
-    scores = score_windows(lambda c: 2 * c[:, -1], batches(), pool, vectors, doc_ids)  # type: ignore[arg-type]
+    scores = score_windows(lambda c: 2 * c[:, -1], None, batches(), pool, vectors, doc_ids)  # type: ignore[arg-type]
     last = contexts[:, -1]
     np.testing.assert_allclose(scores.cosine, cosines(last, targets), atol=1e-6)
     np.testing.assert_allclose(scores.margin, scores.cosine - 1, atol=1e-6)
@@ -195,11 +195,11 @@ def test_a_predictor_that_breaks_its_contract_is_named_by_row() -> None:
         return predicted
 
     with pytest.raises(InputError, match="vector row 7 holds NaN"):
-        score_windows(nan_at_third, iter([batch]), pool, vectors, doc_ids)
+        score_windows(nan_at_third, None, iter([batch]), pool, vectors, doc_ids)
     with pytest.raises(InputError, match=r"returned shape \(42, 5, 16\), expected \(42, 16\)"):
-        score_windows(lambda c: c, iter([batch]), pool, vectors, doc_ids)
+        score_windows(lambda c: c, None, iter([batch]), pool, vectors, doc_ids)
     with pytest.raises(InputError, match="no test windows"):
-        score_windows(nan_at_third, iter([]), pool, vectors, doc_ids)
+        score_windows(nan_at_third, None, iter([]), pool, vectors, doc_ids)
 
 
 def test_histogram_counts_every_value_even_beyond_the_ends() -> None:

@@ -54,7 +54,7 @@ class Parts:
 
     async def predict(self, rows: list[Any], _: list[float]) -> list[Outcome[Any]]:
         self.calls["predict"] += len(rows)
-        return [Outcome(Predicted(row.vectors[0], self.folder)) for row in rows]
+        return [Outcome(Predicted(row.vectors[0], row.vectors[-1], self.folder)) for row in rows]
 
     async def snap(self, rows: list[Any], _: list[float]) -> list[Outcome[Any]]:
         self.calls["snap"] += len(rows)
