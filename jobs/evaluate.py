@@ -53,7 +53,9 @@ from lvm.evaluate.contest import (
     at_most,
     decode_block,
     fit_corpus_mean,
+    fit_nearest_neighbour,
     fit_ridge_regression,
+    fit_weighted_mean,
     make_entries,
     measure_texts,
     model_predictor,
@@ -86,7 +88,7 @@ from lvm.vectors.shards import Manifest, sweep_temporaries, write_bytes, write_j
 MAX_THREADS = 8
 """Most threads of one scoring task; predictors are too small to feed more."""
 
-NUM_BASELINES = 4
+NUM_BASELINES = 6
 
 FILES = ("evaluation.json", "leaderboard.md", "report.html")
 
@@ -391,13 +393,14 @@ def score_all(
     shared = ray.put(contest)
     models = models.resolve()
     # The ridge regression takes longest, and its scoring waits for its fit: first come, first served.
-    ridge, mean = task(fit_ridge_regression, shared), task(fit_corpus_mean, shared)
-    baselines: dict[str, Any] = {
-        "passthrough": copy_last,
-        "context mean": context_mean,
-        "corpus mean": mean,
-        "ridge": ridge,
+    fits = {
+        "ridge": fit_ridge_regression,
+        "nearest neighbour": fit_nearest_neighbour,
+        "weighted mean": fit_weighted_mean,
+        "corpus mean": fit_corpus_mean,
     }
+    fitting = {name: task(fit, shared) for name, fit in fits.items()}
+    baselines: dict[str, Any] = {"passthrough": copy_last, "context mean": context_mean, **fitting}
     assert len(baselines) == NUM_BASELINES
     tasks = [task(score_model, shared, name, models, folder) for name, folder in folders.items()]
     tasks += [task(score_baseline, shared, name, predict) for name, predict in baselines.items()]
@@ -406,7 +409,7 @@ def score_all(
         for one in as_they_finish(tasks):
             scored[one.name] = one
             advance(1)
-    fitted = baselines | {"corpus mean": ray.get(mean), "ridge": ray.get(ridge)}
+    fitted = baselines | {name: ray.get(found) for name, found in fitting.items()}
     return {name: scored[name] for name in (*folders, *baselines)}, fitted
 
 

@@ -1,4 +1,4 @@
-"""What a trained predictor must beat: four predictors without a trained network.
+"""What a trained predictor must beat: six predictors without a trained network.
 
 Each is called with (B, T, D) float32 contexts and returns (B, D) float32 unit vectors, as the models do.
 """
@@ -49,6 +49,54 @@ def context_mean(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
 def copy_last(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
     """The last context vector: `passthrough`."""
     return unit(contexts[:, -1])
+
+
+DECAYS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Weights of a vector as shares of the next one's; 1 is the plain mean."""
+
+
+@dataclass(frozen=True)
+class WeightedMean:
+    """The mean of the context, each vector counting `decay` of the one after it."""
+
+    decay: float
+
+    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+        weights = self.decay ** np.arange(contexts.shape[1] - 1, -1, -1, dtype=np.float32)
+        return unit(np.einsum("t,btd->bd", weights, contexts))
+
+    @classmethod
+    def fit(cls, reciprocal_rank: Callable[[Predict], float]) -> "WeightedMean":
+        """The decay of DECAYS that finds best. reciprocal_rank: of a predictor, on training windows."""
+        return max((cls(decay) for decay in DECAYS), key=reciprocal_rank)
+
+
+NEIGHBOUR_WINDOWS = 50_000
+"""Training windows that the nearest neighbour is looked for in, 150 MB at 768-d."""
+
+
+@dataclass(frozen=True)
+class NearestNeighbour:
+    """What followed the training context that is most like this one, by the cosine of their means."""
+
+    means: NDArray[np.float32]
+    """(N, D) unit means of training contexts."""
+    successors: NDArray[np.float32]
+    """(N, D) unit vectors that followed."""
+
+    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+        nearest = (context_mean(contexts) @ self.means.T).argmax(axis=1)
+        found: NDArray[np.float32] = self.successors[nearest]
+        return found
+
+    @classmethod
+    def fit(cls, batches: Batches) -> "NearestNeighbour":
+        """All windows of one pass over the training batches. Raises InputError where there is none."""
+        found = [(context_mean(contexts), unit(targets)) for contexts, targets in batches()]
+        if not found:
+            raise InputError("no training windows; the nearest neighbour needs at least one")
+        means, successors = zip(*found, strict=True)
+        return cls(np.concatenate(means), np.concatenate(successors))
 
 
 @dataclass(frozen=True)
@@ -214,5 +262,12 @@ def describe(predict: Any) -> dict[str, Any]:
             "penalty": predict.penalty,
             "val_cosine": predict.val_cosine,
             "train_windows": predict.num_windows,
+        }
+    if isinstance(predict, WeightedMean):
+        return {"parameters": 1, "decay": predict.decay}
+    if isinstance(predict, NearestNeighbour):
+        return {
+            "parameters": predict.means.size + predict.successors.size,
+            "train_windows": len(predict.means),
         }
     return {"parameters": predict.vector.size if isinstance(predict, CorpusMean) else 0}

@@ -19,18 +19,31 @@ from numpy.typing import NDArray
 
 from lvm.codec.ladder import Answer, Decoder, Ladder, LadderSettings, Nearest, TextWriter, keywords
 from lvm.errors import InputError
-from lvm.evaluate.baselines import Batches, CorpusMean, RidgeSettings, describe, fit_ridge, mean_cosine
+from lvm.evaluate.baselines import (
+    NEIGHBOUR_WINDOWS,
+    Batches,
+    CorpusMean,
+    NearestNeighbour,
+    RidgeSettings,
+    WeightedMean,
+    describe,
+    fit_ridge,
+    mean_cosine,
+)
+from lvm.evaluate.controls import BATCH_WINDOWS, CONTROLS, RowBatch, as_written
 from lvm.evaluate.leaderboard import Entry, Example, ExampleText, TextRow, judge
 from lvm.evaluate.metrics import (
     LATENCY_BATCHES,
     Ints,
     Pool,
     Predict,
+    Ranks,
     WindowScores,
     clustered_interval,
     cosines,
     histogram,
     peak_bytes,
+    ranks_in_article,
     score_windows,
     summarise_attention,
     summarise_ranks,
@@ -44,8 +57,8 @@ from lvm.storage import Location
 from lvm.vectors.index import Index, load_index
 from lvm.vectors.sequences import VectorArray, Windows
 
-BATCH_WINDOWS = 1024
-"""Windows scored at a time: 16 MB of contexts, and 40 MB of cosines with a pool of 10,000."""
+MAX_CONTROL_WINDOWS = 5_000
+"""Test windows on which the controls are measured, and training windows on which a baseline chooses its weights."""
 
 CEILING = "codec ceiling"
 """Name of the text row that decodes the true next vector itself."""
@@ -127,6 +140,16 @@ class Contest:
 
 
 @dataclass(frozen=True)
+class Found:
+    """Measures without a pool, one value a window."""
+
+    cosine: NDArray[np.float32]
+    in_article: Ranks
+    articles: Ints
+    """(M,) each window's article."""
+
+
+@dataclass(frozen=True)
 class Scored:
     """One predictor's part of the evaluation."""
 
@@ -137,7 +160,9 @@ class Scored:
     details: dict[str, Any]
     scores: WindowScores
     val_cosine: float
-    ood_cosine: dict[str, float]
+    ood: dict[str, Found]
+    controls: dict[str, Found]
+    """By name of the control, on a part of the test windows; models alone have some."""
     sample: NDArray[np.float32]
     """(S, D) unit predictions for the sample."""
     peak_bytes: int | None
@@ -172,16 +197,6 @@ def batches_of(windows: Windows) -> Batches:
     return partial(windows.batches, BATCH_WINDOWS)
 
 
-def batches_with_rows(
-    windows: Windows,
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]]:
-    """Batches as `score_windows` takes them."""
-    context_rows, target_rows = windows.rows_of_context, windows.rows_of_target
-    for low in range(0, len(windows), BATCH_WINDOWS):
-        part = slice(low, low + BATCH_WINDOWS)
-        yield (*windows.batch(part), context_rows[part], target_rows[part])
-
-
 def at_most(windows: Windows, number: int, seed: int) -> Windows:
     """The windows, or a random `number` of them in their order."""
     if len(windows) <= number:
@@ -213,6 +228,39 @@ def fit_ridge_regression(contest: Contest) -> Predict:
     settings = contest.settings.ridge
     val = at_most(contest.val, settings.max_val_windows, contest.settings.seed)
     return fit_ridge(batches_of(contest.train), batches_of(val), settings)
+
+
+def fit_weighted_mean(contest: Contest) -> Predict:
+    """The weighted mean that finds best on training windows."""
+    train = at_most(contest.train, MAX_CONTROL_WINDOWS, contest.settings.seed)
+
+    def reciprocal_rank(predict: Predict) -> float:
+        return summarise_ranks(find(predict, None, train.array, as_written(train)).in_article)["mrr"] or 0.0
+
+    return WeightedMean.fit(reciprocal_rank)
+
+
+def fit_nearest_neighbour(contest: Contest) -> Predict:
+    """What followed the most similar of the training contexts."""
+    return NearestNeighbour.fit(batches_of(at_most(contest.train, NEIGHBOUR_WINDOWS, contest.settings.seed)))
+
+
+def find(predict: Predict, search: Predict | None, array: VectorArray, batches: Iterator[RowBatch]) -> Found:
+    """Cosine and rank within the article, of windows in any form."""
+    cosine, ranks, candidates, articles = [], [], [], []
+    for contexts, targets, context_rows, target_rows in batches:
+        predicted, truth = unit(predict(contexts)), unit(targets)
+        sought = predicted if search is None else unit(search(contexts))
+        found = ranks_in_article(sought, truth, target_rows, context_rows, array.vectors, array.doc_ids)
+        cosine.append(np.einsum("bd,bd->b", predicted, truth))
+        ranks.append(found.ranks)
+        candidates.append(found.candidates)
+        articles.append(array.doc_ids[target_rows])
+    return Found(
+        np.concatenate(cosine),
+        Ranks(np.concatenate(ranks), np.concatenate(candidates)),
+        np.concatenate(articles),
+    )
 
 
 def score_baseline(contest: Contest, name: str, predict: Predict) -> Scored:
@@ -266,17 +314,21 @@ def _score(
     pool = Pool.draw(array.vectors, settings.pool_chunks, settings.seed)
     contexts, _ = contest.sample.batch(slice(None))
     _, length, dim = contexts.shape
+    scores = score_windows(predict, search, as_written(contest.test), pool, array.vectors, array.doc_ids)
+    controls = {}
+    if kind == "model":
+        some = at_most(contest.test, MAX_CONTROL_WINDOWS, settings.seed)
+        controls = {name: find(predict, search, array, windows(some)) for name, windows in CONTROLS.items()}
     return Scored(
         name,
         kind,
         parameters,
         weight_bytes,
         details,
-        scores=score_windows(
-            predict, search, batches_with_rows(contest.test), pool, array.vectors, array.doc_ids
-        ),
+        scores=scores,
         val_cosine=mean_cosine(predict, batches_of(contest.val)),
-        ood_cosine={ood: mean_cosine(predict, batches_of(w)) for ood, w in contest.ood.items()},
+        ood={name: find(predict, search, w.array, as_written(w)) for name, w in contest.ood.items()},
+        controls=controls,
         sample=unit(predict(contexts)),
         peak_bytes=peak_bytes(predict, length, dim, LATENCY_BATCHES[-1], "cpu") if kind == "model" else None,
         attention=None,
@@ -406,6 +458,11 @@ def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> Text
     )
 
 
+def _distance(cosine: float) -> float:
+    """Between unit vectors of this cosine."""
+    return float(np.sqrt(max(0.0, 2.0 - 2.0 * cosine)))
+
+
 def distinct_2(texts: Sequence[str]) -> float:
     """Share of different word pairs among all pairs of all texts (Li et al. 2016, arXiv:1510.03055); 0 without
     pairs."""
@@ -442,6 +499,14 @@ def measure_texts(
                 "bleu": measured["bleu"],
                 "vector_cosine": float(exact[number * size : (number + 1) * size].mean()),
                 "text_cosine": float(np.mean([t.text_cosine for t in own])),
+                "off_manifold": float(
+                    np.mean(
+                        [
+                            _distance(t.text_cosine) - _distance(c)
+                            for t, c in zip(own, exact[number * size : (number + 1) * size], strict=True)
+                        ]
+                    )
+                ),
                 "keyword": float(
                     np.mean([bool(k & keywords(a.text)) for k, a in zip(known, answers, strict=True)])
                 ),
@@ -487,8 +552,18 @@ def make_entries(
 ) -> list[Entry]:
     """The leaderboard's entries; models carry their lead over the best baseline and the gate's verdict."""
 
-    def interval(values: NDArray[np.float32]) -> dict[str, Any]:
-        return clustered_interval(values, articles, settings.resamples, settings.seed).to_dict()
+    def interval(values: NDArray[Any], clusters: Ints = articles) -> dict[str, Any]:
+        return clustered_interval(values, clusters, settings.resamples, settings.seed).to_dict()
+
+    def reciprocal(ranks: Ranks, clusters: Ints = articles) -> dict[str, Any] | None:
+        kept = ranks.candidates > 1  # with one candidate a rank says nothing
+        return interval(1.0 / ranks.ranks[kept], clusters[kept]) if kept.any() else None
+
+    def measured(found: Found) -> dict[str, Any]:
+        return {
+            "cosine": interval(found.cosine, found.articles),
+            "mrr": reciprocal(found.in_article, found.articles),
+        }
 
     entries: list[Entry] = []
     for one in scored.values():
@@ -500,9 +575,12 @@ def make_entries(
             "mse": float(one.scores.squared_error.mean(dtype=np.float64)),
             "norm": float(one.scores.norm.mean(dtype=np.float64)),
             "in_article": summarise_ranks(one.scores.in_article),
+            "in_article_mrr": reciprocal(one.scores.in_article),
             "in_pool": summarise_ranks(one.scores.in_pool),
+            "in_pool_r10": interval(one.scores.in_pool.ranks <= 10),
             "val_cosine": one.val_cosine,
-            "ood_cosine": one.ood_cosine,
+            "ood": {name: measured(found) for name, found in one.ood.items()},
+            "controls": {name: measured(found) for name, found in one.controls.items()},
             "histogram": histogram(one.scores.cosine),
             "latency": latency[one.name],
             "parameters": one.parameters,

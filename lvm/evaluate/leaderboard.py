@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
-SCHEMA = "latent-evaluation/1"
+SCHEMA = "latent-evaluation/2"
 """Version of the record; raised when a field changes its meaning or goes."""
 
 RULES = {
@@ -18,17 +18,21 @@ RULES = {
     "since windows of one article are no independent draws.",
     "margin": "cos(prediction, truth) - cos(prediction, last context vector), mean. Below zero the "
     "prediction lies nearer to what was just read than to what comes.",
-    "in_article": "Candidates are all chunks of the same article, earlier ones too, without the five context "
-    "chunks of the window. A tie counts against the model.",
+    "in_article": "Candidates are all chunks of the same article, earlier ones too, without the context chunks "
+    "of the window. A tie counts against the model. A model with a rank head searches with that head's vector; its "
+    "cosine is the prediction's.",
     "in_pool": "Candidates are a fixed random sample of all chunks of the corpus, always with the true next "
-    "one and never with the window's own five. A tie counts against the model.",
+    "one and never with the window's own context. A tie counts against the model.",
+    "controls": "A predictor that knows its context's topic alone scores the same with the context's vectors in any "
+    "order (shuffled), and reading the article from its end (backwards).",
     "mse": "mean over the vector's numbers of the squared difference; all rows give unit vectors.",
     "text": "From the same sample of test windows for every row. A text's own vector is read back exactly, a "
     "prediction is written by a language model that reads the vector, and what does not read is answered by the "
     "nearest corpus chunk; `sources` counts which. BLEU is sacrebleu's, 0 to 100; ROUGE is an F-measure, 0 to 1. "
     "Keyword: shares a content word with the context or the true next text. Distinct-2: different word pairs among "
     "all. Language: mean log-probability a character under the language model, nats; real text has about -1. The codec "
-    "ceiling decodes the true vector: no predictor can be expected to pass it.",
+    "ceiling decodes the true vector: no predictor can be expected to pass it. Off manifold: how much farther from the "
+    "true next vector the text lies, encoded again, than the vector it was made from.",
     "snap": "Snapped: moved onto the neighbours in the corpus before it is written. Found: the corpus chunk nearest to "
     "the prediction, in place of a written text. Neither may use the article held out, whose next chunk "
     "would otherwise be found rather than predicted.",
@@ -68,9 +72,15 @@ class Entry(TypedDict):
     in_article: dict[str, Any]
     in_pool: dict[str, Any]
     """Both summarise_ranks()."""
+    in_article_mrr: dict[str, Any] | None
+    """Interval of the reciprocal rank; None where no window has a choice."""
+    in_pool_r10: dict[str, Any]
+    """Interval of the share found among the ten best."""
     val_cosine: float
-    ood_cosine: dict[str, float]
-    """Mean cosine by name of the out-of-domain set; empty when none was given."""
+    ood: dict[str, dict[str, Any]]
+    """Intervals `cosine` and `mrr` (within the article) by name of the out-of-domain set; empty when none was given."""
+    controls: dict[str, dict[str, Any]]
+    """The same by name of the control (`lvm.evaluate.controls`); empty for baselines."""
     histogram: list[int]
     latency: list[dict[str, Any]]
     """Latency.to_dict() for each batch size."""
@@ -102,6 +112,8 @@ class TextRow(TypedDict):
     """Mean cosine of the decoded vector with the true next vector."""
     text_cosine: float
     """The same of the text, encoded again."""
+    off_manifold: float
+    """Mean distance of the text, encoded again, to the truth, less the vector's own."""
     keyword: float
     """Share of texts that have a keyword in common with the context or the true next text."""
     distinct_2: float
@@ -179,9 +191,10 @@ def judge(entry: Entry, baselines: Sequence[Entry]) -> Gate:
             "reason": f"{val:.4f}, needs more than {MIN_VAL_COSINE:.2f}",
         }
     ]
-    if entry["ood_cosine"]:
-        worst = min(entry["ood_cosine"], key=lambda n: entry["ood_cosine"][n])
-        value = entry["ood_cosine"][worst]
+    if entry["ood"]:
+        means = {name: found["cosine"]["mean"] for name, found in entry["ood"].items()}
+        worst = min(means, key=lambda name: means[name])
+        value = means[worst]
         checks.append(
             {
                 "name": "out-of-domain cosine",
@@ -252,8 +265,9 @@ def ranking(evaluation: Evaluation) -> list[Entry]:
 def tables(evaluation: Evaluation) -> list[Table]:
     """Every table of the report, the leaderboard first."""
     made = [leaderboard(evaluation), _vectors(evaluation), _retrieval(evaluation), _texts(evaluation)]
-    if any(e["ood_cosine"] for e in evaluation["entries"]):
+    if any(e["ood"] for e in evaluation["entries"]):
         made.append(_out_of_domain(evaluation))
+    made.append(_controls(evaluation))
     return [*made, _latency(evaluation), _size(evaluation), _gates(evaluation)]
 
 
@@ -342,16 +356,25 @@ def _retrieval(evaluation: Evaluation) -> Table:
     ranked = ranking(evaluation)
     names = ("r1", "r5", "r10", "mrr")
 
+    def bounds(entry: Entry) -> tuple[str, str]:
+        pool = entry["in_pool_r10"]
+        return _mrr(entry["in_article_mrr"]), f"{pool['mean']:.3f} [{pool['low']:.3f}, {pool['high']:.3f}]"
+
     def cells(entry: Entry, prefix: str) -> list[str]:
         return [_share(ranks[prefix + n]) for ranks in (entry["in_article"], entry["in_pool"]) for n in names]
 
-    rows = [(e["name"], *cells(e, "")) for e in ranked]
-    rows.append(("(random order)", *cells(ranked[0], "chance_")))
+    rows = [(e["name"], *cells(e, ""), *bounds(e)) for e in ranked]
+    rows.append(("(random order)", *cells(ranked[0], "chance_"), "", ""))
     article = ranked[0]["in_article"]
     mean = article["mean_candidates"]
     return Table(
         "Finding the true next chunk",
-        ("model", *(f"{n} {s}" for s in ("article", "corpus") for n in ("R@1", "R@5", "R@10", "MRR"))),
+        (
+            "model",
+            *(f"{n} {s}" for s in ("article", "corpus") for n in ("R@1", "R@5", "R@10", "MRR")),
+            "MRR article, 95 % interval",
+            "R@10 corpus, 95 % interval",
+        ),
         tuple(rows),
         f"{evaluation['rules']['in_article']} {article['windows']:,.0f} windows have more than one "
         f"candidate, {'none' if mean is None else f'{mean:.1f}'} on average. "
@@ -367,6 +390,7 @@ def _texts(evaluation: Evaluation) -> Table:
             FORMS[row["form"]],
             f"{row['vector_cosine']:.4f}",
             f"{row['text_cosine']:.4f}",
+            f"{row['off_manifold']:+.3f}",
             f"{row['keyword']:.0%}",
             f"{row['distinct_2']:.2f}",
             "–" if row["log_prob"] is None else f"{row['log_prob']:.2f}",
@@ -385,6 +409,7 @@ def _texts(evaluation: Evaluation) -> Table:
             "form",
             "cosine of vector",
             "cosine of text",
+            "off manifold",
             "keyword",
             "distinct-2",
             "language",
@@ -456,13 +481,52 @@ def efficiency(entry: Entry) -> float:
 
 def _out_of_domain(evaluation: Evaluation) -> Table:
     ranked = ranking(evaluation)
-    names = list(ranked[0]["ood_cosine"])
+    names = list(ranked[0]["ood"])
+    rows = [
+        (
+            e["name"],
+            *(c for n in names for c in (f"{e['ood'][n]['cosine']['mean']:.4f}", _mrr(e["ood"][n]["mrr"]))),
+        )
+        for e in ranked
+    ]
     return Table(
         "Out of domain",
-        ("model", *names),
-        tuple((e["name"], *(f"{e['ood_cosine'][n]:.4f}" for n in names)) for e in ranked),
-        "Mean cosine on corpora no predictor was trained on.",
+        ("model", *(header for n in names for header in (n, f"{n}, MRR"))),
+        tuple(rows),
+        "Mean cosine, and reciprocal rank within the article with its 95 % interval, on corpora no predictor was "
+        "trained on.",
         _models(ranked),
+    )
+
+
+def _controls(evaluation: Evaluation) -> Table:
+    ranked = [e for e in ranking(evaluation) if e["controls"]]
+    names = list(ranked[0]["controls"]) if ranked else []
+    rows = [
+        (
+            e["name"],
+            *(
+                c
+                for n in names
+                for c in (f"{e['controls'][n]['cosine']['mean']:.4f}", _mrr(e["controls"][n]["mrr"]))
+            ),
+        )
+        for e in ranked
+    ]
+    return Table(
+        "Controls",
+        ("model", *(header for n in names for header in (n, f"{n}, MRR"))),
+        tuple(rows),
+        evaluation["rules"]["controls"],
+        frozenset(range(len(rows))),
+    )
+
+
+def _mrr(interval: dict[str, Any] | None) -> str:
+    return (
+        UNKNOWN
+        if interval is None
+        else f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
     )
 
 

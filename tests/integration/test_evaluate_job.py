@@ -295,16 +295,16 @@ def test_foreign_text_decides_the_gate_by_its_lowest_cosine(tmp_path: Path, ray_
         Paths(paths.vectors, paths.index, paths.models, paths.output, foreign), fake_codec, SETTINGS
     )
     amn = made["entries"][0]
-    assert set(amn["ood_cosine"]) == {"recipes", "dialogue"}
-    lowest = min(amn["ood_cosine"], key=lambda n: amn["ood_cosine"][n])
+    assert set(amn["ood"]) == {"recipes", "dialogue"}
+    lowest = min(amn["ood"], key=lambda n: amn["ood"][n]["cosine"]["mean"])
     check = next(c for c in amn["gate"]["checks"] if c["name"] == "out-of-domain cosine")
-    assert check["passed"] is (amn["ood_cosine"][lowest] > 0.15)
+    assert check["passed"] is (amn["ood"][lowest]["cosine"]["mean"] > 0.15)
     assert f"on {lowest}, the lowest" in check["reason"]
     windows = make_windows(open_vectors(foreign[0]))
     contexts, targets = windows.batch(slice(None))
     passthrough = next(e for e in made["entries"] if e["name"] == "passthrough")
     expected = float(np.mean(cosines(contexts[:, -1], targets)))
-    assert passthrough["ood_cosine"]["recipes"] == pytest.approx(expected, abs=1e-5)
+    assert passthrough["ood"]["recipes"]["cosine"]["mean"] == pytest.approx(expected, abs=1e-5)
     assert "Out of domain" in (paths.output / "leaderboard.md").read_text()
 
 

@@ -9,6 +9,12 @@ from lvm.evaluate.leaderboard import RULES, SCHEMA, Entry, Evaluation, judge
 from lvm.evaluate.metrics import LATENCY_BATCHES, histogram
 
 
+def found(cosine: float) -> dict[str, Any]:
+    """Measures of a set of windows around one cosine."""
+    interval = {"mean": cosine, "low": cosine - 0.02, "high": cosine + 0.02, "num_articles": 10}
+    return {"cosine": interval, "mrr": {**interval, "mean": 0.2}}
+
+
 def made_entry(name: str, cosine: float, kind: str = "model", **changes: Any) -> Entry:
     """An entry around one cosine; `changes` replace fields."""
     ranks = {"windows": 90, "mean_candidates": 12.5, "r1": 0.21, "r5": 0.6, "r10": 0.9, "mrr": 0.4}
@@ -23,7 +29,12 @@ def made_entry(name: str, cosine: float, kind: str = "model", **changes: Any) ->
         "in_article": ranks,
         "in_pool": {**ranks, "windows": 100, "mean_candidates": 1000.0},
         "val_cosine": cosine + 0.01,
-        "ood_cosine": {},
+        "in_article_mrr": {"mean": 0.4, "low": 0.35, "high": 0.45, "num_articles": 10},
+        "in_pool_r10": {"mean": 0.9, "low": 0.85, "high": 0.95, "num_articles": 10},
+        "ood": {},
+        "controls": {n: found(cosine) for n in ("as written", "article backwards")}
+        if kind == "model"
+        else {},
         "histogram": histogram(np.random.default_rng(0).normal(cosine, 0.1, 500)),
         "latency": [
             {"batch": b, "repeats": 50, "mean_ms": 0.5 * b**0.5, "p50_ms": 0.5, "p95_ms": 0.6, "p99_ms": 0.7}
@@ -92,7 +103,12 @@ def evaluation() -> Evaluation:
         "text_windows": 64,
         "text": [
             {"name": "amn", "form": "snap", "rouge1": 0.112, "rouge2": 0.02, "rougeL": 0.089, "bleu": 0.7}
-            | {"vector_cosine": 0.58, "text_cosine": 0.44, "sources": {"writer": 60, "corpus": 4}}
+            | {
+                "vector_cosine": 0.58,
+                "text_cosine": 0.44,
+                "off_manifold": 0.14,
+                "sources": {"writer": 60, "corpus": 4},
+            }
             | {"keyword": 0.75, "distinct_2": 0.81, "log_prob": None},
         ],
         "examples": [

@@ -18,7 +18,9 @@ from lvm.evaluate.contest import (
     barring,
     decode_block,
     fit_corpus_mean,
+    fit_nearest_neighbour,
     fit_ridge_regression,
+    fit_weighted_mean,
     make_entries,
     measure_texts,
     model_predictor,
@@ -77,6 +79,8 @@ def scored(contest: Contest, folder: Path, model_folder: str) -> dict[str, Score
         "context mean": context_mean,
         "corpus mean": fit_corpus_mean(contest),
         "ridge": fit_ridge_regression(contest),
+        "weighted mean": fit_weighted_mean(contest),
+        "nearest neighbour": fit_nearest_neighbour(contest),
     }
     made = [score_model(contest, "amn", folder / "models", model_folder)]
     made += [score_baseline(contest, name, predict) for name, predict in baselines.items()]
@@ -118,7 +122,11 @@ def test_model_scores_are_those_of_its_own_forward_pass(
     assert amn.val_cosine == pytest.approx(
         float(cosines(predict(val_contexts), val_targets).mean()), abs=1e-6
     )
-    assert amn.ood_cosine == {"abroad": pytest.approx(amn.val_cosine)}
+    assert amn.ood["abroad"].cosine.mean() == pytest.approx(amn.val_cosine)
+    assert amn.ood["abroad"].articles.tolist() == contest.val.doc_ids.tolist()
+    written = amn.controls["as written"]
+    np.testing.assert_allclose(written.cosine, amn.scores.cosine, atol=1e-6)
+    assert written.in_article.ranks.tolist() == amn.scores.in_article.ranks.tolist()
     assert amn.parameters == sum(
         p.numel() for p in load_record(folder / "models", model_folder).model.parameters()
     )

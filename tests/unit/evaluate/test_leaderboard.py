@@ -19,7 +19,7 @@ from lvm.evaluate.leaderboard import (
     ranking,
     tables,
 )
-from tests.unit.evaluate.conftest import made_entry
+from tests.unit.evaluate.conftest import found, made_entry
 
 BASELINES = [made_entry("passthrough", 0.40, "baseline"), made_entry("ridge", 0.55, "baseline")]
 
@@ -30,7 +30,7 @@ def results(cosine: float = 0.58, **changes: object) -> dict[str, bool | None]:
 
 
 def test_gate_passes_what_meets_all_four_conditions() -> None:
-    gate = judge(made_entry("amn", 0.58, ood_cosine={"recipes": 0.2}), BASELINES)
+    gate = judge(made_entry("amn", 0.58, ood={"recipes": found(0.2)}), BASELINES)
     assert gate["passed"]
     assert [c["passed"] for c in gate["checks"]] == [True] * 4
     assert gate_word(gate) == "pass"
@@ -45,7 +45,7 @@ def test_gate_says_not_measured_where_there_was_no_foreign_text() -> None:
 def test_gate_fails_each_condition_by_itself() -> None:
     slow = [{"batch": 1, "mean_ms": 50.0}]
     assert results(val_cosine=0.40)["validation cosine"] is False
-    assert results(ood_cosine={"recipes": 0.9, "dialogue": 0.15})["out-of-domain cosine"] is False
+    assert results(ood={"recipes": found(0.9), "dialogue": found(0.15)})["out-of-domain cosine"] is False
     assert results(latency=slow)["inference"] is False
     assert results(cosine=0.55)["every baseline"] is False
 
@@ -82,7 +82,7 @@ def test_printed_leaderboard_fits_a_terminal(evaluation: Evaluation) -> None:
 
 def test_every_table_has_as_many_cells_as_headers(evaluation: Evaluation) -> None:
     for entry in evaluation["entries"]:
-        entry["ood_cosine"] = {"recipes": 0.3, "stories": 0.4}
+        entry["ood"] = {"recipes": found(0.3), "stories": {**found(0.4), "mrr": None}}
     made = tables(evaluation)
     assert [t.title for t in made] == [
         "Leaderboard",
@@ -90,6 +90,7 @@ def test_every_table_has_as_many_cells_as_headers(evaluation: Evaluation) -> Non
         "Finding the true next chunk",
         "Text",
         "Out of domain",
+        "Controls",
         "Latency",
         "Size and efficiency",
         "Promotion gate",

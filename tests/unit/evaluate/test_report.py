@@ -53,7 +53,7 @@ def test_page_is_well_formed_and_draws_every_plot(evaluation: Evaluation) -> Non
     found = outline(html_page(evaluation))
     assert found.open == []
     assert found.tags.count("svg") == 4  # bars, distribution, curves, attention
-    assert found.tags.count("table") == 7
+    assert found.tags.count("table") == 8
     assert len(found.ids) == len(set(found.ids))
 
 
