@@ -298,7 +298,10 @@ def current_records(models: Location) -> dict[str, Record]:
     names = read_aliases(models)
     if not names:
         raise InputError(f"no trained model in {models}; expected at least one, run `latent train` first")
-    return {name: load_record(models, name) for name in names}
+    once: dict[str, str] = {}
+    for alias, folder in names.items():
+        once.setdefault(folder, alias)  # a promoted model has its architecture's alias besides
+    return {alias: load_record(models, alias) for alias in once.values()}
 
 
 @dataclass(frozen=True)

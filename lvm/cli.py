@@ -105,6 +105,9 @@ def _add(command: str, job: str, line: str, to: typer.Typer = app, *extra: str) 
 for _command, (_job, _line) in JOBS.items():
     _add(_command, _job, _line, app, *(["--demo"] if _command == "demo" else []))
 
+_add("models", "models", "A run's model records: list them.", app, "list")
+_add("promote", "models", "Let an alias point to a model that passed its evaluation.", app, "promote")
+
 codec_app = typer.Typer(no_args_is_help=True, help="Measure or try out a codec.")
 for _command, (_job, _line) in CODEC_JOBS.items():
     _add(_command, _job, _line, codec_app)

@@ -33,6 +33,8 @@ def module_of(words: list[str]) -> tuple[str, list[str]]:
         return f"jobs.{CODEC_JOBS[words[1]][0]}", words[2:]
     if words[0] == "concepts":
         return f"jobs.concepts {words[1]}", words[2:]
+    if words[0] in ("models", "promote"):
+        return f"jobs.models {words[0].replace('models', 'list')}", words[1:]
     if words[0] == "serve":
         return "serve.launch", words[1:]
     if words[0] == "submit":
@@ -55,7 +57,7 @@ def unknown_options(command: str) -> list[str]:
         words = words[words.index("--") + 1 :]
     if words[0] == "python":
         module, arguments = words[2], words[3:]
-        if module == "jobs.concepts":
+        if module in ("jobs.concepts", "jobs.models"):
             module, arguments = f"{module} {arguments[0]}", arguments[1:]
     else:
         module, arguments = module_of(words[1:])

@@ -1,0 +1,154 @@
+"""List a run's model records, or promote one: an alias points to it once its evaluation says that it may.
+
+    python -m jobs.models list --run out/mine
+    python -m jobs.models promote --run out/mine gru --alias best
+
+A promotion asks for what the report calls the gate: validation cosine, out-of-domain cosine where it was measured,
+speed, and a lead over every baseline, in RUN/evaluation/evaluation.json, on the very record. `--force` with a reason
+promotes without. Each promotion is a line of promotions.jsonl. Aliases move in one rename: readers see the old
+table or the new one. Other aliases, and the record the alias pointed to, stay. Starts no Ray.
+"""
+
+import json
+import time
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs._ray import PathOrUrl, finish, path_option, run, say
+from lvm.errors import InputError
+from lvm.evaluate.leaderboard import SCHEMA, gate_word
+from lvm.predict.record import (
+    CONFIG,
+    METRICS,
+    load_record,
+    read_aliases,
+    record_folders,
+    resolve,
+    set_alias,
+)
+from lvm.storage import Location, location
+
+PROMOTIONS = "promotions.jsonl"
+"""Beside the aliases: a line for each promotion."""
+
+RunFolder = Annotated[
+    PathOrUrl, typer.Option("--run", parser=location, metavar="PATH", help="Folder of the run.")
+]
+
+
+def described(models: Location) -> list[dict[str, Any]]:
+    """A row a record, newest first: name, aliases, architecture, parameters, context, val cosine, created."""
+    aliases = read_aliases(models)
+    rows = []
+    for folder in reversed(record_folders(models)):
+        config, metrics = (json.loads((folder / file).read_text()) for file in (CONFIG, METRICS))
+        rows.append(
+            {
+                "record": folder.name,
+                "aliases": sorted(a for a, name in aliases.items() if name == folder.name),
+                "architecture": config["model"],
+                "parameters": config.get("parameters"),
+                "context": config.get("windows", {}).get("context"),
+                "rank_head": "rank" in config,
+                "val_cosine": metrics.get("val_cosine"),
+                "created": config.get("created", ""),
+                "codec": config["codec"]["digest"],
+            }
+        )
+    return rows
+
+
+def gate_of(evaluation: Location, folder: str) -> str:
+    """The gate in words, "pass" first where it passed, of this record in this evaluation. Raises InputError where the
+    record was not evaluated."""
+    path = evaluation / "evaluation.json"
+    if not path.is_file():
+        raise InputError(f"{path} is not there; run `latent evaluate` first, or promote with --force REASON")
+    found = json.loads(path.read_text())
+    if found.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path} has schema {found.get('schema')!r}, expected {SCHEMA!r}; run `latent evaluate` again"
+        )
+    for entry in found["entries"]:
+        if entry["kind"] == "model" and entry["details"].get("folder") == folder:
+            return gate_word(entry["gate"])
+    known = ", ".join(e["details"]["folder"] for e in found["entries"] if e["kind"] == "model")
+    raise InputError(
+        f"{path} is of {known}, not of {folder}; run `latent evaluate` again, or promote with --force REASON"
+    )
+
+
+def list_models(run_folder: RunFolder) -> None:
+    """List the records of a run, newest first."""
+    started = time.perf_counter()
+    rows = described(run_folder / "models")
+    table = Table("record", "alias", "parameters", "context", "rank head", "val cosine", "created", box=None)
+    for row in rows:
+        cosine = row["val_cosine"]
+        table.add_row(
+            row["record"],
+            ", ".join(row["aliases"]),
+            f"{row['parameters']:,}" if row["parameters"] else "-",
+            str(row["context"] or "-"),
+            "yes" if row["rank_head"] else "no",
+            "-" if cosine is None else f"{cosine:.4f}",
+            row["created"][:16].replace("T", " "),
+        )
+    if rows:
+        Console(stderr=True, width=max(120, Console(stderr=True).width)).print(table)
+    else:
+        say(f"{run_folder}/models holds no model yet; `latent train` makes some")
+    seconds = round(time.perf_counter() - started, 3)
+    finish({"stage": "models", "rows": len(rows), "seconds": seconds, "models": rows})
+
+
+def promote(
+    model: Annotated[str, typer.Argument(help="Alias or record to promote.")],
+    run_folder: RunFolder,
+    alias: Annotated[str, typer.Option(help="Alias that is to point to it.")] = "best",
+    evaluation: Annotated[
+        PathOrUrl | None, path_option("Evaluation to go by; RUN/evaluation unless given.")
+    ] = None,
+    force: Annotated[str | None, typer.Option(help="Promote whatever the gate says; the reason why.")] = None,
+) -> None:
+    """Let an alias point to a record that passed its evaluation's gate."""
+    started = time.perf_counter()
+    models = (run_folder / "models").resolve()
+    if not alias or "/" in alias or alias.startswith("."):
+        raise InputError(f"--alias is {alias!r}, expected a plain name such as best")
+    folder = resolve(models, model)
+    load_record(models, folder.name)  # whole and undamaged, or refused here and not by the service
+    before = read_aliases(models).get(alias)
+    if force is None:
+        gate = gate_of(evaluation or run_folder / "evaluation", folder.name)
+        if not gate.startswith("pass"):
+            raise InputError(
+                f"{folder.name} is not promoted, {gate}; --force REASON promotes it all the same"
+            )
+    else:
+        if not force.strip():
+            raise InputError("--force is empty, expected the reason why")
+        gate = f"forced: {force.strip()}"
+    set_alias(models, alias, folder)
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "alias": alias,
+        "record": folder.name,
+        "before": before,
+        "gate": gate,
+    }
+    path = models / PROMOTIONS
+    held = path.read_text() if path.exists() else ""
+    path.write_text(held + json.dumps(entry, ensure_ascii=False) + "\n")
+    say(f"{alias} is {folder.name} ({gate}); before: {before or 'nothing'}")
+    finish({"stage": "promote", "seconds": round(time.perf_counter() - started, 3), **entry})
+
+
+COMMANDS = {"list": list_models, "promote": promote}
+
+if __name__ == "__main__":
+    run(COMMANDS)
