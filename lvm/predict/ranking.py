@@ -46,7 +46,7 @@ class RankSettings:
     """InfoNCE divides cosines by this."""
     learning_rate: float = 3e-4
     """Highest, of AdamW."""
-    weight_decay: float = 1.0
+    weight_decay: float = 0.3
     """Of the matrices, times the learning rate: what is known of few articles fades."""
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ DECAY = 0.7
 class RankHead(nn.Module):
     """Vectors to search with, from contexts and the predictor's features."""
 
-    def __init__(self, context: int, dim: int, features: int, channels: int = 128) -> None:
+    def __init__(self, context: int, dim: int, features: int, channels: int = 256) -> None:
         """context: T, dim: D, features: H, 0 for a predictor that has none. channels: the fewer, the less is learnt by
         heart."""
         super().__init__()
