@@ -1,6 +1,7 @@
 """The application: `build(args)` makes it, whoever runs it.
 
-    latent serve --run out/demo                              on this machine
+    latent serve                                             on this machine, with the predictors that ship
+    latent serve --run out/demo                              with a run of yours
     serve run serve.app:build run=out/demo                   the same, by Ray's own command
     serve deploy serve/config.yaml                           on a cluster
 
@@ -19,7 +20,7 @@ from serve.encoder import Encoder
 from serve.gateway import Gateway
 from serve.predictor import Predictor
 from serve.retriever import Retriever
-from serve.settings import Scale, ServeArgs, require_run
+from serve.settings import Scale, ServeArgs, models_of, require_run
 
 
 def build(args: ServeArgs) -> serve.Application:
@@ -27,11 +28,12 @@ def build(args: ServeArgs) -> serve.Application:
 
     Reads which folder each model alias points to now: build again to roll out a newer one.
     """
-    run = str(Path(args.run).absolute())
+    run = args.run and str(Path(args.run).absolute())
     inbox = args.inbox and str(Path(args.inbox).absolute())
     args = args.model_copy(update={"run": run, "inbox": inbox})
-    require_run(run)
-    models = _aliases(Path(run) / "models")
+    if run:
+        require_run(run)
+    models = _aliases(models_of(args))
 
     def scaled(deployment: Any, scale: Scale, max_ongoing: int) -> Any:
         return deployment.options(
@@ -76,7 +78,7 @@ def build(args: ServeArgs) -> serve.Application:
             models,
             apart("encoder", Encoder, args.encoder, calls),
             apart("predictor", Predictor, args.predictor, calls, models),
-            apart("retriever", Retriever, args.retriever, 3 * calls),
+            apart("retriever", Retriever, args.retriever, 3 * calls) if run else None,
             scaled(Decoder, args.decoder, 2 * args.queue_rows).bind(args),
         )
     )

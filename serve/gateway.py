@@ -20,7 +20,7 @@ from serve.breaker import Breaker
 from serve.encoder import Encoder
 from serve.guard import LOOPBACK, App, Guard, read_keys
 from serve.metrics import GatewayMetrics
-from serve.pipeline import Pipeline
+from serve.pipeline import CorpusStages, Pipeline
 from serve.predictor import Predictor
 from serve.requests import add_error_replies
 from serve.retriever import Retriever
@@ -32,7 +32,7 @@ from serve.routes.status import StatusRoutes
 from serve.routes.vectors import VectorRoutes
 from serve.schema import ErrorReply, ModelRecord
 from serve.service import Service
-from serve.settings import ServeArgs, require_run
+from serve.settings import ServeArgs, codec_name
 from serve.stage import Call, FullError, Stage, StageError
 
 LOST = (RayActorError, DeploymentUnavailableError)
@@ -73,17 +73,19 @@ class Gateway:
         parts: dict[str, Any] = {
             "encoder": encoder or Encoder.func_or_class(args),
             "predictor": predictor or Predictor.func_or_class(args, models),
-            "retriever": retriever or Retriever.func_or_class(args),
             "decoder": decoder,
         }
+        if args.run:
+            parts["retriever"] = retriever or Retriever.func_or_class(args)
         described = {
             name: await (part.describe.remote() if isinstance(part, DeploymentHandle) else part.describe())
             for name, part in parts.items()
         }
         identity = CodecIdentity.from_dict(described["encoder"])
-        for name in ("decoder", "retriever"):
-            record = CodecIdentity.from_dict(described[name]["codec"])
-            require_same_codec(identity, record, "the encoder", f"the {name}")
+        served = {name: described[name]["codec"] for name in ("decoder", "retriever") if name in described}
+        served |= {f"model {alias}": r["config"]["codec"] for alias, r in described["predictor"].items()}
+        for name, codec in served.items():
+            require_same_codec(identity, CodecIdentity.from_dict(codec), "the encoder", f"the {name}")
         records = {alias: _model_record(alias, r) for alias, r in described["predictor"].items()}
         records[PASSTHROUGH] = ModelRecord(
             name=PASSTHROUGH,
@@ -95,7 +97,7 @@ class Gateway:
             codec=identity.digest,
         )
         contexts = {alias: record.context for alias, record in records.items()}
-        tokenizer = load_tokenizer(args.codec or require_run(args.run).identity.name, args.codec_path)
+        tokenizer = load_tokenizer(codec_name(args), args.codec_path)
 
         def stage(name: str, part: str, method: str, max_rows: int, max_calls: int = args.max_calls) -> Stage:
             where = parts[part]
@@ -105,11 +107,15 @@ class Gateway:
         pipeline = Pipeline(
             identity,
             stage("encode", "encoder", "run", args.queue_rows * max(contexts.values())),
-            stage("context", "retriever", "fill", args.queue_rows),
             stage("predict", "predictor", "run", args.queue_rows),
-            stage("snap", "retriever", "snap", args.queue_rows),
-            stage("search", "retriever", "near", args.queue_rows),
             stage("decode", "decoder", "run", args.queue_rows, max_calls=args.queue_rows),
+            CorpusStages(
+                stage("context", "retriever", "fill", args.queue_rows),
+                stage("snap", "retriever", "snap", args.queue_rows),
+                stage("search", "retriever", "near", args.queue_rows),
+            )
+            if args.run
+            else None,
             Breaker(args.breaker),
             self._metrics,
             args.cache_bytes,
@@ -122,7 +128,7 @@ class Gateway:
             identity,
             records,
             described["decoder"],
-            described["retriever"],
+            described.get("retriever", {}),
             Chunker(tokenizer),
             pipeline,
             self._metrics,

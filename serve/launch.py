@@ -27,11 +27,15 @@ from serve.guard import LOOPBACK, check_keys, read_keys
 from serve.settings import ServeArgs, SmoothingArgs
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-DEMO_RUN = Path("out/demo")
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="Folder of `latent run` or `latent demo`.")] = DEMO_RUN,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of `latent run` or `latent demo`; none serves the predictors that ship, without a corpus."
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; another than loopback needs an API key.")
     ] = "127.0.0.1",
@@ -64,9 +68,11 @@ def main(
     ] = None,
 ) -> None:
     """Start the service and stay until a signal."""
-    if not run.is_dir():
+    if run is None:
+        say("serving the predictors that ship, without a corpus; --run DIR serves a run of yours")
+    elif not run.is_dir():
         raise InputError(
-            f"no folder {run}; expected the output of `latent run` (--run DIR). Try `latent demo` first"
+            f"no folder {run}; expected the output of `latent run` (--run DIR), or no --run for what ships"
         )
     hashes = [] if api_keys_file is None else read_keys(api_keys_file)
     from_environment = [k.strip() for k in os.environ.get("LATENT_API_KEYS", "").split(",") if k.strip()]
@@ -77,7 +83,7 @@ def main(
             "or leave the host at 127.0.0.1"
         )
     record: dict[str, Any] = {
-        "run": str(run.absolute()),
+        "run": "" if run is None else str(run.absolute()),
         "codec": codec,
         "codec_path": None if codec_path is None else str(codec_path.absolute()),
         "default_model": model,

@@ -109,6 +109,18 @@ class Clock:
         return {**{k: round(v, 3) for k, v in self.ms.items()}, "total": round(total, 3)}
 
 
+@dataclass(frozen=True)
+class CorpusStages:
+    """Operations of the retriever."""
+
+    fill: Stage
+    snap: Stage
+    find: Stage
+
+
+NO_CORPUS = "no corpus is loaded; start the service with --run, the folder of a `latent run`"
+
+
 class Pipeline:
     """All stages of one application, as one gateway sees them."""
 
@@ -116,11 +128,9 @@ class Pipeline:
         self,
         identity: CodecIdentity,
         encoder: Stage,
-        filler: Stage,
         predictor: Stage,
-        snapper: Stage,
-        finder: Stage,
         decoder: Stage,
+        corpus: CorpusStages | None,
         breaker: Breaker,
         metrics: GatewayMetrics,
         cache_bytes: int,
@@ -128,11 +138,11 @@ class Pipeline:
         folders: dict[str, str],
         contexts: dict[str, int],
     ) -> None:
-        """filler, snapper and finder are three operations of the retriever. folders: alias to record folder. contexts:
-        alias to the vectors that model reads; CONTEXT_CHUNKS for others."""
+        """corpus: None where none is loaded; then nothing snaps, and what the decoder refuses is answered for want of
+        a better text. folders: alias to record folder. contexts: alias to the vectors that model reads; CONTEXT_CHUNKS
+        for others."""
         self.identity, self.breaker = identity, breaker
-        self.encoder, self.filler, self.predictor = encoder, filler, predictor
-        self.snapper, self.finder, self.decoder = snapper, finder, decoder
+        self.encoder, self.predictor, self.decoder, self.corpus = encoder, predictor, decoder, corpus
         self._metrics, self._patience_s = metrics, decode_patience_s
         self._folders, self._contexts = folders, contexts
         self._vectors: Cache[EncodedText] = Cache(cache_bytes)
@@ -164,7 +174,8 @@ class Pipeline:
     async def say(self, texts: Sequence[str], wish: Wish) -> Said:
         """The chunk after these, at least one of them.
 
-        Raises DeadlineError, StageError or UnavailableError; never for want of a decoder, then the corpus answers.
+        Raises DeadlineError, StageError or UnavailableError; for want of a decoder only without a corpus, which
+        answers then.
         """
         key = self._key(texts, wish)
         if wish.cache:
@@ -235,7 +246,8 @@ class Pipeline:
         cache: bool = True,
         corpus: bool = True,
     ) -> tuple[list[Answer], Timing]:
-        """One Answer a unit vector (B, D). corpus: whether it may answer for what was refused."""
+        """One Answer a unit vector (B, D). corpus: whether it may answer for what was refused, where one is loaded."""
+        corpus = corpus and self.corpus is not None
         rows = [VectorRow(v, None, steps, cache) for v in vectors]
         refusal = self.breaker.refuses(self.decoder.depth) if corpus else None
         timing = Timing()
@@ -249,8 +261,8 @@ class Pipeline:
                     raise
                 refusal = str(err)
         open_ = [i for i, a in enumerate(answers) if a is None or (corpus and not a.accepted)]
-        if open_:
-            near, near_timing = await self.finder.run(
+        if open_ and self.corpus is not None:
+            near, near_timing = await self.corpus.find.run(
                 [NearRow(vectors[i], 1, answers=True) for i in open_], deadline
             )
             timing = Timing(
@@ -272,12 +284,14 @@ class Pipeline:
         clock.add("predict", timing)
         folder, raw = predicted.folder, predicted.vector
         steered, drifted = raw, False
-        if wish.model != PASSTHROUGH and wish.snap:  # passthrough shows the codec alone
+        if (
+            wish.model != PASSTHROUGH and wish.snap and self.corpus is not None
+        ):  # passthrough shows the codec alone
             row = SnapRow(predicted.search, context.vectors[-1], context.vectors.mean(0))
-            ((steered, drifted),), timing = await self.snapper.run([row], wish.deadline)
+            ((steered, drifted),), timing = await self.corpus.snap.run([row], wish.deadline)
             clock.add("snap", timing)
         near: list[CorpusChunk] = []
-        if wish.neighbours:
+        if wish.neighbours and self.corpus is not None:
             near = await self._near(steered, wish.neighbours, context, wish.deadline, clock, "snap")
         return _Steered(folder, context, sum(e.truncated for e in encoded), raw, steered, drifted, near)
 
@@ -285,9 +299,9 @@ class Pipeline:
         self, vectors: NDArray[np.float32], texts: Sequence[str], wish: Wish, clock: Clock
     ) -> Context:
         length = self._context_length(wish)
-        if wish.fill == "retrieve" and len(texts) < length:
+        if wish.fill == "retrieve" and len(texts) < length and self.corpus is not None:
             row = FillRow(vectors, tuple(texts), length)
-            (context,), timing = await self.filler.run([row], wish.deadline)
+            (context,), timing = await self.corpus.fill.run([row], wish.deadline)
             clock.add("context", timing)
             return context  # type: ignore[no-any-return]
         begun = time.perf_counter()
@@ -309,12 +323,15 @@ class Pipeline:
     ) -> list[CorpusChunk]:
         # A chunk the reader has just read is no continuation of it.
         row = NearRow(vector, k, frozenset(context.texts))
-        (near,), timing = await self.finder.run([row], deadline)
+        assert self.corpus is not None
+        (near,), timing = await self.corpus.find.run([row], deadline)
         clock.add(stage, timing)
         return near  # type: ignore[no-any-return]
 
     async def _decode(self, way: "_Steered", wish: Wish, clock: Clock) -> Answer:
         refusal = self.breaker.refuses(self.decoder.depth)
+        if refusal is not None and self.corpus is None:
+            raise UnavailableError(f"{refusal}; {NO_CORPUS}, and it answers meanwhile")
         answer: Answer | None = None
         if refusal is None:
             row = VectorRow(way.steered, way.context.vectors, wish.steps, wish.cache, self._on_their_way)
@@ -324,14 +341,15 @@ class Pipeline:
                 clock.add("decode", timing)
                 self._look("vector", int(answer.cached), int(not answer.cached))
             except (UnavailableError, DeadlineError) as err:
-                if time.monotonic() >= wish.deadline:
+                if self.corpus is None or time.monotonic() >= wish.deadline:
                     raise
                 refusal = str(err)
-        if answer is not None and (answer.accepted or wish.steps is not None):
+        if answer is not None and (answer.accepted or wish.steps is not None or self.corpus is None):
             return answer
+        assert self.corpus is not None
         # A chunk the reader has just read is no continuation of it.
         row = NearRow(way.raw, 1, frozenset(way.context.texts), answers=True)
-        ((chunk,),), timing = await self.finder.run([row], wish.deadline)
+        ((chunk,),), timing = await self.corpus.find.run([row], wish.deadline)
         clock.add("decode", timing)
         return extracted(answer, Nearest(chunk.text, chunk.cosine), refusal)
 

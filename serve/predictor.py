@@ -7,7 +7,6 @@ than every prediction it will ask for (tests/bench/results/).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from ray import serve
 from lvm.predict.steer import PASSTHROUGH
 from serve.metrics import replica_metrics
 from serve.rows import Outcome, RowQueue
-from serve.settings import ServeArgs, require_run
+from serve.settings import ServeArgs, models_of, require_run
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,13 @@ class Predictor:
         from lvm.predict.predictor import load_predictor
 
         torch.set_num_threads(args.predictor.num_threads)
-        manifest = require_run(args.run)
         self._predictors = {}
         for alias, folder in models.items():
-            predictor = load_predictor(folder, Path(args.run) / "models")
-            predictor.require_codec(manifest.identity, f"{args.run}/vectors")
-            blank = np.zeros((1, predictor.context, manifest.identity.dim), np.float32)
+            predictor = load_predictor(folder, models_of(args))
+            assert predictor.record is not None
+            if args.run:
+                predictor.require_codec(require_run(args.run).identity, f"{args.run}/vectors")
+            blank = np.zeros((1, predictor.context, predictor.record.identity.dim), np.float32)
             predictor(blank), predictor.search(blank)  # the first calls allocate
             self._predictors[alias] = predictor
         self._queue: RowQueue[ContextRow, Predicted] = RowQueue(

@@ -16,7 +16,7 @@ from lvm.corpus.chunker import Chunk, Chunker
 from lvm.corpus.records import Article
 from serve.health import Seen, Window
 from serve.metrics import GatewayMetrics
-from serve.pipeline import Pipeline
+from serve.pipeline import NO_CORPUS, CorpusStages, Pipeline
 from serve.schema import CodecRecord, ModelRecord, RefusedError
 from serve.settings import ServeArgs
 from serve.smoothing import Smoother
@@ -45,7 +45,9 @@ class Service:
         self.args, self.limits, self.identity = args, args.limits, identity
         self.codec = CodecRecord(**identity.to_dict())
         self.models, self.decoder, self.corpus = models, decoder, corpus
-        self.default_model = args.default_model or ("lstm" if "lstm" in models else next(iter(models)))
+        self.default_model = args.default_model or next(
+            (name for name in ("lstm", "gru") if name in models), next(iter(models))
+        )
         self.model(self.default_model)
         self.pipeline, self.metrics = pipeline, metrics
         self.smoother, self.window = Smoother(args.smoothing), Window()
@@ -72,6 +74,12 @@ class Service:
                 "by another's decoder",
                 param=what,
             )
+
+    def require_corpus(self, what: str) -> CorpusStages:
+        """The corpus' operations, or a refusal where none is loaded; what: that asks for it."""
+        if self.pipeline.corpus is None:
+            raise RefusedError(422, f"{what} needs a corpus, and {NO_CORPUS}", param=what)
+        return self.pipeline.corpus
 
     def require_steps(self, steps: int | None) -> None:
         """Refuse corrector steps that the limits or the codec do not have."""

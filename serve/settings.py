@@ -19,7 +19,9 @@ __all__ = [
     "Scale",
     "ServeArgs",
     "SmoothingArgs",
+    "codec_name",
     "codec_of_run",
+    "models_of",
     "require_run",
 ]
 
@@ -128,8 +130,9 @@ class SmoothingArgs(Strict):
 class ServeArgs(Strict):
     """Arguments of `serve.app:build`."""
 
-    run: str
-    """Folder of `latent run` or `latent demo`, on storage every node sees."""
+    run: str = ""
+    """Folder of `latent run` or `latent demo`, on storage every node sees. Empty serves the predictors that ship,
+    without a corpus: no search, no snap, and nothing is answered from neighbours."""
     codec: str | None = None
     """Codec name; by default the one the vectors were made with."""
     codec_path: str | None = None
@@ -138,7 +141,7 @@ class ServeArgs(Strict):
     """Any word. Ray builds an application of an unchanged config.yaml only once: another word here makes `serve deploy`
     build it again, and so take up what the run's model aliases point to now."""
     default_model: str | None = None
-    """Model of a request that names none; by default lstm where there is one, else the first."""
+    """Model of a request that names none; by default lstm where there is one, else gru, else the first."""
     api_keys_sha256: list[str] = []
     """SHA-256 (64 hex digits) of each accepted key. Hashes, since Ray shows an application's arguments."""
     api_keys_file: str | None = None
@@ -200,14 +203,29 @@ def require_run(run: str) -> Manifest:
     return Manifest.load(folder / "vectors", "vectors")
 
 
+def models_of(args: ServeArgs) -> Path:
+    """The folder of the model records served."""
+    if args.run:
+        return Path(args.run) / "models"
+    from lvm.predict.predictor import SHIPPED  # with torch, which a launcher has no use for
+
+    return SHIPPED
+
+
+def codec_name(args: ServeArgs) -> str:
+    """Name of the codec served: the one asked for, else of the run's vectors, else the one that ships."""
+    return args.codec or (require_run(args.run).identity.name if args.run else "mini")
+
+
 def codec_of_run(args: ServeArgs) -> Codec:
     """The codec that answers for `args.run`, loaded; raises IdentityError where the run's vectors are another's."""
-    manifest = require_run(args.run)
     codec = load_codec(
-        args.codec or manifest.identity.name,
+        codec_name(args),
         args.codec_path,
         writer=args.writer,
         language_model=args.language_model,
     )
-    require_same_codec(codec.identity, manifest.identity, "the loaded codec", f"{args.run}/vectors")
+    if args.run:
+        manifest = require_run(args.run)
+        require_same_codec(codec.identity, manifest.identity, "the loaded codec", f"{args.run}/vectors")
     return codec

@@ -57,6 +57,8 @@ class GenerateRoute:
         self._service.require_at_most("length", body.length, "max_rollout")
         self._service.require_at_most("neighbours", body.neighbours, "max_neighbours")
         self._service.require_steps(body.steps)
+        if body.snap or body.neighbours:
+            self._service.require_corpus("snap" if body.snap else "neighbours")
         if body.smooth and not self._service.smoother.configured:
             raise RefusedError(
                 422,

@@ -124,6 +124,7 @@ class VectorRoutes:
     async def search(self, request: Request, body: SearchRequest) -> SearchReply:
         """Texts or vectors to the nearest chunks of the corpus."""
         clock = Clock()
+        corpus = self._service.require_corpus("search")
         deadline = self._service.deadline(body.deadline_s)
         self._service.require_one(query=body.query, vectors=body.vectors)
         self._service.require_at_most("k", body.k, "max_neighbours")
@@ -139,9 +140,7 @@ class VectorRoutes:
             self._service.require_at_most("vectors", len(body.vectors), "max_vectors")
             queries = unpack(body.vectors, self._service.identity.dim, "vectors")
         with self._service.admitted(len(queries)):
-            found, timing = await self._service.pipeline.finder.run(
-                [NearRow(q, body.k) for q in queries], deadline
-            )
+            found, timing = await corpus.find.run([NearRow(q, body.k) for q in queries], deadline)
         clock.add("snap", timing)
         return SearchReply(
             request_id=request_id(request),

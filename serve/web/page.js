@@ -10,6 +10,7 @@ With Matthew Boulton he then sold engines to mills and mines.`;
 
 const $ = (id) => document.getElementById(id);
 let running = null;
+let corpusChunks = 0;
 
 function headers() {
   const key = $("key").value.trim();
@@ -73,12 +74,18 @@ async function showModels() {
       return label;
     }),
   );
+  corpusChunks = known.corpus.chunks ?? 0;
   $("length").max = known.limits.max_rollout;
   $("smooth-row").hidden = !known.smoothing;
   $("codec").textContent =
     `codec ${known.codec.name} (${known.codec.digest}), ${known.codec.max_tokens} tokens a chunk, ` +
-    `${known.corpus.chunks.toLocaleString("en")} corpus chunks`;
+    (hasCorpus() ? `${corpusChunks.toLocaleString("en")} corpus chunks` : "no corpus");
+  $("snap-row").hidden = !hasCorpus();
+  $("fill").options[0].hidden = !hasCorpus();
+  if (!hasCorpus() && $("fill").value === "retrieve") $("fill").value = "repeat";
 }
+
+const hasCorpus = () => corpusChunks > 0;
 
 const checkedModels = () =>
   [...document.querySelectorAll('input[name="model"]:checked')].map((box) => box.value);
@@ -169,6 +176,7 @@ function stepOf(step) {
       return item;
     }),
   );
+  made.querySelector(".near").hidden = !step.neighbours.length;
   made.querySelector(".near ol").append(
     ...step.neighbours.map((near) => {
       const item = element("li", near.text);
@@ -249,10 +257,10 @@ async function submit(event) {
     ...given,
     length: Number($("length").value) || 1,
     fill: $("fill").value,
-    snap: $("snap").checked,
+    snap: hasCorpus() && $("snap").checked,
     cache: $("cache").checked,
     smooth: $("smooth").checked,
-    neighbours: 5,
+    neighbours: hasCorpus() ? 5 : 0,
   };
   await Promise.all(models.map((model) => ask(model, body, mine.signal)));
   if (running === mine) {

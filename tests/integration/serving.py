@@ -156,11 +156,15 @@ def descendants(root: int) -> list[int]:
 
 @contextlib.contextmanager
 def running(
-    run: Path, *options: str, environment: dict[str, str] | None = None, key: str | None = None
+    run: Path | None, *options: str, environment: dict[str, str] | None = None, key: str | None = None
 ) -> Iterator[Service]:
-    """`latent serve` on a free port until the end of the block; its stderr is shown when it does not start."""
+    """`latent serve` on a free port until the end of the block, with this run or with what ships.
+
+    Its stderr is shown when it does not start.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "lvm.cli", "serve", "--run", str(run), "--port", str(port), *options]
+    given = [] if run is None else ["--run", str(run)]
+    command = [sys.executable, "-m", "lvm.cli", "serve", *given, "--port", str(port), *options]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command,

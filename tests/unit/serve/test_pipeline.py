@@ -11,7 +11,7 @@ from lvm.codec.ladder import Answer
 from serve.breaker import Breaker
 from serve.decoder import VectorRow
 from serve.encoder import EncodedText
-from serve.pipeline import Pipeline, Wish, judge
+from serve.pipeline import CorpusStages, Pipeline, Wish, judge
 from serve.predictor import Predicted
 from serve.retriever import CorpusChunk
 from serve.rows import Outcome
@@ -45,6 +45,7 @@ class Parts:
         self.decode_s = 0.0
         self.decoder_lost = False
         self.folder = "lstm-1"
+        self.corpus = True
         self.near_texts = ["a corpus chunk of the river", "another corpus chunk"]
 
     async def encode(self, rows: list[str], _: list[float]) -> list[Outcome[Any]]:
@@ -80,11 +81,11 @@ class Parts:
         return Pipeline(
             self.codec.identity,
             stage("encode", self.encode),
-            stage("context", self.snap),
             stage("predict", self.predict),
-            stage("snap", self.snap),
-            stage("search", self.near),
             stage("decode", self.decode),
+            CorpusStages(stage("context", self.snap), stage("snap", self.snap), stage("search", self.near))
+            if self.corpus
+            else None,
             Breaker(BreakerArgs(**breaker)),
             Quiet(),  # type: ignore[arg-type]
             10**6,
@@ -118,6 +119,25 @@ def test_no_more_is_read_than_a_predictor_reads() -> None:
     said = asyncio.run(parts.pipeline().say(["older", "old", *FIVE], wish()))
     assert said.context.texts == tuple(FIVE)
     assert parts.calls["encode"] == 5
+
+
+def test_without_a_corpus_the_decoder_alone_answers() -> None:
+    parts = Parts()
+    parts.corpus = False
+    pipeline = parts.pipeline()
+    said = asyncio.run(pipeline.say(FIVE[:2], wish()))
+    assert said.context.mode == "repeat_pad"  # nothing to retrieve from
+    assert said.answer.source == "writer"
+    assert parts.calls == {"encode": 2, "predict": 1, "decode": 1}
+    parts.fault = "no language"
+    said = asyncio.run(pipeline.say(FIVE, wish()))
+    assert said.answer.refusals == ("no language",)  # for want of a better one
+    vectors = parts.codec.encode_chunks(FIVE).vectors
+    answers, _ = asyncio.run(pipeline.decode(vectors, time.monotonic() + 10))
+    assert [a.refusals for a in answers] == [("no language",)] * 5
+    parts.decoder_lost = True
+    with pytest.raises(UnavailableError):
+        asyncio.run(pipeline.say(FIVE[1:], wish()))
 
 
 def test_without_a_snap_the_prediction_itself_is_decoded() -> None:
