@@ -62,6 +62,10 @@ class RankSettings:
 PASSES = 6
 """Times a window is seen at most: on few windows more is learning by heart."""
 
+CHANNELS = 128
+"""Between inputs and output: with more the head learns the training articles by heart. All 768 of them, on a million
+windows, found worse (reciprocal rank 0.114 within the article, against 0.120 at 256)."""
+
 DECAY = 0.7
 """Start of the context's own weights: each vector counts this much of the next one."""
 
@@ -69,9 +73,8 @@ DECAY = 0.7
 class RankHead(nn.Module):
     """Vectors to search with, from contexts and the predictor's features."""
 
-    def __init__(self, context: int, dim: int, features: int, channels: int = 256) -> None:
-        """context: T, dim: D, features: H, 0 for a predictor that has none. channels: the fewer, the less is learnt by
-        heart."""
+    def __init__(self, context: int, dim: int, features: int, channels: int = CHANNELS) -> None:
+        """context: T, dim: D, features: H, 0 for a predictor that has none."""
         super().__init__()
         self.sizes = {"context": context, "dim": dim, "features": features, "channels": channels}
         self.weights = nn.Parameter(DECAY ** torch.arange(context - 1, -1, -1.0))
