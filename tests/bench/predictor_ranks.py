@@ -1,0 +1,89 @@
+"""Predictors with their rank heads against every baseline, on the test articles of one vector folder.
+
+    python -m tests.bench.predictor_ranks --vectors out/wiki/vectors --models out/wiki/models --windows 10000
+
+Cosine, reciprocal rank within the article, and recall at 10 among 10,000 chunks, each with its 95 % interval over
+articles; with and without the head. The last line of stdout is one JSON object. Nothing is timed.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lvm.evaluate.baselines import (
+    CorpusMean,
+    NearestNeighbour,
+    RidgeSettings,
+    WeightedMean,
+    context_mean,
+    copy_last,
+    fit_ridge,
+)
+from lvm.evaluate.contest import at_most, find
+from lvm.evaluate.controls import as_written
+from lvm.evaluate.metrics import Pool, Predict, clustered_interval, score_windows, summarise_ranks
+from lvm.predict.predictor import load_predictor
+from lvm.predict.record import read_aliases
+from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+
+POOL = 10_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vectors", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=10_000, help="test windows scored")
+    options = parser.parse_args()
+    array = open_vectors(options.vectors)
+    parts = make_windows(array, WindowSettings()).split(0)
+    test, pool = at_most(parts["test"], options.windows, 0), Pool.draw(array.vectors, POOL, 0)
+    settings = RidgeSettings()
+    train = at_most(parts["train"], settings.max_train_windows, 0)
+    few, val = at_most(train, 5_000, 0), at_most(parts["val"], settings.max_val_windows, 0)
+
+    def reciprocal_rank(predict: Predict) -> float:
+        return summarise_ranks(find(predict, None, array, as_written(few)).in_article)["mrr"] or 0.0
+
+    batches = partial(train.batches, 1024)
+    rows: dict[str, tuple[Predict, Predict | None]] = {
+        "copy last": (copy_last, None),
+        "context mean": (context_mean, None),
+        "weighted mean": (WeightedMean.fit(reciprocal_rank), None),
+        "corpus mean": (CorpusMean.fit(batches), None),
+        "nearest neighbour": (NearestNeighbour.fit(batches), None),
+        "ridge": (fit_ridge(batches, partial(val.batches, 1024), settings), None),
+    }
+    for alias in read_aliases(options.models):
+        predictor = load_predictor(alias, options.models)
+        rows[f"{alias}, prediction"] = (predictor, None)
+        if predictor.record is not None and predictor.record.ranker is not None:
+            rows[f"{alias}, rank head"] = (predictor, predictor.search)
+    print("| predictor | cosine | MRR in the article | R@10 of 10,000 |")
+    print("| --- | --- | --- | --- |")
+    found = {}
+    for name, (predict, search) in rows.items():
+        scores = score_windows(predict, search, as_written(test), pool, array.vectors, array.doc_ids)
+        kept = scores.in_article.candidates > 1
+        measured = {
+            "cosine": clustered_interval(scores.cosine, test.doc_ids),
+            "mrr": clustered_interval(1.0 / scores.in_article.ranks[kept], test.doc_ids[kept]),
+            "r10": clustered_interval(scores.in_pool.ranks <= 10, test.doc_ids),
+        }
+        cells = " | ".join(f"{m.mean:.4f} [{m.low:.4f}, {m.high:.4f}]" for m in measured.values())
+        print(f"| {name} | {cells} |", flush=True)
+        found[name] = {key: m.to_dict() for key, m in measured.items()}
+    windows = {k: len(v) for k, v in parts.items()}
+    articles = len(np.unique(test.doc_ids))
+    print(json.dumps({"windows": windows, "scored": len(test), "articles": articles, "rows": found}))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
