@@ -102,7 +102,8 @@ def test_models_and_all_baselines_are_scored_on_test_articles_alone(
 ) -> None:
     kinds = {e["name"]: e["kind"] for e in evaluation["entries"]}
     assert kinds == {"amn": "model", "lstm": "model"} | dict.fromkeys(
-        ("passthrough", "context mean", "corpus mean", "ridge"), "baseline"
+        ("passthrough", "context mean", "weighted mean", "corpus mean", "nearest neighbour", "ridge"),
+        "baseline",
     )
     test = make_windows(open_vectors(paths.vectors)).split(0)["test"]
     assert evaluation["split"]["test_windows"] == len(test)
@@ -119,6 +120,16 @@ def test_models_and_all_baselines_are_scored_on_test_articles_alone(
             assert entry["cosine"]["mean"] == pytest.approx(float(expected[entry["name"]].mean()), abs=1e-5)
     ridge = next(e for e in evaluation["entries"] if e["name"] == "ridge")
     assert ridge["details"]["train_windows"] == 60
+    for entry in evaluation["entries"]:
+        mrr, r10 = entry["in_article_mrr"], entry["in_pool_r10"]
+        assert mrr is not None
+        assert mrr["mean"] == pytest.approx(entry["in_article"]["mrr"])
+        assert r10["mean"] == pytest.approx(entry["in_pool"]["r10"])
+        assert mrr["low"] <= mrr["mean"] <= mrr["high"]
+        assert bool(entry["controls"]) == (entry["kind"] == "model")
+    lstm = next(e for e in evaluation["entries"] if e["name"] == "lstm")
+    assert lstm["controls"]["as written"]["cosine"]["mean"] == pytest.approx(lstm["cosine"]["mean"])
+    assert lstm["controls"]["article backwards"]["cosine"] != lstm["controls"]["as written"]["cosine"]
 
 
 def test_every_model_has_a_gate_a_curve_and_latency_at_three_batch_sizes(evaluation: Evaluation) -> None:
@@ -167,7 +178,7 @@ def test_result_is_printed_as_table_and_examples(
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert lines[0] == "Leaderboard"
-    assert [line.split()[1] for line in lines[2:8]] == [e["name"].split()[0] for e in ranking(evaluation)]
+    assert [line.split()[1] for line in lines[2:10]] == [e["name"].split()[0] for e in ranking(evaluation)]
     assert printed.count("true next: ") == 2
     assert len(re.findall(r"^  context [1-5]: ", printed, re.MULTILINE)) == 10
 
