@@ -3,7 +3,8 @@
     python -m tests.bench.predictor_ranks --vectors out/wiki/vectors --models out/wiki/models --windows 10000
 
 Cosine, reciprocal rank within the article, and recall at 10 among 10,000 chunks, each with its 95 % interval over
-articles; with and without the head. The last line of stdout is one JSON object. Nothing is timed.
+articles, with and without the head; and the lead over the best baseline of each, window by window. The last line of
+stdout is one JSON object. Nothing is timed.
 """
 
 import argparse
@@ -67,21 +68,33 @@ def main() -> None:
             rows[f"{alias}, rank head"] = (predictor, predictor.search)
     print("| predictor | cosine | MRR in the article | R@10 of 10,000 |")
     print("| --- | --- | --- | --- |")
-    found = {}
+    found, by_window = {}, {}
     for name, (predict, search) in rows.items():
         scores = score_windows(predict, search, as_written(test), pool, array.vectors, array.doc_ids)
-        kept = scores.in_article.candidates > 1
-        measured = {
-            "cosine": clustered_interval(scores.cosine, test.doc_ids),
-            "mrr": clustered_interval(1.0 / scores.in_article.ranks[kept], test.doc_ids[kept]),
-            "r10": clustered_interval(scores.in_pool.ranks <= 10, test.doc_ids),
+        kept = scores.in_article.candidates > 1  # the same windows for every predictor
+        by_window[name] = {
+            "cosine": scores.cosine,
+            "mrr": 1.0 / scores.in_article.ranks[kept],
+            "r10": (scores.in_pool.ranks <= 10).astype(float),
         }
+        articles = {"cosine": test.doc_ids, "mrr": test.doc_ids[kept], "r10": test.doc_ids}
+        measured = {key: clustered_interval(v, articles[key]) for key, v in by_window[name].items()}
         cells = " | ".join(f"{m.mean:.4f} [{m.low:.4f}, {m.high:.4f}]" for m in measured.values())
         print(f"| {name} | {cells} |", flush=True)
         found[name] = {key: m.to_dict() for key, m in measured.items()}
+    print("\n| ahead of the best baseline by | cosine | MRR in the article | R@10 of 10,000 |")
+    print("| --- | --- | --- | --- |")
+    baselines = [name for name in rows if "," not in name]
+    for name in (n for n in rows if n.endswith("rank head")):
+        cells = []
+        for key, values in by_window[name].items():
+            best = max(baselines, key=lambda b: float(by_window[b][key].mean()))
+            lead = clustered_interval(values - by_window[best][key], articles[key])
+            cells.append(f"{lead.mean:+.4f} [{lead.low:+.4f}, {lead.high:+.4f}] ({best})")
+        print(f"| {name} | {' | '.join(cells)} |")
     windows = {k: len(v) for k, v in parts.items()}
-    articles = len(np.unique(test.doc_ids))
-    print(json.dumps({"windows": windows, "scored": len(test), "articles": articles, "rows": found}))
+    counts = {"scored": len(test), "articles": len(np.unique(test.doc_ids))}
+    print(json.dumps({"windows": windows, **counts, "rows": found}))
 
 
 if __name__ == "__main__":
