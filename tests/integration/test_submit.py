@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.terminate()  # the head ends its own processes; what is left after a moment is ended here
     for survivor in psutil.wait_procs(everything, timeout=3)[1]:
-        survivor.kill()
+        with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
+            survivor.kill()
     shutil.rmtree(options["temp-dir"], ignore_errors=True)
 
 
