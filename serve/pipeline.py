@@ -231,12 +231,12 @@ class Pipeline:
             yield said
 
     async def predict(
-        self, contexts: Sequence[NDArray[np.float32]], model: str, deadline: float
+        self, contexts: Sequence[NDArray[np.float32]], model: str, deadline: float, search: bool = False
     ) -> tuple[list[Predicted], Timing]:
-        """One Predicted a context (T, D) of unit vectors."""
+        """One Predicted a context (T, D) of unit vectors. search: whether to search with it."""
         if model == PASSTHROUGH:
             return [Predicted(c[-1], c[-1], PASSTHROUGH) for c in contexts], Timing()
-        return await self.predictor.run([ContextRow(model, c) for c in contexts], deadline)
+        return await self.predictor.run([ContextRow(model, c, search) for c in contexts], deadline)
 
     async def decode(
         self,
@@ -280,13 +280,13 @@ class Pipeline:
         clock.add("encode", timing)
         vectors = np.stack([e.vector for e in encoded])
         context = await self._context(vectors, texts, wish, clock)
-        (predicted,), timing = await self.predict([context.vectors], wish.model, wish.deadline)
+        # Passthrough shows the codec alone.
+        snaps = wish.snap and wish.model != PASSTHROUGH and self.corpus is not None
+        (predicted,), timing = await self.predict([context.vectors], wish.model, wish.deadline, snaps)
         clock.add("predict", timing)
         folder, raw = predicted.folder, predicted.vector
         steered, drifted = raw, False
-        if (
-            wish.model != PASSTHROUGH and wish.snap and self.corpus is not None
-        ):  # passthrough shows the codec alone
+        if snaps and self.corpus is not None:
             row = SnapRow(predicted.search, context.vectors[-1], context.vectors.mean(0))
             ((steered, drifted),), timing = await self.corpus.snap.run([row], wish.deadline)
             clock.add("snap", timing)

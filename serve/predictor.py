@@ -27,6 +27,8 @@ class ContextRow:
     """Alias, or "passthrough"."""
     vectors: NDArray[np.float32]
     """(T, D), norm 1, oldest first."""
+    search: bool = False
+    """Whether the vector to search with is wanted too; it takes the predictor once more."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Predicted:
     vector: NDArray[np.float32]
     """(D,), norm 1."""
     search: NDArray[np.float32]
-    """(D,), norm 1: what finds the next chunk (`lvm.predict.ranking`)."""
+    """(D,), norm 1: what finds the next chunk (`lvm.predict.ranking`); the prediction itself where it was not asked
+    for."""
     folder: str
 
 
@@ -65,7 +68,7 @@ class Predictor:
         self._queue: RowQueue[ContextRow, Predicted] = RowQueue(
             self._work,
             args.queue_rows * 2,
-            group=lambda row: (row.model, len(row.vectors)),
+            group=lambda row: (row.model, len(row.vectors), row.search),
             measure=replica_metrics().measure,
         )
 
@@ -74,7 +77,8 @@ class Predictor:
         if rows[0].model == PASSTHROUGH:
             return [Predicted(vector, vector, PASSTHROUGH) for vector in contexts[:, -1]]
         predictor = self._predictors[rows[0].model]
-        vectors, searching = predictor(contexts), predictor.search(contexts)
+        vectors = predictor(contexts)
+        searching = predictor.search(contexts) if rows[0].search else vectors
         return [Predicted(v, s, predictor.name) for v, s in zip(vectors, searching, strict=True)]
 
     async def run(self, rows: list[ContextRow], remaining_s: list[float]) -> list[Outcome[Predicted]]:
