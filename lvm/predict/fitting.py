@@ -18,7 +18,6 @@ from lvm.errors import InputError, OutputError
 from lvm.models import Predictor, require_known
 from lvm.predict import training
 from lvm.predict.predictor import TrainedPredictor
-from lvm.predict.ranking import fit_rank_head
 from lvm.predict.record import (
     find_record,
     load_record,
@@ -26,7 +25,7 @@ from lvm.predict.record import (
     save_record,
     set_alias,
 )
-from lvm.predict.runs import Outcome, TrainRun
+from lvm.predict.runs import Outcome, TrainRun, outcome_of
 from lvm.predict.start import spread_batches
 from lvm.predict.training import FAST, Progress, Recipe, recipe_named
 from lvm.storage import Location, location
@@ -116,12 +115,7 @@ def fit(
             network, model, data.parts["train"], data.parts["val"], recipe, seed, save=keep_best, log=log
         )
         network.load_state_dict(best)
-        place = next(network.parameters()).device
-        ranker = None
-        if recipe.rank is not None:
-            bfloat16 = recipe.bfloat16 and training.bfloat16_is_faster(place)
-            ranker = fit_rank_head(network, data.parts["train"], recipe.rank, seed, bfloat16)
-        done = Outcome(progress, str(place), ranker)
+        done = outcome_of(this, network, data.parts["train"], progress)
         folder, _ = save_trained(models, this, network, data, done, progress.best)
     if read_aliases(models).get(model) != folder.name:
         set_alias(models, model, folder)

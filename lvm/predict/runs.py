@@ -190,11 +190,23 @@ def train_run(
             save=save,
             log=log,
         )
+    model.load_state_dict(best)
+    return outcome_of(this, model, parts["train"], progress, tell)
+
+
+def outcome_of(
+    this: TrainRun,
+    model: Architecture,
+    train: Windows,
+    progress: Progress,
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> Outcome:
+    """What a run gives, with the head where its recipe has one. model: with the best epoch's weights, on its device."""
+    device = next(model.parameters()).device
     ranker = None
     if this.recipe.rank is not None:
-        model.load_state_dict(best)
         bfloat16 = this.recipe.bfloat16 and bfloat16_is_faster(device)
-        ranker = fit_rank_head(model, parts["train"], this.recipe.rank, this.seed, bfloat16, tell)
+        ranker = fit_rank_head(model, train, this.recipe.rank, this.seed, bfloat16, log)
     return Outcome(progress, str(device), ranker)
 
 
