@@ -86,11 +86,11 @@ def articles_of(source: str | Location, limit: int | None = None) -> Iterator["A
     report = ReadReport()
     yield from read_articles(source, limit, report, strict=False)
     for file in report.broken_files[:5]:
-        say(f"  broken file: {file.place}: {file.reason}")
+        echo(f"  broken file: {file.place}: {file.reason}")
     for record in report.broken[:5]:
-        say(f"  broken: {record.place}: {record.reason}")
+        echo(f"  broken: {record.place}: {record.reason}")
     if report.num_broken or report.broken_files:
-        say(
+        echo(
             f"  {report.num_broken:,} records and {len(report.broken_files):,} files are broken and were left out"
         )
 
@@ -169,7 +169,7 @@ def nodes_with(gpus: int | None = None, workers: int = 1) -> list[dict[str, floa
                 )
             if not asked:
                 asked = True
-                say(f"waiting up to {START_TIMEOUT_S:g} s for {wanted}; the cluster's nodes have {there}")
+                echo(f"waiting up to {START_TIMEOUT_S:g} s for {wanted}; the cluster's nodes have {there}")
                 bundle = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
                 request_resources(bundles=[bundle] * max(workers, gpus or 1))
             time.sleep(0.5)
@@ -202,7 +202,7 @@ def unseen_gpu() -> str:
 def _stopped(number: int, _: object) -> None:
     """What SIGTERM does to a job (`latent submit --cancel`, a pod that is taken away): an orderly end."""
     signal.signal(number, signal.SIG_IGN)  # said once; what ends in order is not disturbed again
-    say("stopped; what is finished is kept, the same command goes on from there")
+    echo("stopped; what is finished is kept, the same command goes on from there")
     raise SystemExit(128 + number)
 
 
@@ -238,7 +238,7 @@ def load_codec_at(
     )
 
 
-def say(line: str) -> None:
+def echo(line: str) -> None:
     """One line for the person watching, on stderr; stdout is for answers."""
     print(line, file=sys.stderr, flush=True)
 
@@ -263,7 +263,7 @@ class ProgressLines:
         left = (self._total - done) * (now - self._begun) / done if done else float("inf")
         share = 100 * done / max(self._total, 1e-9)
         soon = f", {left:,.0f} s left" if left < float("inf") else ""
-        say(f"{self._stage}: {share:.0f} %, {what}{soon}")
+        echo(f"{self._stage}: {share:.0f} %, {what}{soon}")
 
 
 @contextmanager
@@ -320,5 +320,5 @@ def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], pass_on: 
     except LvmError as error:
         if os.environ.get("LATENT_TRACEBACK") == "1":
             raise
-        say(f"error: {error}")
+        echo(f"error: {error}")
         sys.exit(1)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from jobs._ray import PathOrUrl, finish, run, say
+from jobs._ray import PathOrUrl, echo, finish, run
 from lvm.storage import local_input, location
 from lvm.vectors.npz import check_npz
 from lvm.vectors.shards import DIM
@@ -32,12 +32,12 @@ def main(
     with local_input(file) as opened:
         report = check_npz(opened, dim)
     counts = ", ".join(f"{split} {rows:,}" for split, rows in report.rows.items())
-    say(f"{file}: layout {report.layout or 'unknown'}, sequences: {counts or 'none'}")
+    echo(f"{file}: layout {report.layout or 'unknown'}, sequences: {counts or 'none'}")
     for note in report.notes:
-        say(f"  note: {note}")
+        echo(f"  note: {note}")
     for problem in report.problems:
-        say(f"  wrong: {problem}")
-    say("nothing is wrong" if report.ok else f"{len(report.problems)} things are wrong")
+        echo(f"  wrong: {problem}")
+    echo("nothing is wrong" if report.ok else f"{len(report.problems)} things are wrong")
     seconds = time.perf_counter() - started
     rows = sum(report.rows.values())
     finish(

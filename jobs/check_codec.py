@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Engine, PathOrUrl, load_codec_at, path_option, run, say
+from jobs._ray import Engine, PathOrUrl, echo, load_codec_at, path_option, run
 from lvm.codec.quality import MISMATCHED_COSINE, read_back, spread
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
@@ -72,12 +72,12 @@ def main(
         for name, value in summary.items():
             print(f"{name:10} {value:.4f}" if isinstance(value, float) else f"{name:10} {value}")
     if encoded.truncated.any():
-        say(
+        echo(
             f"warning: {int(encoded.truncated.sum())} of {len(texts)} texts are longer than "
             f"{loaded.identity.max_tokens} tokens and were cut; the rest of them cannot come back"
         )
     if mismatched:
-        say(
+        echo(
             f"warning: mean cosine {mean:.3f} is what an encoder and a decoder give that do not belong together "
             "(0.05 to 0.11; a matching pair gives 0.63 and more). Check that both come from one codec: "
             f"{loaded.identity}"

@@ -41,11 +41,11 @@ from jobs._ray import (
     PathOrUrl,
     ProgressLines,
     connect,
+    echo,
     finish,
     nodes_with,
     path_option,
     run,
-    say,
     versions,
 )
 from lvm.corpus.chunker import RULES, Chunker, Tokenizer
@@ -476,7 +476,7 @@ class Folder:
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError, AttributeError) as err:
-            say(f"chunk: {self.path / 'ledger.json'} cannot be read ({err}); all inputs are cut again")
+            echo(f"chunk: {self.path / 'ledger.json'} cannot be read ({err}); all inputs are cut again")
             return {}
 
     def save_ledger(self, entries: Mapping[str, Entry]) -> None:
@@ -506,7 +506,7 @@ class Folder:
                 try:
                     footer = read_footer(self.path / part)
                 except InputError as err:
-                    say(f"chunk: {err}")
+                    echo(f"chunk: {err}")
                     continue
                 if (footer.get("work"), footer.get("block")) == (work.key, block):
                     good.add(block)
@@ -538,7 +538,7 @@ class _Reading:
     in_flight: int = 0
     """Blocks being cut."""
     ended: dict[str, Any] | None = None
-    """What done.json will say, once all is read."""
+    """What done.json will echo, once all is read."""
 
 
 def _get(ref: Any) -> Any:
@@ -739,9 +739,9 @@ def chunk_corpus(
     """
     inputs, unread = survey(source)
     for one in unread[:5]:
-        say(f"chunk: not read: {one.name}: {one.reason}")
+        echo(f"chunk: not read: {one.name}: {one.reason}")
     if len(unread) > 5:
-        say(f"chunk: not read: {len(unread) - 5} more; all are in the manifest's report")
+        echo(f"chunk: not read: {len(unread) - 5} more; all are in the manifest's report")
     folder = Folder(target)
     folder.require_ours()
     claim(target, "chunks", asdict(settings), overwrite)
@@ -801,7 +801,7 @@ def chunk_corpus(
     manifest.save(target)
     gone = folder.clean(works, manifest)
     if gone:
-        say(f"chunk: removed {len(gone)} shards of inputs that changed or are gone")
+        echo(f"chunk: removed {len(gone)} shards of inputs that changed or are gone")
     return ChunkResult(manifest, tuple(s.file for s in written), up_to_date=False)
 
 
@@ -834,7 +834,7 @@ def _say_plan(
     keep = len(works) - len(todo)
     blocks = sum(len(ready) for _, ready in todo)
     if keep or blocks:
-        say(
+        echo(
             f"chunk: {keep} of {len(works)} inputs are finished and stay as they are, "
             f"and {blocks} blocks of the others"
         )
@@ -842,7 +842,7 @@ def _say_plan(
     changed = [w.input.name for w, _ in todo if w.input.name in before and w.key not in taken]
     for what, which in (("changed", changed), ("gone", sorted(set(before) - names))):
         if which:
-            say(f"chunk: {what} since the last run: {', '.join(which[:5])}{' …' if len(which) > 5 else ''}")
+            echo(f"chunk: {what} since the last run: {', '.join(which[:5])}{' …' if len(which) > 5 else ''}")
 
 
 def _publish(
@@ -989,26 +989,26 @@ def main(
     manifest, report = result.manifest, result.manifest.report
     made = sum(s.rows for s in manifest.shards if s.file in result.redone)
     if result.up_to_date:
-        say(f"chunk: {output} is up to date ({manifest.rows:,} chunks of {report['articles']:,} articles)")
+        echo(f"chunk: {output} is up to date ({manifest.rows:,} chunks of {report['articles']:,} articles)")
     else:
-        say(
+        echo(
             f"chunk: {manifest.rows:,} chunks of {report['articles']:,} articles in {len(manifest.shards)} "
             f"shards, {len(result.redone)} of them new; {report['broken_records']:,} broken records, "
             f"{report['duplicates']:,} duplicates left out"
         )
         for record in report["broken"][:5]:
-            say(f"  broken: {record['place']}: {record['reason']}")
+            echo(f"  broken: {record['place']}: {record['reason']}")
         for one in report["first_duplicates"][:1]:
-            say(f"  duplicate: {one['title']} ({one['place']})")
+            echo(f"  duplicate: {one['title']} ({one['place']})")
     for file in report["broken_files"][:5]:
-        say(f"  broken file: {file['reason']}")
+        echo(f"  broken file: {file['reason']}")
     if report["long_words"]:
-        say(
+        echo(
             f"  {report['long_words']:,} words of more than {MAX_WORD:,} characters were left out (encoded data)"
         )
-    say(f"chunk: a word takes {report['tokens_per_word']} tokens of {codec}'s tokenizer")
+    echo(f"chunk: a word takes {report['tokens_per_word']} tokens of {codec}'s tokenizer")
     if report["tokens_per_letter"] > LETTER_BY_LETTER:
-        say(
+        echo(
             f"chunk: WARNING: {codec}'s tokenizer does not know this language: it spells the text nearly letter by "
             f"letter ({report['tokens_per_letter']} tokens a letter, English takes 0.27), so a chunk holds "
             f"{report['words'] / report['chunks']:.0f} words. Use a codec made for the language (--codec-path)."

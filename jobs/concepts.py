@@ -24,13 +24,13 @@ from jobs._ray import (
     Address,
     PathOrUrl,
     connect,
+    echo,
     finish,
     load_codec_at,
     nodes_with,
     path_option,
     progress_bar,
     run,
-    say,
     versions,
 )
 from lvm import errors
@@ -74,7 +74,7 @@ def store_at(url: str | None) -> ConceptStore:
     """The store at this URL, or of this machine; what its server lacks is said once."""
     store = ConceptStore(url or embedded())
     if store.missing:
-        say(f"concepts: vectors are stored as real[] and searched by a scan: {store.missing}")
+        echo(f"concepts: vectors are stored as real[] and searched by a scan: {store.missing}")
     return store
 
 
@@ -111,7 +111,7 @@ def in_parallel(
                 advance(row["rows"])
                 yield row
     if refused:
-        say(f"{what}: {len(refused)} of {len(items)} parts were refused; the others are finished and kept")
+        echo(f"{what}: {len(refused)} of {len(items)} parts were refused; the others are finished and kept")
         raise refused[0]
 
 
@@ -167,7 +167,7 @@ def load_shards(
         there = store.staged(load)
         pending = [asdict(s) for s in manifest.shards if s.file not in there]
         if there:
-            say(f"load: {len(there)} of {len(manifest.shards)} shards are copied already")
+            echo(f"load: {len(there)} of {len(manifest.shards)} shards are copied already")
         copied = 0
         if pending:
             task = CopyShard(store.url, source.resolve(), load)
@@ -198,10 +198,10 @@ def load(
         no_index = store.ensure_index(found, index)
         rows = Manifest.load(input).rows
         what = f"{copied:,} rows copied" if copied else "up to date"
-        say(
+        echo(
             f"load: dataset {dataset!r} in {server_name(store.url)}: {rows:,} rows of {found.identity}, {what}"
         )
-        say(f"load: no index ({no_index})" if no_index else f"load: index {store.index_kind(found)}")
+        echo(f"load: no index ({no_index})" if no_index else f"load: index {store.index_kind(found)}")
         finish(
             {
                 "stage": "concepts load",
@@ -341,7 +341,7 @@ def export(
     with store_at(database_url) as store:
         manifest, made = export_dataset(store, dataset, output, rows_per_shard, overwrite, workers, address)
     seconds = time.perf_counter() - started
-    say(f"export: {manifest.rows:,} rows in {len(manifest.shards)} shards in {output}, {made} of them new")
+    echo(f"export: {manifest.rows:,} rows in {len(manifest.shards)} shards in {output}, {made} of them new")
     finish(
         {
             "stage": "concepts export",
@@ -398,7 +398,7 @@ def search(
     for hit in hits:
         score = "" if hit.score is None else f"{hit.score:+.3f}  "
         names = "" if hit.tmd_code is None else f"  [{', '.join(tmd.unpack(hit.tmd_code).names)}]"
-        say(f"{score}{hit.title} {hit.position}: {hit.text}{names}")
+        echo(f"{score}{hit.title} {hit.position}: {hit.text}{names}")
     finish(
         {
             "stage": "concepts search",
@@ -432,17 +432,17 @@ def stats(
         for one in found:
             record = store.stats(one)
             codes = store.codes(one)
-            say(
+            echo(
                 f"{one.name}: {record['rows']:,} rows of {record['articles']:,} articles, {one.identity}, "
                 f"{record['storage']}({record['dim']}), {record['bytes'] / 1e6:,.1f} MB, index {record['index']}"
             )
             if record["unfinished_loads"]:
-                say("  a load is under way or was killed; the same `latent concepts load` ends it")
+                echo("  a load is under way or was killed; the same `latent concepts load` ends it")
             if codes:
-                say(tmd.distribution_table(codes))
+                echo(tmd.distribution_table(codes))
             records.append(record | {"tmd": tmd.distribution(codes)})
         if not records:
-            say(f"no dataset in {server_name(store.url)}")
+            echo(f"no dataset in {server_name(store.url)}")
     finish({"stage": "concepts stats", "rows": sum(r["rows"] for r in records), "datasets": records})
 
 
@@ -457,11 +457,11 @@ def clear(
         rows = store.stats(found)["rows"]
         question = f"remove dataset {dataset!r} with {rows:,} rows from {server_name(store.url)}?"
         if not yes:
-            say(f"{question} [y/N]")
+            echo(f"{question} [y/N]")
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 raise OutputError(f"dataset {dataset!r} stays; pass --yes to remove it without being asked")
         rows = store.clear(dataset)
-    say(f"clear: dataset {dataset!r} and its {rows:,} rows are gone")
+    echo(f"clear: dataset {dataset!r} and its {rows:,} rows are gone")
     finish({"stage": "concepts clear", "rows": rows, "dataset": dataset})
 
 

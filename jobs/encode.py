@@ -28,6 +28,7 @@ from jobs._ray import (
     Address,
     PathOrUrl,
     connect,
+    echo,
     finish,
     in_words,
     load_codec_at,
@@ -35,7 +36,6 @@ from jobs._ray import (
     path_option,
     progress_bar,
     run,
-    say,
     unseen_gpu,
     versions,
 )
@@ -171,14 +171,14 @@ def finished_shard(
             return None
         vectors = read_table(target)
     except InputError:
-        say(f"encode: {target} is damaged and is made again")
+        echo(f"encode: {target} is damaged and is made again")
         return None
     ids = read_table(source, ["chunk_id"]).column("chunk_id").to_pylist()
     if vectors.column("chunk_id").to_pylist() != ids:
         return None
     sha256 = file_sha256(target)
     if known_sha256 is not None and sha256 != known_sha256:
-        say(f"encode: {target} is damaged and is made again")
+        echo(f"encode: {target} is damaged and is made again")
         return None
     return Shard(target.name, vectors.num_rows, target.stat().st_size, sha256)
 
@@ -270,7 +270,7 @@ def encode_chunks(
         else:
             finished[shard.file] = ready
     if finished:
-        say(f"encode: {len(finished)} of {len(chunks.shards)} shards are finished and stay as they are")
+        echo(f"encode: {len(finished)} of {len(chunks.shards)} shards are finished and stay as they are")
     if pending:
         connect(address)
         job = EncodeJob(source.resolve(), target.resolve(), settings, identity, load)
@@ -396,7 +396,7 @@ def _encode_with_ray(
             for row in rows_done:
                 error, refusal, note = row.pop("error"), row.pop("refusal"), row.pop("note")
                 if note and not noted:  # once is enough
-                    say(f"encode: {note}")
+                    echo(f"encode: {note}")
                     noted = True
                 advance(row["rows"])
                 if error:
@@ -413,7 +413,7 @@ def _encode_with_ray(
             request_resources(bundles=[])  # nodes without work may go
     if refused:
         if not isinstance(refused[-1], OutputError):
-            say(
+            echo(
                 f"encode: {len(refused)} of {len(pending)} shards were refused; the others are finished and kept"
             )
         raise refused[-1 if isinstance(refused[-1], OutputError) else 0]
@@ -458,7 +458,7 @@ def _remove_unlisted(target: Location, manifest: Manifest) -> None:
     for path in sorted(target.glob("part-*.parquet"), key=str):
         if path.name not in listed:
             path.unlink()
-            say(f"encode: removed {path.name}, whose chunks are no longer in the input")
+            echo(f"encode: removed {path.name}, whose chunks are no longer in the input")
 
 
 # --------------------------------------------------------------------------------------------------- command
@@ -500,9 +500,9 @@ def main(
     rows = sum(made.values())
     report = result.manifest.report
     if result.up_to_date:
-        say(f"encode: {output} is up to date ({result.manifest.rows:,} vectors)")
+        echo(f"encode: {output} is up to date ({result.manifest.rows:,} vectors)")
     else:
-        say(
+        echo(
             f"encode: {rows:,} chunks in {len(made)} shards encoded with {result.manifest.identity}, "
             f"{result.manifest.rows:,} in all, {report['truncated']:,} truncated"
         )

@@ -28,13 +28,13 @@ from jobs._ray import (
     Address,
     PathOrUrl,
     connect,
+    echo,
     finish,
     load_codec_at,
     nodes_with,
     path_option,
     progress_bar,
     run,
-    say,
     unseen_gpu,
     versions,
 )
@@ -127,7 +127,7 @@ def evaluate(
     array = open_vectors(paths.vectors)
     index = load_index(paths.index)
     index.require_array(array)
-    entrants = choose_field(current_records(paths.models), array, context)
+    entrants = choose_entrants(current_records(paths.models), array, context)
     records = entrants.records
     ood = {_ood_name(p): open_vectors(p) for p in paths.ood}
     if len(ood) < len(paths.ood):
@@ -153,10 +153,10 @@ def evaluate(
     if entrants.windows.context != CONTEXT_CHUNKS:
         inputs["context"] = entrants.windows.context
     if codec.no_writer is not None:
-        say(f"evaluate: {codec.no_writer}")
+        echo(f"evaluate: {codec.no_writer}")
     del codec
     for name, reason in entrants.left_out.items():
-        say(f"evaluate: {name} is left out: {reason}")
+        echo(f"evaluate: {name} is left out: {reason}")
     found = find_evaluation(paths.output, chosen, inputs, overwrite)
     if found is not None:
         return found, True
@@ -181,7 +181,7 @@ def evaluate(
     seconds = {"prepare": time.perf_counter() - began}
 
     began = time.perf_counter()
-    say(
+    echo(
         f"evaluate: {len(test):,} test windows of {len(np.unique(test.doc_ids)):,} articles, "
         f"{len(records)} models, {NUM_BASELINES} baselines"
     )
@@ -195,7 +195,7 @@ def evaluate(
     seconds["decode"] = time.perf_counter() - began
 
     began = time.perf_counter()
-    say("evaluate: measuring latency, one predictor at a time")
+    echo("evaluate: measuring latency, one predictor at a time")
     device = pick_device("auto")
     predictors = baselines | {n: model_predictor(r.model, device, r.context) for n, r in records.items()}
     latency = {
@@ -305,7 +305,7 @@ def current_records(models: Location) -> dict[str, Record]:
 
 
 @dataclass(frozen=True)
-class Field:
+class Entrants:
     """Who takes part, and on which split."""
 
     records: dict[str, Record]
@@ -317,7 +317,7 @@ class Field:
     """Alias to the reason why that model takes no part."""
 
 
-def choose_field(records: dict[str, Record], array: VectorArray, context: int | None = None) -> Field:
+def choose_entrants(records: dict[str, Record], array: VectorArray, context: int | None = None) -> Entrants:
     """The models that were trained on these vectors, with the newest one's split.
 
     context: of the windows; None is the longest any of the models was trained with. A model of other vectors or of
@@ -350,7 +350,7 @@ def choose_field(records: dict[str, Record], array: VectorArray, context: int | 
         )
     longest = context or max(record.context for record in fitting.values())
     windows = replace(split[0], context=longest)
-    return Field({name: fitting[name] for name in records if name in fitting}, windows, split[1], left_out)
+    return Entrants({name: fitting[name] for name in records if name in fitting}, windows, split[1], left_out)
 
 
 def cluster_size() -> tuple[int, int, int]:
@@ -444,7 +444,7 @@ def decode_all(
     with progress_bar("decode", len(plan.block.vectors), "texts") as advance:
         for note, number, answers in as_they_finish(tasks):
             if note and not noted:  # once is enough
-                say(f"evaluate: {note}")
+                echo(f"evaluate: {note}")
                 noted = True
             decoded[number] = answers
             advance(len(answers))
@@ -507,7 +507,7 @@ def main(
     load = partial(load_codec_at, codec, None if codec_path is None else codec_path.resolve())
     evaluation, up_to_date = evaluate(paths, load, settings, overwrite, address, context)
     if up_to_date:
-        say(f"evaluate: {output} is up to date, nothing computed again")
+        echo(f"evaluate: {output} is up to date, nothing computed again")
     print_result(evaluation)
     seconds = time.perf_counter() - started
     rows = evaluation["split"]["test_windows"]

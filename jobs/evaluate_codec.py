@@ -20,14 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from jobs._ray import Engine, PathOrUrl, articles_of, load_codec_at, path_option, run, say
+from jobs._ray import Engine, PathOrUrl, articles_of, echo, load_codec_at, path_option, run
 from lvm.codec.quality import (
     next_chunk_retrieval,
     rank_correlation,
     read_back,
+    rotated,
     spread,
     tfidf_svd_vectors,
-    turned,
 )
 from lvm.codec.zoo import SENTENCE, Codec
 from lvm.corpus.chunker import Chunker
@@ -59,7 +59,7 @@ def ladder(
         figures = {**read_back(texts, decoded.texts), "cosine": float(decoded.cosines.mean())}
         for name in FIGURES:
             out[name][str(number)] = figures[name]
-        say(f"steps={number}: " + ", ".join(f"{n} {figures[n]:.4g}" for n in FIGURES))
+        echo(f"steps={number}: " + ", ".join(f"{n} {figures[n]:.4g}" for n in FIGURES))
     return out
 
 
@@ -94,7 +94,7 @@ def predicted_ladders(
             )
         targets = targets[spread(len(targets), most)]
         made = predictor(vectors[contexts_of(targets, length)])
-        say(f"{len(made)} vectors that {predictor.name} predicted")
+        echo(f"{len(made)} vectors that {predictor.name} predicted")
         out[name] = {
             "to_truth": float((made * vectors[targets]).sum(1).mean()),
             **ladder(loaded, [texts[i] for i in targets], made, steps_of(loaded)[:3]),
@@ -159,7 +159,7 @@ def main(
         raise InputError(f"{input} gives no chunk; expected articles with text")
     doc_ids = np.asarray(docs, np.int32)
     num_articles = int(doc_ids[-1]) + 1
-    say(f"{num_articles} articles, {len(texts)} chunks")
+    echo(f"{num_articles} articles, {len(texts)} chunks")
     encoded = loaded.encode_chunks(texts)
     vectors = encoded.vectors
     picked = spread(len(texts), decoded)
@@ -179,8 +179,8 @@ def main(
         some = [sources[i] for i in few]
         summary["at_cosine"] = {}
         for distance in distances:
-            say(f"{len(few)} vectors at cosine {distance:g} from the true ones")
-            off = turned(vectors[picked[few]], distance)
+            echo(f"{len(few)} vectors at cosine {distance:g} from the true ones")
+            off = rotated(vectors[picked[few]], distance)
             summary["at_cosine"][f"{distance:g}"] = ladder(loaded, some, off, steps[:3])
     if run_folder is not None:
         summary["predicted"] = predicted_ladders(
@@ -196,7 +196,7 @@ def main(
         "tfidf_next_r10": baseline["next_r10"],
     }
     if beside is not None:
-        say(f"the same chunks by {beside}")
+        echo(f"the same chunks by {beside}")
         other = load_codec_at(SENTENCE, beside).encode_chunks(texts[head]).vectors
         found = next_chunk_retrieval(other, doc_ids[head])
         summary |= {
@@ -205,7 +205,7 @@ def main(
             "beside_rank_correlation": rank_correlation(vectors[head], other, doc_ids[head]),
         }
     if ridge_windows:
-        say("ridge regression from five vectors to the sixth")
+        echo("ridge regression from five vectors to the sixth")
         summary["ridge"] = ridge_retrieval(vectors, doc_ids, ridge_windows, candidates)
         words = tfidf_svd_vectors(texts, dim)
         summary["tfidf_ridge"] = ridge_retrieval(words, doc_ids, ridge_windows, candidates)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs._ray import PathOrUrl, finish, path_option, run, say
+from jobs._ray import PathOrUrl, echo, finish, path_option, run
 from lvm.errors import OutputError
 from lvm.storage import local_output
 from lvm.vectors.npz import export_npz
@@ -38,7 +38,7 @@ def main(
         export_npz(windows, file, layout, seed)
     seconds = time.perf_counter() - started
     size = output.stat().st_size
-    say(f"export: {len(windows):,} sequences of {windows.identity} in {output}, {size / 1e6:,.1f} MB")
+    echo(f"export: {len(windows):,} sequences of {windows.identity} in {output}, {size / 1e6:,.1f} MB")
     finish(
         {
             "stage": "export",

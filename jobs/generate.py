@@ -33,12 +33,12 @@ from jobs._ray import (
     WriterFolder,
     articles_of,
     connect,
+    echo,
     finish,
     load_codec_at,
     nodes_with,
     path_option,
     progress_bar,
-    say,
     unseen_gpu,
     versions,
 )
@@ -256,7 +256,7 @@ def generate(
 
     generator = load()
     if generator.codec.no_writer is not None:
-        say(f"generate: {generator.codec.no_writer}")
+        echo(f"generate: {generator.codec.no_writer}")
     settings: GenerateSettings = settings_of(generator)
     claim(target, KIND, asdict(settings), overwrite)
     blocks: list[dict[str, Any]] = []
@@ -287,7 +287,7 @@ def generate(
     shards = {b["file"]: finished(target / b["file"], b["footer"]) for b in blocks}
     pending = [b for b in blocks if shards[b["file"]] is None]
     if len(pending) < len(blocks):
-        say(
+        echo(
             f"generate: {len(blocks) - len(pending)} of {len(blocks)} blocks are finished and stay as they are"
         )
     made = 0
@@ -317,7 +317,7 @@ def generate(
             with progress_bar("generate", sum(len(b["tasks"]) for b in pending) * length, "texts") as advance:
                 for row in iterator:
                     if row.pop("note") and not made:
-                        say(f"generate: {unseen_gpu()}")
+                        echo(f"generate: {unseen_gpu()}")
                     if error := row.pop("error"):
                         errors.append(error)
                         continue

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Address, PathOrUrl, connect, finish, nodes_with, path_option, run, say
+from jobs._ray import Address, PathOrUrl, connect, echo, finish, nodes_with, path_option, run
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.storage import Location
 from lvm.vectors.index import IndexSettings, build_index, find_index
@@ -81,7 +81,7 @@ def main(
     index = find_index(array, output, settings)
     up_to_date = index is not None
     if index is None:
-        say(f"index: building over {len(array):,} vectors of {array.identity}")
+        echo(f"index: building over {len(array):,} vectors of {array.identity}")
         build_with_ray(input, output, settings, address)
         index = find_index(array, output, settings)
         if index is None:
@@ -91,7 +91,7 @@ def main(
     kind = (
         f"{record['type']}, {record['nlist']} lists, {record['probes']} probed" if record["nlist"] else "FLAT"
     )
-    say(
+    echo(
         f"index: {'up to date' if up_to_date else 'published'} {index.directory.name}: {len(index):,} "
         f"vectors, {kind}; recall@{recall['recall_k']} {recall['recall_stored']:.3f} for stored vectors, "
         f"{recall['recall_blended']:.3f} between them"

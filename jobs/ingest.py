@@ -25,12 +25,12 @@ from jobs._ray import (
     Address,
     PathOrUrl,
     connect,
+    echo,
     finish,
     load_codec_at,
     nodes_with,
     path_option,
     run,
-    say,
     versions,
 )
 from lvm import errors
@@ -218,7 +218,7 @@ def main(
     note = ""
     with ConceptStore(database_url or embedded()) as store:
         if store.missing:
-            say(f"ingest: vectors are stored as real[] and searched by a scan: {store.missing}")
+            echo(f"ingest: vectors are stored as real[] and searched by a scan: {store.missing}")
         root = input if input == "sample" else location(input)
         found = store.ensure(dataset, identity, dtype, source=str(input), licence=licence)
         path = None if codec_path is None else codec_path.resolve()
@@ -238,7 +238,7 @@ def main(
             if time.perf_counter() - said > PROGRESS_LINE_S:
                 said = time.perf_counter()
                 done = counts["stored"] + counts["known"] + counts["refused"]
-                say(f"ingest: {done:,} articles, {counts['chunks']:,} new chunks")
+                echo(f"ingest: {done:,} articles, {counts['chunks']:,} new chunks")
         ingested = time.perf_counter() - ready
         begun = time.perf_counter()
         no_index = store.ensure_index(found, index)
@@ -272,19 +272,19 @@ def main(
             "versions": versions(),
         },
     )
-    say(
+    echo(
         f"ingest: {counts['stored']:,} articles stored, {counts['chunks']:,} chunks, {counts['episodes']:,} episodes; "
         f"{counts['known']:,} known, {num_refused:,} refused; dataset {dataset!r} in {server_name(store.url)}"
     )
     for line in [f"{r['article']}: {r['reason']}" for r in refused] + [
         f"{b.place}: {b.reason}" for b in report.broken
     ][:LOG_SHOWN]:
-        say(f"  refused: {line}")
+        echo(f"  refused: {line}")
     if note:
-        say(f"ingest: {counts['chunks'] - counts['coded']:,} chunks have no code; the last answer: {note}")
+        echo(f"ingest: {counts['chunks'] - counts['coded']:,} chunks have no code; the last answer: {note}")
     if codes:
-        say(tmd.distribution_table(codes))
-    say(f"ingest: no index ({no_index})" if no_index else f"ingest: index {index}")
+        echo(tmd.distribution_table(codes))
+    echo(f"ingest: no index ({no_index})" if no_index else f"ingest: index {index}")
     total = time.perf_counter() - started
     finish(
         {

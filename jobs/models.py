@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs._ray import PathOrUrl, finish, path_option, run, say
+from jobs._ray import PathOrUrl, echo, finish, path_option, run
 from lvm.errors import InputError
 from lvm.evaluate.leaderboard import SCHEMA, gate_word
 from lvm.predict.record import (
@@ -101,7 +101,7 @@ def list_models(run_folder: RunFolder) -> None:
     if rows:
         Console(stderr=True, width=max(120, Console(stderr=True).width)).print(table)
     else:
-        say(f"{run_folder}/models holds no model yet; `latent train` makes some")
+        echo(f"{run_folder}/models holds no model yet; `latent train` makes some")
     seconds = round(time.perf_counter() - started, 3)
     finish({"stage": "models", "rows": len(rows), "seconds": seconds, "models": rows})
 
@@ -144,7 +144,7 @@ def promote(
     path = models / PROMOTIONS
     held = path.read_text() if path.exists() else ""
     path.write_text(held + json.dumps(entry, ensure_ascii=False) + "\n")
-    say(f"{alias} is {folder.name} ({gate}); before: {before or 'nothing'}")
+    echo(f"{alias} is {folder.name} ({gate}); before: {before or 'nothing'}")
     finish({"stage": "promote", "seconds": round(time.perf_counter() - started, 3), **entry})
 
 

@@ -19,7 +19,17 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import CHECKOUT, Address, PathOrUrl, address_of_cluster, connect, finish, path_option, run, say
+from jobs._ray import (
+    CHECKOUT,
+    Address,
+    PathOrUrl,
+    address_of_cluster,
+    connect,
+    echo,
+    finish,
+    path_option,
+    run,
+)
 from lvm.errors import InputError, LvmError
 from lvm.storage import Location
 
@@ -137,12 +147,12 @@ def main(
     seconds = {"ray": round(time.perf_counter() - begun, 1)}
     runs: dict[str, StageRun] = {}
     for number, stage in enumerate(STAGES, 1):
-        say(f"[{number}/{len(STAGES)}] {stage}")
+        echo(f"[{number}/{len(STAGES)}] {stage}")
         arguments = stage_arguments(stage, source, output, codec_options, limit, training)
         done = runs[stage] = run_stage(stage, [*arguments, "--address", cluster])
         seconds[stage] = round(done.seconds, 1)
         state = "up to date, nothing redone" if done.summary.get("up_to_date") else "done"
-        say(
+        echo(
             f"[{number}/{len(STAGES)}] {stage}: {state}, {done.summary.get('rows', 0):,} rows, {done.seconds:.1f} s"
         )
     for line in runs["evaluate"].answers:

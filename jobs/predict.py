@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from jobs._ray import LanguageModel, PathOrUrl, WriterFolder, load_codec_at, path_option, say
+from jobs._ray import LanguageModel, PathOrUrl, WriterFolder, echo, load_codec_at, path_option
 from jobs._ray import run as run_main
 from lvm.codec.ladder import LadderSettings
 from lvm.corpus.chunker import chunk_article
@@ -67,12 +67,12 @@ def main(
     if not any(c.strip() for c in chunks):
         raise InputError("expected texts as arguments or one text on standard input, got only white space")
     if loaded.no_writer is not None:
-        say(f"note: {loaded.no_writer}")
+        echo(f"note: {loaded.no_writer}")
     loaded_ms = (time.perf_counter() - begun) * 1000
     for number, (prediction,) in enumerate(generator.continue_all([chunks], length)):
         if prediction.truncated and not number:
             limit = loaded.tokenizer.max_tokens
-            say(
+            echo(
                 f"warning: {prediction.truncated} of the texts read were longer than {limit} tokens and were cut"
             )
         if as_json:
@@ -114,16 +114,16 @@ def tell(prediction: Prediction, loaded_ms: float) -> None:
     answer = prediction.answer
     print(answer.text, flush=True)
     likely = "" if answer.log_prob is None else f"  language {answer.log_prob:.2f} nats a character"
-    say(f"{WORDS[answer.source]}  (cosine to the prediction {answer.cosine:.3f}{likely})")
-    say(f"model {prediction.model}  context {prediction.context.mode}")
+    echo(f"{WORDS[answer.source]}  (cosine to the prediction {answer.cosine:.3f}{likely})")
+    echo(f"model {prediction.model}  context {prediction.context.mode}")
     for attempt in answer.attempts:
-        say(f"  refused, {attempt.source}: {attempt.text!r} ({'; '.join(attempt.refusals)})")
+        echo(f"  refused, {attempt.source}: {attempt.text!r} ({'; '.join(attempt.refusals)})")
     for refusal in answer.refusals:
-        say(f"  given for want of a better one: {refusal}")
+        echo(f"  given for want of a better one: {refusal}")
     shown = "  ".join(f"{stage} {ms:.1f} ms" for stage, ms in prediction.milliseconds.items())
-    say(f"load {loaded_ms:.0f} ms  {shown}")
+    echo(f"load {loaded_ms:.0f} ms  {shown}")
     if prediction.model == PASSTHROUGH:
-        say("passthrough predicts nothing: this is the last chunk, read back")
+        echo("passthrough predicts nothing: this is the last chunk, read back")
 
 
 def _standard_input() -> str:

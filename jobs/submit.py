@@ -29,7 +29,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import CHECKOUT, run, say
+from jobs._ray import CHECKOUT, echo, run
 from lvm.cli import CODEC_JOBS, CONCEPT_COMMANDS, JOBS
 from lvm.errors import InputError, LvmError
 
@@ -153,7 +153,7 @@ async def follow(client: Any, job: str, out: Any = None) -> None:
 
 def stop(client: Any, job: str) -> int:
     """Stop a job and wait until it has ended; the exit code. Raises ClusterError when it does not end."""
-    say(f"submit: stopping {job}; what it has finished is kept")
+    echo(f"submit: stopping {job}; what it has finished is kept")
     client.stop_job(job)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while not client.get_job_status(job).is_terminal():
@@ -164,7 +164,7 @@ def stop(client: Any, job: str) -> int:
         time.sleep(0.2)
     code = exit_code(client, job)
     if code == STOPPED:
-        say("submit: stopped; the same command goes on from what is finished")
+        echo("submit: stopped; the same command goes on from what is finished")
     return code
 
 
@@ -178,7 +178,7 @@ def exit_code(client: Any, job: str) -> int:
     if info.status == JobStatus.STOPPED:
         return STOPPED
     if info.driver_exit_code is None or not 0 < info.driver_exit_code < 256:
-        say(f"error: {job} failed: {(info.message or 'no message').strip().splitlines()[-1]}")
+        echo(f"error: {job} failed: {(info.message or 'no message').strip().splitlines()[-1]}")
         return 1
     return int(info.driver_exit_code)
 
@@ -247,7 +247,7 @@ def main(
     if no_wait:
         print(job)
         return
-    say(f"submit: {job}; Ctrl-C stops it, `latent submit --cancel {job}` from elsewhere")
+    echo(f"submit: {job}; Ctrl-C stops it, `latent submit --cancel {job}` from elsewhere")
     raise typer.Exit(watch(client, job))
 
 

@@ -34,7 +34,7 @@ import pyarrow.parquet
 import torch
 import typer
 
-from jobs._ray import GPUS_HELP, Address, PathOrUrl, connect, finish, nodes_with, path_option, run, say
+from jobs._ray import GPUS_HELP, Address, PathOrUrl, connect, echo, finish, nodes_with, path_option, run
 from jobs._training import for_ray, plan_resources, publish_run, runs_at_once
 from lvm.corpus.coherence import Coherence
 from lvm.errors import InputError, LvmError, OutputError
@@ -213,7 +213,7 @@ def tune_trials(
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, runs=list(runs), threads=threads), resources
     )
-    say(f"sweep: {len(trials)} trials, {at_once} at a time")
+    echo(f"sweep: {len(trials)} trials, {at_once} at a time")
     # Of a killed sweep at most so much is done again; Tune's own choice grows with the number of trials.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "10")
     # Every trial keeps its best checkpoint alone, and Tune warns that it writes its own state as often.
@@ -222,7 +222,7 @@ def tune_trials(
     path = where["storage_path"] + "/" + folder.name
     space = {"trial": tune.grid_search(list(trials))}
     if tune.Tuner.can_restore(path, storage_filesystem=where["storage_filesystem"]):
-        say("sweep: goes on where it was")
+        echo("sweep: goes on where it was")
         tuner = tune.Tuner.restore(
             path,
             trainable=trainable,
@@ -284,7 +284,7 @@ def _progress_lines(total: int) -> Any:
             ended = len({t.trial_id for t in trials if t.is_finished()} | {trial.trial_id})
             last = trial.last_result
             said = last.get("refusal") or f"val cosine {last.get('best_val_cosine', float('nan')):.4f}"
-            say(f"sweep: {ended} of {total}: {trial} epoch {last.get('epoch', 0)}, {said}")
+            echo(f"sweep: {ended} of {total}: {trial} epoch {last.get('epoch', 0)}, {said}")
 
     return Lines()
 
@@ -537,7 +537,7 @@ def main(
     )
     rows, record, up_to_date = sweep(vectors, output, settings, hours, allow_non_sequential, gpus, address)
     if up_to_date:
-        say(f"sweep: {output} is complete, nothing trained again")
+        echo(f"sweep: {output} is complete, nothing trained again")
     intervals = {int(n): Interval(**i) for n, i in record["intervals"].items()}
     print(as_text(leaderboard(rows, intervals)))
     seconds = time.perf_counter() - started

@@ -33,11 +33,11 @@ from jobs._ray import (
     Address,
     PathOrUrl,
     connect,
+    echo,
     finish,
     nodes_with,
     path_option,
     run,
-    say,
     unseen_gpu,
 )
 from jobs._training import Trained, for_ray, plan_resources, publish_run, runs_at_once
@@ -90,7 +90,7 @@ class TrainResult:
 # ------------------------------------------------------------------------------------------------ on a worker
 
 
-class Board:
+class Monitor:
     """What the runs have to say, and how many are training. A Ray actor; it uses no CPU."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -131,21 +131,21 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     except LvmError as err:
         return {"refusal": str(err)}
     finally:
-        ray.get(config["board"].leave.remote(this.model))
+        ray.get(config["monitor"].leave.remote(this.model))
 
 
 def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
     import ray
     import torch
 
-    board, threads, cores = config["board"], config["threads"], config["cores"]
+    monitor, threads, cores = config["monitor"], config["threads"], config["cores"]
 
     def share_cores(num_training: int) -> None:
         """On one machine, threads of runs that have ended go to those still training."""
         torch.set_num_threads(threads if cores is None else max(threads, cores // max(1, num_training)))
 
     def tell(row: dict[str, Any]) -> None:
-        share_cores(ray.get(board.post.remote(this.model, row)))
+        share_cores(ray.get(monitor.post.remote(this.model, row)))
 
     def keep(folder: Path, row: dict[str, Any]) -> None:
         ray.train.report(
@@ -153,7 +153,7 @@ def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
             checkpoint=ray.train.Checkpoint.from_directory(folder),
         )
 
-    share_cores(ray.get(board.enter.remote(this.model)))
+    share_cores(ray.get(monitor.enter.remote(this.model)))
     if note := unseen_gpu():
         tell({"note": note})
     checkpoint = ray.train.get_checkpoint()
@@ -187,7 +187,7 @@ def set_aside_if_broken(this: TrainRun, storage: Location) -> None:
         # Whatever it is, Ray Train would fail with the same on the way in, and say less about what to do.
         aside = folder.with_name(f"{folder.name}.broken-{time.time_ns()}")
         move_tree(folder, aside)
-        say(
+        echo(
             f"train: {this.model}: its checkpoints cannot be read ({str(err).splitlines()[0]}); it starts "
             f"anew, what there was is in {aside}"
         )
@@ -212,15 +212,15 @@ def train_with_ray(
     at_once = runs_at_once(nodes, len(runs))
     resources, threads, cores = plan_resources(nodes, at_once)
     if at_once < len(runs):
-        say(f"train: {at_once} at a time, the rest as they end")
+        echo(f"train: {at_once} at a time, the rest as they end")
     turns = threading.Semaphore(at_once)
     # Read by Ray Train's controllers, which inherit them from this process.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     if len(nodes) == 1:
         # It watches for nodes that are about to be taken away; one process for each run less.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    board: Any = ray.remote(num_cpus=0)(Board).remote([r.model for r in runs[:at_once]])
-    shared = {"board": board, "threads": threads, "cores": cores, "storage": storage}
+    monitor: Any = ray.remote(num_cpus=0)(Monitor).remote([r.model for r in runs[:at_once]])
+    shared = {"monitor": monitor, "threads": threads, "cores": cores, "storage": storage}
     ended: list[tuple[TrainRun, Any]] = []
 
     def fit(this: TrainRun) -> None:
@@ -251,7 +251,7 @@ def train_with_ray(
         except Exception as err:
             # What a worker or Ray itself dies of ends this run alone; the caller says so.
             ended.append((this, err))
-            ray.get(board.leave.remote(this.model))
+            ray.get(monitor.leave.remote(this.model))
 
     # Daemon threads: Ctrl-C ends this process, and with it the workers, without waiting for them.
     for this in runs:
@@ -261,27 +261,27 @@ def train_with_ray(
         time.sleep(POLL_S)
         # Taken before the lines are: a run posts its last line before it ends.
         done, ended[:] = ended[:], []
-        for model, row in ray.get(board.take.remote()):
-            _say_row(model, row)
+        for model, row in ray.get(monitor.take.remote()):
+            _echo_row(model, row)
         for this, outcome in done:
             waiting -= 1
             yield this, outcome
 
 
-def _say_row(model: str, row: Mapping[str, Any]) -> None:
+def _echo_row(model: str, row: Mapping[str, Any]) -> None:
     if "note" in row:
-        say(f"train: {model}: {row['note']}")
+        echo(f"train: {model}: {row['note']}")
         return
     if "rank_loss" in row:
         if row["step"] == row["steps"] or row["step"] % 500 == 0:
             step = f"step {row['step']:,} of {row['steps']:,}"
-            say(f"train: {model:<13} rank head, {step}, loss {row['rank_loss']:.4f}")
+            echo(f"train: {model:<13} rank head, {step}, loss {row['rank_loss']:.4f}")
         return
     if "resumed" in row:
-        say(f"train: {model:<13} goes on after epoch {row['resumed']}")
+        echo(f"train: {model:<13} goes on after epoch {row['resumed']}")
         return
     trained = f"train loss {row['train_loss']:.4f}" if "train_loss" in row else "start            "
-    say(
+    echo(
         f"train: {model:<13} epoch {row['epoch']:>2}  {trained}  val loss {row['val_loss']:.4f}  "
         f"val cosine {row['val_cosine']:.4f}  {row['seconds']:.0f} s"
     )
@@ -330,10 +330,10 @@ def train_models(
         if read_aliases(models).get(this.model) != found.name:
             set_alias(models, this.model, found)
         result.trained[this.model] = Trained(found, load_record(models, found.name).metrics, up_to_date=True)
-        say(f"train: {this.model} is up to date ({found.name})")
+        echo(f"train: {this.model} is up to date ({found.name})")
     if pending:
         context_mean = context_mean_cosine(data.parts["val"], recipe.max_val_windows)
-        say(
+        echo(
             f"train: {', '.join(r.model for r in pending)} on {result.windows['train']:,} windows of "
             f"{settings.context} vectors, recipe {recipe.name}; context mean's val cosine {context_mean:.4f}"
         )
@@ -354,10 +354,10 @@ def train_models(
                     optimiser.unlink()
             except LvmError as err:
                 result.failed[this.model] = str(err)
-                say(f"train: {err}")
+                echo(f"train: {err}")
                 continue
             result.trained[this.model] = made
-            say(
+            echo(
                 f"train: {this.model:<13} done: val cosine {made.metrics['val_cosine']:.4f} at epoch "
                 f"{made.metrics['best_epoch']} ({made.metrics['stopped']}); {made.folder.name}"
             )
@@ -374,9 +374,9 @@ def ensemble_of(vectors: Location, models: Location, members: Mapping[str, str],
         set_alias(models, ENSEMBLE, folder)
     metrics = load_record(models, folder.name).metrics
     if up_to_date:
-        say(f"train: ensemble is up to date ({folder.name})")
+        echo(f"train: ensemble is up to date ({folder.name})")
     else:
-        say(
+        echo(
             f"train: ensemble of {', '.join(metrics['members'])}: val cosine {metrics['val_cosine']:.4f}, the best "
             f"of them alone {metrics['best_member_val_cosine']:.4f}; {folder.name}"
         )
@@ -463,7 +463,7 @@ def main(
     if import_checkpoint is not None:
         name, made = import_model(import_checkpoint, vectors, output, seed)
         result = TrainResult({}, {name: made})
-        say(f"train: imported {name}: val cosine {made.metrics['val_cosine']:.4f}; {made.folder.name}")
+        echo(f"train: imported {name}: val cosine {made.metrics['val_cosine']:.4f}; {made.folder.name}")
     else:
         chosen = recipe_named(recipe)
         if epochs is not None:

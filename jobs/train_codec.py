@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from jobs._ray import Address, PathOrUrl, articles_of, connect, finish, path_option, run, say
+from jobs._ray import Address, PathOrUrl, articles_of, connect, echo, finish, path_option, run
 from lvm.codec.mini import MiniConfig
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.codec.training import TrainingSettings, fit, load_weights
@@ -76,7 +76,7 @@ def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
     schema = pa.schema([("doc_id", pa.int32()), ("position", pa.int32()), ("text", pa.string())])
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / "part-00000.parquet")
     made.write_text(json.dumps(wanted) + "\n")
-    say(f"{len(rows):,} chunks of {source} in {folder}")
+    echo(f"{len(rows):,} chunks of {source} in {folder}")
 
 
 def main(
@@ -130,7 +130,7 @@ def main(
     from ray.train.torch import TorchTrainer
 
     use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    say(
+    echo(
         f"training for {minutes:g} minutes on {'a GPU' if use_gpu else 'CPUs'}; curve in {output / 'curve.jsonl'}"
     )
     trainer = TorchTrainer(

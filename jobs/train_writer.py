@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Address, LanguageModel, PathOrUrl, connect, finish, path_option, run, say
+from jobs._ray import Address, LanguageModel, PathOrUrl, connect, echo, finish, path_option, run
 from lvm.errors import InputError, OutputError
 from lvm.storage import RemotePath, local_folder
 
@@ -81,7 +81,7 @@ def main(
 
     use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     cpus = 1 if use_gpu else max(1, int(min(8, ray.available_resources().get("CPU", 1))))
-    say(
+    echo(
         f"training for {minutes:g} minutes on {'a GPU' if use_gpu else f'{cpus} CPUs'}; "
         f"curve in {output / 'curve.jsonl'}"
     )

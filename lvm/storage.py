@@ -136,7 +136,7 @@ class RemotePath:
     @property
     def filesystem(self) -> Any:
         """The pyarrow filesystem it lies on; `key` is its path there."""
-        with told(self):
+        with storage_errors(self):
             return _filesystem(self._scheme, self._key.parts[0], self._query)
 
     @property
@@ -145,7 +145,7 @@ class RemotePath:
         return str(self._key)
 
     def _info(self) -> Any:
-        with told(self):
+        with storage_errors(self):
             return self.filesystem.get_file_info(self.key)
 
     def exists(self) -> bool:
@@ -170,7 +170,7 @@ class RemotePath:
     def _list(self, deep: bool) -> list[Any]:
         from pyarrow import fs
 
-        with told(self):
+        with storage_errors(self):
             found = self.filesystem.get_file_info(
                 fs.FileSelector(self.key, recursive=deep, allow_not_found=True)
             )
@@ -197,7 +197,7 @@ class RemotePath:
             raise InputError(
                 f"{self} was to be opened with mode {mode!r}; an object is written whole, by write_bytes"
             )
-        with told(self):
+        with storage_errors(self):
             file = self.filesystem.open_input_file(self.key)
         return io.BufferedReader(_RawObject(self, file), max(buffering, 1 << 16))
 
@@ -218,7 +218,7 @@ class RemotePath:
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the object."""
         try:
-            with told(self):
+            with storage_errors(self):
                 self.filesystem.delete_file(self.key)
         except FileNotFoundError:
             if not missing_ok:
@@ -256,7 +256,7 @@ class _RawObject(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with told(self._path):
+        with storage_errors(self._path):
             return int(self._file.readinto(buffer))
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -272,7 +272,7 @@ class _RawObject(io.RawIOBase):
 
 
 @contextmanager
-def told(path: Location) -> Iterator[None]:
+def storage_errors(path: Location) -> Iterator[None]:
     """What goes wrong on the way to object storage, as StorageError in one line; an absent object stays one, and what
     goes wrong on a disk is passed on."""
     try:
@@ -333,7 +333,7 @@ def remove_tree(folder: Location) -> None:
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    with suppress(FileNotFoundError), told(folder):
+    with suppress(FileNotFoundError), storage_errors(folder):
         folder.filesystem.delete_dir(folder.key)
 
 
@@ -354,7 +354,7 @@ def move_tree(folder: Location, target: Location) -> None:
 
 def upload(source: IO[bytes], target: RemotePath) -> None:
     """Put all of `source` there as one object; nothing appears when reading or sending breaks off."""
-    with told(target):
+    with storage_errors(target):
         stream = target.filesystem.open_output_stream(target.key)
         try:
             while block := source.read(BUFFER_BYTES):

@@ -12,7 +12,7 @@ TARGETS = {
     "keyword_share": 0.75,
     "error_share": 0.005,
 }
-"""Targets of the original system, SPEC §6. All but keyword_share are upper bounds."""
+"""Targets of the original system. All but keyword_share are upper bounds."""
 
 WINDOW = 1000
 """Requests looked at."""

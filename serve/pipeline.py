@@ -31,7 +31,7 @@ STAGES = ("queue", "encode", "context", "predict", "snap", "decode")
 
 
 @dataclass(frozen=True)
-class Wish:
+class ChunkOptions:
     """What a request wants of each answer."""
 
     model: str
@@ -55,7 +55,7 @@ class ReadContext:
 
 
 @dataclass(frozen=True)
-class Said:
+class PredictedChunk:
     """One predicted chunk and how it came about."""
 
     answer: Answer
@@ -146,7 +146,7 @@ class Pipeline:
         self._metrics, self._patience_s = metrics, decode_patience_s
         self._folders, self._contexts = folders, contexts
         self._vectors: Cache[EncodedText] = Cache(cache_bytes)
-        self._answers: Cache[Said] = Cache(cache_bytes)
+        self._answers: Cache[PredictedChunk] = Cache(cache_bytes)
         self._on_their_way = 0
         """Requests between their first stage and the decoder."""
 
@@ -171,64 +171,66 @@ class Pipeline:
                 self._vectors.put(_digest(text), replace(value, vector=value.vector.copy()))
         return [found[t] for t in texts], timing
 
-    async def say(self, texts: Sequence[str], wish: Wish) -> Said:
+    async def predict_next(self, texts: Sequence[str], options: ChunkOptions) -> PredictedChunk:
         """The chunk after these, at least one of them.
 
         Raises DeadlineError, StageError or UnavailableError; for want of a decoder only without a corpus, which
         answers then.
         """
-        key = self._key(texts, wish)
-        if wish.cache:
+        key = self._key(texts, options)
+        if options.cache:
             begun = time.perf_counter()
             held = self._answers.get(key)
             self._look("answer", int(held is not None), int(held is None))
             if held is not None:
                 took = round((time.perf_counter() - begun) * 1000, 3)
-                said = replace(
+                predicted = replace(
                     held,
                     milliseconds={**dict.fromkeys(STAGES, 0.0), "total": took},
                     cached="answer",
                     retries=0,
                 )
-                self._count(said, wish)
-                return said
+                self._count(predicted, options)
+                return predicted
         clock = Clock()
         self._on_their_way += 1
         try:
-            way = await self._steer(texts[-self._context_length(wish) :], wish, clock)
+            steered = await self._steer(texts[-self._context_length(options) :], options, clock)
         finally:
             self._on_their_way -= 1
-        answer = await self._decode(way, wish, clock)
-        said = Said(
+        answer = await self._decode(steered, options, clock)
+        predicted = PredictedChunk(
             answer,
-            way.folder,
-            ReadContext(way.context.mode, way.context.texts, way.context.origins),
-            way.truncated,
-            float((way.raw * way.steered).sum()),
-            way.drifted,
-            tuple(way.near),
+            steered.folder,
+            ReadContext(steered.context.mode, steered.context.texts, steered.context.origins),
+            steered.truncated,
+            float((steered.raw * steered.steered).sum()),
+            steered.drifted,
+            tuple(steered.near),
             clock.finish(),
             "vector" if answer.cached else None,
             clock.retries,
         )
         if (
-            wish.cache
+            options.cache
             and answer.emergency is None
-            and way.folder == self._folders.get(wish.model, PASSTHROUGH)
+            and steered.folder == self._folders.get(options.model, PASSTHROUGH)
         ):
             # Not kept: what was answered in an emergency, and answers of a version that is being replaced.
-            self._answers.put(key, said)
-        self._count(said, wish)
-        return said
+            self._answers.put(key, predicted)
+        self._count(predicted, options)
+        return predicted
 
-    async def continue_(self, texts: Sequence[str], wish: Wish, length: int) -> AsyncIterator[Said]:
+    async def continue_(
+        self, texts: Sequence[str], options: ChunkOptions, length: int
+    ) -> AsyncIterator[PredictedChunk]:
         """`length` chunks, each predicted from all before it. What was written is read again as text, so a
         continuation of n is the same as n requests that each append the last answer."""
         chunks = list(texts)
         for _ in range(length):
-            said = await self.say(chunks, wish)
-            chunks.append(said.answer.text)
-            yield said
+            predicted = await self.predict_next(chunks, options)
+            chunks.append(predicted.answer.text)
+            yield predicted
 
     async def predict(
         self, contexts: Sequence[NDArray[np.float32]], model: str, deadline: float, search: bool = False
@@ -274,43 +276,43 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------- the stages
 
-    async def _steer(self, texts: Sequence[str], wish: Wish, clock: Clock) -> "_Steered":
+    async def _steer(self, texts: Sequence[str], options: ChunkOptions, clock: Clock) -> "_Steered":
         """All that comes before the decoder."""
-        encoded, timing = await self.encode(texts, wish.deadline, wish.cache)
+        encoded, timing = await self.encode(texts, options.deadline, options.cache)
         clock.add("encode", timing)
         vectors = np.stack([e.vector for e in encoded])
-        context = await self._context(vectors, texts, wish, clock)
+        context = await self._context(vectors, texts, options, clock)
         # Passthrough shows the codec alone.
-        snaps = wish.snap and wish.model != PASSTHROUGH and self.corpus is not None
-        (predicted,), timing = await self.predict([context.vectors], wish.model, wish.deadline, snaps)
+        snaps = options.snap and options.model != PASSTHROUGH and self.corpus is not None
+        (predicted,), timing = await self.predict([context.vectors], options.model, options.deadline, snaps)
         clock.add("predict", timing)
         folder, raw = predicted.folder, predicted.vector
         steered, drifted = raw, False
         if snaps and self.corpus is not None:
             row = SnapRow(predicted.search, context.vectors[-1], context.vectors.mean(0))
-            ((steered, drifted),), timing = await self.corpus.snap.run([row], wish.deadline)
+            ((steered, drifted),), timing = await self.corpus.snap.run([row], options.deadline)
             clock.add("snap", timing)
         near: list[CorpusChunk] = []
-        if wish.neighbours and self.corpus is not None:
-            near = await self._near(steered, wish.neighbours, context, wish.deadline, clock, "snap")
+        if options.neighbours and self.corpus is not None:
+            near = await self._near(steered, options.neighbours, context, options.deadline, clock, "snap")
         return _Steered(folder, context, sum(e.truncated for e in encoded), raw, steered, drifted, near)
 
     async def _context(
-        self, vectors: NDArray[np.float32], texts: Sequence[str], wish: Wish, clock: Clock
+        self, vectors: NDArray[np.float32], texts: Sequence[str], options: ChunkOptions, clock: Clock
     ) -> Context:
-        length = self._context_length(wish)
-        if wish.fill == "retrieve" and len(texts) < length and self.corpus is not None:
+        length = self._context_length(options)
+        if options.fill == "retrieve" and len(texts) < length and self.corpus is not None:
             row = FillRow(vectors, tuple(texts), length)
-            (context,), timing = await self.corpus.fill.run([row], wish.deadline)
+            (context,), timing = await self.corpus.fill.run([row], options.deadline)
             clock.add("context", timing)
             return context  # type: ignore[no-any-return]
         begun = time.perf_counter()
-        context = build_context(vectors, texts, length, wish.fill)
+        context = build_context(vectors, texts, length, options.fill)
         clock.ms["context"] += (time.perf_counter() - begun) * 1000
         return context
 
-    def _context_length(self, wish: Wish) -> int:
-        return self._contexts.get(wish.model, CONTEXT_CHUNKS)
+    def _context_length(self, options: ChunkOptions) -> int:
+        return self._contexts.get(options.model, CONTEXT_CHUNKS)
 
     async def _near(
         self,
@@ -328,28 +330,30 @@ class Pipeline:
         clock.add(stage, timing)
         return near  # type: ignore[no-any-return]
 
-    async def _decode(self, way: "_Steered", wish: Wish, clock: Clock) -> Answer:
+    async def _decode(self, steered: "_Steered", options: ChunkOptions, clock: Clock) -> Answer:
         refusal = self.breaker.refuses(self.decoder.depth)
         if refusal is not None and self.corpus is None:
             raise UnavailableError(f"{refusal}; {NO_CORPUS}, and it answers meanwhile")
         answer: Answer | None = None
         if refusal is None:
-            row = VectorRow(way.steered, way.context.vectors, wish.steps, wish.cache, self._on_their_way)
+            row = VectorRow(
+                steered.steered, steered.context.vectors, options.steps, options.cache, self._on_their_way
+            )
             try:
-                ours = wish.steps is None and wish.model != PASSTHROUGH
-                (answer,), timing = await self._decode_rows([row], wish.deadline, patient=True, ours=ours)
+                ours = options.steps is None and options.model != PASSTHROUGH
+                (answer,), timing = await self._decode_rows([row], options.deadline, patient=True, ours=ours)
                 clock.add("decode", timing)
                 self._look("vector", int(answer.cached), int(not answer.cached))
             except (UnavailableError, DeadlineError) as err:
-                if self.corpus is None or time.monotonic() >= wish.deadline:
+                if self.corpus is None or time.monotonic() >= options.deadline:
                     raise
                 refusal = str(err)
-        if answer is not None and (answer.accepted or wish.steps is not None or self.corpus is None):
+        if answer is not None and (answer.accepted or options.steps is not None or self.corpus is None):
             return answer
         assert self.corpus is not None
         # A chunk the reader has just read is no continuation of it.
-        row = NearRow(way.raw, 1, frozenset(way.context.texts), answers=True)
-        ((chunk,),), timing = await self.corpus.find.run([row], wish.deadline)
+        row = NearRow(steered.raw, 1, frozenset(steered.context.texts), answers=True)
+        ((chunk,),), timing = await self.corpus.find.run([row], options.deadline)
         clock.add("decode", timing)
         return extracted(answer, Nearest(chunk.text, chunk.cosine), refusal)
 
@@ -388,15 +392,15 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------ book-keeping
 
-    def _key(self, texts: Sequence[str], wish: Wish) -> bytes:
-        read = texts[-self._context_length(wish) :]
+    def _key(self, texts: Sequence[str], options: ChunkOptions) -> bytes:
+        read = texts[-self._context_length(options) :]
         what = (
             self.identity.digest,
-            self._folders.get(wish.model, wish.model),
-            wish.fill,
-            wish.snap,
-            wish.steps,
-            wish.neighbours,
+            self._folders.get(options.model, options.model),
+            options.fill,
+            options.snap,
+            options.steps,
+            options.neighbours,
             tuple(read),
         )
         return _digest(repr(what))
@@ -407,13 +411,13 @@ class Pipeline:
         if misses:
             self._metrics.cache.inc(misses, {"cache": cache, "result": "miss"})
 
-    def _count(self, said: Said, wish: Wish) -> None:
-        m, label = self._metrics, {"model": wish.model}
+    def _count(self, predicted: PredictedChunk, options: ChunkOptions) -> None:
+        m, label = self._metrics, {"model": options.model}
         for stage in STAGES:
-            m.stage.observe(said.milliseconds[stage] / 1000, {"stage": stage})
-        m.answers.inc(1, {"model": wish.model, "source": said.answer.source})
-        m.cosine.observe(said.answer.cosine, label)
-        quality = judge(said.answer.text, said.answer.refusals, said.context.texts)
+            m.stage.observe(predicted.milliseconds[stage] / 1000, {"stage": stage})
+        m.answers.inc(1, {"model": options.model, "source": predicted.answer.source})
+        m.cosine.observe(predicted.answer.cosine, label)
+        quality = judge(predicted.answer.text, predicted.answer.refusals, predicted.context.texts)
         if quality.gibberish:
             m.gibberish.inc(1, label)
         if quality.keyword_hit:
@@ -453,4 +457,4 @@ def judge(text: str, refusals: Sequence[str], context: Sequence[str]) -> Quality
     )
 
 
-__all__ = ["Pipeline", "Quality", "Said", "StageError", "Wish", "judge"]
+__all__ = ["ChunkOptions", "Pipeline", "PredictedChunk", "Quality", "StageError", "judge"]

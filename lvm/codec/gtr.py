@@ -152,7 +152,7 @@ def _from_hub(name: str, repository: str, files: tuple[str, ...]) -> Path:
     if problem:
         whole = {r: list(f) for r, f in GTR_CODECS[name].files.items()}
         raise InputError(
-            f"codec {name} needs {repository}, which could not be had from the hub ({problem}). Without network, "
+            f"codec {name} needs {repository}, which could not be downloaded ({problem}). Without network, "
             f"{_what_to_fetch(whole, 'DIR')}; then give --codec-path DIR"
         ) from cause
     return folder

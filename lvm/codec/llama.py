@@ -243,7 +243,7 @@ def rotary(config: LlamaConfig, places: int, device: torch.device) -> tuple[Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (…, K) turned by its place; cos and sin broadcast against it."""
+    """x (…, K) rotated by its place; cos and sin broadcast against it."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -339,11 +339,11 @@ class LlamaRunner:
         keys = x.new_zeros(c.num_hidden_layers, 2, B, G, places, K)
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x, layer.first_norm)).view(B, S, H + 2 * G, K)
-            turned = rotate(qkv[:, :, : H + G], cos, sin).transpose(1, 2)
-            k, v = turned[:, H:], qkv[:, :, H + G :].transpose(1, 2)
+            rotated = rotate(qkv[:, :, : H + G], cos, sin).transpose(1, 2)
+            k, v = rotated[:, H:], qkv[:, :, H + G :].transpose(1, 2)
             keys[i, 0, :, :, :S], keys[i, 1, :, :, :S] = k, v
             mixed = F.scaled_dot_product_attention(
-                turned[:, :H], k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1), is_causal=True
+                rotated[:, :H], k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1), is_causal=True
             )
             x = x + layer.out(mixed.transpose(1, 2).reshape(B, S, -1))
             x = x + self._feed_forward(layer, x)
@@ -364,11 +364,11 @@ class LlamaRunner:
             unread = unread[:, None, None]
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x, layer.first_norm)).view(B, H + 2 * G, K)
-            turned = rotate(qkv[:, : H + G], cos, sin)
+            rotated = rotate(qkv[:, : H + G], cos, sin)
             keys, values = cache.own[i, 0], cache.own[i, 1]
-            keys[row, :, places], values[row, :, places] = turned[:, H:], qkv[:, H + G :]
+            keys[row, :, places], values[row, :, places] = rotated[:, H:], qkv[:, H + G :]
             # The H / G query heads of a group are rows of one product with its keys.
-            q = turned[:, :H].view(B, G, H // G, K) * K**-0.5
+            q = rotated[:, :H].view(B, G, H // G, K) * K**-0.5
             scores = torch.matmul(q, keys[:, :, :longest].transpose(2, 3))
             if unread is not None:
                 scores = scores.masked_fill_(unread, float("-inf"))

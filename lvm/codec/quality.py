@@ -41,7 +41,7 @@ def read_back(sources: Sequence[str], written: Sequence[str]) -> dict[str, float
     }
 
 
-def turned(vectors: NDArray[np.float32], cosine: float, seed: int = 0) -> NDArray[np.float32]:
+def rotated(vectors: NDArray[np.float32], cosine: float, seed: int = 0) -> NDArray[np.float32]:
     """Unit vectors at exactly this cosine from each unit row of (N, D), in random directions; float32.
 
     What a predictor's error is not (that one has structure), but the same for every codec.

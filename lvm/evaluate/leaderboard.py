@@ -52,7 +52,7 @@ class Check(TypedDict):
 
 
 class Gate(TypedDict):
-    """Whether a model may be promoted, SPEC.md §4."""
+    """Whether a model may be promoted."""
 
     passed: bool
     """No check failed."""
@@ -178,7 +178,7 @@ class Evaluation(TypedDict):
 MIN_VAL_COSINE = 0.40
 MIN_OOD_COSINE = 0.15
 MAX_INFERENCE_MS = 50.0
-"""The three numbers of SPEC.md §4."""
+"""Cosine, latency and size, by which a promotion is judged."""
 
 
 def judge(entry: Entry, baselines: Sequence[Entry]) -> Gate:
@@ -475,7 +475,7 @@ def _size(evaluation: Evaluation) -> Table:
 
 
 def efficiency(entry: Entry) -> float:
-    """Test cosine / mean milliseconds at batch 1 x 1000, SPEC.md §8."""
+    """Test cosine / mean milliseconds at batch 1 x 1000."""
     return float(entry["cosine"]["mean"] / max(entry["latency"][0]["mean_ms"], 1e-6) * 1000)
 
 

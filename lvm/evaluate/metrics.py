@@ -295,7 +295,7 @@ def text_scores(decoded: Sequence[str], truths: Sequence[str]) -> dict[str, floa
 
 
 LATENCY_BATCHES = (1, 32, 128)
-"""Batch sizes at which latency is measured, SPEC.md §8."""
+"""Batch sizes at which latency is measured."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """RetNet: attention without softmax, whose weights fade with the distance at a rate of each head.
 
-Sun et al. 2023, "Retentive Network", arXiv 2307.08621. Choices: queries and keys turned by their place (xPos
+Sun et al. 2023, "Retentive Network", arXiv 2307.08621. Choices: queries and keys rotated by their place (xPos
 without its growing scale, which the fading takes the part of), values and gate of twice the width, feed-forward of
 twice the width, as the paper's. Its divisions of the scores are left out: the norm of each head takes them out
 again. The parallel form is `lvm.models.recurrence`.
@@ -46,8 +46,8 @@ Memory = tuple[int, Tensor]
 """Places so far, state (B, H, P, 2 P)."""
 
 
-def turned(x: Tensor, start: int) -> Tensor:
-    """x (B, H, T, P) with each pair of numbers turned by place times a rate; the first is at place `start`.
+def rotated(x: Tensor, start: int) -> Tensor:
+    """x (B, H, T, P) with each pair of numbers rotated by place times a rate; the first is at place `start`.
 
     Rates from 1 down to 1 / 10,000 (Su et al. 2021, RoFormer, arXiv 2104.09864).
     """
@@ -75,8 +75,8 @@ class Retention(nn.Module):
     def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """(B, T, W) and the memory after."""
         start, state = memory if memory else (0, None)
-        q = turned(wide(heads_of(self.query(x), self.head_dim)), start)
-        k = turned(wide(heads_of(self.key(x), self.head_dim)), start) / math.sqrt(self.head_dim)
+        q = rotated(wide(heads_of(self.query(x), self.head_dim)), start)
+        k = rotated(wide(heads_of(self.key(x), self.head_dim)), start) / math.sqrt(self.head_dim)
         v = heads_of(self.value(x), 2 * self.head_dim)
         head = torch.arange(q.shape[1], device=x.device, dtype=q.dtype)
         log_decay = torch.log1p(-(2.0 ** (-5.0 - head)))[None, :, None].expand(1, -1, x.shape[1])

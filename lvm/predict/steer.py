@@ -1,4 +1,4 @@
-"""Around the predictor: a full context before it, and a decodable vector after it, SPEC.md §5.
+"""Around the predictor: a full context before it, and a decodable vector after it.
 
 Letters: B predictions, K neighbours, T places in a context, N corpus vectors, D = 768.
 """
@@ -50,7 +50,7 @@ def unit(vectors: Floats) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class SnapSettings:
-    """The blend of SPEC.md §5, "Manifold snap + topic anchor"."""
+    """The original system's blend, "manifold snap + topic anchor"; its shares."""
 
     neighbours: int = 16
     """Nearest corpus vectors that make up the snap."""

@@ -123,7 +123,7 @@ CLASSIC = Recipe(
     epochs=20,
     batch_windows=32,
 )
-"""The original system's recipe (SPEC: MSE on unit vectors, Adam, cosine schedule)."""
+"""The original system's recipe (MSE on unit vectors, Adam, cosine schedule)."""
 
 FAST = Recipe(
     name="fast",

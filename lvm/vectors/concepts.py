@@ -41,7 +41,7 @@ from lvm.vectors.entries import (
     require_name,
     require_text,
 )
-from lvm.vectors.postgres import connect, server_name, told
+from lvm.vectors.postgres import connect, database_errors, server_name
 from lvm.vectors.shards import (
     Manifest,
     Shard,
@@ -215,7 +215,7 @@ class ConceptStore:
         self.url = url
         self.connection = connect(url)
         try:
-            with told(f"the tables of the store in {server_name(url)}"):
+            with database_errors(f"the tables of the store in {server_name(url)}"):
                 self._migrate()
                 self.missing = self._extension()
         except BaseException:
@@ -274,7 +274,7 @@ class ConceptStore:
 
     def datasets(self, name: str | None = None) -> list[Dataset]:
         """All datasets, by name; only the one of this name where given."""
-        with told("listing the datasets"):
+        with database_errors("listing the datasets"):
             rows = self.connection.execute(
                 "SELECT id, name, codec, storage, source, licence, loaded, version::text "
                 "FROM cpe_dataset WHERE %s::text IS NULL OR name = %s ORDER BY name",
@@ -307,7 +307,7 @@ class ConceptStore:
         found = self.find(name)
         if found is None:
             storage = self.storage_for(dtype)
-            with told(f"making dataset {name!r}"):
+            with database_errors(f"making dataset {name!r}"):
                 self._parent(identity.dim, storage)
                 with self.connection.transaction():
                     if (number := self._note(name, identity, storage, source, licence)) is not None:
@@ -428,7 +428,7 @@ class ConceptStore:
         Raises InputError with the names there are.
         """
         found = self.dataset(name)
-        with told(f"clearing dataset {name!r}"), self.connection.transaction():
+        with database_errors(f"clearing dataset {name!r}"), self.connection.transaction():
             rows = int(self._one(sql.SQL("SELECT count(*) FROM {}").format(found.table))[0])
             self._drop_stages(name, keep=None)
             self.connection.execute(sql.SQL("DROP TABLE {}").format(found.table))
@@ -437,7 +437,7 @@ class ConceptStore:
 
     def stats(self, dataset: Dataset) -> dict[str, Any]:
         """Counts and sizes of one dataset: rows, articles, coded rows, bytes, its index, loads under way."""
-        with told(f"counting dataset {dataset.name!r}"):
+        with database_errors(f"counting dataset {dataset.name!r}"):
             rows, articles, coded, truncated, tokens = self._one(
                 sql.SQL(
                     "SELECT count(*), count(DISTINCT doc_id), count(tmd_code), count(*) FILTER (WHERE truncated), "
@@ -465,7 +465,7 @@ class ConceptStore:
 
     def codes(self, dataset: Dataset) -> dict[int, int]:
         """TMD code to the number of rows that carry it."""
-        with told(f"counting the codes of dataset {dataset.name!r}"):
+        with database_errors(f"counting the codes of dataset {dataset.name!r}"):
             return dict(
                 self.connection.execute(
                     sql.SQL(
@@ -496,7 +496,7 @@ class ConceptStore:
             )
         stage = f"cpe_stage_{fingerprint([name, manifest.fingerprint, storage])}"
         lock = int.from_bytes(hashlib.sha256(f"load {name}".encode()).digest()[:8], signed=True)
-        with told(f"beginning the load of dataset {name!r}"):
+        with database_errors(f"beginning the load of dataset {name!r}"):
             # Of the session: gone with this process, whatever ends it.
             if not self._one("SELECT pg_try_advisory_lock(%s)", [lock])[0]:
                 raise DatabaseError(
@@ -530,7 +530,7 @@ class ConceptStore:
 
     def staged(self, load: Load) -> dict[str, int]:
         """Shard to its rows, of those this load has copied."""
-        with told("reading what is loaded already"):
+        with database_errors("reading what is loaded already"):
             return dict(
                 self.connection.execute(
                     "SELECT shard, entries FROM cpe_staged WHERE stage = %s", [load.stage]
@@ -550,7 +550,7 @@ class ConceptStore:
                 "Run `latent encode` again; only that is redone"
             )
         rows = entries_of(read_table(path), load.dataset, load.identity, load.storage, what)
-        with told(f"loading {what}"), self.connection.transaction():
+        with database_errors(f"loading {what}"), self.connection.transaction():
             # Waits for another worker that has the shard in hand: at most one of them is left from a killed run.
             noted = self.connection.execute(
                 "INSERT INTO cpe_staged (stage, shard, entries) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING RETURNING 1",
@@ -583,7 +583,7 @@ class ConceptStore:
             )
         cure = "Remove what is there twice from the input, then chunk and encode again"
         try:
-            with told(f"merging into dataset {load.dataset!r}"), self._alone(load.dataset):
+            with database_errors(f"merging into dataset {load.dataset!r}"), self._alone(load.dataset):
                 number = self._note(
                     load.dataset, load.identity, load.storage, manifest.source, manifest.licence
                 )
@@ -614,7 +614,7 @@ class ConceptStore:
                     f"the shards hold a chunk or a place in an article twice: {err}. {cure}"
                 ) from err
             raise
-        with told("counting the new rows"):
+        with database_errors("counting the new rows"):
             self.connection.execute(sql.SQL("ANALYZE {}").format(table))
         return self.dataset(load.dataset)
 
@@ -683,7 +683,7 @@ class ConceptStore:
 
     def ensure_index(self, dataset: Dataset, kind: IndexKind) -> str:
         """Have a vector index of this kind over a dataset of INDEX_ROWS or more; why there is none, else ""."""
-        with told(f"indexing dataset {dataset.name!r}"):
+        with database_errors(f"indexing dataset {dataset.name!r}"):
             if kind == "none":
                 return "none was asked for"
             if dataset.storage == "real":
@@ -735,7 +735,7 @@ class ConceptStore:
                 require_text(text, what)
         where, parameters = filters.where()
         columns = sql.SQL("cpe_id, doc_id, position, title, concept_text, source, tmd_code")
-        with told(f"searching dataset {dataset.name!r}"):
+        with database_errors(f"searching dataset {dataset.name!r}"):
             if vector is None:
                 found = self.connection.execute(
                     sql.SQL("SELECT NULL, {} FROM {} WHERE {} ORDER BY doc_id, position LIMIT %s").format(
@@ -810,7 +810,7 @@ class ConceptStore:
         """Ranges of whole articles in order: first and last doc_id, and about `rows` rows each, in truth the third."""
         found: list[tuple[int, int, int]] = []
         first, count = None, 0
-        with told(f"dividing dataset {dataset.name!r}"):
+        with database_errors(f"dividing dataset {dataset.name!r}"):
             articles = self.connection.execute(
                 sql.SQL("SELECT doc_id, count(*) FROM {} GROUP BY doc_id ORDER BY doc_id").format(
                     dataset.table
@@ -834,7 +834,7 @@ class ConceptStore:
         names = {"chunk_id": "cpe_id", "text": "concept_text", "vector": f"{send}(concept_vec)"}
         select = sql.SQL(", ".join(names.get(n, n) for n in schema.names))
         rows: list[tuple[Any, ...]] = []
-        with told(f"reading dataset {dataset.name!r}"), self.connection.transaction():
+        with database_errors(f"reading dataset {dataset.name!r}"), self.connection.transaction():
             if snapshot is not None:
                 self.connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 self.connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
@@ -863,7 +863,7 @@ class ConceptStore:
 
     def contents(self, dataset: Dataset, articles: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
         """Source and id of each of these articles that is stored, to the hash of what it was stored from."""
-        with told("looking up the articles"):
+        with database_errors("looking up the articles"):
             rows = self.connection.execute(
                 "SELECT source, article_id, content FROM cpe_article WHERE dataset = %s AND article_id = ANY(%s)",
                 [dataset.name, [a for _, a in articles]],
@@ -881,7 +881,7 @@ class ConceptStore:
         require_text(article_id, "the article's id")
         require_text(source, "the article's source")
         what = f"article {article_id!r}"
-        with told(f"storing {what}"), self._alone(dataset.name):
+        with database_errors(f"storing {what}"), self._alone(dataset.name):
             if self.dataset(dataset.name).id != dataset.id:
                 raise DatabaseError(
                     f"dataset {dataset.name!r} was cleared meanwhile; run the same command again"

@@ -135,7 +135,7 @@ def _cannot_connect(url: str, err: Exception, wait_s: float) -> DatabaseError:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def database_errors(what: str) -> Iterator[None]:
     """Errors of the server inside this block as DatabaseError: what was done, what it said, what to do."""
     try:
         yield

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError, OutputError, StorageError
-from lvm.storage import Location, RemotePath, sizes_in, told
+from lvm.storage import Location, RemotePath, sizes_in, storage_errors
 
 DIM = 768
 """Length of a vector, D, in every codec of this project."""
@@ -217,7 +217,7 @@ def read_table(path: Location, columns: Sequence[str] | None = None) -> pa.Table
     """
     try:
         file = _open(path, whole=columns is None)
-        with told(path):
+        with storage_errors(path):
             return file.read(columns=None if columns is None else list(columns))
     except StorageError:
         raise
@@ -231,7 +231,7 @@ def _open(path: Location, whole: bool) -> pq.ParquetFile:
         if isinstance(path, RemotePath):
             # A shard weighs a few megabytes: one request brings it whole. Without its vectors it is a thirtieth of
             # that, and Arrow asks for the columns alone.
-            with told(path):
+            with storage_errors(path):
                 source = io.BytesIO(path.read_bytes()) if whole else path.filesystem.open_input_file(path.key)
         return pq.ParquetFile(source, page_checksum_verification=True)
     except FileNotFoundError as err:

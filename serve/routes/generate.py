@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from serve.guard import error_body
 from serve.health import Seen
-from serve.pipeline import Said, Wish, judge
+from serve.pipeline import ChunkOptions, PredictedChunk, judge
 from serve.requests import OUR_FAULT, log, ms_since, request_id
 from serve.routes import Errors, neighbour
 from serve.schema import (
@@ -65,17 +65,19 @@ class GenerateRoute:
                 "smooth is true but no chat endpoint is configured; start the service with --smoothing-url",
             )
         inputs = await self._inputs(body)
-        wish = Wish(record.name, deadline, body.fill, body.snap, body.steps, body.neighbours, body.cache)
+        options = ChunkOptions(
+            record.name, deadline, body.fill, body.snap, body.steps, body.neighbours, body.cache
+        )
         log(request, model=record.name, inputs=len(inputs), length=body.length)
         if body.stream:
             self._service.require_room(len(inputs))
-            events = self._events(request, body, inputs, wish, record, begun)
+            events = self._events(request, body, inputs, options, record, begun)
             return StreamingResponse(
                 events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
             )
         with self._service.admitted(len(inputs)):
             try:
-                results = await gather([self._continue(chunks, wish, body) for chunks in inputs])
+                results = await gather([self._continue(chunks, options, body) for chunks in inputs])
             except Exception as err:
                 self._service.window.add(
                     Seen(time.perf_counter() - begun, not isinstance(err, DeadlineError | FullError))
@@ -93,12 +95,14 @@ class GenerateRoute:
             milliseconds=ms_since(begun),
         )
 
-    async def _continue(self, chunks: list[str], wish: Wish, body: GenerateRequest) -> GeneratedInput:
+    async def _continue(
+        self, chunks: list[str], options: ChunkOptions, body: GenerateRequest
+    ) -> GeneratedInput:
         generated: list[Generated] = []
         truncated = 0
-        async for said in self._service.pipeline.continue_(chunks, wish, body.length):
-            truncated = truncated or said.truncated
-            generated.append(await self._generated(said, wish, body.smooth))
+        async for predicted in self._service.pipeline.continue_(chunks, options, body.length):
+            truncated = truncated or predicted.truncated
+            generated.append(await self._generated(predicted, options, body.smooth))
         return GeneratedInput(
             chunks=chunks,
             truncated=truncated,
@@ -106,12 +110,12 @@ class GenerateRoute:
             text=" ".join(g.text for g in generated),
         )
 
-    async def _generated(self, said: Said, wish: Wish, smooth: bool) -> Generated:
-        answer, context = said.answer, said.context
+    async def _generated(self, predicted: PredictedChunk, options: ChunkOptions, smooth: bool) -> Generated:
+        answer, context = predicted.answer, predicted.context
         text, smoothed_from, failed = answer.text, None, None
         if smooth:
             try:
-                left = wish.deadline - time.monotonic()
+                left = options.deadline - time.monotonic()
                 text = await self._service.smoother.smooth(context.texts, answer.text, left)
                 smoothed_from = answer.text
             except SmoothingError as err:
@@ -120,15 +124,15 @@ class GenerateRoute:
             text=text,
             cosine=round(answer.cosine, 6),
             **came_about(answer),
-            snapped_cosine=round(said.prediction_cosine, 6),
-            drifted=said.drifted,
+            snapped_cosine=round(predicted.prediction_cosine, 6),
+            drifted=predicted.drifted,
             context=ContextReply(mode=context.mode, texts=list(context.texts), origins=list(context.origins)),
-            cached=said.cached,
-            neighbours=[neighbour(n) for n in said.neighbours],
+            cached=predicted.cached,
+            neighbours=[neighbour(n) for n in predicted.neighbours],
             smoothed_from=smoothed_from,
             smoothing_error=failed,
-            retries=said.retries,
-            milliseconds=Milliseconds(**said.milliseconds),
+            retries=predicted.retries,
+            milliseconds=Milliseconds(**predicted.milliseconds),
         )
 
     async def _events(
@@ -136,7 +140,7 @@ class GenerateRoute:
         request: Request,
         body: GenerateRequest,
         inputs: list[list[str]],
-        wish: Wish,
+        options: ChunkOptions,
         record: ModelRecord,
         begun: float,
     ) -> AsyncIterator[str]:
@@ -145,8 +149,8 @@ class GenerateRoute:
 
         async def write(number: int, chunks: list[str]) -> None:
             place = 0
-            async for said in self._service.pipeline.continue_(chunks, wish, body.length):
-                queue.put_nowait((number, place, await self._generated(said, wish, body.smooth)))
+            async for predicted in self._service.pipeline.continue_(chunks, options, body.length):
+                queue.put_nowait((number, place, await self._generated(predicted, options, body.smooth)))
                 place += 1
 
         async def write_all() -> None:

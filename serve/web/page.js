@@ -11,6 +11,7 @@ With Matthew Boulton he then sold engines to mills and mines.`;
 const $ = (id) => document.getElementById(id);
 let running = null;
 let corpusChunks = 0;
+let contexts = new Map(); // chunks that each model reads, by name
 
 function headers() {
   const key = $("key").value.trim();
@@ -74,6 +75,7 @@ async function showModels() {
       return label;
     }),
   );
+  contexts = new Map(known.models.map((model) => [model.name, model.context]));
   corpusChunks = known.corpus.chunks ?? 0;
   $("length").max = known.limits.max_rollout;
   $("smooth-row").hidden = !known.smoothing;
@@ -114,12 +116,13 @@ async function* eventsOf(reply) {
 }
 
 function showChunks(chunks) {
+  const longest = Math.max(...checkedModels().map((name) => contexts.get(name) ?? chunks.length));
   $("chunks-section").hidden = false;
   $("chunks").replaceChildren(
     ...chunks.map((text, i) => {
-      const read = i >= chunks.length - 5;
+      const read = i >= chunks.length - longest;
       const item = element("li", text, read ? "" : "unread");
-      if (!read) item.title = "Not read: a model reads the last five chunks.";
+      if (!read) item.title = `Not read: ${longest === 1 ? "the last chunk is" : `the last ${longest} chunks are`}.`;
       return item;
     }),
   );

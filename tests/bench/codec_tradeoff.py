@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lvm.codec.quality import next_chunk_retrieval, read_back, tfidf_svd_vectors, turned
+from lvm.codec.quality import next_chunk_retrieval, read_back, rotated, tfidf_svd_vectors
 from lvm.codec.zoo import Codec, load_codec
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The words' scale is read off the topic part, whose norm before normalising depends on the share.
         network.topic_norm = float(np.sqrt(lexical_energy * share / (1 - share)))
         clean = divided[picked]
-        written = [one_step(codec, v) for v in (clean, turned(clean, NOISE_COSINE))]
+        written = [one_step(codec, v) for v in (clean, rotated(clean, NOISE_COSINE))]
         rows.append(
             {
                 "topic_share": share,

@@ -39,10 +39,10 @@ def some_ids(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_rotation_back_undoes_rotation_and_keeps_norms() -> None:
     rotation = Rotation(32, 12, seed=5)
     x = torch.randn(2, 7, 32)
-    turned = rotation(x, first=3)
-    torch.testing.assert_close(rotation(turned, first=3, back=True), x)
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    assert not torch.allclose(turned, x, atol=0.1)
+    rotated = rotation(x, first=3)
+    torch.testing.assert_close(rotation(rotated, first=3, back=True), x)
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+    assert not torch.allclose(rotated, x, atol=0.1)
 
 
 def test_vectors_have_unit_norm_and_do_not_see_padding(

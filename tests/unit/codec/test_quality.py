@@ -5,9 +5,9 @@ from lvm.codec.quality import (
     next_chunk_retrieval,
     rank_correlation,
     read_back,
+    rotated,
     tfidf_svd_vectors,
     token_f1,
-    turned,
 )
 from lvm.errors import InputError
 
@@ -61,15 +61,15 @@ def test_baseline_vectors_have_unit_norm() -> None:
 def test_turned_vectors_lie_at_the_stated_cosine_in_different_directions() -> None:
     vectors = np.random.default_rng(1).standard_normal((50, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    off = turned(vectors, 0.8)
+    off = rotated(vectors, 0.8)
     np.testing.assert_allclose(np.linalg.norm(off, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose((off * vectors).sum(1), 0.8, atol=1e-5)
     away = off - 0.8 * vectors
     between = (away @ away.T)[~np.eye(50, dtype=bool)]
     assert np.abs(between).max() < 0.36 * 0.75
-    np.testing.assert_allclose(turned(vectors, 1.0), vectors, atol=1e-6)
+    np.testing.assert_allclose(rotated(vectors, 1.0), vectors, atol=1e-6)
     with pytest.raises(InputError, match="cosine must lie above 0"):
-        turned(vectors, 0.0)
+        rotated(vectors, 0.0)
 
 
 def test_rank_correlation_is_one_for_a_turned_space_and_none_for_another() -> None:

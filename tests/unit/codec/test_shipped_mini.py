@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lvm.codec.inverter import Inversion
-from lvm.codec.quality import next_chunk_retrieval, read_back, turned
+from lvm.codec.quality import next_chunk_retrieval, read_back, rotated
 from lvm.codec.zoo import CODECS, Codec, codec_folder, load_codec, load_tokenizer
 from lvm.corpus.chunker import chunk_article
 from lvm.corpus.readers import read_articles
@@ -70,7 +70,7 @@ def test_a_blend_is_told_from_a_texts_own_vector(codec: Codec, sample: tuple[lis
     # Before anything is written nearly all blends of five show; of texts' own vectors, and of those at cosine
     # 0.9, none.
     assert not codec.inverter.blends(own).any()
-    assert not codec.inverter.blends(turned(own, 0.9)).any()
+    assert not codec.inverter.blends(rotated(own, 0.9)).any()
     reading = codec.reading()
     tickets = [reading.read(v, 5, True) for v in np.concatenate((own[:48], blends))]
     left: dict[int, Inversion] = {}

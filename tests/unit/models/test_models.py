@@ -31,7 +31,7 @@ PARAMETERS = {
     "lcm-diffusion": 13_924_096,
     "lcm-quant": 14_714_880,
 }
-"""At the default sizes; SPEC: they identify the architecture."""
+"""At the default sizes; they identify the architecture."""
 
 OWN_LOSS = [name for name, model in MODELS.items() if hasattr(model, "loss")]
 CAUSAL = [name for name in MODELS if name != "amn" and name not in OWN_LOSS]

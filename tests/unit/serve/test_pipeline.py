@@ -11,7 +11,7 @@ from lvm.codec.ladder import Answer
 from serve.breaker import Breaker
 from serve.decoder import VectorRow
 from serve.encoder import EncodedText
-from serve.pipeline import CorpusStages, Pipeline, Wish, judge
+from serve.pipeline import ChunkOptions, CorpusStages, Pipeline, judge
 from serve.predictor import Predicted
 from serve.retriever import CorpusChunk
 from serve.rows import Outcome
@@ -95,29 +95,33 @@ class Parts:
         )
 
 
-def wish(model: str = "lstm", seconds: float = 10, **more: Any) -> Wish:
-    return Wish(model, time.monotonic() + seconds, **more)
+def options(model: str = "lstm", seconds: float = 10, **more: Any) -> ChunkOptions:
+    return ChunkOptions(model, time.monotonic() + seconds, **more)
 
 
 def test_a_good_text_needs_no_corpus() -> None:
     parts = Parts()
-    said = asyncio.run(parts.pipeline().say(FIVE, wish()))
-    assert (said.answer.text, said.folder, said.context.mode) == ("the river rose again", "lstm-1", "seq")
+    predicted = asyncio.run(parts.pipeline().predict_next(FIVE, options()))
+    assert (predicted.answer.text, predicted.folder, predicted.context.mode) == (
+        "the river rose again",
+        "lstm-1",
+        "seq",
+    )
     assert parts.calls == {"encode": 5, "predict": 1, "snap": 1, "decode": 1}
     vectors = parts.codec.encode_chunks([FIVE[0], FIVE[-1]]).vectors
-    assert said.prediction_cosine == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
+    assert predicted.prediction_cosine == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
 
 
 def test_each_model_reads_as_many_chunks_as_it_was_trained_on() -> None:
     parts = Parts()
-    said = asyncio.run(parts.pipeline().say([*FIVE, *"abcd"], wish("long")))
-    assert said.context.texts == (*FIVE[2:], *"abcd")
+    predicted = asyncio.run(parts.pipeline().predict_next([*FIVE, *"abcd"], options("long")))
+    assert predicted.context.texts == (*FIVE[2:], *"abcd")
 
 
 def test_no_more_is_read_than_a_predictor_reads() -> None:
     parts = Parts()
-    said = asyncio.run(parts.pipeline().say(["older", "old", *FIVE], wish()))
-    assert said.context.texts == tuple(FIVE)
+    predicted = asyncio.run(parts.pipeline().predict_next(["older", "old", *FIVE], options()))
+    assert predicted.context.texts == tuple(FIVE)
     assert parts.calls["encode"] == 5
 
 
@@ -125,25 +129,25 @@ def test_without_a_corpus_the_decoder_alone_answers() -> None:
     parts = Parts()
     parts.corpus = False
     pipeline = parts.pipeline()
-    said = asyncio.run(pipeline.say(FIVE[:2], wish()))
-    assert said.context.mode == "repeat_pad"  # nothing to retrieve from
-    assert said.answer.source == "writer"
+    predicted = asyncio.run(pipeline.predict_next(FIVE[:2], options()))
+    assert predicted.context.mode == "repeat_pad"  # nothing to retrieve from
+    assert predicted.answer.source == "writer"
     assert parts.calls == {"encode": 2, "predict": 1, "decode": 1}
     parts.fault = "no language"
-    said = asyncio.run(pipeline.say(FIVE, wish()))
-    assert said.answer.refusals == ("no language",)  # for want of a better one
+    predicted = asyncio.run(pipeline.predict_next(FIVE, options()))
+    assert predicted.answer.refusals == ("no language",)  # for want of a better one
     vectors = parts.codec.encode_chunks(FIVE).vectors
     answers, _ = asyncio.run(pipeline.decode(vectors, time.monotonic() + 10))
     assert [a.refusals for a in answers] == [("no language",)] * 5
     parts.decoder_lost = True
     with pytest.raises(UnavailableError):
-        asyncio.run(pipeline.say(FIVE[1:], wish()))
+        asyncio.run(pipeline.predict_next(FIVE[1:], options()))
 
 
 def test_without_a_snap_the_prediction_itself_is_decoded() -> None:
     parts = Parts()
-    said = asyncio.run(parts.pipeline().say(FIVE, wish(snap=False)))
-    assert said.prediction_cosine == pytest.approx(1.0, abs=1e-5)
+    predicted = asyncio.run(parts.pipeline().predict_next(FIVE, options(snap=False)))
+    assert predicted.prediction_cosine == pytest.approx(1.0, abs=1e-5)
     assert "snap" not in parts.calls
 
 
@@ -153,7 +157,7 @@ def test_answers_that_are_all_refused_open_the_breaker() -> None:
     pipeline = parts.pipeline(window=4)
 
     async def main() -> list[Answer]:
-        return [(await pipeline.say([*FIVE, str(n)], wish())).answer for n in range(6)]
+        return [(await pipeline.predict_next([*FIVE, str(n)], options())).answer for n in range(6)]
 
     answers = asyncio.run(main())
     assert [a.attempts[0].refusals for a in answers[:4]] == [("no language",)] * 4
@@ -163,17 +167,17 @@ def test_answers_that_are_all_refused_open_the_breaker() -> None:
 
 def test_passthrough_predicts_and_snaps_nothing() -> None:
     parts = Parts()
-    said = asyncio.run(parts.pipeline().say(FIVE, wish("passthrough")))
-    assert (said.folder, said.prediction_cosine) == ("passthrough", pytest.approx(1.0, abs=1e-5))
+    predicted = asyncio.run(parts.pipeline().predict_next(FIVE, options("passthrough")))
+    assert (predicted.folder, predicted.prediction_cosine) == ("passthrough", pytest.approx(1.0, abs=1e-5))
     assert parts.calls == {"encode": 5, "decode": 1}
 
 
 def test_a_refused_text_gives_way_to_a_corpus_chunk_that_was_not_just_read() -> None:
     parts = Parts()
     parts.fault = "no language"
-    said = asyncio.run(parts.pipeline().say([*FIVE[:4], parts.near_texts[0]], wish()))
-    assert (said.answer.text, said.answer.source) == (parts.near_texts[1], "corpus")
-    assert [(a.text, a.refusals) for a in said.answer.attempts] == [
+    predicted = asyncio.run(parts.pipeline().predict_next([*FIVE[:4], parts.near_texts[0]], options()))
+    assert (predicted.answer.text, predicted.answer.source) == (parts.near_texts[1], "corpus")
+    assert [(a.text, a.refusals) for a in predicted.answer.attempts] == [
         ("the river rose again", ("no language",))
     ]
 
@@ -183,10 +187,10 @@ def test_the_same_again_comes_from_memory_unless_told_otherwise() -> None:
     pipeline = parts.pipeline()
 
     async def main() -> list[str | None]:
-        said = [await pipeline.say(FIVE, wish()) for _ in range(2)]
-        said.append(await pipeline.say(FIVE, wish(steps=1)))
-        said.append(await pipeline.say(FIVE, wish(cache=False)))
-        return [s.cached for s in said]
+        predicted = [await pipeline.predict_next(FIVE, options()) for _ in range(2)]
+        predicted.append(await pipeline.predict_next(FIVE, options(steps=1)))
+        predicted.append(await pipeline.predict_next(FIVE, options(cache=False)))
+        return [s.cached for s in predicted]
 
     assert asyncio.run(main()) == [None, "answer", None, None]
     assert parts.calls["decode"] == 3
@@ -202,8 +206,8 @@ def test_what_was_wished_otherwise_is_another_answer(other: dict[str, Any]) -> N
     pipeline = Parts().pipeline()
 
     async def main() -> list[str | None]:
-        wishes = [wish(), wish(**other), wish(**other)]
-        return [(await pipeline.say(FIVE, w)).cached for w in wishes]
+        requests = [options(), options(**other), options(**other)]
+        return [(await pipeline.predict_next(FIVE, w)).cached for w in requests]
 
     assert asyncio.run(main()) == [None, None, "answer"]
 
@@ -214,10 +218,10 @@ def test_answers_of_a_version_that_is_being_replaced_are_not_kept() -> None:
 
     async def main() -> list[tuple[str, str | None]]:
         parts.folder = "lstm-0"
-        said = [await pipeline.say(FIVE, wish())]
+        predicted = [await pipeline.predict_next(FIVE, options())]
         parts.folder = "lstm-1"
-        said += [await pipeline.say(FIVE, wish()) for _ in range(2)]
-        return [(s.folder, s.cached) for s in said]
+        predicted += [await pipeline.predict_next(FIVE, options()) for _ in range(2)]
+        return [(s.folder, s.cached) for s in predicted]
 
     assert asyncio.run(main()) == [("lstm-0", None), ("lstm-1", None), ("lstm-1", "answer")]
 
@@ -241,10 +245,10 @@ def test_a_decoder_that_takes_too_long_leaves_an_answer_of_the_corpus_that_is_no
 
     async def main() -> None:
         for _ in range(2):
-            said = await pipeline.say(FIVE, wish())
-            assert said.answer.source == "corpus"
-            assert said.answer.emergency == "the decoder gave no answer in 0.05 s"
-            assert said.cached is None
+            predicted = await pipeline.predict_next(FIVE, options())
+            assert predicted.answer.source == "corpus"
+            assert predicted.answer.emergency == "the decoder gave no answer in 0.05 s"
+            assert predicted.cached is None
 
     asyncio.run(main())
 
@@ -255,9 +259,9 @@ def test_a_decoder_that_is_lost_leaves_answers_of_the_corpus_and_opens_the_break
     pipeline = parts.pipeline(window=4)
 
     async def main() -> list[str]:
-        said = [await pipeline.say([*FIVE, str(n)], wish()) for n in range(6)]
+        predicted = [await pipeline.predict_next([*FIVE, str(n)], options()) for n in range(6)]
         parts.decoder_lost = False
-        return [s.answer.emergency or "" for s in said]
+        return [s.answer.emergency or "" for s in predicted]
 
     reasons = asyncio.run(main())
     assert all("lost 2 calls" in r for r in reasons[:4])
@@ -269,7 +273,7 @@ def test_a_deadline_that_passes_is_no_reason_to_answer_late() -> None:
     parts = Parts()
     parts.decode_s = 5
     with pytest.raises(DeadlineError):
-        asyncio.run(parts.pipeline().say(FIVE, wish(seconds=0.05)))
+        asyncio.run(parts.pipeline().predict_next(FIVE, options(seconds=0.05)))
 
 
 def test_clients_with_short_deadlines_or_that_hang_up_open_no_breaker() -> None:
@@ -280,13 +284,13 @@ def test_clients_with_short_deadlines_or_that_hang_up_open_no_breaker() -> None:
     async def main() -> None:
         for n in range(8):
             with pytest.raises(DeadlineError):
-                await pipeline.say([*FIVE, str(n)], wish(seconds=0.05))
-            hanging = asyncio.ensure_future(pipeline.say([*FIVE, str(n)], wish()))
+                await pipeline.predict_next([*FIVE, str(n)], options(seconds=0.05))
+            hanging = asyncio.ensure_future(pipeline.predict_next([*FIVE, str(n)], options()))
             await asyncio.sleep(0.05)
             hanging.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await hanging
-        assert (await pipeline.say(FIVE, wish())).answer.source == "writer"
+        assert (await pipeline.predict_next(FIVE, options())).answer.source == "writer"
 
     asyncio.run(main())
     assert not pipeline.breaker.open
@@ -300,8 +304,10 @@ def test_a_decoder_that_answers_nobody_in_time_opens_the_breaker_however_its_cli
     pipeline = parts.pipeline(patience_s=0.05 if how == "patience" else 60, window=4, max_decode_s=0.1)
 
     async def main() -> None:
-        wishes = [wish(seconds=2 if how == "deadline" else 60) for _ in range(4)]
-        asking = [asyncio.ensure_future(pipeline.say([*FIVE, str(n)], w)) for n, w in enumerate(wishes)]
+        requests = [options(seconds=2 if how == "deadline" else 60) for _ in range(4)]
+        asking = [
+            asyncio.ensure_future(pipeline.predict_next([*FIVE, str(n)], w)) for n, w in enumerate(requests)
+        ]
         while parts.calls["decode"] < 4:
             await asyncio.sleep(0.01)
         if how == "hang up":
@@ -347,7 +353,7 @@ def test_a_continuation_reads_what_it_wrote() -> None:
     parts.fault = "refused"
 
     async def main() -> list[str]:
-        return [s.answer.text async for s in parts.pipeline().continue_(FIVE, wish(), 2)]
+        return [s.answer.text async for s in parts.pipeline().continue_(FIVE, options(), 2)]
 
     assert asyncio.run(main()) == parts.near_texts
 
