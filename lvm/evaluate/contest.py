@@ -165,6 +165,8 @@ class Scored:
     """By name of the control, on a part of the test windows; models alone have some."""
     sample: NDArray[np.float32]
     """(S, D) unit predictions for the sample."""
+    sample_search: NDArray[np.float32]
+    """(S, D) unit vectors that the sample's snap searches with; the predictions where there is no rank head."""
     peak_bytes: int | None
     """Working memory of one call at the largest latency batch; None for baselines, whose arrays are numpy's
     and beyond the sight of torch's allocator."""
@@ -330,6 +332,7 @@ def _score(
         ood={name: find(predict, search, w.array, as_written(w)) for name, w in contest.ood.items()},
         controls=controls,
         sample=unit(predict(contexts)),
+        sample_search=unit((search or predict)(contexts)),
         peak_bytes=peak_bytes(predict, length, dim, LATENCY_BATCHES[-1], "cpu") if kind == "model" else None,
         attention=None,
     )
@@ -430,8 +433,8 @@ class TextPlan:
 
 
 def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> TextPlan:
-    """Raw and snapped predictions of each model and what the corpus has nearest, the last context vector, and
-    the true next one."""
+    """Each model's predictions, the same snapped as `latent generate` snaps, what the corpus has nearest, the last context
+    vector, and the true next one."""
     sample, array = contest.sample, contest.sample.array
     contexts, targets = sample.batch(slice(None))
     truths, held_out = unit(targets), barring(array, sample.doc_ids)
@@ -439,7 +442,7 @@ def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> Text
     for one in scored:
         if one.kind == "model":
             means = contexts.mean(axis=1)
-            moved = snap(one.sample, contexts[:, -1], means, index, array.vectors, barred=held_out)
+            moved = snap(one.sample_search, contexts[:, -1], means, index, array.vectors, barred=held_out)
             wanted += [
                 ((one.name, "raw"), one.sample),
                 ((one.name, "snap"), moved.vectors),

@@ -1,6 +1,6 @@
 """Who is scored on what: samples, held-out articles, and the texts decoded from predictions."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +211,21 @@ def test_snap_of_the_plan_never_uses_the_article_held_out(
     means = unit(np.stack([array.vectors[rows].astype(np.float32).mean(axis=0) for rows in foreign]))
     drift = 0.60 * means + 0.25 * unit(contexts[:, -1]) + 0.15 * unit(contexts.mean(axis=1))
     np.testing.assert_allclose(snapped, unit(drift), atol=1e-4)
+
+
+def test_snap_of_the_plan_searches_with_the_head_that_searches(
+    contest: Contest, scored: dict[str, Scored]
+) -> None:
+    asked: list[np.ndarray] = []
+
+    class Watched:
+        def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            asked.append(queries)
+            return np.ones((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
+
+    head = unit(np.random.default_rng(3).normal(size=scored["amn"].sample.shape))
+    plan_texts(contest, [replace(scored["amn"], sample_search=head)], Watched())  # type: ignore[arg-type]
+    np.testing.assert_array_equal(asked[0], head)
 
 
 class RubbishCodec(FakeCodec):
