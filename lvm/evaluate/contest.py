@@ -433,8 +433,8 @@ class TextPlan:
 
 
 def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> TextPlan:
-    """Each model's predictions, the same snapped as `latent generate` snaps, what the corpus has nearest, the last context
-    vector, and the true next one."""
+    """Each model's predictions, the same snapped as `latent generate` snaps, what the corpus has nearest; the last
+    context vector; the true next one."""
     sample, array = contest.sample, contest.sample.array
     contexts, targets = sample.batch(slice(None))
     truths, held_out = unit(targets), barring(array, sample.doc_ids)
