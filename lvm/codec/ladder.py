@@ -5,8 +5,7 @@ A vector goes down a ladder of attempts and leaves at the first that holds.
 
 1. *exact*: the codec's decoder reads the text back, with 1, 3 and 5 corrector steps. The text encodes to the vector
    again, or it is not the text.
-2. *writer*: a vector that no text has (a prediction, a blend, a snap) is written by a language model
-conditioned on it
+2. *writer*: a vector that no text has (a prediction, a blend, a snap) is written by a language model conditioned on it
    (`lvm.codec.writer`). Of several candidates that one is taken which is likeliest, encodes nearest to the vector and
    is no repetition of what was just read. Where the decoder's own text encodes nearer, and reads, it stays.
 3. *corpus*: the nearest chunk's own words. A text that is no language, or repeats itself, is refused.
