@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import InputError, StorageError
 from lvm.storage import Location, RemotePath, cache_folder, fetch, location, remove_tree, upload_folder
-from lvm.vectors.sequences import VectorArray
+from lvm.vectors.array import VectorArray
 from lvm.vectors.shards import (
     Manifest,
     Shard,

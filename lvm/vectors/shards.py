@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError, OutputError, StorageError
-from lvm.storage import Location, RemotePath, sizes_in, storage_errors
+from lvm.storage import Location, RemotePath, remove_tree, sizes_in, storage_errors
 
 DIM = 768
 """Length of a vector, D, in every codec of this project."""
@@ -155,7 +155,7 @@ def write_json(path: Location, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file as a manifest lists it."""
+    """One file as a manifest lists it."""
 
     file: str
     """Name inside the stage's folder."""
@@ -177,8 +177,12 @@ def read_footer(path: Location) -> dict[str, Any]:
 
     Raises InputError when the file is no whole Parquet file.
     """
-    metadata = _open(path, whole=False).schema_arrow.metadata or {}
-    record = json.loads(metadata.get(_FOOTER_KEY, b"{}"))
+    return footer_in(_open(path, whole=False).schema_arrow)
+
+
+def footer_in(schema: pa.Schema) -> dict[str, Any]:
+    """The record `with_footer` put into the table of this schema, {} where there is none."""
+    record = json.loads((schema.metadata or {}).get(_FOOTER_KEY, b"{}"))
     return record if isinstance(record, dict) else {}
 
 
@@ -210,13 +214,15 @@ def write_table(path: Location, table: pa.Table) -> Shard:
     return shard
 
 
-def read_table(path: Location, columns: Sequence[str] | None = None) -> pa.Table:
-    """A shard's rows, in file order; only `columns` where given.
+def read_table(
+    path: Location, columns: Sequence[str] | None = None, contents: pa.Buffer | None = None
+) -> pa.Table:
+    """A shard's rows, in file order; only `columns` where given. contents: the file's bytes, where they are at hand.
 
     Raises InputError naming the shard when it is absent, cut off, or fails a page checksum.
     """
     try:
-        file = _open(path, whole=columns is None)
+        file = _open(path, whole=columns is None, contents=contents)
         with storage_errors(path):
             return file.read(columns=None if columns is None else list(columns))
     except StorageError:
@@ -225,10 +231,10 @@ def read_table(path: Location, columns: Sequence[str] | None = None) -> pa.Table
         raise _damaged(path, err) from err
 
 
-def _open(path: Location, whole: bool) -> pq.ParquetFile:
+def _open(path: Location, whole: bool, contents: pa.Buffer | None = None) -> pq.ParquetFile:
     try:
-        source: Any = path
-        if isinstance(path, RemotePath):
+        source: Any = path if contents is None else pa.BufferReader(contents)
+        if contents is None and isinstance(path, RemotePath):
             # A shard weighs a few megabytes: one request brings it whole. Without its vectors it is a thirtieth of
             # that, and Arrow asks for the columns alone.
             with storage_errors(path):
@@ -247,6 +253,21 @@ def _damaged(path: Location, err: Exception) -> InputError:
         f"shard {path} is damaged: expected a whole Parquet file, got {str(err).strip()}. "
         "Delete it and run the stage that writes it again; only this shard is redone."
     )
+
+
+def damaged_files(directory: Location, files: Sequence[Shard], deep: bool = False) -> dict[str, str]:
+    """Name to what is wrong with it; empty when all are there with their size (deep: hash)."""
+    wrong: dict[str, str] = {}
+    sizes = sizes_in(directory, [f.file for f in files])
+    for file in files:
+        size = sizes.get(file.file)
+        if size is None:
+            wrong[file.file] = "is missing"
+        elif size != file.bytes:
+            wrong[file.file] = f"has {size:,} bytes, expected {file.bytes:,}"
+        elif deep and (got := file_sha256(directory / file.file)) != file.sha256:
+            wrong[file.file] = f"has SHA-256 {got[:16]}…, expected {file.sha256[:16]}…"
+    return wrong
 
 
 # ------------------------------------------------------------------------------------------------- manifest
@@ -352,17 +373,7 @@ class Manifest:
 
     def damaged(self, directory: Location, deep: bool = False) -> dict[str, str]:
         """Shard name to what is wrong with it; empty when all are there with their size (deep: hash)."""
-        wrong: dict[str, str] = {}
-        sizes = sizes_in(directory, [s.file for s in self.shards])
-        for shard in self.shards:
-            size = sizes.get(shard.file)
-            if size is None:
-                wrong[shard.file] = "is missing"
-            elif size != shard.bytes:
-                wrong[shard.file] = f"has {size:,} bytes, expected {shard.bytes:,}"
-            elif deep and (got := file_sha256(directory / shard.file)) != shard.sha256:
-                wrong[shard.file] = f"has SHA-256 {got[:16]}…, expected {shard.sha256[:16]}…"
-        return wrong
+        return damaged_files(directory, self.shards, deep)
 
     def verify(self, directory: Location, deep: bool = False) -> None:
         """Return when every shard is there with its size (deep: and its SHA-256).
@@ -415,6 +426,7 @@ def clear(directory: Location) -> None:
     (directory / "manifest.json").unlink(missing_ok=True)
     for path in [*directory.glob("part-*.parquet"), directory / "settings.json"]:
         path.unlink(missing_ok=True)
+    remove_tree(directory / "_array")
     sweep_temporaries(directory)
 
 
