@@ -12,7 +12,6 @@ Letters: N chunks, D = 768.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +25,8 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
-from lvm.errors import InputError, StorageError
-from lvm.storage import Location, RemotePath, cache_folder, fetch, location, remove_tree, upload_folder
+from lvm.errors import InputError
+from lvm.storage import Location, fetch, location, new_folder, publish_folder, remove_tree
 from lvm.vectors.shards import (
     Manifest,
     Shard,
@@ -37,9 +36,7 @@ from lvm.vectors.shards import (
     footer_in,
     read_table,
     require_unit_vectors,
-    sync_directory,
     table_to_vectors,
-    temporary_name,
     write_json,
 )
 
@@ -266,22 +263,16 @@ def write_array(directory: Location, manifest: Manifest) -> bool:
     files = _files(folder)
     if not manifest.shards or (files is not None and not damaged_files(folder, files)):
         return False
-    temporary = temporary_name(cache_folder() / folder.name if isinstance(folder, RemotePath) else folder)
+    temporary: Path | None = None
     try:
-        temporary.mkdir(parents=True)
+        temporary = new_folder(folder)
         write_json(temporary / "array.json", [asdict(f) for f in _lay_out(directory, manifest, temporary)])
-        remove_tree(folder)
-        if isinstance(folder, RemotePath):
-            upload_folder(temporary, folder, last="array.json")
-        else:
-            temporary.rename(folder)
-            sync_directory(folder.parent)
-    except StorageError:
-        raise
+        publish_folder(temporary, folder, last="array.json")
     except OSError as err:
         raise cannot_write(folder, err) from err
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            remove_tree(temporary)
     for other in folder.parent.iterdir():
         if other.name != folder.name:
             remove_tree(other)

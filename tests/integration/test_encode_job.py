@@ -29,13 +29,13 @@ from lvm.codec.zoo import load_tokenizer
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.records import Article
 from lvm.errors import IdentityError, InputError, OutputError
+from lvm.storage import temporary_name
 from lvm.vectors.array import array_folder, open_vectors
 from lvm.vectors.shards import (
     Manifest,
     read_footer,
     read_table,
     table_to_vectors,
-    temporary_name,
     write_table,
 )
 from tests.doubles import (
