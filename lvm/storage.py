@@ -11,6 +11,9 @@ pyarrow's filesystems. Three things differ, and this is where they are dealt wit
 
 Credentials come from where AWS's and Google's own tools have them, never from the URL. AWS_ENDPOINT_URL names another
 server that speaks S3; a query does so for one URL: s3://bucket/key?endpoint_override=127.0.0.1:9000&scheme=http.
+
+Why not universal-pathlib: its S3 (s3fs 2026.9) wants a botocore older than boto3's, and its files, over pyarrow's
+filesystems too, publish what was written so far when a write breaks off.
 """
 
 import fnmatch
@@ -23,8 +26,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from lvm.errors import InputError, StorageError
@@ -36,94 +40,69 @@ BUFFER_BYTES = 8 << 20
 """Bytes of one request when a file is read through; S3 answers one in about 50 ms however small it is."""
 
 
-class RemoteStat:
+class RemoteStat(NamedTuple):
     """What `stat` knows of an object, named as `os.stat_result` names it."""
 
-    def __init__(self, size: int, mtime_ns: int) -> None:
-        self.st_size = size
-        """Bytes."""
-        self.st_mtime_ns = mtime_ns
-        """Time of the upload."""
+    st_size: int
+    """Bytes."""
+    st_mtime_ns: int
+    """Time of the upload."""
 
 
+@dataclass(frozen=True, order=True)
 class RemotePath:
-    """A file or folder on object storage. Immutable; travels to workers as its URL."""
+    """A file or folder on object storage; `location` makes one of a URL. Travels to workers as it is."""
 
-    __slots__ = ("_key", "_query", "_scheme")
-
-    def __init__(self, url: str) -> None:
-        """Raises InputError on another scheme, no bucket, or credentials in the URL."""
-        parts = urlsplit(url)
-        if parts.scheme not in SCHEMES or not parts.netloc:
-            raise InputError(f"{url}: expected a path, or {' or '.join(f'{s}://bucket/…' for s in SCHEMES)}")
-        if "@" in parts.netloc:
-            raise InputError(
-                f"{parts.scheme}://…@{parts.netloc.split('@')[-1]}{parts.path} holds credentials, which would stand in "
-                "manifests and logs; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
-            )
-        self._scheme, self._query = parts.scheme, parts.query
-        self._key = PurePosixPath(parts.netloc) / parts.path.strip("/")
+    scheme: str
+    """One of SCHEMES."""
+    inside: PurePosixPath
+    """Bucket and path."""
+    query: str = ""
+    """Of the URL."""
 
     # ---- names, as pathlib has them
 
     def __str__(self) -> str:
-        return f"{self._scheme}://{self._key}" + (f"?{self._query}" if self._query else "")
-
-    def __repr__(self) -> str:
-        return f"RemotePath({str(self)!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (RemotePath, (str(self),))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePath) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-    def __lt__(self, other: "RemotePath") -> bool:
-        return str(self) < str(other)
+        return f"{self.scheme}://{self.inside}" + (f"?{self.query}" if self.query else "")
 
     def __truediv__(self, inside: str | PurePosixPath) -> "RemotePath":
-        return self._at(self._key / inside)
+        return self._at(self.inside / inside)
 
     def _at(self, key: PurePosixPath) -> "RemotePath":
-        made = object.__new__(RemotePath)
-        made._scheme, made._query, made._key = self._scheme, self._query, key
-        return made
+        return replace(self, inside=key)
 
     @property
     def name(self) -> str:
         """The last part; of a bucket, its name."""
-        return self._key.name
+        return self.inside.name
 
     @property
     def stem(self) -> str:
         """The name without its last ending."""
-        return self._key.stem
+        return self.inside.stem
 
     @property
     def suffix(self) -> str:
         """The last ending with its dot, "" where there is none."""
-        return self._key.suffix
+        return self.inside.suffix
 
     @property
     def suffixes(self) -> list[str]:
         """All endings."""
-        return self._key.suffixes
+        return self.inside.suffixes
 
     @property
     def parent(self) -> "RemotePath":
         """The folder it lies in; a bucket's is itself."""
-        return self if len(self._key.parts) == 1 else self._at(self._key.parent)
+        return self if len(self.inside.parts) == 1 else self._at(self.inside.parent)
 
     def with_name(self, name: str) -> "RemotePath":
         """Another file of the same folder."""
-        return self._at(self._key.with_name(name))
+        return self._at(self.inside.with_name(name))
 
     def relative_to(self, folder: "RemotePath") -> PurePosixPath:
         """The path inside `folder`."""
-        return self._key.relative_to(folder._key)
+        return self.inside.relative_to(folder.inside)
 
     def resolve(self) -> "RemotePath":
         """Itself: a URL depends on no current folder."""
@@ -137,12 +116,12 @@ class RemotePath:
     def filesystem(self) -> Any:
         """The pyarrow filesystem it lies on; `key` is its path there."""
         with storage_errors(self):
-            return _filesystem(self._scheme, self._key.parts[0], self._query)
+            return _filesystem(self.scheme, self.inside.parts[0], self.query)
 
     @property
     def key(self) -> str:
         """Bucket and path, as pyarrow's filesystem takes it."""
-        return str(self._key)
+        return str(self.inside)
 
     def _info(self) -> Any:
         with storage_errors(self):
@@ -176,7 +155,7 @@ class RemotePath:
         wanted = PurePosixPath(pattern).parts
         for info in _list(self, deep=len(wanted) > 1):
             path = PurePosixPath(info.path)
-            parts = path.relative_to(self._key).parts
+            parts = path.relative_to(self.inside).parts
             if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)):
                 yield self._at(path)
 
@@ -224,14 +203,22 @@ Location = Path | RemotePath
 
 
 def location(text: str | Location) -> Location:
-    """The place that a path or URL names. Raises InputError on a URL of an unknown kind."""
+    """The place that a path or URL names. Raises InputError on another scheme, no bucket, or credentials in the URL."""
     if isinstance(text, Path | RemotePath):
         return text
     if "://" not in text:
         return Path(text)
     if text.startswith("file:///"):
         return Path(text.removeprefix("file://"))
-    return RemotePath(text)
+    parts = urlsplit(text)
+    if parts.scheme not in SCHEMES or not parts.netloc:
+        raise InputError(f"{text}: expected a path, or {' or '.join(f'{s}://bucket/…' for s in SCHEMES)}")
+    if "@" in parts.netloc:
+        raise InputError(
+            f"{parts.scheme}://…@{parts.netloc.split('@')[-1]}{parts.path} holds credentials, which would stand in "
+            "manifests and logs; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+        )
+    return RemotePath(parts.scheme, PurePosixPath(parts.netloc) / parts.path.strip("/"), parts.query)
 
 
 class _RawObject(io.RawIOBase):

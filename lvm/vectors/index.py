@@ -9,7 +9,6 @@ A reader that opened a version keeps it: the one before CURRENT stays on disk un
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -388,7 +387,7 @@ def _drop_old_versions(directory: Location) -> None:
 def _made_at(version: Location) -> int:
     """When a version was published, nanoseconds; 0 for what an upload that broke off left."""
     try:
-        # On object storage a folder has no time of its own; its manifest came last.
-        return (version if isinstance(version, Path) else version / "manifest.json").stat().st_mtime_ns
+        # Its manifest came last; on object storage a folder has no time of its own.
+        return (version / "manifest.json").stat().st_mtime_ns
     except FileNotFoundError:
         return 0

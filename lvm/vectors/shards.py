@@ -96,9 +96,9 @@ def file_sha256(path: Location) -> str:
 
 def sweep_temporaries(directory: Location) -> list[str]:
     """Names of the temporary files a killed job left in `directory`; they are removed."""
-    if isinstance(directory, RemotePath):
-        return []  # there a file that was not finished never appeared
-    left = sorted(directory.glob(".*.tmp"))
+    left = sorted(
+        directory.glob(".*.tmp"), key=str
+    )  # on object storage none: an unfinished file never appeared
     for path in left:
         path.unlink(missing_ok=True)
     return [p.name for p in left]

@@ -18,6 +18,7 @@ from lvm.storage import (
     files_below,
     local_folder,
     local_output,
+    location,
     move_tree,
     remove_tree,
     sizes_in,
@@ -127,7 +128,7 @@ def test_a_folder_is_fetched_again_when_a_file_changed(bucket: RemotePath, own_c
 
 
 def test_storage_that_refuses_is_one_line(bucket: RemotePath) -> None:
-    nowhere = RemotePath("s3://no-such-bucket/x")
+    nowhere = location("s3://no-such-bucket/x")
     with pytest.raises(StorageError, match=r"^s3://no-such-bucket/x: .*Expected storage that answers"):
         nowhere.write_bytes(b"x")
 
@@ -249,8 +250,8 @@ def test_an_array_written_there_is_read_there_and_one_of_earlier_vectors_goes(
 
 KILLED = """
 import sys
-from lvm.storage import RemotePath
-path = RemotePath(sys.argv[1])
+from lvm.storage import location
+path = location(sys.argv[1])
 stream = path.filesystem.open_output_stream(path.key)
 stream.write(b"0" * 12_000_000)
 print("sent", flush=True)
