@@ -96,9 +96,8 @@ def file_sha256(path: Location) -> str:
 
 def sweep_temporaries(directory: Location) -> list[str]:
     """Names of the temporary files a killed job left in `directory`; they are removed."""
-    left = sorted(
-        directory.glob(".*.tmp"), key=str
-    )  # on object storage none: an unfinished file never appeared
+    # On object storage there are none: an unfinished file never appeared.
+    left: list[Location] = sorted(directory.glob(".*.tmp"), key=str)
     for path in left:
         path.unlink(missing_ok=True)
     return [p.name for p in left]
