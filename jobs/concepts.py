@@ -38,6 +38,7 @@ from lvm.codec.identity import require_same_codec
 from lvm.corpus import tmd
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.storage import Location
+from lvm.vectors.array import write_array
 from lvm.vectors.concepts import ConceptStore, Dataset, Filters, Load
 from lvm.vectors.postgres import embedded, server_name
 from lvm.vectors.shards import (
@@ -280,6 +281,7 @@ def export_dataset(
     claim(target, "vectors", settings, overwrite)
     done = find(target, "vectors", settings, inputs)
     if done is not None and not done.damaged(target, deep=True):
+        write_array(target, done)
         return done, 0
     begin(target, "vectors", settings)
     items = [
@@ -309,6 +311,7 @@ def export_dataset(
         licence=found.licence,
         versions=versions(),
     )
+    write_array(target, manifest)
     manifest.save(target)
     sweep_temporaries(target)
     return manifest, len(pending)

@@ -7,7 +7,8 @@ Each chunk shard becomes a vector shard of the same name with the same rows in t
 plain fixed-size list. A shard is written under a temporary name and renamed; its footer names the codec and
 the SHA-256 of the chunk shard it was made from. So a job killed at any moment and run again encodes exactly
 what is missing, and the ids that come out are the ids that went in: they are compared before the manifest is
-written. A chunk takes 1.4 KB in float16 and 2.9 KB in float32.
+written. Before it comes the array that readers map (lvm/vectors/array.py): a chunk takes 1.4 KB in float16 and
+2.9 KB in float32 in its shard, and as much again in the array.
 """
 
 import functools
@@ -42,6 +43,7 @@ from jobs._ray import (
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import IdentityError, InputError, LvmError, OutputError
 from lvm.storage import Location
+from lvm.vectors.array import write_array
 from lvm.vectors.shards import (
     Manifest,
     Shard,
@@ -254,7 +256,9 @@ def encode_chunks(
     claim(target, "vectors", asdict(settings), overwrite)
     done = find(target, "vectors", asdict(settings), inputs)
     if done is not None and not done.damaged(target, deep=True):
-        return EncodeResult(done, (), up_to_date=True)
+        if made := write_array(target, done):
+            echo(f"encode: {target} had no array that readers can map; it is made from the shards")
+        return EncodeResult(done, (), up_to_date=not made)
     # Read before it goes: only it knows each whole file's hash.
     listed = Manifest.load(target, "vectors").shards if (target / "manifest.json").exists() else ()
     known = {s.file: s.sha256 for s in listed}
@@ -291,6 +295,7 @@ def encode_chunks(
         report={**chunks.report, "truncated": num_truncated},
         versions=versions(),
     )
+    write_array(target, manifest)
     manifest.save(target)
     sweep_temporaries(target)
     _remove_unlisted(target, manifest)

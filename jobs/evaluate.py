@@ -81,8 +81,9 @@ from lvm.evaluate.report import html_page
 from lvm.predict.record import Record, load_record, read_aliases
 from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location
+from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.index import load_index
-from lvm.vectors.sequences import VectorArray, WindowSettings, make_windows, open_vectors
+from lvm.vectors.sequences import WindowSettings, make_windows
 from lvm.vectors.shards import Manifest, sweep_temporaries, write_bytes, write_json
 
 MAX_THREADS = 8

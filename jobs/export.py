@@ -15,8 +15,9 @@ import typer
 from jobs._ray import PathOrUrl, echo, finish, path_option, run
 from lvm.errors import OutputError
 from lvm.storage import local_output
+from lvm.vectors.array import open_vectors
 from lvm.vectors.npz import export_npz
-from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+from lvm.vectors.sequences import WindowSettings, make_windows
 
 
 def main(

@@ -10,16 +10,17 @@ the job changes nothing.
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
 
 from jobs._ray import Address, PathOrUrl, connect, echo, finish, nodes_with, path_option, run
-from lvm.errors import InputError, LvmError, OutputError
+from lvm.errors import InputError, LvmError, OutputError, StorageError
 from lvm.storage import Location
+from lvm.vectors.array import open_vectors, write_array
 from lvm.vectors.index import IndexSettings, build_index, find_index
-from lvm.vectors.sequences import open_vectors
 from lvm.vectors.shards import Manifest
 
 
@@ -77,6 +78,9 @@ def main(
     settings = IndexSettings() if probes is None else IndexSettings(probes=probes, coded_probes=probes)
     if codes is not None:
         settings = replace(settings, coded_from=0 if codes else sys.maxsize)
+    with suppress(OutputError, StorageError):  # a folder that only the job that wrote it may write into
+        if write_array(input, Manifest.load(input, "vectors")):
+            echo(f"index: {input} had no array that readers can map; it is made from the shards")
     array = open_vectors(input)
     index = find_index(array, output, settings)
     up_to_date = index is not None

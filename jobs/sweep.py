@@ -49,7 +49,8 @@ from lvm.predict.record import find_record, load_record, read_aliases, set_alias
 from lvm.predict.runs import Outcome, TrainRun, train_run, windows_of
 from lvm.predict.training import Progress, Recipe, recipe_named
 from lvm.storage import Location, RemotePath
-from lvm.vectors.sequences import VectorArray, WindowSettings, open_vectors
+from lvm.vectors.array import VectorArray, open_vectors
+from lvm.vectors.sequences import WindowSettings
 from lvm.vectors.shards import Manifest, fingerprint, write_bytes, write_json
 
 SWEEP_VERSION = 1

@@ -55,7 +55,8 @@ from lvm.predict.record import find_record, import_checkpoint, load_record, read
 from lvm.predict.runs import Outcome, TrainRun, require_whole, train_run
 from lvm.predict.training import FAST, RECIPES, Recipe, evaluate, recipe_named, spread_batches
 from lvm.storage import Location, local_folder, local_input, move_tree
-from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+from lvm.vectors.array import open_vectors
+from lvm.vectors.sequences import WindowSettings, make_windows
 from lvm.vectors.shards import Manifest
 
 CHECKPOINTS_KEPT = 3

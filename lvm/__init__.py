@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from lvm.predict.generate import Generator, Prediction
     from lvm.predict.predictor import TrainedPredictor, load_predictor
     from lvm.text import chunk
+    from lvm.vectors.array import open_vectors
     from lvm.vectors.index import load_index
-    from lvm.vectors.sequences import Windows, WindowSettings, make_windows, open_vectors
+    from lvm.vectors.sequences import Windows, WindowSettings, make_windows
 
 __all__ = [
     "Codec",
@@ -59,7 +60,8 @@ _MODULES = {
     "lvm.predict.predictor": ("TrainedPredictor", "load_predictor"),
     "lvm.text": ("chunk",),
     "lvm.vectors.index": ("load_index",),
-    "lvm.vectors.sequences": ("WindowSettings", "Windows", "make_windows", "open_vectors"),
+    "lvm.vectors.array": ("open_vectors",),
+    "lvm.vectors.sequences": ("WindowSettings", "Windows", "make_windows"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

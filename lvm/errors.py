@@ -37,5 +37,5 @@ class DatabaseError(LvmError):
     """The database does not answer, or refuses."""
 
 
-class StorageError(LvmError, OSError):
+class StorageError(LvmError):
     """Object storage does not answer, or refuses."""

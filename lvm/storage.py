@@ -11,6 +11,9 @@ pyarrow's filesystems. Three things differ, and this is where they are dealt wit
 
 Credentials come from where AWS's and Google's own tools have them, never from the URL. AWS_ENDPOINT_URL names another
 server that speaks S3; a query does so for one URL: s3://bucket/key?endpoint_override=127.0.0.1:9000&scheme=http.
+
+Why not universal-pathlib: its S3 (s3fs 2026.9) wants a botocore older than boto3's, and its files, over pyarrow's
+filesystems too, publish what was written so far when a write breaks off.
 """
 
 import fnmatch
@@ -23,8 +26,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from lvm.errors import InputError, StorageError
@@ -36,94 +40,69 @@ BUFFER_BYTES = 8 << 20
 """Bytes of one request when a file is read through; S3 answers one in about 50 ms however small it is."""
 
 
-class RemoteStat:
+class RemoteStat(NamedTuple):
     """What `stat` knows of an object, named as `os.stat_result` names it."""
 
-    def __init__(self, size: int, mtime_ns: int) -> None:
-        self.st_size = size
-        """Bytes."""
-        self.st_mtime_ns = mtime_ns
-        """Time of the upload."""
+    st_size: int
+    """Bytes."""
+    st_mtime_ns: int
+    """Time of the upload."""
 
 
+@dataclass(frozen=True, order=True)
 class RemotePath:
-    """A file or folder on object storage. Immutable; travels to workers as its URL."""
+    """A file or folder on object storage; `location` makes one of a URL. Travels to workers as it is."""
 
-    __slots__ = ("_key", "_query", "_scheme")
-
-    def __init__(self, url: str) -> None:
-        """Raises InputError on another scheme, no bucket, or credentials in the URL."""
-        parts = urlsplit(url)
-        if parts.scheme not in SCHEMES or not parts.netloc:
-            raise InputError(f"{url}: expected a path, or {' or '.join(f'{s}://bucket/…' for s in SCHEMES)}")
-        if "@" in parts.netloc:
-            raise InputError(
-                f"{parts.scheme}://…@{parts.netloc.split('@')[-1]}{parts.path} holds credentials, which would stand in "
-                "manifests and logs; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
-            )
-        self._scheme, self._query = parts.scheme, parts.query
-        self._key = PurePosixPath(parts.netloc) / parts.path.strip("/")
+    scheme: str
+    """One of SCHEMES."""
+    inside: PurePosixPath
+    """Bucket and path."""
+    query: str = ""
+    """Of the URL."""
 
     # ---- names, as pathlib has them
 
     def __str__(self) -> str:
-        return f"{self._scheme}://{self._key}" + (f"?{self._query}" if self._query else "")
-
-    def __repr__(self) -> str:
-        return f"RemotePath({str(self)!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (RemotePath, (str(self),))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePath) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-    def __lt__(self, other: "RemotePath") -> bool:
-        return str(self) < str(other)
+        return f"{self.scheme}://{self.inside}" + (f"?{self.query}" if self.query else "")
 
     def __truediv__(self, inside: str | PurePosixPath) -> "RemotePath":
-        return self._at(self._key / inside)
+        return self._at(self.inside / inside)
 
     def _at(self, key: PurePosixPath) -> "RemotePath":
-        made = object.__new__(RemotePath)
-        made._scheme, made._query, made._key = self._scheme, self._query, key
-        return made
+        return replace(self, inside=key)
 
     @property
     def name(self) -> str:
         """The last part; of a bucket, its name."""
-        return self._key.name
+        return self.inside.name
 
     @property
     def stem(self) -> str:
         """The name without its last ending."""
-        return self._key.stem
+        return self.inside.stem
 
     @property
     def suffix(self) -> str:
         """The last ending with its dot, "" where there is none."""
-        return self._key.suffix
+        return self.inside.suffix
 
     @property
     def suffixes(self) -> list[str]:
         """All endings."""
-        return self._key.suffixes
+        return self.inside.suffixes
 
     @property
     def parent(self) -> "RemotePath":
         """The folder it lies in; a bucket's is itself."""
-        return self if len(self._key.parts) == 1 else self._at(self._key.parent)
+        return self if len(self.inside.parts) == 1 else self._at(self.inside.parent)
 
     def with_name(self, name: str) -> "RemotePath":
         """Another file of the same folder."""
-        return self._at(self._key.with_name(name))
+        return self._at(self.inside.with_name(name))
 
     def relative_to(self, folder: "RemotePath") -> PurePosixPath:
         """The path inside `folder`."""
-        return self._key.relative_to(folder._key)
+        return self.inside.relative_to(folder.inside)
 
     def resolve(self) -> "RemotePath":
         """Itself: a URL depends on no current folder."""
@@ -137,12 +116,12 @@ class RemotePath:
     def filesystem(self) -> Any:
         """The pyarrow filesystem it lies on; `key` is its path there."""
         with storage_errors(self):
-            return _filesystem(self._scheme, self._key.parts[0], self._query)
+            return _filesystem(self.scheme, self.inside.parts[0], self.query)
 
     @property
     def key(self) -> str:
         """Bucket and path, as pyarrow's filesystem takes it."""
-        return str(self._key)
+        return str(self.inside)
 
     def _info(self) -> Any:
         with storage_errors(self):
@@ -167,25 +146,16 @@ class RemotePath:
             raise FileNotFoundError(2, "no such object", str(self))
         return RemoteStat(int(info.size), int(info.mtime_ns or 0))
 
-    def _list(self, deep: bool) -> list[Any]:
-        from pyarrow import fs
-
-        with storage_errors(self):
-            found = self.filesystem.get_file_info(
-                fs.FileSelector(self.key, recursive=deep, allow_not_found=True)
-            )
-        return [i for i in found if i.path.rstrip("/") != self.key]
-
     def iterdir(self) -> Iterator["RemotePath"]:
         """What lies right inside, in no order; nothing where there is no such folder."""
-        return (self._at(PurePosixPath(i.path)) for i in self._list(deep=False))
+        return (self._at(PurePosixPath(i.path)) for i in _list(self, deep=False))
 
     def glob(self, pattern: str) -> Iterator["RemotePath"]:
         """What matches inside; * stands for any part of one name."""
         wanted = PurePosixPath(pattern).parts
-        for info in self._list(deep=len(wanted) > 1):
+        for info in _list(self, deep=len(wanted) > 1):
             path = PurePosixPath(info.path)
-            parts = path.relative_to(self._key).parts
+            parts = path.relative_to(self.inside).parts
             if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)):
                 yield self._at(path)
 
@@ -233,14 +203,22 @@ Location = Path | RemotePath
 
 
 def location(text: str | Location) -> Location:
-    """The place that a path or URL names. Raises InputError on a URL of an unknown kind."""
+    """The place that a path or URL names. Raises InputError on another scheme, no bucket, or credentials in the URL."""
     if isinstance(text, Path | RemotePath):
         return text
     if "://" not in text:
         return Path(text)
     if text.startswith("file:///"):
         return Path(text.removeprefix("file://"))
-    return RemotePath(text)
+    parts = urlsplit(text)
+    if parts.scheme not in SCHEMES or not parts.netloc:
+        raise InputError(f"{text}: expected a path, or {' or '.join(f'{s}://bucket/…' for s in SCHEMES)}")
+    if "@" in parts.netloc:
+        raise InputError(
+            f"{parts.scheme}://…@{parts.netloc.split('@')[-1]}{parts.path} holds credentials, which would stand in "
+            "manifests and logs; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+        )
+    return RemotePath(parts.scheme, PurePosixPath(parts.netloc) / parts.path.strip("/"), parts.query)
 
 
 class _RawObject(io.RawIOBase):
@@ -277,7 +255,7 @@ def storage_errors(path: Location) -> Iterator[None]:
     goes wrong on a disk is passed on."""
     try:
         yield
-    except (FileNotFoundError, StorageError):
+    except FileNotFoundError:
         raise
     except OSError as err:
         if isinstance(path, Path):
@@ -305,27 +283,37 @@ def _filesystem(scheme: str, bucket: str, query: str) -> Any:
     )
 
 
+def on_arrow(path: Location) -> tuple[Any, str]:
+    """The pyarrow filesystem a path lies on, and its path there."""
+    from pyarrow import fs
+
+    return (fs.LocalFileSystem(), path.as_posix()) if isinstance(path, Path) else (path.filesystem, path.key)
+
+
+def _list(folder: Location, deep: bool) -> list[Any]:
+    """pyarrow's FileInfo of what is right inside, or `deep`er too; nothing where there is no such folder."""
+    from pyarrow import fs
+
+    with storage_errors(folder):
+        filesystem, key = on_arrow(folder)
+        found = filesystem.get_file_info(fs.FileSelector(key, recursive=deep, allow_not_found=True))
+    return [i for i in found if i.path.rstrip("/") != key]
+
+
 # ------------------------------------------------------------------------------------------ whole folders
 
 
 def files_below(folder: Location) -> list[Location]:
     """All files under `folder`, however deep, in order of path."""
-    if isinstance(folder, Path):
-        return sorted(p for p in folder.rglob("*") if p.is_file())
-    found: list[Location] = [folder._at(PurePosixPath(i.path)) for i in folder._list(deep=True) if i.is_file]
-    return sorted(found, key=str)
+    key = PurePosixPath(on_arrow(folder)[1])
+    inside = [PurePosixPath(i.path).relative_to(key) for i in _list(folder, deep=True) if i.is_file]
+    return sorted((folder / i for i in inside), key=str)
 
 
 def sizes_in(folder: Location, names: list[str]) -> dict[str, int]:
-    """Bytes of these files right inside `folder`, without those that are absent; one listing on object storage."""
-    if isinstance(folder, RemotePath):
-        found = {PurePosixPath(i.path).name: int(i.size) for i in folder._list(deep=False) if i.is_file}
-        return {name: found[name] for name in names if name in found}
-    sizes = {}
-    for name in names:
-        with suppress(OSError):
-            sizes[name] = (folder / name).stat().st_size
-    return sizes
+    """Bytes of these files right inside `folder`, without those that are absent; from one listing."""
+    found = {i.base_name: int(i.size) for i in _list(folder, deep=False) if i.is_file}
+    return {name: found[name] for name in names if name in found}
 
 
 def remove_tree(folder: Location) -> None:
@@ -337,18 +325,51 @@ def remove_tree(folder: Location) -> None:
         folder.filesystem.delete_dir(folder.key)
 
 
+def new_folder(target: Location) -> Path:
+    """A folder of another name to fill for `publish_folder`: beside it, or for object storage in the cache folder."""
+    temporary = temporary_name(target if isinstance(target, Path) else cache_folder() / target.name)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def publish_folder(temporary: Path, target: Location, last: str) -> None:
+    """Make a filled folder `target`, in one step: renamed on a disk, where it takes the place of what is there; on
+    object storage uploaded, and complete with the file named `last`."""
+    if isinstance(target, Path):
+        sync_directory(temporary)
+        remove_tree(target)
+        temporary.rename(target)
+        sync_directory(target.parent)
+    else:
+        upload_folder(temporary, target, last)
+
+
+def temporary_name(path: Path) -> Path:
+    """A fresh hidden name beside `path`, on the same file system so that a rename onto `path` is atomic."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames inside `directory` survive a power cut (POSIX; other systems sync on their own)."""
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def move_tree(folder: Location, target: Location) -> None:
     """Give a folder another name. On object storage its files are copied and then deleted, one by one."""
-    if isinstance(folder, Path):
-        assert isinstance(target, Path)
-        folder.rename(target)
+    if isinstance(folder, Path) or isinstance(target, Path):
+        os.rename(str(folder), str(target))
         return
-    for file in files_below(folder):
-        assert isinstance(file, RemotePath)
-        with file.open() as opened:
-            moved = location(target) / file.relative_to(folder)
-            assert isinstance(moved, RemotePath)
-            upload(opened, moved)
+    for info in _list(folder, deep=True):
+        inside = PurePosixPath(info.path).relative_to(folder.key)
+        if info.is_file:
+            with (folder / inside).open() as opened:
+                upload(opened, target / inside)
     remove_tree(folder)
 
 
@@ -356,22 +377,24 @@ def upload(source: IO[bytes], target: RemotePath) -> None:
     """Put all of `source` there as one object; nothing appears when reading or sending breaks off."""
     with storage_errors(target):
         stream = target.filesystem.open_output_stream(target.key)
-        try:
-            while block := source.read(BUFFER_BYTES):
+    try:
+        while block := source.read(BUFFER_BYTES):
+            with storage_errors(target):
                 stream.write(block)
-        except BaseException:
-            # pyarrow has no way to give an upload up: closing it publishes what was sent so far.
-            with suppress(OSError):
-                stream.close()
-                target.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        # pyarrow has no way to give an upload up: closing it publishes what was sent so far.
+        with suppress(OSError, StorageError):
+            stream.close()
+            target.unlink(missing_ok=True)
+        raise
+    with storage_errors(target):
         stream.close()
 
 
 def upload_folder(source: Path, target: RemotePath, last: str) -> None:
     """Put a folder's files there; the one named `last` comes last, and with it the folder counts as complete."""
-    for file in sorted(files_below(source), key=lambda f: (f.name == last, str(f))):
-        assert isinstance(file, Path)
+    files = sorted(p for p in source.rglob("*") if p.is_file())
+    for file in sorted(files, key=lambda f: f.name == last):
         with file.open("rb") as opened:
             upload(opened, target / file.relative_to(source).as_posix())
 
@@ -426,7 +449,7 @@ def local_folder(folder: Location) -> Path:
     """
     if isinstance(folder, Path):
         return folder
-    found = [i for i in folder._list(deep=True) if i.is_file]
+    found = [i for i in _list(folder, deep=True) if i.is_file]
     if not found:
         raise InputError(f"nothing lies in {folder}; expected a folder with files")
     state = "\n".join(f"{i.path} {i.size} {i.mtime_ns}" for i in sorted(found, key=lambda i: i.path))

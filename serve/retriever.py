@@ -14,8 +14,8 @@ from ray import serve
 
 from lvm.predict.extract import Extractor
 from lvm.predict.steer import Context, build_context, snap
+from lvm.vectors.array import open_vectors
 from lvm.vectors.index import load_index
-from lvm.vectors.sequences import open_vectors
 from serve.rows import EXPIRED, Outcome
 from serve.settings import ServeArgs, require_run
 

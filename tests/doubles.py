@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from lvm.codec.identity import CodecIdentity
+from lvm.vectors.array import write_array
 from lvm.vectors.shards import CHUNK_SCHEMA, Manifest, vectors_to_table, with_footer, write_table
 
 DIM = 768
@@ -249,5 +250,6 @@ def write_vectors(
         source="made up by tests/doubles.py",
         licence="CC0-1.0",
     )
+    write_array(directory, manifest)
     manifest.save(directory)
     return manifest

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lvm.storage import RemotePath
+from lvm.storage import RemotePath, location
 
 _numbers = itertools.count()
 
@@ -51,4 +51,6 @@ def bucket(s3_server: str, own_cache: Path) -> RemotePath:
 
     name = f"test-{os.getpid()}-{next(_numbers)}"
     boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
-    return RemotePath(f"s3://{name}")
+    path = location(f"s3://{name}")
+    assert isinstance(path, RemotePath)
+    return path

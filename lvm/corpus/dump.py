@@ -19,7 +19,7 @@ from lvm.corpus.records import (
     whole,
 )
 from lvm.corpus.wikitext import MEDIA_NAMESPACES
-from lvm.errors import InputError, StorageError
+from lvm.errors import InputError
 
 # A page is a disambiguation page when one of these templates stands on it, outside comments.
 _DISAMBIGUATION = re.compile(
@@ -91,8 +91,6 @@ def read_dump(
                 if depth == 1:
                     # By what has ended, not by place: the parser is ahead of its events.
                     within[0].remove(element)
-        except StorageError:
-            raise
         except PACKING_ERRORS as err:
             raise damaged(path, position(), last, err) from err
         except ParseError as err:

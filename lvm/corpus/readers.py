@@ -38,7 +38,7 @@ from lvm.corpus.records import (
     article_of,
     too_large,
 )
-from lvm.errors import InputError, StorageError
+from lvm.errors import InputError
 from lvm.storage import Location
 
 BATCH_BYTES = 32 << 20
@@ -68,8 +68,6 @@ def read_articles(
                 taken += 1
                 if taken == limit:
                     return
-        except StorageError:
-            raise
         except (InputError, OSError) as err:
             if strict:
                 raise
@@ -125,8 +123,6 @@ def _read_json(
                     yield Record(article, last)
                 if number % 64 == 0:
                     on_position(position())
-        except StorageError:
-            raise
         except PACKING_ERRORS as err:
             raise damaged(path, position(), last, err) from err
         except _BrokenJsonError as err:
@@ -227,8 +223,6 @@ def _read_csv(
                     yield Record(article, f"row {number}")
                 if number % 64 == 0:
                     on_position(position())
-        except StorageError:
-            raise
         except PACKING_ERRORS as err:
             raise damaged(path, position(), f"row {number}", err) from err
         except csv.Error as err:
@@ -286,8 +280,6 @@ def _read_parquet(
                     if article is not None:
                         yield Record(article, f"row {number}")
                 on_position(size * number // rows)
-    except StorageError:
-        raise
     except (pa.ArrowException, OSError) as err:
         raise InputError(
             f"{shown(str(path))} is no whole Parquet file: {str(err).strip()[:300]}, last read: row {number}. "
@@ -348,8 +340,6 @@ def _text_article(file: Location, source: str, place: str) -> Article:
         if size > MAX_RECORD_BYTES:
             raise BrokenRecordError(too_large(size))
         data = file.read_bytes()
-    except StorageError:
-        raise
     except OSError as err:
         raise BrokenRecordError(f"cannot be opened: {err.strerror}") from err
     try:

@@ -54,8 +54,9 @@ from lvm.predict.predictor import TrainedPredictor
 from lvm.predict.record import Record, load_record
 from lvm.predict.steer import snap, unit
 from lvm.storage import Location
+from lvm.vectors.array import VectorArray
 from lvm.vectors.index import Index, load_index
-from lvm.vectors.sequences import VectorArray, Windows
+from lvm.vectors.sequences import Windows
 
 MAX_CONTROL_WINDOWS = 5_000
 """Test windows on which the controls are measured, and training windows on which a baseline chooses its weights."""

@@ -18,7 +18,8 @@ from lvm.models import ENSEMBLE, Ensemble, EnsembleConfig, build
 from lvm.predict.record import Record, find_record, load_record, save_record
 from lvm.predict.start import spread_batches
 from lvm.storage import Location
-from lvm.vectors.sequences import VectorArray, WindowSettings, make_windows
+from lvm.vectors.array import VectorArray
+from lvm.vectors.sequences import WindowSettings, make_windows
 
 MAX_VAL_WINDOWS = 8192
 """Validation windows the weights are learned and judged on, evenly spaced over all."""

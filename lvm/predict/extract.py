@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm.predict.steer import Floats, Neighbours, Rows, allowed_neighbours, unit
-from lvm.vectors.sequences import VectorArray
+from lvm.vectors.array import VectorArray
 
 BESIDE = 2
 """Chunks before and after one of the context that do not answer either: they are what was read, or is read next."""

@@ -29,7 +29,8 @@ from lvm.predict.runs import Outcome, TrainRun, outcome_of
 from lvm.predict.start import spread_batches
 from lvm.predict.training import FAST, Progress, Recipe, recipe_named
 from lvm.storage import Location, location
-from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows
+from lvm.vectors.array import VectorArray
+from lvm.vectors.sequences import Windows, WindowSettings, make_windows
 from lvm.vectors.shards import Manifest
 
 

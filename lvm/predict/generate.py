@@ -22,8 +22,8 @@ from lvm.predict.extract import Extractor
 from lvm.predict.predictor import TrainedPredictor, load_predictor
 from lvm.predict.steer import PASSTHROUGH, Context, Fill, build_context, snap
 from lvm.storage import Location
+from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.index import Index, load_index
-from lvm.vectors.sequences import VectorArray, open_vectors
 
 R = TypeVar("R")
 

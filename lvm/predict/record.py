@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -26,12 +25,12 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from lvm.codec.identity import CodecIdentity
-from lvm.errors import InputError, StorageError
+from lvm.errors import InputError
 from lvm.models import MODELS, Predictor, build
 from lvm.predict.ranking import RankHead
 from lvm.predict.steer import CONTEXT_CHUNKS
-from lvm.storage import Location, RemotePath, cache_folder, upload_folder
-from lvm.vectors.shards import cannot_write, file_sha256, sync_directory, temporary_name, write_json
+from lvm.storage import Location, new_folder, publish_folder, remove_tree
+from lvm.vectors.shards import cannot_write, file_sha256, write_json
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "MODEL_CARD.md"
 RANK_WEIGHTS = "rank.safetensors"
@@ -100,8 +99,7 @@ def save_record(
     """
     created = datetime.now(UTC)
     models.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(cache_folder() / name if isinstance(models, RemotePath) else models / name)
-    temporary.mkdir(parents=True)
+    temporary = new_folder(models / name)
     try:
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, temporary / WEIGHTS)
@@ -135,16 +133,13 @@ def save_record(
         folder = models / f"{name}-{created:%Y%m%dT%H%M%SZ}-{digest}"
         with (temporary / WEIGHTS).open("rb") as file:
             os.fsync(file.fileno())
-        if isinstance(folder, RemotePath):
-            upload_folder(temporary, folder, last=CONFIG)  # a record is there when its configuration is
-        else:
-            sync_directory(temporary)
-            os.rename(temporary, folder)
-            sync_directory(folder.parent)
+        publish_folder(
+            temporary, folder, last=CONFIG
+        )  # on object storage a record is there when its configuration is
     except (OSError, SafetensorError) as err:
         raise cannot_write(models, err) from err
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
     return folder
 
 
@@ -231,8 +226,6 @@ def _load_weights(model: nn.Module, source: Location, sha256: str | None) -> Non
                 "train the model again"
             )
         weights = load(data)
-    except StorageError:
-        raise
     except (OSError, SafetensorError) as err:
         raise InputError(f"{source} cannot be read ({err}); train the model again") from err
     _fill(model, weights, source)
@@ -262,8 +255,6 @@ def _write_text(path: Path, text: str) -> None:
 def _read_json(path: Location) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except StorageError:
-        raise
     except (OSError, ValueError) as err:
         raise InputError(f"{path} cannot be read ({err}); expected JSON written by `latent train`") from err
     if not isinstance(value, dict):

@@ -20,7 +20,8 @@ from lvm.models import CONFIGS, Architecture, build
 from lvm.predict.ranking import RankHead, fit_rank_head
 from lvm.predict.training import Progress, Recipe, bfloat16_is_faster, fit
 from lvm.storage import Location, local_folder, local_folder_for
-from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
+from lvm.vectors.array import VectorArray, open_vectors
+from lvm.vectors.sequences import Windows, WindowSettings, make_windows
 from lvm.vectors.shards import file_sha256, fingerprint
 
 TRAINING_VERSION = 1

@@ -7,10 +7,8 @@
 A reader that opened a version keeps it: the one before CURRENT stays on disk until the next is published.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -18,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
-from lvm.errors import InputError, StorageError
-from lvm.storage import Location, RemotePath, cache_folder, fetch, location, remove_tree, upload_folder
-from lvm.vectors.sequences import VectorArray
+from lvm.errors import InputError
+from lvm.storage import Location, fetch, location, new_folder, publish_folder, remove_tree, temporary_name
+from lvm.vectors.array import VectorArray
 from lvm.vectors.shards import (
     Manifest,
     Shard,
@@ -29,8 +27,6 @@ from lvm.vectors.shards import (
     fingerprint,
     publish,
     sweep_temporaries,
-    sync_directory,
-    temporary_name,
     write_bytes,
 )
 
@@ -196,8 +192,7 @@ def build_index(array: VectorArray, directory: Location, settings: IndexSettings
     store = _fill(array, settings)
     record = _settings_record(settings, len(array))
     version = directory / "versions" / _version_name(array, record)
-    temporary = temporary_name(cache_folder() / version.name if isinstance(version, RemotePath) else version)
-    temporary.mkdir(parents=True)
+    temporary = new_folder(version)
     try:
         file = temporary / "index.faiss"
         unnamed = temporary_name(file)
@@ -218,15 +213,10 @@ def build_index(array: VectorArray, directory: Location, settings: IndexSettings
         recall = measure_recall(array, Index(temporary, manifest, store), settings.seed)
         manifest = manifest.with_report(**recall)
         manifest.save(temporary)
-        if isinstance(version, RemotePath):
-            upload_folder(temporary, version, last="manifest.json")
-        else:
-            if version.exists():  # one that failed its checks, or that another run has just published
-                shutil.rmtree(version)
-            temporary.rename(version)
-            sync_directory(version.parent)
+        # In place of one that failed its checks, or that another run has just published.
+        publish_folder(temporary, version, last="manifest.json")
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
     write_bytes(directory / "CURRENT", f"{version.name}\n".encode())
     _drop_old_versions(directory)
     return load_index(directory)
@@ -277,8 +267,6 @@ def find_index(
         if Manifest.load(version, "index").damaged(version, deep=True):
             return None
         return load_index(directory)
-    except StorageError:
-        raise
     except (OSError, InputError):
         return None
 
@@ -399,7 +387,7 @@ def _drop_old_versions(directory: Location) -> None:
 def _made_at(version: Location) -> int:
     """When a version was published, nanoseconds; 0 for what an upload that broke off left."""
     try:
-        # On object storage a folder has no time of its own; its manifest came last.
-        return (version if isinstance(version, Path) else version / "manifest.json").stat().st_mtime_ns
+        # Its manifest came last; on object storage a folder has no time of its own.
+        return (version / "manifest.json").stat().st_mtime_ns
     except FileNotFoundError:
         return 0

@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import InputError
+from lvm.storage import temporary_name
 from lvm.vectors.sequences import SPLITS, Windows, split_articles
-from lvm.vectors.shards import DIM, NORM_TOLERANCE, publish, temporary_name
+from lvm.vectors.shards import DIM, NORM_TOLERANCE, publish
 
 Layout = Literal["sequences", "documents", "split"]
 LAYOUTS: tuple[Layout, ...] = ("sequences", "documents", "split")

@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,8 +25,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lvm.codec.identity import CodecIdentity
-from lvm.errors import InputError, OutputError, StorageError
-from lvm.storage import Location, RemotePath, sizes_in, storage_errors
+from lvm.errors import InputError, OutputError
+from lvm.storage import (
+    Location,
+    RemotePath,
+    on_arrow,
+    remove_tree,
+    sizes_in,
+    storage_errors,
+    sync_directory,
+    temporary_name,
+)
 
 DIM = 768
 """Length of a vector, D, in every codec of this project."""
@@ -86,30 +94,13 @@ def file_sha256(path: Location) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def temporary_name(path: Path) -> Path:
-    """A fresh hidden name beside `path`, on the same file system so that a rename onto `path` is atomic."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-
-
 def sweep_temporaries(directory: Location) -> list[str]:
     """Names of the temporary files a killed job left in `directory`; they are removed."""
-    if isinstance(directory, RemotePath):
-        return []  # there a file that was not finished never appeared
-    left = sorted(directory.glob(".*.tmp"))
+    # On object storage there are none: an unfinished file never appeared.
+    left: list[Location] = sorted(directory.glob(".*.tmp"), key=str)
     for path in left:
         path.unlink(missing_ok=True)
     return [p.name for p in left]
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames inside `directory` survive a power cut (POSIX; other systems sync on their own)."""
-    if os.name != "posix":
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -155,7 +146,7 @@ def write_json(path: Location, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file as a manifest lists it."""
+    """One file as a manifest lists it."""
 
     file: str
     """Name inside the stage's folder."""
@@ -177,13 +168,17 @@ def read_footer(path: Location) -> dict[str, Any]:
 
     Raises InputError when the file is no whole Parquet file.
     """
-    metadata = _open(path, whole=False).schema_arrow.metadata or {}
-    record = json.loads(metadata.get(_FOOTER_KEY, b"{}"))
+    return footer_in(_open(path, whole=False).schema_arrow)
+
+
+def footer_in(schema: pa.Schema) -> dict[str, Any]:
+    """The record `with_footer` put into the table of this schema, {} where there is none."""
+    record = json.loads((schema.metadata or {}).get(_FOOTER_KEY, b"{}"))
     return record if isinstance(record, dict) else {}
 
 
 def write_table(path: Location, table: pa.Table) -> Shard:
-    """Write `table` under a temporary name, sync, rename to `path`; what the manifest needs comes back."""
+    """`write_bytes` of a table as Parquet; what the manifest needs comes back."""
     options: dict[str, Any] = {
         "compression": "zstd",
         # A dictionary pays where values repeat; on vectors it triples the time (0.09 against 0.03 s
@@ -191,53 +186,40 @@ def write_table(path: Location, table: pa.Table) -> Shard:
         "use_dictionary": [n for n in ("title", "source", "doc_id") if n in table.column_names],
         "write_page_checksum": True,
     }
-    if isinstance(path, RemotePath):
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, **options)
-        data = buffer.getvalue()
-        path.write_bytes(data)
-        return Shard(path.name, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
-        pq.write_table(table, temporary, **options)
-        shard = Shard(path.name, table.num_rows, temporary.stat().st_size, file_sha256(temporary))
-        publish(temporary, path)
-    except OSError as err:
-        raise cannot_write(path, err) from err
-    finally:
-        temporary.unlink(missing_ok=True)
-    return shard
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, **options)
+    data = buffer.getvalue()
+    write_bytes(path, data)
+    return Shard(path.name, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 
 
-def read_table(path: Location, columns: Sequence[str] | None = None) -> pa.Table:
-    """A shard's rows, in file order; only `columns` where given.
+def read_table(
+    path: Location, columns: Sequence[str] | None = None, contents: pa.Buffer | None = None
+) -> pa.Table:
+    """A shard's rows, in file order; only `columns` where given. contents: the file's bytes, where they are at hand.
 
     Raises InputError naming the shard when it is absent, cut off, or fails a page checksum.
     """
     try:
-        file = _open(path, whole=columns is None)
+        file = _open(path, whole=columns is None, contents=contents)
         with storage_errors(path):
             return file.read(columns=None if columns is None else list(columns))
-    except StorageError:
-        raise
     except (pa.ArrowException, OSError) as err:
         raise _damaged(path, err) from err
 
 
-def _open(path: Location, whole: bool) -> pq.ParquetFile:
+def _open(path: Location, whole: bool, contents: pa.Buffer | None = None) -> pq.ParquetFile:
     try:
-        source: Any = path
-        if isinstance(path, RemotePath):
+        with storage_errors(path):
             # A shard weighs a few megabytes: one request brings it whole. Without its vectors it is a thirtieth of
             # that, and Arrow asks for the columns alone.
-            with storage_errors(path):
-                source = io.BytesIO(path.read_bytes()) if whole else path.filesystem.open_input_file(path.key)
+            if whole and contents is None:
+                contents = pa.py_buffer(path.read_bytes())
+            filesystem, key = on_arrow(path)
+            source = filesystem.open_input_file(key) if contents is None else pa.BufferReader(contents)
         return pq.ParquetFile(source, page_checksum_verification=True)
     except FileNotFoundError as err:
         raise InputError(f"shard {path} is missing; run the stage that writes it again") from err
-    except StorageError:
-        raise
     except (pa.ArrowException, OSError) as err:
         raise _damaged(path, err) from err
 
@@ -247,6 +229,21 @@ def _damaged(path: Location, err: Exception) -> InputError:
         f"shard {path} is damaged: expected a whole Parquet file, got {str(err).strip()}. "
         "Delete it and run the stage that writes it again; only this shard is redone."
     )
+
+
+def damaged_files(directory: Location, files: Sequence[Shard], deep: bool = False) -> dict[str, str]:
+    """Name to what is wrong with it; empty when all are there with their size (deep: hash)."""
+    wrong: dict[str, str] = {}
+    sizes = sizes_in(directory, [f.file for f in files])
+    for file in files:
+        size = sizes.get(file.file)
+        if size is None:
+            wrong[file.file] = "is missing"
+        elif size != file.bytes:
+            wrong[file.file] = f"has {size:,} bytes, expected {file.bytes:,}"
+        elif deep and (got := file_sha256(directory / file.file)) != file.sha256:
+            wrong[file.file] = f"has SHA-256 {got[:16]}…, expected {file.sha256[:16]}…"
+    return wrong
 
 
 # ------------------------------------------------------------------------------------------------- manifest
@@ -332,8 +329,6 @@ class Manifest:
                 f"no {path}; expected a finished folder of {kind or 'some stage'}. "
                 f"Run {command} with --output {directory} to its end."
             ) from err
-        except StorageError:
-            raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
             raise InputError(
                 f"{path} is not a manifest of this project ({type(err).__name__}: {err}). "
@@ -352,17 +347,7 @@ class Manifest:
 
     def damaged(self, directory: Location, deep: bool = False) -> dict[str, str]:
         """Shard name to what is wrong with it; empty when all are there with their size (deep: hash)."""
-        wrong: dict[str, str] = {}
-        sizes = sizes_in(directory, [s.file for s in self.shards])
-        for shard in self.shards:
-            size = sizes.get(shard.file)
-            if size is None:
-                wrong[shard.file] = "is missing"
-            elif size != shard.bytes:
-                wrong[shard.file] = f"has {size:,} bytes, expected {shard.bytes:,}"
-            elif deep and (got := file_sha256(directory / shard.file)) != shard.sha256:
-                wrong[shard.file] = f"has SHA-256 {got[:16]}…, expected {shard.sha256[:16]}…"
-        return wrong
+        return damaged_files(directory, self.shards, deep)
 
     def verify(self, directory: Location, deep: bool = False) -> None:
         """Return when every shard is there with its size (deep: and its SHA-256).
@@ -415,6 +400,7 @@ def clear(directory: Location) -> None:
     (directory / "manifest.json").unlink(missing_ok=True)
     for path in [*directory.glob("part-*.parquet"), directory / "settings.json"]:
         path.unlink(missing_ok=True)
+    remove_tree(directory / "_array")
     sweep_temporaries(directory)
 
 

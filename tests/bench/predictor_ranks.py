@@ -29,7 +29,8 @@ from lvm.evaluate.controls import as_written
 from lvm.evaluate.metrics import Pool, Predict, clustered_interval, score_windows, summarise_ranks
 from lvm.predict.predictor import load_predictor
 from lvm.predict.record import read_aliases
-from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+from lvm.vectors.array import open_vectors
+from lvm.vectors.sequences import WindowSettings, make_windows
 
 POOL = 10_000
 

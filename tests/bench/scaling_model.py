@@ -53,8 +53,9 @@ CHUNK_BYTES = 61
 """A chunk in a shard of chunks, zstd: 61.3 bytes for the bundled sample's 3,899 (`latent chunk`)."""
 VECTOR_BYTES = 1_544
 """A chunk in a shard of vectors, float16, zstd: 1,544 for 1,413 chunks of the sample (`latent encode`)."""
-ARRAY_BYTES = 1_842
-"""A chunk in the array that training maps, texts and ids included: measured on the same 1,413 chunks."""
+ARRAY_BYTES = 2 * 768 + 4 * 32 + 37
+"""A chunk in the array that training maps: float16 numbers, an id of 32 characters of 4 bytes, and what is numbers and
+one mark in `lvm.vectors.array.VectorArray`. Texts are in the shards alone."""
 INDEX_BYTES = 96 + 2 * 768 + 8
 """A vector in an index that holds codes: 192 of 4 bits, float16 numbers to compare the best with, and its row."""
 ID_BYTES = 32 + 49 + 60

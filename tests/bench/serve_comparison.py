@@ -21,8 +21,8 @@ from lvm.codec.vec2text_package import embed, load_vec2text, vec2text_ids
 from lvm.codec.zoo import codec_folder, load_codec
 from lvm.predict.predictor import load_predictor
 from lvm.predict.steer import snap
+from lvm.vectors.array import open_vectors
 from lvm.vectors.index import load_index
-from lvm.vectors.sequences import open_vectors
 
 
 @dataclass

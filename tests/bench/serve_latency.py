@@ -32,7 +32,8 @@ import numpy as np
 
 from lvm.codec.zoo import Codec, load_codec
 from lvm.predict.predictor import load_predictor
-from lvm.vectors.sequences import open_vectors, split_articles
+from lvm.vectors.array import open_vectors
+from lvm.vectors.sequences import split_articles
 from tests.bench.decode_batch import SIZES, sample_texts
 from tests.bench.serve_comparison import mini_comparison, one_at_a_time, vec2text_comparison
 from tests.checkpoints import make_checkpoints

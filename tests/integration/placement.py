@@ -24,8 +24,8 @@ from lvm.evaluate.contest import Block, TextPlan
 from lvm.models import ORIGINAL
 from lvm.predict.record import load_record
 from lvm.predict.training import FAST
+from lvm.vectors.array import open_vectors
 from lvm.vectors.index import build_index
-from lvm.vectors.sequences import open_vectors
 from tests.doubles import fake_articles, fake_codec, write_chunks, write_vectors
 from tests.integration.faults.world import World
 

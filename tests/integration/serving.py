@@ -23,8 +23,8 @@ from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
 from lvm.models import CONFIGS, MODELS
 from lvm.predict.record import save_record, set_alias
+from lvm.vectors.array import open_vectors
 from lvm.vectors.index import build_index
-from lvm.vectors.sequences import open_vectors
 from tests.doubles import write_chunks, write_vectors
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lvm.vectors.array import open_vectors
 from lvm.vectors.npz import export_npz
-from lvm.vectors.sequences import make_windows, open_vectors
+from lvm.vectors.sequences import make_windows
 from tests.doubles import fake_articles, write_vectors
 from tests.integration.conftest import CHECKOUT
 

@@ -20,9 +20,9 @@ import pytest
 from jobs.concepts import export_dataset, load_shards
 from lvm.corpus.tmd import distribution
 from lvm.errors import OutputError
+from lvm.vectors.array import open_vectors
 from lvm.vectors.concepts import ConceptStore
 from lvm.vectors.postgres import embedded
-from lvm.vectors.sequences import open_vectors
 from tests.doubles import fake_articles, write_vectors
 from tests.integration.conftest import CHECKOUT
 from tests.integration.test_concepts import rows

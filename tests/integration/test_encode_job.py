@@ -29,13 +29,13 @@ from lvm.codec.zoo import load_tokenizer
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.records import Article
 from lvm.errors import IdentityError, InputError, OutputError
-from lvm.vectors.sequences import open_vectors
+from lvm.storage import temporary_name
+from lvm.vectors.array import array_folder, open_vectors
 from lvm.vectors.shards import (
     Manifest,
     read_footer,
     read_table,
     table_to_vectors,
-    temporary_name,
     write_table,
 )
 from tests.doubles import (
@@ -157,6 +157,20 @@ def test_a_second_run_skips_finished_shards(folder: Path) -> None:
     assert stamps(folder / "vectors") == before
 
 
+def test_the_job_writes_the_array_that_readers_map_and_makes_it_for_shards_that_have_none(
+    folder: Path,
+) -> None:
+    made = array_folder(folder / "vectors", Manifest.load(folder / "vectors"))
+    assert (made / "array.json").exists()
+    before = stamps(folder / "vectors")
+    shutil.rmtree(made.parent)  # as earlier versions left it
+    again = encode(folder)
+    assert (again.up_to_date, again.encoded) == (False, ())
+    assert (made / "array.json").exists()
+    assert stamps(folder / "vectors") == before
+    assert encode(folder).up_to_date
+
+
 def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     if how == "missing":
@@ -191,7 +205,13 @@ def test_only_damaged_shards_are_redone(ray_cluster: str, folder: Path, finished
     again_ids, again_vectors = ids_and_vectors(folder / "vectors")
     assert again_ids == ids
     np.testing.assert_array_equal(again_vectors, vectors)
-    assert {p.name for p in (folder / "vectors").iterdir()} == {*before, "manifest.json", "settings.json"}
+    assert {p.name for p in (folder / "vectors").iterdir()} == {
+        *before,
+        "manifest.json",
+        "settings.json",
+        "_array",
+    }
+    assert open_vectors(folder / "vectors").chunk_ids.tolist() == ids
 
 
 def test_a_shard_counts_as_finished_only_with_its_own_footer_and_ids(folder: Path) -> None:

@@ -20,8 +20,9 @@ from lvm.evaluate.leaderboard import SCHEMA, Evaluation, ranking
 from lvm.evaluate.metrics import cosines
 from lvm.models import TOYS, build
 from lvm.predict.record import load_record, save_record, set_alias
+from lvm.vectors.array import open_vectors
 from lvm.vectors.index import build_index
-from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+from lvm.vectors.sequences import WindowSettings, make_windows
 from tests.doubles import FakeCodec, fake_articles, fake_codec, write_vectors
 
 CHECKOUT = Path(__file__).resolve().parents[2]

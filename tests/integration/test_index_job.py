@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lvm.vectors.array import open_vectors
 from lvm.vectors.index import load_index
-from lvm.vectors.sequences import open_vectors
 from tests.doubles import FakeCodec, fake_articles, write_chunks, write_vectors
 from tests.integration.conftest import CHECKOUT
 

@@ -11,9 +11,9 @@ from lvm.corpus.chunker import chunk_id
 from lvm.corpus.records import Article
 from lvm.corpus.tmd import Coded, Prototypes, Tmd, phrases
 from lvm.errors import DatabaseError
+from lvm.vectors.array import open_vectors
 from lvm.vectors.concepts import ConceptStore, Dataset
 from lvm.vectors.ingest import STAGES, Ingester
-from lvm.vectors.sequences import open_vectors
 from lvm.vectors.shards import Manifest, with_footer, write_table
 from tests.doubles import BrokenCodec, FakeCodec
 from tests.integration.test_concepts import HOSTILE, rows

@@ -16,7 +16,7 @@ import pytest
 from lvm.codec.zoo import load_codec
 from lvm.predict.record import load_record, read_aliases
 from lvm.storage import RemotePath, files_below, location
-from lvm.vectors.sequences import open_vectors
+from lvm.vectors.array import open_vectors
 from lvm.vectors.shards import Manifest, read_table
 from tests.integration.conftest import CHECKOUT
 

@@ -300,7 +300,7 @@ def test_vectors_predict_a_vector(service: Service, run: Path) -> None:
 
 
 def test_search_finds_a_chunk_by_its_own_words(service: Service, run: Path) -> None:
-    from lvm.vectors.sequences import open_vectors
+    from lvm.vectors.array import open_vectors
 
     array = open_vectors(run / "vectors")
     texts = array.texts([3, 77])

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,16 @@ from lvm.storage import (
     files_below,
     local_folder,
     local_output,
+    location,
     move_tree,
     remove_tree,
     sizes_in,
     upload,
     upload_folder,
 )
+from lvm.vectors.array import array_folder, open_vectors, write_array
 from lvm.vectors.index import build_index, find_index, load_index
-from lvm.vectors.sequences import make_windows, open_vectors
+from lvm.vectors.sequences import make_windows
 from lvm.vectors.shards import Manifest, file_sha256, read_table, write_table
 from tests.doubles import fake_articles, write_vectors
 
@@ -125,7 +128,7 @@ def test_a_folder_is_fetched_again_when_a_file_changed(bucket: RemotePath, own_c
 
 
 def test_storage_that_refuses_is_one_line(bucket: RemotePath) -> None:
-    nowhere = RemotePath("s3://no-such-bucket/x")
+    nowhere = location("s3://no-such-bucket/x")
     with pytest.raises(StorageError, match=r"^s3://no-such-bucket/x: .*Expected storage that answers"):
         nowhere.write_bytes(b"x")
 
@@ -164,10 +167,13 @@ def test_vectors_and_index_from_there_equal_those_from_here(
     upload_folder(local, remote, last="manifest.json")
     here, there = open_vectors(local), open_vectors(remote)
     np.testing.assert_array_equal(here.vectors, there.vectors)
-    assert there.texts([3, 1]) == here.texts([3, 1])
     assert isinstance(there.vectors, np.memmap)
     assert len(make_windows(there)) == len(make_windows(here))
-    assert [p for p in own_cache.rglob("*.parquet") if p.is_file()] == []  # the shards' copies are gone
+    assert [
+        p for p in own_cache.rglob("*.parquet") if p.is_file()
+    ] == []  # no shard is fetched for its vectors
+    assert there.texts([3, 1]) == here.texts([3, 1])
+    assert len(list(own_cache.rglob("*.parquet"))) == 1
     assert pickle.loads(pickle.dumps(there)).fingerprint == here.fingerprint
 
     first = build_index(there, bucket / "index")
@@ -185,10 +191,67 @@ def test_vectors_and_index_from_there_equal_those_from_here(
     assert find_index(open_vectors(tmp_path / "v2"), bucket / "index") is None
 
 
+READER = """
+import sys
+from lvm.vectors.array import array_folder, open_vectors, write_array
+array = open_vectors(sys.argv[1])
+print("open", flush=True)
+sys.stdin.readline()
+print(len(array), float(array.vectors.astype("f4").sum()), hash(tuple(array.texts(range(0, 360, 7)))), flush=True)
+"""
+
+
+@pytest.mark.parametrize("with_array", [True, False], ids=["array", "shards only"])
+def test_two_readers_open_the_same_vectors_and_neither_deletes_anything(
+    bucket: RemotePath, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, with_array: bool
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    write_vectors(tmp_path / "vectors", fake_articles(30))
+    if not with_array:  # as earlier versions left it
+        shutil.rmtree(tmp_path / "vectors/_array")
+    upload_folder(tmp_path / "vectors", bucket / "vectors", last="manifest.json")
+    before = {str(f): f.stat().st_mtime_ns for f in files_below(bucket / "vectors")}
+    command = [sys.executable, "-c", READER, str(bucket / "vectors")]
+    readers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    opened = [r.stdout.readline() for r in readers if r.stdout]  # both are there before either goes on
+    kept = {p for p in own_cache.rglob("*") if p.is_file()}
+    found = [r.communicate("\n", timeout=60)[0] for r in readers]
+    assert opened == ["open\n"] * 2
+    assert found[0] == found[1]
+    assert found[0].startswith("360 ")
+    assert {str(f): f.stat().st_mtime_ns for f in files_below(bucket / "vectors")} == before
+    assert kept <= {p for p in own_cache.rglob("*") if p.is_file()}
+    assert bool(kept) == with_array
+
+
+def test_an_array_written_there_is_read_there_and_one_of_earlier_vectors_goes(
+    bucket: RemotePath, tmp_path: Path, own_cache: Path
+) -> None:
+    for seed in (0, 1):
+        write_vectors(tmp_path / "vectors", fake_articles(12, 8, seed=seed))
+        local = open_vectors(tmp_path / "vectors")
+        shutil.rmtree(tmp_path / "vectors/_array")
+        upload_folder(tmp_path / "vectors", bucket / "vectors", last="manifest.json")
+        manifest = Manifest.load(bucket / "vectors")
+        assert write_array(bucket / "vectors", manifest)
+        assert not write_array(bucket / "vectors", manifest)
+        assert [p.name for p in (bucket / "vectors/_array").iterdir()] == [f"{manifest.fingerprint}-2"]
+        array = open_vectors(bucket / "vectors")
+        assert own_cache in Path(str(array.vectors.filename)).parents
+        np.testing.assert_array_equal(array.vectors, local.vectors)
+        assert array.texts(range(96)) == [t for a in fake_articles(12, 8, seed=seed) for t in a]
+    # Half an array, as an upload that broke off leaves it, is none.
+    (array_folder(bucket / "vectors", manifest) / "array.json").unlink()
+    assert len(open_vectors(bucket / "vectors")) == 96
+    assert write_array(bucket / "vectors", manifest)
+
+
 KILLED = """
 import sys
-from lvm.storage import RemotePath
-path = RemotePath(sys.argv[1])
+from lvm.storage import location
+path = location(sys.argv[1])
 stream = path.filesystem.open_output_stream(path.key)
 stream.write(b"0" * 12_000_000)
 print("sent", flush=True)

@@ -23,7 +23,8 @@ from lvm.predict.fitting import check_sequential
 from lvm.predict.fitting import fit as library_fit
 from lvm.predict.record import load_record, read_aliases
 from lvm.predict.training import CLASSIC, FAST, RECIPES, fit
-from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+from lvm.vectors.array import open_vectors
+from lvm.vectors.sequences import WindowSettings, make_windows
 from tests.doubles import FakeCodec, fake_articles, write_chunks, write_vectors
 from tests.integration.conftest import CHECKOUT
 

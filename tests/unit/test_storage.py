@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lvm.errors import InputError
-from lvm.storage import RemotePath, location
+from lvm.errors import InputError, StorageError
+from lvm.storage import RemotePath, files_below, location, new_folder, publish_folder, sizes_in
 
 
 @pytest.mark.parametrize("text", ["out/x", "/shared/x", "file:///shared/x", "a:b"])
@@ -48,3 +48,26 @@ def test_google_storage_goes_through_its_own_filesystem() -> None:
     assert isinstance(path, RemotePath)
     assert path.filesystem.type_name == "gcs"
     assert path.key == "corpus/a/b"
+
+
+def test_an_error_of_storage_is_none_of_a_disk() -> None:
+    """What reads files may take OSError for a damaged file; storage that does not answer is not that."""
+    assert not issubclass(StorageError, OSError)
+
+
+def test_a_published_folder_takes_the_place_of_another_and_a_file_in_the_way_stays_its_own(
+    tmp_path: Path,
+) -> None:
+    target = tmp_path / "versions" / "one"
+    for content in ("old", "new"):
+        made = new_folder(target)
+        assert made.parent == target.parent
+        (made / "x").write_text(content)
+        publish_folder(made, target, last="x")
+    assert [p.name for p in target.parent.iterdir()] == ["one"]
+    assert (target / "x").read_text() == "new"
+    (target / "deep").mkdir()
+    (target / "deep/y").write_text("yy")
+    assert files_below(target) == [target / "deep/y", target / "x"]
+    assert sizes_in(target, ["x", "deep", "none"]) == {"x": 3}
+    assert sizes_in(tmp_path / "none", ["x"]) == {}

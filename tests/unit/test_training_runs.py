@@ -11,7 +11,8 @@ from jobs._training import plan_resources, runs_at_once
 from lvm.errors import InputError
 from lvm.predict.runs import TrainRun, windows_of
 from lvm.predict.training import FAST
-from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
+from lvm.vectors.array import open_vectors
+from lvm.vectors.sequences import WindowSettings, make_windows
 from tests.doubles import fake_articles, write_vectors
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from jobs.train import RESTARTS
 from lvm.errors import LvmError
+from lvm.vectors.array import open_vectors
 from lvm.vectors.index import Index, build_index, load_index
-from lvm.vectors.sequences import open_vectors
 from lvm.vectors.shards import Manifest, read_table, table_to_vectors
 from tests.doubles import fake_articles, write_chunks, write_vectors
 from tests.integration.faults.driver import RECIPE_EPOCHS, run_stage

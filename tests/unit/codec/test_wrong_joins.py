@@ -5,6 +5,7 @@ test_gtr.py.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,10 @@ from lvm.models import TOYS, build
 from lvm.predict.generate import Generator
 from lvm.predict.predictor import load_predictor
 from lvm.predict.record import save_record, set_alias
+from lvm.vectors.array import open_vectors
 from lvm.vectors.index import build_index, load_index
 from lvm.vectors.npz import export_npz, import_npz
-from lvm.vectors.sequences import make_windows, open_vectors
+from lvm.vectors.sequences import make_windows
 from lvm.vectors.shards import read_table, with_footer, write_table
 from tests.doubles import FakeCodec, fake_articles, write_vectors
 
@@ -48,6 +50,7 @@ def shards_in_one_folder(ours: Path, theirs: Path) -> None:
     write_vectors(mixed, fake_articles(16), OURS)
     path = mixed / "part-00001.parquet"
     write_table(path, with_footer(read_table(path), {"codec": THEIRS.identity.to_dict()}))
+    shutil.rmtree(mixed / "_array")  # made before they were mixed
     open_vectors(mixed)
 
 

@@ -34,8 +34,9 @@ from lvm.evaluate.metrics import clustered_interval, cosines
 from lvm.models import TOYS, build
 from lvm.predict.record import load_record, save_record
 from lvm.predict.steer import unit
+from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.index import Index, build_index
-from lvm.vectors.sequences import VectorArray, make_windows, open_vectors
+from lvm.vectors.sequences import make_windows
 from tests.doubles import Decoded, FakeCodec, fake_articles, fake_codec, write_vectors
 
 SETTINGS = EvaluateSettings(text_windows=12, pool_chunks=60, examples=2)

@@ -8,7 +8,8 @@ import pytest
 from lvm.evaluate.baselines import NearestNeighbour, WeightedMean
 from lvm.evaluate.controls import as_written, backwards, shuffled
 from lvm.predict.steer import unit
-from lvm.vectors.sequences import Windows, make_windows, open_vectors
+from lvm.vectors.array import open_vectors
+from lvm.vectors.sequences import Windows, make_windows
 from tests.doubles import fake_articles, write_vectors
 
 

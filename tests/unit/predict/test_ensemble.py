@@ -11,7 +11,8 @@ from lvm.errors import InputError
 from lvm.models import TOYS, Ensemble, EnsembleConfig, build
 from lvm.predict.ensemble import cosine_of, learn_weights, make_ensemble
 from lvm.predict.record import load_record, read_aliases, save_record, set_alias
-from lvm.vectors.sequences import VectorArray, WindowSettings, make_windows, open_vectors
+from lvm.vectors.array import VectorArray, open_vectors
+from lvm.vectors.sequences import WindowSettings, make_windows
 from tests.doubles import FakeCodec, fake_articles, write_vectors
 
 

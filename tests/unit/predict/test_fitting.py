@@ -15,7 +15,7 @@ from lvm.models import ORIGINAL
 from lvm.predict import training
 from lvm.predict.record import read_aliases
 from lvm.predict.training import FAST, evaluate
-from lvm.vectors.sequences import VectorArray
+from lvm.vectors.array import VectorArray
 from tests.doubles import FakeCodec, fake_articles, write_vectors
 
 BRIEF = replace(FAST, epochs=4, batch_windows=64, patience=None, bfloat16=False)

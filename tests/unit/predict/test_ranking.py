@@ -13,7 +13,7 @@ from lvm.errors import InputError, TrainingError
 from lvm.models import MODELS, TOYS, build
 from lvm.predict.ranking import RankHead, RankSettings, features_of, fit_rank_head, near_windows, rank_loss
 from lvm.predict.training import FAST, Recipe
-from lvm.vectors.sequences import VectorArray
+from lvm.vectors.array import VectorArray
 from tests.doubles import FakeCodec, fake_articles, write_vectors
 
 BRIEF = RankSettings(places=4, windows_a_place=16, windows=4_000, learning_rate=2e-3)

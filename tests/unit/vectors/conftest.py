@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lvm.vectors.sequences import VectorArray, Windows, make_windows, open_vectors
+from lvm.vectors.array import VectorArray, open_vectors
+from lvm.vectors.sequences import Windows, make_windows
 from tests.doubles import fake_articles, write_vectors
 
 

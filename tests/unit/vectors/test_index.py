@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lvm.errors import IdentityError, InputError
+from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.index import (
     Index,
     IndexSettings,
@@ -16,7 +17,6 @@ from lvm.vectors.index import (
     load_index,
     measure_recall,
 )
-from lvm.vectors.sequences import VectorArray, open_vectors
 from lvm.vectors.shards import Manifest
 from tests.doubles import FakeCodec, fake_articles, write_vectors
 

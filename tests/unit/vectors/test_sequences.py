@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvm.errors import IdentityError, InputError
-from lvm.vectors.sequences import (
-    VectorArray,
-    Windows,
-    WindowSettings,
-    make_windows,
-    open_vectors,
-    split_articles,
-)
-from lvm.vectors.shards import Manifest, read_table, table_to_vectors, with_footer, write_table
-from tests.doubles import FakeCodec, fake_articles, write_vectors
+from lvm.errors import InputError
+from lvm.vectors.array import VectorArray, open_vectors
+from lvm.vectors.sequences import Windows, WindowSettings, make_windows, split_articles
+from lvm.vectors.shards import Manifest, read_table, write_table
+from tests.doubles import fake_articles, write_vectors
 
 OPEN = WindowSettings(min_neighbour_cosine=-1.0, max_neighbour_cosine=1.01, min_tokens=0, allow_repeated=True)
 """No filter at all."""
@@ -39,168 +32,6 @@ def rewrite(directory: Path, shard: int, table: pa.Table) -> None:
 def column(table: pa.Table, name: str, values: object) -> pa.Table:
     field = table.schema.field(name)
     return table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
-
-
-# ---- the array
-
-
-def test_the_array_holds_every_chunk_in_order_of_article_and_position(array: VectorArray) -> None:
-    assert len(array) == 360
-    keys = list(zip(array.doc_ids.tolist(), array.positions.tolist(), strict=True))
-    assert keys == [(doc, position) for doc in range(30) for position in range(12)]
-    articles = fake_articles(30)
-    assert array.texts(range(360)) == [text for article in articles for text in article]
-    assert array.titles([0, 359]) == ["Article 0", "Article 29"]
-    assert array.sources([5]) == ["double"]
-
-
-def test_a_row_of_the_array_is_the_vector_of_its_text(array: VectorArray) -> None:
-    rows = [0, 13, 200, 359]
-    expected = FakeCodec().encode_chunks(array.texts(rows)).vectors
-    np.testing.assert_array_equal(array.vectors[rows], expected.astype(np.float16))
-
-
-def test_vectors_stay_on_disk_and_cannot_be_changed(array: VectorArray) -> None:
-    assert isinstance(array.vectors, np.memmap)
-    assert array.vectors.dtype == np.float16
-    with pytest.raises(ValueError, match="read-only"):
-        array.vectors[0] = 0
-
-
-def test_rows_are_sorted_even_when_the_shards_are_not(folder: Path, tmp_path: Path) -> None:
-    expected = open_vectors(folder)
-    shuffled = tmp_path / "shuffled"
-    manifest = Manifest.load(folder)
-    tables = [read_table(folder / s.file) for s in manifest.shards]
-    whole = pa.concat_tables(tables).take(np.random.default_rng(1).permutation(96))
-    shards = [write_table(shuffled / f"part-{i:05d}.parquet", whole.slice(i * 40, 40)) for i in range(3)]
-    dataclasses.replace(manifest, shards=tuple(shards)).save(shuffled)
-    array = open_vectors(shuffled)
-    for name in ("vectors", "doc_ids", "positions", "chunk_ids", "num_tokens", "norms", "text_keys"):
-        np.testing.assert_array_equal(getattr(array, name), getattr(expected, name))
-    assert array.texts(range(96)) == expected.texts(range(96))
-
-
-def test_the_array_is_made_once_and_again_when_the_vectors_change(folder: Path) -> None:
-    first = open_vectors(folder)
-    before = np.array(first.vectors[0])
-    inode = next((folder / "_array").iterdir()).stat().st_ino
-    assert open_vectors(folder).fingerprint == first.fingerprint
-    assert [p.stat().st_ino for p in (folder / "_array").iterdir()] == [inode]
-    write_vectors(folder, fake_articles(12, 8, seed=1))
-    assert open_vectors(folder).fingerprint != first.fingerprint
-    assert len(list((folder / "_array").iterdir())) == 1
-    assert first.texts([0]) == [fake_articles(12, 8)[0][0]]  # a reader of the old array keeps it
-    np.testing.assert_array_equal(first.vectors[0], before)
-
-
-def test_a_kill_while_the_array_is_made_leaves_nothing_that_is_taken_for_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("lvm.vectors.sequences._text_key", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            open_vectors(folder)
-    assert len(open_vectors(folder)) == 96
-
-
-def test_a_worker_maps_the_same_files_and_receives_no_vectors(array: VectorArray) -> None:
-    assert len(pickle.dumps(array)) < 1000
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(array)).vectors[5], array.vectors[5])
-
-
-def test_a_worker_is_told_when_the_vectors_changed_on_the_way(folder: Path) -> None:
-    sent = pickle.dumps(open_vectors(folder))
-    write_vectors(folder, fake_articles(12, 8, seed=1))
-    with pytest.raises(InputError, match="changed while they were in use"):
-        pickle.loads(sent)
-
-
-def test_neighbour_cosines_are_those_of_the_stored_vectors(array: VectorArray) -> None:
-    a, b = array.vectors[7].astype(np.float64), array.vectors[8].astype(np.float64)
-    expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    assert array.neighbour_cosines[7] == pytest.approx(expected, abs=1e-5)
-    assert array.neighbour_cosines[359] == 0
-
-
-def test_text_keys_agree_when_only_case_and_white_space_differ(tmp_path: Path) -> None:
-    write_vectors(tmp_path, [["One  two", "one two ", "one three"]])
-    keys = open_vectors(tmp_path).text_keys
-    assert keys[0] == keys[1] != keys[2]
-
-
-# ---- what the array refuses
-
-
-def test_an_unfinished_encode_job_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Run `latent encode`"):
-        open_vectors(tmp_path)
-
-
-def test_a_cut_off_shard_is_refused_by_name(folder: Path) -> None:
-    path = folder / "part-00001.parquet"
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(InputError, match=r"part-00001\.parquet has"):
-        open_vectors(folder)
-
-
-def test_shards_of_two_codecs_are_refused_and_both_named(folder: Path) -> None:
-    other = FakeCodec("other words")
-    table = read_table(folder / "part-00001.parquet")
-    rewrite(folder, 1, with_footer(table, {"codec": other.identity.to_dict()}))
-    with pytest.raises(IdentityError, match=f"{FakeCodec().identity.digest}.*{other.identity.digest}"):
-        open_vectors(folder)
-
-
-@pytest.mark.parametrize(("value", "message"), [(np.nan, "holds NaN"), (0.0, r"norm 0\.\d+, expected 1")])
-def test_a_stored_vector_that_is_no_unit_vector_is_refused_with_its_chunk(
-    folder: Path, value: float, message: str
-) -> None:
-    table = read_table(folder / "part-00000.parquet")
-    vectors = table_to_vectors(table).copy()
-    vectors[3, : 768 if value == 0 else 1] = value
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 768)
-    rewrite(folder, 0, table.set_column(table.num_columns - 1, table.schema.field("vector"), flat))
-    with pytest.raises(InputError, match=rf"part-00000\.parquet.*{table.column('chunk_id')[3]}.*{message}"):
-        open_vectors(folder)
-
-
-def test_vectors_of_another_dimension_are_refused(folder: Path) -> None:
-    table = read_table(folder / "part-00000.parquet")
-    flat = table_to_vectors(table)[:, :384].copy()
-    values = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), 384)
-    rewrite(folder, 0, table.drop_columns("vector").append_column("vector", values))
-    with pytest.raises(InputError, match=r"part-00000\.parquet has vectors of shape \(64, 384\), expected"):
-        open_vectors(folder)
-
-
-def test_a_chunk_that_comes_twice_is_refused(folder: Path) -> None:
-    table = read_table(folder / "part-00001.parquet")
-    ids = table.column("chunk_id").to_pylist()
-    rewrite(folder, 1, column(table, "chunk_id", [ids[1], *ids[1:]]))
-    with pytest.raises(InputError, match=f"chunk {ids[1]} comes 2 times"):
-        open_vectors(folder)
-
-
-def test_two_chunks_in_one_place_are_refused(folder: Path) -> None:
-    table = read_table(folder / "part-00001.parquet")
-    rewrite(folder, 1, column(table, "position", [1, *table.column("position").to_pylist()[1:]]))
-    with pytest.raises(InputError, match="article 8 has two chunks at position 1"):
-        open_vectors(folder)
-
-
-def test_a_damaged_array_is_refused_with_the_folder_to_delete(folder: Path) -> None:
-    open_vectors(folder)
-    path = next((folder / "_array").iterdir()) / "vectors.npy"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"vectors\.npy is damaged .* delete .*_array"):
-        open_vectors(folder)
-
-
-def test_vectors_of_another_codec_are_refused_by_name(array: VectorArray) -> None:
-    array.require_codec(FakeCodec().identity, "model lstm")
-    with pytest.raises(IdentityError, match="model lstm"):
-        array.require_codec(FakeCodec("other").identity, "model lstm")
 
 
 # ---- windows

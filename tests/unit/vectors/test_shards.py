@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lvm.errors import InputError, OutputError
+from lvm.storage import temporary_name
 from lvm.vectors import shards
 from lvm.vectors.shards import (
     CHUNK_SCHEMA,
@@ -181,7 +182,7 @@ def test_an_absent_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_sweeping_removes_temporary_files_and_nothing_else(tmp_path: Path) -> None:
-    stray = shards.temporary_name(tmp_path / "part-00000.parquet")
+    stray = temporary_name(tmp_path / "part-00000.parquet")
     stray.write_bytes(b"half")
     (tmp_path / "part-00001.parquet").write_bytes(b"whole")
     assert sweep_temporaries(tmp_path) == [stray.name]

@@ -1,0 +1,408 @@
+"""All vectors of one encode job as one array that readers map, in order of article and position.
+
+`latent encode` writes it beside its shards, before the manifest that says that all is there; opening writes nothing.
+Titles, texts and sources are in the shards alone, and are read from there.
+
+    _array/<fingerprint>-2/vectors.npy …     a file a column, named as the fields of `VectorArray`
+    _array/<fingerprint>-2/array.json        size and SHA-256 of each; on object storage it comes last
+
+Letters: N chunks, D = 768.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from cachetools import LRUCache
+from numpy.typing import NDArray
+
+from lvm.codec.identity import CodecIdentity, require_same_codec
+from lvm.errors import InputError
+from lvm.storage import Location, fetch, location, new_folder, publish_folder, remove_tree
+from lvm.vectors.shards import (
+    Manifest,
+    Shard,
+    cannot_write,
+    damaged_files,
+    file_sha256,
+    footer_in,
+    read_table,
+    require_unit_vectors,
+    table_to_vectors,
+    write_json,
+)
+
+BLOCK_ROWS = 16_384
+"""Rows worked on at a time while the array is made: 48 MiB of float32 vectors."""
+
+TEXT_BYTES = 256 << 20
+"""Most bytes of texts that a reader keeps in memory, those read last; 100 to 150 are a chunk's."""
+
+_KEY_COLUMNS = ["chunk_id", "doc_id", "position", "num_tokens", "truncated", "norm"]
+_TEXT_COLUMNS = ["title", "text", "source"]
+_ARRAYS = (
+    *("vectors", "doc_ids", "positions", "chunk_ids", "num_tokens", "truncated", "norms"),
+    *("neighbour_cosines", "text_keys", "shard_rows"),
+)
+_LAYOUT = 2
+"""Raised when the files of an array change; one of another layout is as good as none."""
+
+Rows = Sequence[int] | NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class VectorArray:
+    """All chunks of one encode job by article and position. Every array is memory-mapped and read-only."""
+
+    directory: Location
+    """The encode job's folder."""
+    fingerprint: str
+    """Fingerprint of its manifest: another array, another fingerprint."""
+    identity: CodecIdentity
+    """Codec of the vectors."""
+    vectors: NDArray[Any] = field(repr=False)
+    """(N, D) float16 or float32, as stored; norm 1."""
+    doc_ids: NDArray[np.int32] = field(repr=False)
+    """(N,) the chunk's article, ascending."""
+    positions: NDArray[np.int32] = field(repr=False)
+    """(N,) its place in the article, ascending within one."""
+    chunk_ids: NDArray[np.str_] = field(repr=False)
+    """(N,) unicode."""
+    num_tokens: NDArray[np.int32] = field(repr=False)
+    """(N,) before any cut, end of sequence included."""
+    truncated: NDArray[np.bool_] = field(repr=False)
+    """(N,) True where the codec cut the text."""
+    norms: NDArray[np.float32] = field(repr=False)
+    """(N,) norm of the encoder's output."""
+    neighbour_cosines: NDArray[np.float32] = field(repr=False)
+    """(N,) cosine of row i and row i + 1, of whatever articles; the last is 0."""
+    text_keys: NDArray[np.uint64] = field(repr=False)
+    """(N,) hash of the text without case and white space: equal key, equal text."""
+    shard_rows: NDArray[np.int64] = field(repr=False)
+    """(N,) the chunk's row in the shards, counted through all of them."""
+    shards: "TextShards" = field(repr=False)
+    """Where the texts are."""
+
+    def __len__(self) -> int:
+        return len(self.doc_ids)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker maps the same files; no vector travels.
+        return (_reopen, (self.directory, self.fingerprint))
+
+    def texts(self, rows: Rows) -> list[str]:
+        """Texts of these rows, in their order."""
+        return self._column("text", rows)
+
+    def titles(self, rows: Rows) -> list[str]:
+        """Titles of the articles of these rows, in their order."""
+        return self._column("title", rows)
+
+    def sources(self, rows: Rows) -> list[str]:
+        """Sources of these rows, in their order."""
+        return self._column("source", rows)
+
+    def require_codec(self, identity: CodecIdentity, what: str) -> None:
+        """Return when `what`, of this identity, may be used with these vectors; else raise IdentityError."""
+        require_same_codec(self.identity, identity, str(self.directory), what)
+
+    def _column(self, name: str, rows: Rows) -> list[str]:
+        return self.shards.column(name, self.shard_rows[np.asarray(rows, np.int64)])
+
+
+class TextShards:
+    """Titles, texts and sources, read shard by shard as they are asked for, and kept up to TEXT_BYTES.
+
+    Shards on a disk are mapped from the beginning, so that those a later encode job puts in their place take nothing
+    away; those on object storage are fetched by checksum. Threads may share it.
+    """
+
+    def __init__(self, directory: Location, shards: Sequence[Shard]) -> None:
+        self._directory, self._shards = directory, shards
+        self._ends = np.cumsum([s.rows for s in shards], dtype=np.int64)
+        self._mapped = [_mapped(directory / s.file) for s in shards] if isinstance(directory, Path) else None
+        self._kept: LRUCache[int, pa.Table] = LRUCache(TEXT_BYTES, getsizeof=lambda table: table.nbytes)
+        self._lock = threading.Lock()
+
+    def column(self, name: str, rows: NDArray[np.int64]) -> list[str]:
+        """Values of a column in these rows, counted through all shards; in their order."""
+        numbers = np.searchsorted(self._ends, rows, side="right")
+        values = np.empty(len(rows), object)
+        by_shard = np.argsort(numbers, kind="stable")
+        for places in np.split(by_shard, np.flatnonzero(np.diff(numbers[by_shard])) + 1):
+            if len(places):
+                number = int(numbers[places[0]])
+                inside = rows[places] - (self._ends[number] - self._shards[number].rows)
+                values[places] = self._table(number).column(name).take(pa.array(inside)).to_pylist()
+        found: list[str] = values.tolist()
+        return found
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the texts in memory."""
+        return int(self._kept.currsize)
+
+    def _table(self, number: int) -> pa.Table:
+        with self._lock:
+            if (table := self._kept.get(number)) is not None:
+                return table
+        path, sha256 = self._directory / self._shards[number].file, self._shards[number].sha256
+        if self._mapped is None:
+            table = read_table(fetch(path, sha256), _TEXT_COLUMNS)
+        else:
+            table = read_table(path, _TEXT_COLUMNS, self._mapped[number])
+        if table.nbytes <= TEXT_BYTES:
+            with self._lock:
+                self._kept[number] = table
+        return table
+
+
+def _mapped(path: Path) -> pa.Buffer:
+    """A file's bytes; the mapping outlives the file's name, and takes no descriptor."""
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer()
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def open_vectors(directory: Location | str) -> VectorArray:
+    """The vectors of a finished encode job. Nothing is written beside them; from object storage the array's files are
+    fetched into this machine's cache, once for each checksum.
+
+    Shards without an array, which earlier versions left, are laid out in a temporary folder of this process, in about
+    a second for 300,000 chunks; `latent encode` or `latent index`, run again, writes the array for all.
+
+    Raises InputError when the job is not finished or a shard is missing or cut off; without an array also as
+    `write_array` does.
+    """
+    directory = location(directory)
+    manifest = Manifest.load(directory, "vectors")
+    manifest.verify(directory)
+    folder = array_folder(directory, manifest)
+    files = _files(folder)
+    if files is not None:
+        return _map(directory, manifest, {f.file: fetch(folder / f.file, f.sha256) for f in files})
+    with tempfile.TemporaryDirectory(prefix="latent-") as name:
+        made = _lay_out(directory, manifest, Path(name))
+        return _map(
+            directory, manifest, {f.file: Path(name, f.file) for f in made}
+        )  # which outlives the names
+
+
+def array_folder(directory: Location, manifest: Manifest) -> Location:
+    """Where the array of these shards is, if it is there."""
+    return directory / "_array" / f"{manifest.fingerprint}-{_LAYOUT}"
+
+
+def _reopen(directory: Location, expected: str) -> VectorArray:
+    array = open_vectors(directory)
+    if array.fingerprint != expected:
+        raise InputError(
+            f"the vectors in {directory} changed while they were in use (fingerprint {expected}, now "
+            f"{array.fingerprint}); start this job again"
+        )
+    return array
+
+
+def _files(folder: Location) -> list[Shard] | None:
+    """What an array consists of; None where there is none."""
+    path = folder / "array.json"
+    try:
+        return [Shard(**record) for record in json.loads(path.read_bytes())]
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as err:
+        raise InputError(
+            f"{path} is damaged ({err}); delete {folder} and run `latent encode` again, which makes it from the shards"
+        ) from err
+
+
+def _map(directory: Location, manifest: Manifest, files: dict[str, Path]) -> VectorArray:
+    arrays: dict[str, NDArray[Any]] = {}
+    for name in _ARRAYS:
+        path = files[f"{name}.npy"]
+        try:
+            # numpy cannot map a file without data.
+            arrays[name] = np.load(path, mmap_mode="r" if manifest.rows else None, allow_pickle=False)
+        except (OSError, ValueError) as err:
+            raise InputError(
+                f"{path} is damaged ({err}); delete {path.parent} and run `latent encode` again, which makes it from "
+                "the shards"
+            ) from err
+    shape = arrays["vectors"].shape
+    if shape != (manifest.rows, manifest.identity.dim):
+        raise InputError(
+            f"{files['vectors.npy']} holds vectors {shape}, expected ({manifest.rows}, {manifest.identity.dim}) as the "
+            "manifest says; delete its folder and run `latent encode` again, which makes it from the shards"
+        )
+    texts = TextShards(directory, manifest.shards)
+    return VectorArray(directory, manifest.fingerprint, manifest.identity, **arrays, shards=texts)
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def write_array(directory: Location, manifest: Manifest) -> bool:
+    """Write the array of these shards beside them; arrays of what was there before go. False where it is there.
+
+    A job that writes shards calls it before it saves their manifest, so that who finds a manifest finds the array.
+
+    Raises InputError when a shard is damaged, a chunk comes twice, or a vector is NaN, not of norm 1 or of the wrong
+    dimension; IdentityError when the shards come from two codecs; OutputError when the folder cannot be written.
+    """
+    folder = array_folder(directory, manifest)
+    files = _files(folder)
+    if not manifest.shards or (files is not None and not damaged_files(folder, files)):
+        return False
+    temporary: Path | None = None
+    try:
+        temporary = new_folder(folder)
+        write_json(temporary / "array.json", [asdict(f) for f in _lay_out(directory, manifest, temporary)])
+        publish_folder(temporary, folder, last="array.json")
+    except OSError as err:
+        raise cannot_write(folder, err) from err
+    finally:
+        if temporary is not None:
+            remove_tree(temporary)
+    for other in folder.parent.iterdir():
+        if other.name != folder.name:
+            remove_tree(other)
+    return True
+
+
+def _lay_out(directory: Location, manifest: Manifest, folder: Path) -> list[Shard]:
+    """Write the array's files, synced, into `folder`."""
+    if not manifest.shards:
+        raise InputError(f"{directory} holds no shard, expected one or more; run `latent chunk` on some text")
+    keys: list[pa.Table] = []
+    text_keys: list[NDArray[np.uint64]] = []
+
+    def vectors() -> Iterator[NDArray[Any]]:
+        """Those of each shard, as it is stored."""
+        dtype = None
+        for shard in manifest.shards:
+            path = directory / shard.file
+            table = read_table(path)
+            if "codec" in (record := footer_in(table.schema)):
+                found = CodecIdentity.from_dict(record["codec"])
+                require_same_codec(manifest.identity, found, f"manifest of {directory}", f"shard {path.name}")
+            part = table_to_vectors(table, f"shard {path}")
+            ids = table.column("chunk_id").to_pylist()
+            require_unit_vectors(part, manifest.identity.dim, f"shard {path}", ids)
+            if part.dtype != (dtype := dtype or part.dtype):
+                raise InputError(f"shard {path} stores {part.dtype}, those before it {dtype}; encode again")
+            keys.append(table.select(_KEY_COLUMNS))
+            texts = table.column("text").to_pylist()
+            text_keys.append(np.fromiter(map(_text_key, texts), np.uint64, len(texts)))
+            yield part
+
+    shape = (manifest.rows, manifest.identity.dim)
+    _save(folder / "vectors.npy", shape, vectors())
+    table = pa.concat_tables(keys)
+    if table.num_rows != manifest.rows:
+        raise InputError(
+            f"the shards of {directory} hold {table.num_rows} rows, its manifest says {manifest.rows}; "
+            "run `latent encode` again"
+        )
+    doc_ids = _numbers(table, "doc_id", np.int32, directory)
+    positions = _numbers(table, "position", np.int32, directory)
+    chunk_ids = np.asarray(table.column("chunk_id").to_pylist(), dtype=np.str_)
+    _require_unique(chunk_ids, doc_ids, positions, directory)
+
+    order = np.lexsort((positions, doc_ids))
+    if (order != np.arange(len(order))).any():
+        unordered = (folder / "vectors.npy").rename(folder / "unordered.npy")
+        given = np.load(unordered, mmap_mode="r")
+        _save(folder / "vectors.npy", shape, (given[order[rows]] for rows in _blocks(len(order))))
+        unordered.unlink()
+    columns = {
+        "doc_ids": doc_ids[order],
+        "positions": positions[order],
+        "chunk_ids": chunk_ids[order],
+        "num_tokens": _numbers(table, "num_tokens", np.int32, directory)[order],
+        "truncated": _numbers(table, "truncated", np.bool_, directory)[order],
+        "norms": _numbers(table, "norm", np.float32, directory)[order],
+        "neighbour_cosines": _neighbour_cosines(folder / "vectors.npy"),
+        "text_keys": np.concatenate(text_keys)[order],
+        "shard_rows": order,
+    }
+    for name, values in columns.items():
+        _save(folder / f"{name}.npy", values.shape, [values])
+    return [_listed(folder / f"{name}.npy", manifest.rows) for name in _ARRAYS]
+
+
+def _save(path: Path, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]) -> None:
+    """Write an array of this shape whose rows come in blocks. Not mapped: a full disk is an error then, and no signal
+    that ends the process."""
+    with path.open("wb") as file:
+        for number, block in enumerate(blocks):
+            if not number:
+                descr = np.lib.format.dtype_to_descr(block.dtype)
+                header = {"descr": descr, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(block).data)
+
+
+def _listed(path: Path, rows: int) -> Shard:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return Shard(path.name, rows, path.stat().st_size, file_sha256(path))
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    return (slice(low, low + BLOCK_ROWS) for low in range(0, rows, BLOCK_ROWS))
+
+
+def _neighbour_cosines(path: Path) -> NDArray[np.float32]:
+    vectors = np.load(path, mmap_mode="r")
+    cosines = np.zeros(len(vectors), np.float32)
+    for low in range(0, len(vectors) - 1, BLOCK_ROWS):
+        block = vectors[low : low + BLOCK_ROWS + 1].astype(np.float32)
+        block /= np.linalg.norm(block, axis=1, keepdims=True)  # of float16, so not quite 1
+        cosines[low : low + len(block) - 1] = np.einsum("nd,nd->n", block[:-1], block[1:])
+    return cosines
+
+
+def _numbers(table: pa.Table, name: str, dtype: Any, directory: Location) -> NDArray[Any]:
+    column = table.column(name)
+    if column.null_count:
+        raise InputError(
+            f"{directory}: {column.null_count} rows have no {name}, expected one for each; encode again"
+        )
+    values: NDArray[Any] = column.to_numpy()
+    return values.astype(dtype, copy=False)
+
+
+def _require_unique(
+    chunk_ids: NDArray[np.str_], doc_ids: NDArray[np.int32], positions: NDArray[np.int32], directory: Location
+) -> None:
+    names, counts = np.unique(chunk_ids, return_counts=True)
+    if (counts > 1).any():
+        twice = names[counts > 1]
+        raise InputError(
+            f"{directory}: chunk {twice[0]} comes {counts[counts > 1][0]} times ({len(twice)} chunks "
+            "come more than once), expected each once. The input holds an article twice: remove it, "
+            "then chunk and encode again."
+        )
+    places = doc_ids.astype(np.int64) << 32 | positions
+    values, counts = np.unique(places, return_counts=True)
+    if (counts > 1).any():
+        place = int(values[counts > 1][0])
+        raise InputError(
+            f"{directory}: article {place >> 32} has two chunks at position {place & 0xFFFFFFFF}, "
+            "expected one; chunk and encode again"
+        )
+
+
+def _text_key(text: str) -> int:
+    plain = "".join(text.split()).casefold()
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")

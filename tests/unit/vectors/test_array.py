@@ -1,0 +1,297 @@
+"""The array that readers map: what is in it, who writes it, and what it refuses."""
+
+import dataclasses
+import pickle
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lvm.errors import IdentityError, InputError, OutputError
+from lvm.vectors.array import VectorArray, open_vectors, write_array
+from lvm.vectors.shards import Manifest, read_table, table_to_vectors, with_footer, write_table
+from tests.doubles import FakeCodec, fake_articles, write_vectors
+
+
+def rewrite(directory: Path, shard: int, table: pa.Table) -> None:
+    """Replace a shard and list it in the manifest, as a job with another content would."""
+    manifest = Manifest.load(directory)
+    shards = list(manifest.shards)
+    shards[shard] = write_table(directory / shards[shard].file, table)
+    rows = sum(s.rows for s in shards)
+    dataclasses.replace(manifest, shards=tuple(shards), rows=rows).save(directory)
+
+
+def column(table: pa.Table, name: str, values: object) -> pa.Table:
+    field = table.schema.field(name)
+    return table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+
+
+# ---- the array
+
+
+def test_the_array_holds_every_chunk_in_order_of_article_and_position(array: VectorArray) -> None:
+    assert len(array) == 360
+    keys = list(zip(array.doc_ids.tolist(), array.positions.tolist(), strict=True))
+    assert keys == [(doc, position) for doc in range(30) for position in range(12)]
+    articles = fake_articles(30)
+    assert array.texts(range(360)) == [text for article in articles for text in article]
+    assert array.titles([0, 359]) == ["Article 0", "Article 29"]
+    assert array.sources([5]) == ["double"]
+
+
+def test_a_row_of_the_array_is_the_vector_of_its_text(array: VectorArray) -> None:
+    rows = [0, 13, 200, 359]
+    expected = FakeCodec().encode_chunks(array.texts(rows)).vectors
+    np.testing.assert_array_equal(array.vectors[rows], expected.astype(np.float16))
+
+
+def test_vectors_stay_on_disk_and_cannot_be_changed(array: VectorArray) -> None:
+    assert isinstance(array.vectors, np.memmap)
+    assert array.vectors.dtype == np.float16
+    with pytest.raises(ValueError, match="read-only"):
+        array.vectors[0] = 0
+
+
+def test_rows_are_sorted_even_when_the_shards_are_not(folder: Path, tmp_path: Path) -> None:
+    expected = open_vectors(folder)
+    shuffled = tmp_path / "shuffled"
+    manifest = Manifest.load(folder)
+    tables = [read_table(folder / s.file) for s in manifest.shards]
+    whole = pa.concat_tables(tables).take(np.random.default_rng(1).permutation(96))
+    shards = [write_table(shuffled / f"part-{i:05d}.parquet", whole.slice(i * 40, 40)) for i in range(3)]
+    dataclasses.replace(manifest, shards=tuple(shards)).save(shuffled)
+    array = open_vectors(shuffled)
+    for name in ("vectors", "doc_ids", "positions", "chunk_ids", "num_tokens", "norms", "text_keys"):
+        np.testing.assert_array_equal(getattr(array, name), getattr(expected, name))
+    assert array.texts(range(96)) == expected.texts(range(96))
+
+
+def test_the_array_is_made_once_and_again_when_the_vectors_change(folder: Path) -> None:
+    first = open_vectors(folder)
+    before, norms = np.array(first.vectors[0]), np.array(first.norms)
+    made = next((folder / "_array").iterdir())
+    inode = made.stat().st_ino
+    assert not write_array(folder, Manifest.load(folder))
+    assert open_vectors(folder).fingerprint == first.fingerprint
+    assert [p.stat().st_ino for p in (folder / "_array").iterdir()] == [inode]
+    (made / "norms.npy").unlink()
+    (made / "norms.npy").write_bytes(b"cut off")
+    assert write_array(folder, Manifest.load(folder))  # a damaged one is made again
+    np.testing.assert_array_equal(open_vectors(folder).norms, norms)
+    write_vectors(folder, fake_articles(12, 8, seed=1))
+    assert open_vectors(folder).fingerprint != first.fingerprint
+    assert len(list((folder / "_array").iterdir())) == 1
+    assert first.texts([0]) == [fake_articles(12, 8)[0][0]]  # a reader of the old array keeps it
+    assert first.texts([95]) == [fake_articles(12, 8)[11][7]]
+    np.testing.assert_array_equal(first.vectors[0], before)
+
+
+def test_a_kill_while_the_array_is_made_leaves_nothing_that_is_taken_for_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(folder / "_array")
+    with monkeypatch.context() as patch:
+        patch.setattr("lvm.vectors.array._text_key", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_array(folder, Manifest.load(folder))
+    assert list((folder / "_array").iterdir()) == []
+    (folder / "_array" / ".killed.0123.tmp").mkdir()  # what a kill without warning leaves
+    assert write_array(folder, Manifest.load(folder))
+    assert len(list((folder / "_array").iterdir())) == 1
+    assert len(open_vectors(folder)) == 96
+
+
+# ---- opening writes nothing
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in [folder, *folder.rglob("*")]}
+
+
+@pytest.fixture
+def read_only(folder: Path) -> Iterator[Path]:
+    """The folder on a mount that takes no write, as another machine's user has it."""
+    mounted = subprocess.run(
+        ["mount", "--bind", "-o", "ro", str(folder), str(folder)], capture_output=True, check=False
+    ).returncode
+    if mounted:  # not root: rights do the same
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(path.stat().st_mode & ~0o222)
+    with pytest.raises(OSError, match=r"Read-only|Permission"):
+        (folder / "x").write_bytes(b"")
+    yield folder
+    if mounted:
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(path.stat().st_mode | 0o200)
+    else:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_opens(read_only: Path) -> None:
+    before = state_of(read_only)
+    array = open_vectors(read_only)
+    assert array.texts([0, 95]) == [fake_articles(12, 8)[0][0], fake_articles(12, 8)[11][7]]
+    assert isinstance(array.vectors, np.memmap)
+    assert str(read_only) in str(array.vectors.filename)
+    assert state_of(read_only) == before
+
+
+def test_shards_without_an_array_open_as_before_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
+    """As folders of earlier versions are: without one, or with one of another layout."""
+    expected = open_vectors(folder)
+    made = next((folder / "_array").iterdir())
+    made.rename(made.with_name(made.name.replace("-2", "-1")))
+    before = state_of(folder)
+    array = open_vectors(folder)
+    assert state_of(folder) == before
+    for name in ("vectors", "doc_ids", "positions", "chunk_ids", "num_tokens", "norms", "neighbour_cosines"):
+        np.testing.assert_array_equal(getattr(array, name), getattr(expected, name))
+    assert array.texts(range(96)) == expected.texts(range(96))
+    assert pickle.loads(pickle.dumps(array)).fingerprint == expected.fingerprint
+    assert write_array(folder, Manifest.load(folder))
+    assert [p.name for p in (folder / "_array").iterdir()] == [f"{expected.fingerprint}-2"]
+
+
+def test_a_folder_that_cannot_be_written_opens_without_an_array_too(
+    folder: Path, request: pytest.FixtureRequest
+) -> None:
+    shutil.rmtree(folder / "_array")
+    read_only = request.getfixturevalue("read_only")
+    assert len(open_vectors(read_only)) == 96
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_array(read_only, Manifest.load(read_only))
+
+
+def test_texts_are_in_the_shards_alone(folder: Path) -> None:
+    made = next((folder / "_array").iterdir())
+    text = fake_articles(12, 8)[3][2].encode()
+    assert not [p.name for p in made.iterdir() if text[:20] in p.read_bytes()]
+    assert {p.name for p in made.iterdir()} == {
+        *(f"{n}.npy" for n in ("vectors", "doc_ids", "positions", "chunk_ids", "num_tokens", "truncated")),
+        *(f"{n}.npy" for n in ("norms", "neighbour_cosines", "text_keys", "shard_rows")),
+        "array.json",
+    }
+
+
+def test_texts_come_in_the_order_asked_for_from_any_shard_and_any_thread(array: VectorArray) -> None:
+    texts = [text for article in fake_articles(30) for text in article]
+    rows = np.random.default_rng(0).integers(0, 360, 500)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(array.texts, [rows] * 16):
+            assert found == [texts[r] for r in rows]
+    assert array.texts([]) == []
+
+
+def test_texts_are_kept_in_memory_up_to_a_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = read_table(folder / "part-00000.parquet", ["title", "text", "source"]).nbytes
+    monkeypatch.setattr("lvm.vectors.array.TEXT_BYTES", int(size * 1.2))
+    array = open_vectors(folder)
+    expected = [text for article in fake_articles(12, 8) for text in article]
+    for _ in range(2):
+        assert array.texts(range(96)) == expected
+        assert array.shards.kept_bytes <= size * 1.2
+
+
+def test_a_worker_maps_the_same_files_and_receives_no_vectors(array: VectorArray) -> None:
+    assert len(pickle.dumps(array)) < 1000
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(array)).vectors[5], array.vectors[5])
+
+
+def test_a_worker_is_told_when_the_vectors_changed_on_the_way(folder: Path) -> None:
+    sent = pickle.dumps(open_vectors(folder))
+    write_vectors(folder, fake_articles(12, 8, seed=1))
+    with pytest.raises(InputError, match="changed while they were in use"):
+        pickle.loads(sent)
+
+
+def test_neighbour_cosines_are_those_of_the_stored_vectors(array: VectorArray) -> None:
+    a, b = array.vectors[7].astype(np.float64), array.vectors[8].astype(np.float64)
+    expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert array.neighbour_cosines[7] == pytest.approx(expected, abs=1e-5)
+    assert array.neighbour_cosines[359] == 0
+
+
+def test_text_keys_agree_when_only_case_and_white_space_differ(tmp_path: Path) -> None:
+    write_vectors(tmp_path, [["One  two", "one two ", "one three"]])
+    keys = open_vectors(tmp_path).text_keys
+    assert keys[0] == keys[1] != keys[2]
+
+
+# ---- what the array refuses
+
+
+def test_an_unfinished_encode_job_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Run `latent encode`"):
+        open_vectors(tmp_path)
+
+
+def test_a_cut_off_shard_is_refused_by_name(folder: Path) -> None:
+    path = folder / "part-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(InputError, match=r"part-00001\.parquet has"):
+        open_vectors(folder)
+
+
+def test_shards_of_two_codecs_are_refused_and_both_named(folder: Path) -> None:
+    other = FakeCodec("other words")
+    table = read_table(folder / "part-00001.parquet")
+    rewrite(folder, 1, with_footer(table, {"codec": other.identity.to_dict()}))
+    with pytest.raises(IdentityError, match=f"{FakeCodec().identity.digest}.*{other.identity.digest}"):
+        open_vectors(folder)
+
+
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "holds NaN"), (0.0, r"norm 0\.\d+, expected 1")])
+def test_a_stored_vector_that_is_no_unit_vector_is_refused_with_its_chunk(
+    folder: Path, value: float, message: str
+) -> None:
+    table = read_table(folder / "part-00000.parquet")
+    vectors = table_to_vectors(table).copy()
+    vectors[3, : 768 if value == 0 else 1] = value
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 768)
+    rewrite(folder, 0, table.set_column(table.num_columns - 1, table.schema.field("vector"), flat))
+    with pytest.raises(InputError, match=rf"part-00000\.parquet.*{table.column('chunk_id')[3]}.*{message}"):
+        open_vectors(folder)
+
+
+def test_vectors_of_another_dimension_are_refused(folder: Path) -> None:
+    table = read_table(folder / "part-00000.parquet")
+    flat = table_to_vectors(table)[:, :384].copy()
+    values = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), 384)
+    rewrite(folder, 0, table.drop_columns("vector").append_column("vector", values))
+    with pytest.raises(InputError, match=r"part-00000\.parquet has vectors of shape \(64, 384\), expected"):
+        open_vectors(folder)
+
+
+def test_a_chunk_that_comes_twice_is_refused(folder: Path) -> None:
+    table = read_table(folder / "part-00001.parquet")
+    ids = table.column("chunk_id").to_pylist()
+    rewrite(folder, 1, column(table, "chunk_id", [ids[1], *ids[1:]]))
+    with pytest.raises(InputError, match=f"chunk {ids[1]} comes 2 times"):
+        open_vectors(folder)
+
+
+def test_two_chunks_in_one_place_are_refused(folder: Path) -> None:
+    table = read_table(folder / "part-00001.parquet")
+    rewrite(folder, 1, column(table, "position", [1, *table.column("position").to_pylist()[1:]]))
+    with pytest.raises(InputError, match="article 8 has two chunks at position 1"):
+        open_vectors(folder)
+
+
+def test_a_damaged_array_is_refused_with_the_folder_to_delete(folder: Path) -> None:
+    open_vectors(folder)
+    path = next((folder / "_array").iterdir()) / "vectors.npy"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"vectors\.npy is damaged .* delete .*_array"):
+        open_vectors(folder)
+
+
+def test_vectors_of_another_codec_are_refused_by_name(array: VectorArray) -> None:
+    array.require_codec(FakeCodec().identity, "model lstm")
+    with pytest.raises(IdentityError, match="model lstm"):
+        array.require_codec(FakeCodec("other").identity, "model lstm")
