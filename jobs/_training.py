@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from lvm.models import build
 from lvm.predict.fitting import TrainingData, save_trained
-from lvm.predict.record import set_alias
 from lvm.predict.runs import WEIGHTS, Outcome, TrainRun
 from lvm.storage import Location, RemotePath
 
@@ -85,7 +84,7 @@ def publish_run(
     models: Location,
     data: TrainingData,
 ) -> Trained:
-    """Make the record of a finished run from its best checkpoint, and move the alias to it.
+    """Make the record of a finished run from its best checkpoint; no alias moves.
 
     checkpoints: Ray's best ones with what was reported with each.
     """
@@ -96,5 +95,4 @@ def publish_run(
         curve = json.loads(Path(folder, "progress.json").read_text())["curve"]
     row = next(r for r in curve if r["epoch"] == best["epoch"])
     record, metrics = save_trained(models, this, network, data, done, row)
-    set_alias(models, this.model, record)
     return Trained(record, metrics, up_to_date=False)

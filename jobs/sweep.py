@@ -355,8 +355,7 @@ def publish_best(
             done = Outcome(Progress(**progress), "as the cluster's", ranker=None)
             made = publish_run(this, done, checkpoints, models, data)
             folder = made.folder
-        else:
-            set_alias(models, this.model, folder)
+        set_alias(models, this.model, folder)
         intervals[best["number"]] = interval_of(folder, this)
     return intervals
 

@@ -166,7 +166,9 @@ def save_trained(
     peak = recipe.peak_rate(this.model, sizes["train"])
     config = {
         "run": this.fingerprint,
+        "series": this.series,
         "seed": this.seed,
+        **({} if this.training_seed is None else {"training_seed": this.training_seed}),
         "windows": asdict(this.windows),
         "vectors": vectors_entry(data.array.directory, manifest),
         "coherence": data.coherence.to_dict(),
@@ -185,7 +187,9 @@ def save_trained(
         f"recipe {recipe.name}",
         "Epochs": f"{progress.epoch} trained ({progress.stopped}); these are the weights of epoch "
         f"{best['epoch']}",
-        "Seed": str(this.seed),
+        "Seed": str(this.seed)
+        if this.training_seed is None
+        else f"{this.seed} of the split, {this.training_seed} of training",
         "Device": done.device,
     }
     issues = []

@@ -48,7 +48,7 @@ class TrainRun:
     recipe: Recipe
     """How."""
     seed: int
-    """Of the split by article, the first weights, the order of batches and the dropout."""
+    """Of the split by article and, where `training_seed` is None, of training."""
     sizes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the architecture's config that differ from its default; `dim` is the vectors' length."""
     reach: int | None = None
@@ -56,6 +56,8 @@ class TrainRun:
     of different context lengths are judged on the same targets. None: of as many as the model reads."""
     layers_from: Location | None = None
     """Folder of a GPT-2 checkpoint that `gpt2` starts from."""
+    training_seed: int | None = None
+    """Of the first weights, the order of batches and the dropout; None is `seed`."""
 
     @classmethod
     def of(
@@ -91,7 +93,24 @@ class TrainRun:
             parts["reach"] = self.reach
         if self.layers_from is not None:
             parts["layers_from"] = str(self.layers_from)
+        if self.training_seed is not None:
+            parts["training_seed"] = self.training_seed
         return fingerprint(parts)
+
+    @property
+    def series(self) -> str:
+        """The fingerprint without the training's seed: runs that differ in it alone are of one series."""
+        return replace(self, training_seed=None).fingerprint
+
+    @property
+    def label(self) -> str:
+        """What a person reads: the architecture and, where it is not the split's, the training's seed."""
+        return self.model if self.training_seed is None else f"{self.model} seed {self.training_seed}"
+
+    @property
+    def seed_of_training(self) -> int:
+        """The seed that training draws from."""
+        return self.seed if self.training_seed is None else self.training_seed
 
     @property
     def name(self) -> str:
@@ -135,7 +154,7 @@ def train_run(
 
     parts = windows_of(this)
     best: dict[str, Tensor] = {}
-    torch.manual_seed(this.seed)
+    torch.manual_seed(this.seed_of_training)
     model = this.build()
     progress: Progress | None = None
     optimiser_state: dict[str, Any] | None = None
@@ -184,7 +203,7 @@ def train_run(
             parts["train"],
             parts["val"],
             this.recipe,
-            this.seed,
+            this.seed_of_training,
             progress=progress,
             optimiser_state=optimiser_state,
             save=save,
@@ -206,7 +225,7 @@ def outcome_of(
     ranker = None
     if this.recipe.rank is not None:
         bfloat16 = this.recipe.bfloat16 and bfloat16_is_faster(device)
-        ranker = fit_rank_head(model, train, this.recipe.rank, this.seed, bfloat16, log)
+        ranker = fit_rank_head(model, train, this.recipe.rank, this.seed_of_training, bfloat16, log)
     return Outcome(progress, str(device), ranker)
 
 

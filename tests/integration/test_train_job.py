@@ -21,7 +21,7 @@ from lvm.errors import IdentityError, InputError, OutputError, TrainingError
 from lvm.models import ORIGINAL, build
 from lvm.predict.fitting import check_sequential
 from lvm.predict.fitting import fit as library_fit
-from lvm.predict.record import load_record, read_aliases
+from lvm.predict.record import load_record, read_aliases, record_folders, series_of
 from lvm.predict.training import CLASSIC, FAST, RECIPES, fit
 from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
 from tests.doubles import FakeCodec, fake_articles, write_chunks, write_vectors
@@ -185,6 +185,32 @@ def test_another_seed_makes_a_new_record_and_the_old_one_stays(
     third = train_models(vectors, models, ["amn"], BRIEF)
     assert third.trained["amn"].up_to_date
     assert read_aliases(models)["amn"] == first.trained["amn"].folder.name
+
+
+def test_seeds_are_trained_side_by_side_and_the_best_gets_the_alias(
+    ray_cluster: str, vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(vectors, tmp_path, model="lstm,amn", epochs=1, seeds=3)
+    *table, last = capsys.readouterr().out.splitlines()
+    said = json.loads(last)
+    assert said["redone"] == 6
+    assert len(record_folders(tmp_path)) == 6
+    for name in ("lstm", "amn"):
+        best = load_record(tmp_path, name)
+        alike = [load_record(tmp_path, f.name) for f in series_of(tmp_path, best)]
+        assert [r.config.get("training_seed", 0) for r in alike] == [0, 1, 2]
+        assert {r.config["seed"] for r in alike} == {0}
+        values = [r.metrics["val_cosine"] for r in alike]
+        assert len(set(values)) == 3
+        assert best.metrics["val_cosine"] == max(values)
+        assert said["models"][name]["seeds"]["val_cosine"]["values"] == values
+        row = next(line for line in table if line.split()[:1] == [name])
+        assert f"{np.mean(values):.4f} ±{np.std(values, ddof=1):.4f}" in row
+        assert best.folder.name in row
+    before = read_aliases(tmp_path)
+    main(vectors, tmp_path, model="lstm,amn", epochs=1, seeds=3)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["up_to_date"]
+    assert read_aliases(tmp_path) == before
 
 
 # ---- failures

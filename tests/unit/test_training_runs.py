@@ -40,11 +40,22 @@ def test_all_that_decides_the_weights_is_in_the_fingerprint(run: TrainRun) -> No
         replace(run, windows=WindowSettings(context=3)),
         replace(run, reach=3),
         replace(run, seed=1),
+        replace(run, training_seed=1),
         replace(run, model="gpt2", layers_from=Path("somewhere")),
         replace(run, model="gpt2"),
     ]
     assert len({r.fingerprint for r in [run, *others]}) == len(others) + 1
     assert replace(run, sizes={"hidden": 512}).fingerprint == run.fingerprint  # the default
+
+
+def test_runs_of_one_series_differ_in_the_trainings_seed_alone(run: TrainRun) -> None:
+    second = replace(run, training_seed=1)
+    assert run.series == run.fingerprint == second.series != second.fingerprint
+    assert replace(run, seed=1).series != run.series
+    assert (run.label, second.label) == ("lstm", "lstm seed 1")
+    assert (replace(run, seed=5).seed_of_training, second.seed_of_training) == (5, 1)
+    for own, other in zip(windows_of(run).values(), windows_of(second).values(), strict=True):
+        assert np.array_equal(own.rows_of_target, other.rows_of_target)
 
 
 def test_sizes_reach_the_model(run: TrainRun) -> None:
