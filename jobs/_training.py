@@ -31,13 +31,15 @@ class Trained:
     """True when it was there before."""
 
 
-def runs_at_once(nodes: Sequence[Mapping[str, float]], num_runs: int, runs_a_cpu: int = RUNS_A_CPU) -> int:
-    """How many of `num_runs` runs are in flight together. nodes: Ray resources of each live node."""
+def runs_at_once(
+    nodes: Sequence[Mapping[str, float]], num_runs: int, runs_a_cpu: int = RUNS_A_CPU, workers: int = 1
+) -> int:
+    """How many of `num_runs` runs of so many workers are in flight together. nodes: Ray resources of each live node."""
     with_gpu = [n for n in nodes if n.get("GPU")]
     room = runs_a_cpu * sum(int(n.get("CPU", 0.0)) for n in with_gpu or nodes)
     if with_gpu:
         room = min(room, RUNS_A_GPU * sum(int(n["GPU"]) for n in with_gpu))
-    return max(1, min(num_runs, room))
+    return max(1, min(num_runs, room // workers))
 
 
 def plan_resources(

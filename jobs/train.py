@@ -55,7 +55,8 @@ from lvm.predict.fitting import (
 )
 from lvm.predict.record import find_record, import_checkpoint, load_record, read_aliases, set_alias
 from lvm.predict.runs import Outcome, TrainRun, require_whole, train_run
-from lvm.predict.training import FAST, RECIPES, Recipe, evaluate, recipe_named, spread_batches
+from lvm.predict.team import Team
+from lvm.predict.training import FAST, OWN_RECIPES, RECIPES, Recipe, evaluate, recipe_named, spread_batches
 from lvm.storage import Location, local_folder, local_input, move_tree
 from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
 from lvm.vectors.shards import Manifest
@@ -155,7 +156,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     except LvmError as err:
         return {"refusal": str(err)}
     finally:
-        ask(config["monitor"], "leave", this.label)
+        if Team.joined().rank == 0:
+            ask(config["monitor"], "leave", this.label)
 
 
 def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
@@ -163,19 +165,20 @@ def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
     import torch
 
     monitor, threads, cores = config["monitor"], config["threads"], config["cores"]
+    team = Team.joined()
 
     def share_cores(num_training: int | None) -> None:
         """On one machine, threads of runs that have ended go to those still training; None: nobody knows of them."""
         alone = cores is None or num_training is None
-        torch.set_num_threads(threads if alone else max(threads, cores // max(1, num_training)))
+        torch.set_num_threads(threads if alone else max(threads, cores // (max(1, num_training) * team.size)))
 
     def tell(row: dict[str, Any]) -> None:
         share_cores(ask(monitor, "post", this.label, row))
 
-    def keep(folder: Path, row: dict[str, Any]) -> None:
+    def keep(folder: Path | None, row: dict[str, Any]) -> None:
         ray.train.report(
             {"epoch": row["epoch"], "val_cosine": row["val_cosine"]},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(folder),
         )
 
     share_cores(ask(monitor, "enter", this.label))
@@ -184,7 +187,7 @@ def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
     checkpoint = ray.train.get_checkpoint()
     with ExitStack() as opened:
         folder = None if checkpoint is None else Path(opened.enter_context(checkpoint.as_directory()))
-        return train_run(this, folder, keep, tell, config["storage"] / this.name / "tensorboard")
+        return train_run(this, folder, keep, tell, config["storage"] / this.name / "tensorboard", team)
 
 
 # ------------------------------------------------------------------------------------------- on the driver
@@ -219,11 +222,11 @@ def set_aside_if_broken(this: TrainRun, storage: Location) -> None:
 
 
 def train_with_ray(
-    runs: Sequence[TrainRun], storage: Location, gpus: int | None = None
+    runs: Sequence[TrainRun], storage: Location, gpus: int | None = None, workers: int = 1
 ) -> Iterator[tuple[TrainRun, Any]]:
     """Train as many at once as there is room for, the rest in turns; each comes back as soon as it ends, with its
-    `ray.train.Result` or its exception. storage: Ray Train's folder for the runs. Raises InputError when `gpus` GPUs do
-    not come.
+    `ray.train.Result` or its exception. storage: Ray Train's folder for the runs. workers: of each run. Raises
+    InputError when `gpus` GPUs do not come.
 
     Each `TrainTrainer.fit` blocks, so each has a thread of its own in this process; the work is done by the
     workers Ray starts for it.
@@ -234,8 +237,10 @@ def train_with_ray(
     from ray.train.v2.api.config import LoggingConfig
 
     nodes = nodes_with(gpus)
-    at_once = runs_at_once(nodes, len(runs))
-    resources, threads, cores = plan_resources(nodes, at_once)
+    at_once = runs_at_once(nodes, len(runs), workers=workers)
+    resources, threads, cores = plan_resources(nodes, at_once * workers)
+    # NCCL takes a whole GPU a worker, and does not start where torch sees none; one worker has nobody to talk to.
+    backend = "nccl" if workers > 1 and resources.get("GPU", 0.0) >= 1 else "gloo"
     if at_once < len(runs):
         echo(f"train: {at_once} at a time, the rest as they end")
     turns = threading.Semaphore(at_once)
@@ -256,11 +261,10 @@ def train_with_ray(
         try:
             trainer = TorchTrainer(
                 train_loop_per_worker,
-                # A run is one worker, which has nobody to talk to; NCCL would not start where torch sees no GPU.
-                torch_config=TorchConfig(backend="gloo"),
+                torch_config=TorchConfig(backend=backend),
                 train_loop_config={**shared, "run": this},
                 scaling_config=ScalingConfig(
-                    num_workers=1, use_gpu="GPU" in resources, resources_per_worker=resources
+                    num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
                 ),
                 run_config=RunConfig(
                     name=this.name,
@@ -324,15 +328,18 @@ def train_models(
     gpus: int | None = None,
     gpt2_layers: Location | None = None,
     seeds: int = 1,
+    workers: int = 1,
+    own_recipes: Mapping[str, Recipe] | None = None,
 ) -> TrainResult:
     """Bring `models` to hold a record of each architecture, trained on `vectors` in this way.
 
     A run that fails is listed in `failed`; the others are trained and saved. seeds: trainings of each architecture on
-    the same split, with `seed` and the numbers after it; the alias points to the best by val cosine. gpus: how many to
-    wait for; None for those there are. gpt2_layers: folder of a checkpoint in GPT-2's layout, from which `gpt2` starts.
-    Raises InputError before any training when the vectors are not finished, not sequential, or too few to split, or
-    when the cluster does not come to have what is asked for, and IdentityError when `models` holds models of another
-    codec.
+    the same split, with `seed` and the numbers after it; the alias points to the best by val cosine. workers: that
+    train one model together, which is the model that one of them would make. own_recipes: by architecture, in place of
+    `recipe`. gpus: how many to wait for; None for those there are. gpt2_layers: folder of a checkpoint in GPT-2's
+    layout, from which `gpt2` starts. Raises InputError before any training when the vectors are not finished, not
+    sequential, or too few to split, or when the cluster does not come to have what is asked for, and IdentityError when
+    `models` holds models of another codec.
     """
     for name in names:
         require_known(name)
@@ -348,7 +355,8 @@ def train_models(
     for name in names:
         layers = gpt2_layers if name == "gpt2" else None
         sizes = {} if layers is None else gpt2.sizes_of(local_folder(layers))
-        first = TrainRun.of(array, name, settings, recipe, seed, sizes, layers_from=layers)
+        own = (own_recipes or {}).get(name, recipe)
+        first = TrainRun.of(array, name, settings, own, seed, sizes, layers_from=layers)
         runs += [first, *(replace(first, training_seed=seed + n) for n in range(1, seeds))]
     ready: dict[str, Trained] = {}
 
@@ -370,16 +378,17 @@ def train_models(
         take(this, Trained(found, load_record(models, found.name).metrics, up_to_date=True))
         echo(f"train: {this.label} is up to date ({found.name})")
     if pending:
+        recipes = " and ".join(dict.fromkeys(r.recipe.name for r in pending))
         context_mean = context_mean_cosine(data.parts["val"], recipe.max_val_windows)
         echo(
             f"train: {', '.join(r.label for r in pending)} on {result.windows['train']:,} windows of "
-            f"{settings.context} vectors, recipe {recipe.name}; context mean's val cosine {context_mean:.4f}"
+            f"{settings.context} vectors, recipe {recipes}; context mean's val cosine {context_mean:.4f}"
         )
         connect(address)
         storage = models / "runs"
         for this in pending:
             set_aside_if_broken(this, storage)
-        for this, outcome in train_with_ray(pending, storage, gpus):
+        for this, outcome in train_with_ray(pending, storage, gpus, workers):
             try:
                 if isinstance(outcome, Exception):
                     raise TrainingError(f"{this.label}: the run failed: {_first_line(outcome)}") from outcome
@@ -502,7 +511,9 @@ def main(
             min=2, help="Make an ensemble of so many of the trained models, the best by val cosine."
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "fast",
+    recipe: Annotated[
+        str, typer.Option(help=f"One of {', '.join(RECIPES)}; {', '.join(OWN_RECIPES)} has its own, long.")
+    ] = "fast",
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, instead of the recipe's.")] = None,
     max_minutes: Annotated[
         float | None, typer.Option(help="Longest training, in minutes, instead of the recipe's.")
@@ -526,6 +537,10 @@ def main(
         PathOrUrl | None,
         path_option("Folder of a checkpoint in GPT-2's layout; gpt2 starts from its layers."),
     ] = None,
+    workers_per_model: Annotated[
+        int,
+        typer.Option(min=1, help="Workers that train one model together, each on its part of every batch."),
+    ] = 1,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
     address: Address = None,
 ) -> None:
@@ -536,18 +551,15 @@ def main(
         result = TrainResult({}, {name: made})
         echo(f"train: imported {name}: val cosine {made.metrics['val_cosine']:.4f}; {made.folder.name}")
     else:
-        chosen = recipe_named(recipe)
-        if epochs is not None:
-            chosen = replace(chosen, epochs=epochs)
-        if max_minutes is not None:
-            chosen = replace(chosen, max_minutes=max_minutes)
+        changes: dict[str, Any] = {"epochs": epochs, "max_minutes": max_minutes}
+        changes = {name: value for name, value in changes.items() if value is not None}
         lists = {"all": list(MODELS), "original": list(ORIGINAL)}
         names = lists.get(model) or [n.strip() for n in model.split(",")]
         result = train_models(
             vectors,
             output,
             list(dict.fromkeys(names)),
-            chosen,
+            replace(recipe_named(recipe), **changes),
             seed,
             WindowSettings(context=context),
             allow_non_sequential=allow_non_sequential,
@@ -555,6 +567,8 @@ def main(
             gpus=gpus,
             gpt2_layers=None if gpt2_layers is None else gpt2_layers.resolve(),
             seeds=seeds,
+            workers=workers_per_model,
+            own_recipes={n: replace(own, **changes) for n, own in OWN_RECIPES.items()},
         )
         if ensemble is not None:
             members = {n: t.folder.name for n, t in result.trained.items()}

@@ -18,6 +18,7 @@ from lvm.devices import pick_device
 from lvm.errors import InputError
 from lvm.models import CONFIGS, Architecture, build
 from lvm.predict.ranking import RankHead, fit_rank_head
+from lvm.predict.team import ALONE, Team
 from lvm.predict.training import Progress, Recipe, bfloat16_is_faster, fit
 from lvm.storage import Location, local_folder, local_folder_for
 from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
@@ -139,16 +140,18 @@ class Outcome:
 def train_run(
     this: TrainRun,
     checkpoint: Path | None,
-    keep: Callable[[Path, dict[str, Any]], None],
+    keep: Callable[[Path | None, dict[str, Any]], None],
     tell: Callable[[dict[str, Any]], None],
     events: Location,
+    team: Team = ALONE,
 ) -> Outcome:
     """Train to the end, from a checkpoint where there is one.
 
     keep: is given the folder of a checkpoint and the curve's new entry after each epoch; the folder goes when it
     returns. tell: takes what a person may want to know: the curve's entries, `resumed`, `rank_loss`. events: folder of
-    TensorBoard's curves. Raises InputError when the vectors changed or do not suffice, TrainingError when the loss is
-    no longer a number.
+    TensorBoard's curves. team: the workers that train this together, each of which calls this; `keep` gets a folder in
+    the first alone, None in the others, which tell nothing and whose outcome has no head. Raises InputError when the
+    vectors changed or do not suffice, TrainingError when the loss is no longer a number.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -166,20 +169,20 @@ def train_run(
             optimiser_state = torch.load(moments, map_location="cpu", weights_only=True)
         progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
     start = progress.epoch if progress is not None else 0
-    if checkpoint is not None:
+    if checkpoint is not None and team.rank == 0:
         tell({"resumed": start})
     device = pick_device()
     model.to(device)
 
     def save(model: torch.nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+        if team.rank:
+            keep(None, progress.curve[-1])
+            return
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-            save_file(state, folder / WEIGHTS)
-            if progress.best is progress.curve[-1]:
-                best.update({name: tensor.clone() for name, tensor in state.items()})
-            else:
-                save_file(best, folder / BEST)
+            save_file(_on_cpu(model.state_dict()), folder / WEIGHTS)
+            if progress.best is not progress.curve[-1]:
+                save_file(_on_cpu(best), folder / BEST)
             torch.save(optimiser.state_dict(), folder / "optimiser.pt")
             (folder / "progress.json").write_text(json.dumps(progress.to_dict()))
             sums = {name: file_sha256(folder / name) for name in os.listdir(folder)}
@@ -187,8 +190,9 @@ def train_run(
             keep(folder, progress.curve[-1])
 
     with ExitStack() as opened:
-        writer = SummaryWriter(opened.enter_context(local_folder_for(events)), purge_step=start + 1)
-        opened.callback(writer.close)
+        if team.rank == 0:
+            writer = SummaryWriter(opened.enter_context(local_folder_for(events)), purge_step=start + 1)
+            opened.callback(writer.close)
 
         def log(row: dict[str, Any]) -> None:
             for key, value in row.items():
@@ -206,11 +210,19 @@ def train_run(
             this.seed_of_training,
             progress=progress,
             optimiser_state=optimiser_state,
+            best=best,
             save=save,
-            log=log,
+            log=log if team.rank == 0 else None,
+            team=team,
         )
-    model.load_state_dict(best)
-    return outcome_of(this, model, parts["train"], progress, tell)
+    if team.rank:
+        return Outcome(progress, str(device), None)
+    outcome = outcome_of(this, model, parts["train"], progress, tell)
+    return outcome if team.size == 1 else replace(outcome, device=f"{team.size} x {outcome.device}")
+
+
+def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def outcome_of(

@@ -10,6 +10,7 @@ import pytest
 from jobs._training import plan_resources, runs_at_once
 from lvm.errors import InputError
 from lvm.predict.runs import TrainRun, windows_of
+from lvm.predict.team import Team
 from lvm.predict.training import FAST
 from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
 from tests.doubles import fake_articles, write_vectors
@@ -109,6 +110,23 @@ def test_as_many_runs_at_once_as_there_is_room_for(
     assert threads >= 1
     gpus = sum(n.get("GPU", 0.0) for n in nodes)
     assert resources.get("GPU", 0.0) * at_once <= max(gpus, 0.0) + 1e-9
+
+
+def test_several_workers_a_run_leave_room_for_fewer_runs() -> None:
+    assert runs_at_once([{"CPU": 2.0}], 4, workers=2) == 2
+    assert runs_at_once([{"CPU": 2.0}], 4, workers=8) == 1
+    assert runs_at_once([{"CPU": 16.0, "GPU": 1.0}], 15, workers=2) == 4
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 8])
+def test_the_parts_of_a_team_weigh_as_the_whole_batch(windows: int) -> None:
+    indices = np.arange(10, 10 + windows)
+    values = np.linspace(1.0, 2.0, 99)
+    parts = [Team(rank, 3).part(indices) for rank in range(3)]
+    assert sorted(np.concatenate([mine for mine, weight in parts if weight])) == sorted(indices)
+    assert np.mean([weight * values[mine].mean() for mine, weight in parts]) == pytest.approx(
+        values[indices].mean()
+    )
 
 
 def test_a_run_is_pickled_whole(run: TrainRun) -> None:
