@@ -56,6 +56,7 @@ from lvm.predict.fitting import (
 from lvm.predict.record import find_record, import_checkpoint, load_record, read_aliases, set_alias
 from lvm.predict.runs import Outcome, TrainRun, require_whole, train_run
 from lvm.predict.team import Team
+from lvm.predict.tracking import prepare_mlflow
 from lvm.predict.training import FAST, OWN_RECIPES, RECIPES, Recipe, evaluate, recipe_named, spread_batches
 from lvm.storage import Location, local_folder, local_input, move_tree
 from lvm.vectors.sequences import WindowSettings, make_windows, open_vectors
@@ -187,7 +188,9 @@ def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
     checkpoint = ray.train.get_checkpoint()
     with ExitStack() as opened:
         folder = None if checkpoint is None else Path(opened.enter_context(checkpoint.as_directory()))
-        return train_run(this, folder, keep, tell, config["storage"] / this.name / "tensorboard", team)
+        return train_run(
+            this, folder, keep, tell, config["storage"] / this.name / "tensorboard", team, config["mlflow"]
+        )
 
 
 # ------------------------------------------------------------------------------------------- on the driver
@@ -222,11 +225,15 @@ def set_aside_if_broken(this: TrainRun, storage: Location) -> None:
 
 
 def train_with_ray(
-    runs: Sequence[TrainRun], storage: Location, gpus: int | None = None, workers: int = 1
+    runs: Sequence[TrainRun],
+    storage: Location,
+    gpus: int | None = None,
+    workers: int = 1,
+    mlflow: str | None = None,
 ) -> Iterator[tuple[TrainRun, Any]]:
     """Train as many at once as there is room for, the rest in turns; each comes back as soon as it ends, with its
-    `ray.train.Result` or its exception. storage: Ray Train's folder for the runs. workers: of each run. Raises
-    InputError when `gpus` GPUs do not come.
+    `ray.train.Result` or its exception. storage: Ray Train's folder for the runs. workers: of each run. mlflow: URI
+    for its curves. Raises InputError when `gpus` GPUs do not come.
 
     Each `TrainTrainer.fit` blocks, so each has a thread of its own in this process; the work is done by the
     workers Ray starts for it.
@@ -250,7 +257,7 @@ def train_with_ray(
         # It watches for nodes that are about to be taken away; one process for each run less.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     monitor: Any = ray.remote(num_cpus=0, max_restarts=-1)(Monitor).remote([r.label for r in runs[:at_once]])
-    shared = {"monitor": monitor, "threads": threads, "cores": cores, "storage": storage}
+    shared = {"monitor": monitor, "threads": threads, "cores": cores, "storage": storage, "mlflow": mlflow}
     ended: list[tuple[TrainRun, Any]] = []
 
     def fit(this: TrainRun) -> None:
@@ -330,6 +337,7 @@ def train_models(
     seeds: int = 1,
     workers: int = 1,
     own_recipes: Mapping[str, Recipe] | None = None,
+    mlflow: str | None = None,
 ) -> TrainResult:
     """Bring `models` to hold a record of each architecture, trained on `vectors` in this way.
 
@@ -339,7 +347,7 @@ def train_models(
     `recipe`. gpus: how many to wait for; None for those there are. gpt2_layers: folder of a checkpoint in GPT-2's
     layout, from which `gpt2` starts. Raises InputError before any training when the vectors are not finished, not
     sequential, or too few to split, or when the cluster does not come to have what is asked for, and IdentityError when
-    `models` holds models of another codec.
+    `models` holds models of another codec. mlflow: URI of `prepare_mlflow`, for the curves there too.
     """
     for name in names:
         require_known(name)
@@ -388,7 +396,7 @@ def train_models(
         storage = models / "runs"
         for this in pending:
             set_aside_if_broken(this, storage)
-        for this, outcome in train_with_ray(pending, storage, gpus, workers):
+        for this, outcome in train_with_ray(pending, storage, gpus, workers, mlflow):
             try:
                 if isinstance(outcome, Exception):
                     raise TrainingError(f"{this.label}: the run failed: {_first_line(outcome)}") from outcome
@@ -542,6 +550,9 @@ def main(
         typer.Option(min=1, help="Workers that train one model together, each on its part of every batch."),
     ] = 1,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(help="Curves in MLflow too: its URI, or a folder; needs the extra mlflow.")
+    ] = None,
     address: Address = None,
 ) -> None:
     """Train predictors, all at once; a second run on the same vectors trains nothing."""
@@ -568,6 +579,7 @@ def main(
             gpt2_layers=None if gpt2_layers is None else gpt2_layers.resolve(),
             seeds=seeds,
             workers=workers_per_model,
+            mlflow=None if mlflow is None else prepare_mlflow(mlflow),
             own_recipes={n: replace(own, **changes) for n, own in OWN_RECIPES.items()},
         )
         if ensemble is not None:

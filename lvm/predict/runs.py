@@ -19,6 +19,7 @@ from lvm.errors import InputError
 from lvm.models import CONFIGS, Architecture, build
 from lvm.predict.ranking import RankHead, fit_rank_head
 from lvm.predict.team import ALONE, Team
+from lvm.predict.tracking import MlflowCurves
 from lvm.predict.training import Progress, Recipe, bfloat16_is_faster, fit
 from lvm.storage import Location, local_folder, local_folder_for
 from lvm.vectors.sequences import VectorArray, Windows, WindowSettings, make_windows, open_vectors
@@ -118,6 +119,20 @@ class TrainRun:
         """Name of the run: the same settings go on with the same run."""
         return f"{self.model}-{self.fingerprint}"
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What a person compares runs by."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe.name,
+            "epochs": self.recipe.epochs,
+            "learning_rate": self.recipe.learning_rates[self.model],
+            "seed": self.seed_of_training,
+            "context": self.windows.context,
+            "vectors": self.vectors_fingerprint,
+            **self.sizes,
+        }
+
     def build(self) -> Architecture:
         """The untrained model; its first weights are torch's random ones, or of `layers_from`."""
         model: Any = build(self.model, dict(self.sizes))
@@ -144,14 +159,16 @@ def train_run(
     tell: Callable[[dict[str, Any]], None],
     events: Location,
     team: Team = ALONE,
+    mlflow: str | None = None,
 ) -> Outcome:
     """Train to the end, from a checkpoint where there is one.
 
     keep: is given the folder of a checkpoint and the curve's new entry after each epoch; the folder goes when it
     returns. tell: takes what a person may want to know: the curve's entries, `resumed`, `rank_loss`. events: folder of
     TensorBoard's curves. team: the workers that train this together, each of which calls this; `keep` gets a folder in
-    the first alone, None in the others, which tell nothing and whose outcome has no head. Raises InputError when the
-    vectors changed or do not suffice, TrainingError when the loss is no longer a number.
+    the first alone, None in the others, which tell nothing and whose outcome has no head. mlflow: URI of
+    `prepare_mlflow`, for the curves there too. Raises InputError when the vectors changed or do not suffice,
+    TrainingError when the loss is no longer a number.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -193,12 +210,18 @@ def train_run(
         if team.rank == 0:
             writer = SummaryWriter(opened.enter_context(local_folder_for(events)), purge_step=start + 1)
             opened.callback(writer.close)
+        curves = None
+        if team.rank == 0 and mlflow is not None:
+            curves = MlflowCurves(mlflow, this.name, this.parameters)
+            opened.push(lambda kind, *_: curves.close(kind is None))
 
         def log(row: dict[str, Any]) -> None:
             for key, value in row.items():
                 if key != "epoch":
                     writer.add_scalar(key, value, row["epoch"])
             writer.flush()
+            if curves is not None and (fault := curves.log(row)):
+                tell({"note": fault})
             tell({**row, "device": str(device)})
 
         progress = fit(

@@ -96,8 +96,8 @@ def first_windows(vectors: Path, number: int, folder: Path) -> Path:
     left = int(windows.rows_of_target[number - 1]) + 1
     shards = []
     for shard in manifest.shards:
-        table = pq.read_table(vectors / shard.name).slice(0, left)
-        shards.append(write_table(folder / shard.name, table))
+        table = pq.read_table(vectors / shard.file).slice(0, left)
+        shards.append(write_table(folder / shard.file, table))
         left -= len(table)
         if not left:
             break

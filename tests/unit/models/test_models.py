@@ -280,7 +280,7 @@ def test_attention_of_the_amn_makes_its_mixture(toy: Callable[[str], Predictor])
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     with pytest.raises(
         InputError,
-        match=r"unknown model 'mamba3'; expected one of amn, lstm, gru, transformer, transformer-optimized, mamba2, s4",
+        match=r"unknown model 'mamba3'; expected one of amn, lstm, gru, .*-optimized, mamba2, s4",
     ):
         build("mamba3")
 
