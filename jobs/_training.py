@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from lvm.models import build
 from lvm.predict.fitting import TrainingData, save_trained
-from lvm.predict.record import set_alias
 from lvm.predict.runs import WEIGHTS, Outcome, TrainRun
 from lvm.storage import Location, RemotePath
 
@@ -32,13 +31,15 @@ class Trained:
     """True when it was there before."""
 
 
-def runs_at_once(nodes: Sequence[Mapping[str, float]], num_runs: int, runs_a_cpu: int = RUNS_A_CPU) -> int:
-    """How many of `num_runs` runs are in flight together. nodes: Ray resources of each live node."""
+def runs_at_once(
+    nodes: Sequence[Mapping[str, float]], num_runs: int, runs_a_cpu: int = RUNS_A_CPU, workers: int = 1
+) -> int:
+    """How many of `num_runs` runs of so many workers are in flight together. nodes: Ray resources of each live node."""
     with_gpu = [n for n in nodes if n.get("GPU")]
     room = runs_a_cpu * sum(int(n.get("CPU", 0.0)) for n in with_gpu or nodes)
     if with_gpu:
         room = min(room, RUNS_A_GPU * sum(int(n["GPU"]) for n in with_gpu))
-    return max(1, min(num_runs, room))
+    return max(1, min(num_runs, room // workers))
 
 
 def plan_resources(
@@ -85,7 +86,7 @@ def publish_run(
     models: Location,
     data: TrainingData,
 ) -> Trained:
-    """Make the record of a finished run from its best checkpoint, and move the alias to it.
+    """Make the record of a finished run from its best checkpoint; no alias moves.
 
     checkpoints: Ray's best ones with what was reported with each.
     """
@@ -96,5 +97,4 @@ def publish_run(
         curve = json.loads(Path(folder, "progress.json").read_text())["curve"]
     row = next(r for r in curve if r["epoch"] == best["epoch"])
     record, metrics = save_trained(models, this, network, data, done, row)
-    set_alias(models, this.model, record)
     return Trained(record, metrics, up_to_date=False)

@@ -59,10 +59,12 @@ from lvm.evaluate.contest import (
     make_entries,
     measure_texts,
     model_predictor,
+    over_seeds,
     part_of,
     plan_texts,
     score_baseline,
     score_model,
+    score_seed,
     text_sample,
 )
 from lvm.evaluate.leaderboard import (
@@ -78,7 +80,7 @@ from lvm.evaluate.leaderboard import (
 )
 from lvm.evaluate.metrics import LATENCY_BATCHES, Predict, measure_latency
 from lvm.evaluate.report import html_page
-from lvm.predict.record import Record, load_record, read_aliases
+from lvm.predict.record import Record, load_record, read_aliases, series_of
 from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location
 from lvm.vectors.array import VectorArray, open_vectors
@@ -130,6 +132,7 @@ def evaluate(
     index.require_array(array)
     entrants = choose_entrants(current_records(paths.models), array, context)
     records = entrants.records
+    seeds = other_seeds(paths.models, records)
     ood = {_ood_name(p): open_vectors(p) for p in paths.ood}
     if len(ood) < len(paths.ood):
         raise InputError(
@@ -151,6 +154,8 @@ def evaluate(
         "left_out": list(entrants.left_out),
         "ood": {name: foreign.fingerprint for name, foreign in ood.items()},
     }
+    if seeds:
+        inputs["seeds"] = seeds
     if entrants.windows.context != CONTEXT_CHUNKS:
         inputs["context"] = entrants.windows.context
     if codec.no_writer is not None:
@@ -187,6 +192,7 @@ def evaluate(
         f"{len(records)} models, {NUM_BASELINES} baselines"
     )
     scored, baselines = score_all(contest, {n: r.folder.name for n, r in records.items()}, paths.models)
+    trained_alike = score_seeds(contest, seeds, paths.models)
     seconds["score"] = time.perf_counter() - began
 
     began = time.perf_counter()
@@ -247,6 +253,9 @@ def evaluate(
         "examples": examples,
         "seconds": {name: round(s, 3) for name, s in seconds.items()},
     }
+    for entry in evaluation["entries"]:
+        if others := trained_alike.get(entry["name"]):
+            entry["seeds"] = over_seeds(entry, others)
     # The page and the table first: the record, written last, says that all three are there.
     write(paths.output, evaluation)
     return evaluation, False
@@ -354,6 +363,15 @@ def choose_entrants(records: dict[str, Record], array: VectorArray, context: int
     return Entrants({name: fitting[name] for name in records if name in fitting}, windows, split[1], left_out)
 
 
+def other_seeds(models: Location, records: dict[str, Record]) -> dict[str, list[str]]:
+    """By alias, the folders of records that differ from its own in the training's seed alone; only where there are."""
+    found = {
+        name: [folder.name for folder in series_of(models, record) if folder.name != record.folder.name]
+        for name, record in records.items()
+    }
+    return {name: folders for name, folders in found.items() if folders}
+
+
 def cluster_size() -> tuple[int, int, int]:
     """CPUs and GPUs of the Ray cluster, and the CPUs of its largest node. Raises InputError where no CPU comes."""
     nodes = nodes_with()
@@ -415,6 +433,22 @@ def score_all(
             advance(1)
     fitted = baselines | {name: ray.get(found) for name, found in fitting.items()}
     return {name: scored[name] for name in (*folders, *baselines)}, fitted
+
+
+def score_seeds(
+    contest: Contest, seeds: dict[str, list[str]], models: Location
+) -> dict[str, list[dict[str, float | None]]]:
+    """`score_seed` of these folders, by alias. All are in flight at once."""
+    import ray
+
+    if not seeds:
+        return {}
+    remote = ray.remote(num_cpus=contest.threads)(score_seed)
+    shared = ray.put(contest)
+    tasks = {n: [remote.remote(shared, models.resolve(), f) for f in folders] for n, folders in seeds.items()}
+    for _ in as_they_finish([reference for references in tasks.values() for reference in references]):
+        pass
+    return {name: ray.get(references) for name, references in tasks.items()}
 
 
 def decode_all(

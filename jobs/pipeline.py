@@ -110,7 +110,7 @@ def main(
     codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,
     model: Annotated[str, typer.Option(help="Architectures, by comma, all, or original.")] = "original",
-    recipe: Annotated[str, typer.Option(help="Training recipe: fast or classic.")] = "fast",
+    recipe: Annotated[str, typer.Option(help="Training recipe: fast, classic or long.")] = "fast",
     max_minutes: Annotated[float | None, typer.Option(help="Longest training, in minutes.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the article split and of training.")] = 0,
     allow_non_sequential: Annotated[

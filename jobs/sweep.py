@@ -47,7 +47,7 @@ from lvm.predict.fitting import TrainingData, check_sequential
 from lvm.predict.losses import LossSettings
 from lvm.predict.record import find_record, load_record, read_aliases, set_alias
 from lvm.predict.runs import Outcome, TrainRun, train_run, windows_of
-from lvm.predict.training import Progress, Recipe, recipe_named
+from lvm.predict.training import OWN_RECIPES, Progress, Recipe, recipe_named
 from lvm.storage import Location, RemotePath
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.sequences import WindowSettings
@@ -61,6 +61,9 @@ RATES = (1e-4, 2e-3)
 
 INFO_NCE_SHARES = (0.0, 0.1, 0.3)
 """Objectives: squared distance alone, or with InfoNCE at this share of its gradient."""
+
+SEARCHED = tuple(name for name in MODELS if name not in OWN_RECIPES)
+"""Architectures; a name that stands for a recipe has nothing to be searched."""
 
 GRACE_EPOCHS, REDUCTION = 1, 3
 """ASHA: no trial ends before so many epochs; of each rung a third goes on."""
@@ -172,7 +175,7 @@ def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) ->
     torch.set_num_threads(threads)
     best = -1.0
 
-    def keep(folder: Path, row: dict[str, Any]) -> None:
+    def keep(folder: Path | None, row: dict[str, Any]) -> None:
         nonlocal best
         best = max(best, row["val_cosine"])
         shown = {k: row[k] for k in ("epoch", "val_cosine", "val_loss", "seconds")}
@@ -356,8 +359,7 @@ def publish_best(
             done = Outcome(Progress(**progress), "as the cluster's", ranker=None)
             made = publish_run(this, done, checkpoints, models, data)
             folder = made.folder
-        else:
-            set_alias(models, this.model, folder)
+        set_alias(models, this.model, folder)
         intervals[best["number"]] = interval_of(folder, this)
     return intervals
 
@@ -507,7 +509,7 @@ def main(
     hours: Annotated[
         float | None, typer.Option(help="Longest time, in hours; none: until all are done.")
     ] = None,
-    model: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}: several by comma, or all.")] = "all",
+    model: Annotated[str, typer.Option(help=f"Of {', '.join(SEARCHED)}: several by comma, or all.")] = "all",
     contexts: Annotated[str, typer.Option(help="Context lengths to try, by comma.")] = "5,10,20",
     recipe: Annotated[str, typer.Option(help="Recipe that gives what is not searched for.")] = "fast",
     epochs: Annotated[int, typer.Option(min=1, help="Most epochs of a trial.")] = 8,
@@ -527,9 +529,13 @@ def main(
     if hours is not None and not hours > 0:
         raise InputError(f"--hours must be above 0, got {hours}")
     recipe_named(recipe)
+    if model != "all" and (named := [n.strip() for n in model.split(",") if n.strip() in OWN_RECIPES]):
+        raise InputError(
+            f"{named[0]} is an architecture with its own recipe; a sweep takes {', '.join(SEARCHED)}"
+        )
     settings = SweepSettings(
         trials,
-        tuple(MODELS) if model == "all" else tuple(dict.fromkeys(n.strip() for n in model.split(","))),
+        SEARCHED if model == "all" else tuple(dict.fromkeys(n.strip() for n in model.split(","))),
         parse_contexts(contexts),
         recipe,
         epochs,

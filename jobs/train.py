@@ -42,6 +42,8 @@ from jobs._ray import (
 )
 from jobs._training import Trained, for_ray, plan_resources, publish_run, runs_at_once
 from lvm.errors import LvmError, TrainingError
+from lvm.evaluate.leaderboard import Table, as_text, spread_text
+from lvm.evaluate.metrics import Spread
 from lvm.models import ENSEMBLE, MODELS, ORIGINAL, Predictor, gpt2, require_known
 from lvm.predict.ensemble import make_ensemble
 from lvm.predict.fitting import (
@@ -53,7 +55,9 @@ from lvm.predict.fitting import (
 )
 from lvm.predict.record import find_record, import_checkpoint, load_record, read_aliases, set_alias
 from lvm.predict.runs import Outcome, TrainRun, require_whole, train_run
-from lvm.predict.training import FAST, RECIPES, Recipe, evaluate, recipe_named, spread_batches
+from lvm.predict.team import Team
+from lvm.predict.tracking import prepare_mlflow
+from lvm.predict.training import FAST, OWN_RECIPES, RECIPES, Recipe, evaluate, recipe_named, spread_batches
 from lvm.storage import Location, local_folder, local_input, move_tree
 from lvm.vectors.array import open_vectors
 from lvm.vectors.sequences import WindowSettings, make_windows
@@ -71,6 +75,9 @@ STARTS = 10
 MAX_CONTEXT = 64
 """Longest context of the command: articles of more chunks are rare."""
 
+MONITOR_WAIT_S = 5.0
+"""Longest wait for the monitor's answer."""
+
 POLL_S = 0.25
 """How often Ray Train's controllers and this process look for news, in seconds; Ray's own 2 s are longer than
 an epoch on the sample."""
@@ -83,24 +90,35 @@ class TrainResult:
     windows: dict[str, int]
     """Windows of train, val and test."""
     trained: dict[str, Trained] = field(default_factory=dict)
-    """By architecture, in the order asked for."""
+    """By architecture, in the order asked for: the one that its alias points to."""
     failed: dict[str, str] = field(default_factory=dict)
-    """By architecture, why it has no new record."""
+    """By a run's label, why it has no new record."""
+    seeds: dict[str, list[Trained]] = field(default_factory=dict)
+    """By architecture, all of this call's seeds, by seed."""
 
 
 # ------------------------------------------------------------------------------------------------ on a worker
 
 
 class Monitor:
-    """What the runs have to say, and how many are training. A Ray actor; it uses no CPU."""
+    """What the runs have to say, and how many are training. A Ray actor; it uses no CPU.
+
+    Runs do without it: when its process or node dies, Ray starts it anew, elsewhere if need be, with nothing but the
+    names, and until then `ask` gives None.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         """names: of the runs that begin at once."""
-        self.training = set(names)
+        import ray
+
+        # Started anew it does not know which of these have ended; those that go on post.
+        anew = ray.get_runtime_context().was_current_actor_reconstructed
+        self.training = set() if anew else set(names)
         self.lines: list[tuple[str, dict[str, Any]]] = []
 
     def post(self, model: str, row: dict[str, Any]) -> int:
-        """Keep a line for the driver; the number of runs still training comes back."""
+        """Keep a line for the driver; the number of runs that train comes back, this one among them."""
+        self.training.add(model)
         self.lines.append((model, row))
         return len(self.training)
 
@@ -119,20 +137,29 @@ class Monitor:
         return lines
 
 
+def ask(monitor: Any, method: str, *arguments: Any) -> Any:
+    """What the monitor answers; None when it does not within MONITOR_WAIT_S, as while its node is gone."""
+    import ray
+
+    try:
+        return ray.get(getattr(monitor, method).remote(*arguments), timeout=MONITOR_WAIT_S)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return None
+
+
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train one architecture; what comes back is the run's `done`, an `Outcome`, or its `refusal` in words.
 
     A refusal comes back as text, not as an exception: Ray would start the run again, and it would fail again.
     """
-    import ray
-
     this: TrainRun = config["run"]
     try:
         return {"done": _train(this, config)}
     except LvmError as err:
         return {"refusal": str(err)}
     finally:
-        ray.get(config["monitor"].leave.remote(this.model))
+        if Team.joined().rank == 0:
+            ask(config["monitor"], "leave", this.label)
 
 
 def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
@@ -140,27 +167,31 @@ def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
     import torch
 
     monitor, threads, cores = config["monitor"], config["threads"], config["cores"]
+    team = Team.joined()
 
-    def share_cores(num_training: int) -> None:
-        """On one machine, threads of runs that have ended go to those still training."""
-        torch.set_num_threads(threads if cores is None else max(threads, cores // max(1, num_training)))
+    def share_cores(num_training: int | None) -> None:
+        """On one machine, threads of runs that have ended go to those still training; None: nobody knows of them."""
+        alone = cores is None or num_training is None
+        torch.set_num_threads(threads if alone else max(threads, cores // (max(1, num_training) * team.size)))
 
     def tell(row: dict[str, Any]) -> None:
-        share_cores(ray.get(monitor.post.remote(this.model, row)))
+        share_cores(ask(monitor, "post", this.label, row))
 
-    def keep(folder: Path, row: dict[str, Any]) -> None:
+    def keep(folder: Path | None, row: dict[str, Any]) -> None:
         ray.train.report(
             {"epoch": row["epoch"], "val_cosine": row["val_cosine"]},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(folder),
         )
 
-    share_cores(ray.get(monitor.enter.remote(this.model)))
+    share_cores(ask(monitor, "enter", this.label))
     if note := unseen_gpu():
         tell({"note": note})
     checkpoint = ray.train.get_checkpoint()
     with ExitStack() as opened:
         folder = None if checkpoint is None else Path(opened.enter_context(checkpoint.as_directory()))
-        return train_run(this, folder, keep, tell, config["storage"] / this.name / "tensorboard")
+        return train_run(
+            this, folder, keep, tell, config["storage"] / this.name / "tensorboard", team, config["mlflow"]
+        )
 
 
 # ------------------------------------------------------------------------------------------- on the driver
@@ -189,17 +220,21 @@ def set_aside_if_broken(this: TrainRun, storage: Location) -> None:
         aside = folder.with_name(f"{folder.name}.broken-{time.time_ns()}")
         move_tree(folder, aside)
         echo(
-            f"train: {this.model}: its checkpoints cannot be read ({str(err).splitlines()[0]}); it starts "
+            f"train: {this.label}: its checkpoints cannot be read ({str(err).splitlines()[0]}); it starts "
             f"anew, what there was is in {aside}"
         )
 
 
 def train_with_ray(
-    runs: Sequence[TrainRun], storage: Location, gpus: int | None = None
+    runs: Sequence[TrainRun],
+    storage: Location,
+    gpus: int | None = None,
+    workers: int = 1,
+    mlflow: str | None = None,
 ) -> Iterator[tuple[TrainRun, Any]]:
     """Train as many at once as there is room for, the rest in turns; each comes back as soon as it ends, with its
-    `ray.train.Result` or its exception. storage: Ray Train's folder for the runs. Raises InputError when `gpus` GPUs do
-    not come.
+    `ray.train.Result` or its exception. storage: Ray Train's folder for the runs. workers: of each run. mlflow: URI
+    for its curves. Raises InputError when `gpus` GPUs do not come.
 
     Each `TrainTrainer.fit` blocks, so each has a thread of its own in this process; the work is done by the
     workers Ray starts for it.
@@ -210,8 +245,10 @@ def train_with_ray(
     from ray.train.v2.api.config import LoggingConfig
 
     nodes = nodes_with(gpus)
-    at_once = runs_at_once(nodes, len(runs))
-    resources, threads, cores = plan_resources(nodes, at_once)
+    at_once = runs_at_once(nodes, len(runs), workers=workers)
+    resources, threads, cores = plan_resources(nodes, at_once * workers)
+    # NCCL takes a whole GPU a worker, and does not start where torch sees none; one worker has nobody to talk to.
+    backend = "nccl" if workers > 1 and resources.get("GPU", 0.0) >= 1 else "gloo"
     if at_once < len(runs):
         echo(f"train: {at_once} at a time, the rest as they end")
     turns = threading.Semaphore(at_once)
@@ -220,8 +257,8 @@ def train_with_ray(
     if len(nodes) == 1:
         # It watches for nodes that are about to be taken away; one process for each run less.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    monitor: Any = ray.remote(num_cpus=0)(Monitor).remote([r.model for r in runs[:at_once]])
-    shared = {"monitor": monitor, "threads": threads, "cores": cores, "storage": storage}
+    monitor: Any = ray.remote(num_cpus=0, max_restarts=-1)(Monitor).remote([r.label for r in runs[:at_once]])
+    shared = {"monitor": monitor, "threads": threads, "cores": cores, "storage": storage, "mlflow": mlflow}
     ended: list[tuple[TrainRun, Any]] = []
 
     def fit(this: TrainRun) -> None:
@@ -232,11 +269,10 @@ def train_with_ray(
         try:
             trainer = TorchTrainer(
                 train_loop_per_worker,
-                # A run is one worker, which has nobody to talk to; NCCL would not start where torch sees no GPU.
-                torch_config=TorchConfig(backend="gloo"),
+                torch_config=TorchConfig(backend=backend),
                 train_loop_config={**shared, "run": this},
                 scaling_config=ScalingConfig(
-                    num_workers=1, use_gpu="GPU" in resources, resources_per_worker=resources
+                    num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
                 ),
                 run_config=RunConfig(
                     name=this.name,
@@ -252,7 +288,7 @@ def train_with_ray(
         except Exception as err:
             # What a worker or Ray itself dies of ends this run alone; the caller says so.
             ended.append((this, err))
-            ray.get(monitor.leave.remote(this.model))
+            ask(monitor, "leave", this.label)
 
     # Daemon threads: Ctrl-C ends this process, and with it the workers, without waiting for them.
     for this in runs:
@@ -262,28 +298,28 @@ def train_with_ray(
         time.sleep(POLL_S)
         # Taken before the lines are: a run posts its last line before it ends.
         done, ended[:] = ended[:], []
-        for model, row in ray.get(monitor.take.remote()):
-            _echo_row(model, row)
+        for label, row in ask(monitor, "take") or ():
+            _echo_row(label, row)
         for this, outcome in done:
             waiting -= 1
             yield this, outcome
 
 
-def _echo_row(model: str, row: Mapping[str, Any]) -> None:
+def _echo_row(label: str, row: Mapping[str, Any]) -> None:
     if "note" in row:
-        echo(f"train: {model}: {row['note']}")
+        echo(f"train: {label}: {row['note']}")
         return
     if "rank_loss" in row:
         if row["step"] == row["steps"] or row["step"] % 500 == 0:
             step = f"step {row['step']:,} of {row['steps']:,}"
-            echo(f"train: {model:<13} rank head, {step}, loss {row['rank_loss']:.4f}")
+            echo(f"train: {label:<13} rank head, {step}, loss {row['rank_loss']:.4f}")
         return
     if "resumed" in row:
-        echo(f"train: {model:<13} goes on after epoch {row['resumed']}")
+        echo(f"train: {label:<13} goes on after epoch {row['resumed']}")
         return
     trained = f"train loss {row['train_loss']:.4f}" if "train_loss" in row else "start            "
     echo(
-        f"train: {model:<13} epoch {row['epoch']:>2}  {trained}  val loss {row['val_loss']:.4f}  "
+        f"train: {label:<13} epoch {row['epoch']:>2}  {trained}  val loss {row['val_loss']:.4f}  "
         f"val cosine {row['val_cosine']:.4f}  {row['seconds']:.0f} s"
     )
 
@@ -299,13 +335,20 @@ def train_models(
     address: str | None = None,
     gpus: int | None = None,
     gpt2_layers: Location | None = None,
+    seeds: int = 1,
+    workers: int = 1,
+    own_recipes: Mapping[str, Recipe] | None = None,
+    mlflow: str | None = None,
 ) -> TrainResult:
     """Bring `models` to hold a record of each architecture, trained on `vectors` in this way.
 
-    A run that fails is listed in `failed`; the others are trained and saved. gpus: how many to wait for; None for those
-    there are. gpt2_layers: folder of a checkpoint in GPT-2's layout, from which `gpt2` starts. Raises InputError before
-    any training when the vectors are not finished, not sequential, or too few to split, or when the cluster does not
-    come to have what is asked for, and IdentityError when `models` holds models of another codec.
+    A run that fails is listed in `failed`; the others are trained and saved. seeds: trainings of each architecture on
+    the same split, with `seed` and the numbers after it; the alias points to the best by val cosine. workers: that
+    train one model together, which is the model that one of them would make. own_recipes: by architecture, in place of
+    `recipe`. gpus: how many to wait for; None for those there are. gpt2_layers: folder of a checkpoint in GPT-2's
+    layout, from which `gpt2` starts. Raises InputError before any training when the vectors are not finished, not
+    sequential, or too few to split, or when the cluster does not come to have what is asked for, and IdentityError when
+    `models` holds models of another codec. mlflow: URI of `prepare_mlflow`, for the curves there too.
     """
     for name in names:
         require_known(name)
@@ -321,31 +364,43 @@ def train_models(
     for name in names:
         layers = gpt2_layers if name == "gpt2" else None
         sizes = {} if layers is None else gpt2.sizes_of(local_folder(layers))
-        runs.append(TrainRun.of(array, name, settings, recipe, seed, sizes, layers_from=layers))
+        own = (own_recipes or {}).get(name, recipe)
+        first = TrainRun.of(array, name, settings, own, seed, sizes, layers_from=layers)
+        runs += [first, *(replace(first, training_seed=seed + n) for n in range(1, seeds))]
+    ready: dict[str, Trained] = {}
+
+    def take(this: TrainRun, made: Trained) -> None:
+        """Another run has its record: the alias of its architecture goes to the best of those there are."""
+        ready[this.label] = made
+        alike = [ready[r.label] for r in runs if r.model == this.model and r.label in ready]
+        best = max(alike, key=lambda t: float(t.metrics["val_cosine"]))
+        result.seeds[this.model], result.trained[this.model] = alike, best
+        if read_aliases(models).get(this.model) != best.folder.name:
+            set_alias(models, this.model, best.folder)
+
     pending = []
     for this in runs:
         found = find_record(models, this.model, run=this.fingerprint)
         if found is None:
             pending.append(this)
             continue
-        if read_aliases(models).get(this.model) != found.name:
-            set_alias(models, this.model, found)
-        result.trained[this.model] = Trained(found, load_record(models, found.name).metrics, up_to_date=True)
-        echo(f"train: {this.model} is up to date ({found.name})")
+        take(this, Trained(found, load_record(models, found.name).metrics, up_to_date=True))
+        echo(f"train: {this.label} is up to date ({found.name})")
     if pending:
+        recipes = " and ".join(dict.fromkeys(r.recipe.name for r in pending))
         context_mean = context_mean_cosine(data.parts["val"], recipe.max_val_windows)
         echo(
-            f"train: {', '.join(r.model for r in pending)} on {result.windows['train']:,} windows of "
-            f"{settings.context} vectors, recipe {recipe.name}; context mean's val cosine {context_mean:.4f}"
+            f"train: {', '.join(r.label for r in pending)} on {result.windows['train']:,} windows of "
+            f"{settings.context} vectors, recipe {recipes}; context mean's val cosine {context_mean:.4f}"
         )
         connect(address)
         storage = models / "runs"
         for this in pending:
             set_aside_if_broken(this, storage)
-        for this, outcome in train_with_ray(pending, storage, gpus):
+        for this, outcome in train_with_ray(pending, storage, gpus, workers, mlflow):
             try:
                 if isinstance(outcome, Exception):
-                    raise TrainingError(f"{this.model}: the run failed: {_first_line(outcome)}") from outcome
+                    raise TrainingError(f"{this.label}: the run failed: {_first_line(outcome)}") from outcome
                 returned = outcome.return_value
                 if "refusal" in returned:
                     raise TrainingError(returned["refusal"])
@@ -354,16 +409,43 @@ def train_models(
                 for optimiser in (storage / this.name).glob("*/optimiser.pt"):
                     optimiser.unlink()
             except LvmError as err:
-                result.failed[this.model] = str(err)
+                result.failed[this.label] = str(err)
                 echo(f"train: {err}")
                 continue
-            result.trained[this.model] = made
+            take(this, made)
             echo(
-                f"train: {this.model:<13} done: val cosine {made.metrics['val_cosine']:.4f} at epoch "
+                f"train: {this.label:<13} done: val cosine {made.metrics['val_cosine']:.4f} at epoch "
                 f"{made.metrics['best_epoch']} ({made.metrics['stopped']}); {made.folder.name}"
             )
     result.trained = {n: result.trained[n] for n in names if n in result.trained}
+    result.seeds = {n: result.seeds[n] for n in result.trained}
     return result
+
+
+def over_seeds(made: Sequence[Trained]) -> dict[str, Any]:
+    """`Spread.to_dict` of the val cosine of trainings with different seeds, and their folders."""
+    spread = Spread.of([float(t.metrics["val_cosine"]) for t in made])
+    return {"val_cosine": spread.to_dict(), "folders": [t.folder.name for t in made]}
+
+
+def seeds_table(result: TrainResult) -> Table:
+    """Val cosine of each architecture over its seeds."""
+    rows = []
+    for name, made in result.seeds.items():
+        many = len(made) > 1
+        best = result.trained[name]
+        rows.append(
+            (
+                name,
+                str(len(made)),
+                spread_text(over_seeds(made)["val_cosine"]) if many else "-",
+                f"{best.metrics['val_cosine']:.4f}",
+                f"{best.metrics['context_mean_val_cosine']:.4f}",
+                best.folder.name,
+            )
+        )
+    headers = ("model", "seeds", "val cosine", "best", "context mean", "record of the best, under the alias")
+    return Table("Over seeds: mean and standard deviation", headers, tuple(rows))
 
 
 def ensemble_of(vectors: Location, models: Location, members: Mapping[str, str], most: int) -> Trained:
@@ -438,12 +520,20 @@ def main(
             min=2, help="Make an ensemble of so many of the trained models, the best by val cosine."
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "fast",
+    recipe: Annotated[
+        str, typer.Option(help=f"One of {', '.join(RECIPES)}; {', '.join(OWN_RECIPES)} has its own, long.")
+    ] = "fast",
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, instead of the recipe's.")] = None,
     max_minutes: Annotated[
         float | None, typer.Option(help="Longest training, in minutes, instead of the recipe's.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the split by article and of training.")] = 0,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Trainings of each architecture, each with its seed; the alias takes the best."
+        ),
+    ] = 1,
     allow_non_sequential: Annotated[
         str | None,
         typer.Option(help="The sentence that lets text without an order train; the refusal names it."),
@@ -456,7 +546,14 @@ def main(
         PathOrUrl | None,
         path_option("Folder of a checkpoint in GPT-2's layout; gpt2 starts from its layers."),
     ] = None,
+    workers_per_model: Annotated[
+        int,
+        typer.Option(min=1, help="Workers that train one model together, each on its part of every batch."),
+    ] = 1,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(help="Curves in MLflow too: its URI, or a folder; needs the extra mlflow.")
+    ] = None,
     address: Address = None,
 ) -> None:
     """Train predictors, all at once; a second run on the same vectors trains nothing."""
@@ -466,37 +563,41 @@ def main(
         result = TrainResult({}, {name: made})
         echo(f"train: imported {name}: val cosine {made.metrics['val_cosine']:.4f}; {made.folder.name}")
     else:
-        chosen = recipe_named(recipe)
-        if epochs is not None:
-            chosen = replace(chosen, epochs=epochs)
-        if max_minutes is not None:
-            chosen = replace(chosen, max_minutes=max_minutes)
+        changes: dict[str, Any] = {"epochs": epochs, "max_minutes": max_minutes}
+        changes = {name: value for name, value in changes.items() if value is not None}
         lists = {"all": list(MODELS), "original": list(ORIGINAL)}
         names = lists.get(model) or [n.strip() for n in model.split(",")]
         result = train_models(
             vectors,
             output,
             list(dict.fromkeys(names)),
-            chosen,
+            replace(recipe_named(recipe), **changes),
             seed,
             WindowSettings(context=context),
             allow_non_sequential=allow_non_sequential,
             address=address,
             gpus=gpus,
             gpt2_layers=None if gpt2_layers is None else gpt2_layers.resolve(),
+            seeds=seeds,
+            workers=workers_per_model,
+            mlflow=None if mlflow is None else prepare_mlflow(mlflow),
+            own_recipes={n: replace(own, **changes) for n, own in OWN_RECIPES.items()},
         )
         if ensemble is not None:
             members = {n: t.folder.name for n, t in result.trained.items()}
             result.trained[ENSEMBLE] = ensemble_of(vectors, output, members, ensemble)
+    if seeds > 1 and result.seeds:
+        print(as_text(seeds_table(result)))
     if result.failed:
         saved = ", ".join(result.trained) or "none"
+        num_ready = sum(map(len, result.seeds.values()))
         raise TrainingError(
-            f"{len(result.failed)} of {len(result.failed) + len(result.trained)} models failed, see above: "
+            f"{len(result.failed)} of {len(result.failed) + num_ready} models failed, see above: "
             f"{', '.join(result.failed)}. Saved and ready: {saved}."
         )
     seconds = time.perf_counter() - started
-    new = {n: t for n, t in result.trained.items() if not t.up_to_date}
-    seen = sum(t.metrics.get("epochs", 0) * result.windows.get("train", 0) for t in new.values())
+    new = [t for n, made in result.trained.items() for t in result.seeds.get(n, [made]) if not t.up_to_date]
+    seen = sum(t.metrics.get("epochs", 0) * result.windows.get("train", 0) for t in new)
     finish(
         {
             "stage": "train",
@@ -515,6 +616,7 @@ def main(
                         k: t.metrics.get(k)
                         for k in ("val_cosine", "context_mean_val_cosine", "epochs", "seconds")
                     },
+                    **({"seeds": over_seeds(result.seeds[n])} if len(result.seeds.get(n, ())) > 1 else {}),
                 }
                 for n, t in result.trained.items()
             },

@@ -24,7 +24,7 @@ import typer
 from jobs._ray import Address, PathOrUrl, articles_of, connect, echo, finish, path_option, run
 from lvm.codec.mini import MiniConfig
 from lvm.codec.tokenizer import ChunkTokenizer
-from lvm.codec.training import TrainingSettings, fit, load_weights
+from lvm.codec.training import TrainingSettings, fit, load_weights, require_same_run
 from lvm.codec.zoo import CODECS
 from lvm.corpus.chunker import Chunker
 from lvm.errors import InputError, OutputError
@@ -59,9 +59,14 @@ def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
     made = folder / "made_from.json"
     if made.is_file():
         found = json.loads(made.read_text())
-        if found != wanted:
+        if found["source"] != source:
             raise InputError(
                 f"{folder} holds chunks of {found['source']}, got --input {source}; choose another --output"
+            )
+        if found != wanted:
+            raise InputError(
+                f"{folder} was cut with tokenizer {found['tokenizer_sha256'][:16]}, got --tokenizer "
+                f"{tokenizer.sha256[:16]}; choose another --output"
             )
         return
     chunker = Chunker(tokenizer)
@@ -122,6 +127,7 @@ def main(
         load_weights(
             local_folder(init), MiniConfig(), cut_with
         )  # refused here, and not by a worker minutes later
+    require_same_run(output, local_folder(chunks), cut_with, MiniConfig(), settings)
     shutil.copyfile(tokenizer, output / "tokenizer.json")
     begun = time.perf_counter()
     connect(address)

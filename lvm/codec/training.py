@@ -19,6 +19,7 @@ only what is written from them changes. A step then costs little more than the d
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -479,6 +480,54 @@ def load_weights(
     return encoder, hypothesizer
 
 
+def require_same_run(
+    output: Path,
+    chunks: Path,
+    tokenizer: ChunkTokenizer,
+    config: MiniConfig,
+    settings: TrainingSettings,
+    limit: int | None = None,
+) -> None:
+    """Return when a run in `output` may go on with these, and note them there for the next call.
+
+    Raises OutputError naming what differs: chunks (by the content of their shards), tokenizer, configuration, whether
+    the encoder is frozen, or what holds articles out, of which some would have been trained on. A run of an older
+    version did not note them; that is printed, and its configuration alone is checked, by `fit`.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(chunks.glob("*.parquet")):
+        with file.open("rb") as shard:
+            digest.update(hashlib.file_digest(shard, "sha256").digest())
+    wanted = {
+        "configuration": config.to_dict(),
+        "tokenizer": tokenizer.sha256[:16],
+        "chunks": digest.hexdigest()[:16],
+        "limit": limit,
+        "frozen encoder": settings.freeze_encoder,
+        "seed": settings.seed,
+        "held-out share": settings.held_out_share,
+    }
+    note = output / "run.json"
+    if (output / "checkpoint.pt").exists():
+        if not note.exists():
+            print(
+                f"{output} does not say which chunks and tokenizer it was trained on; going on unchecked",
+                flush=True,
+            )
+            return
+        found = json.loads(note.read_text())
+        if differ := [name for name in wanted if found.get(name) != wanted[name]]:
+            named = "; ".join(f"{name} {found.get(name)}, got {wanted[name]}" for name in differ)
+            raise OutputError(
+                f"{output} holds a run with {named}; give it what it began with, or choose another --output"
+            )
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / ".run.json.tmp"
+    temporary.write_text(json.dumps(wanted, indent=1) + "\n")
+    os.replace(temporary, note)
+
+
 def fit(
     chunks: Path,
     tokenizer: ChunkTokenizer,
@@ -497,13 +546,13 @@ def fit(
 
     init: folder of a codec of the same configuration whose weights a new run starts from, in place of the
     topic phase. on_score is called with each line of the curve. Returns the last held-out score with steps, chunks and
-    seconds. Raises OutputError when the checkpoint there was made with another configuration or the other of
-    frozen and not, InputError when `init` does not fit or a frozen encoder has none, and TrainingError when a loss
+    seconds. Raises OutputError when the run there is not of these chunks, tokenizer and settings (`require_same_run`),
+    InputError when `init` does not fit or a frozen encoder has none, and TrainingError when a loss
     is no number.
     """
     if settings.freeze_encoder and init is None:
         raise InputError("a frozen encoder needs weights to start from; give --init with a codec's folder")
-    output.mkdir(parents=True, exist_ok=True)
+    require_same_run(output, chunks, tokenizer, config, settings, limit)
     data = ChunkTokens.read(chunks, tokenizer, limit)
     train_rows, held_rows = data.split(settings.held_out_share, settings.seed)
     print(f"{len(train_rows):,} chunks to train on, {len(held_rows):,} held out", flush=True)

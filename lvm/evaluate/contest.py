@@ -31,13 +31,14 @@ from lvm.evaluate.baselines import (
     mean_cosine,
 )
 from lvm.evaluate.controls import BATCH_WINDOWS, CONTROLS, RowBatch, as_written
-from lvm.evaluate.leaderboard import Entry, Example, ExampleText, TextRow, judge
+from lvm.evaluate.leaderboard import SEED_MEASURES, Entry, Example, ExampleText, TextRow, judge
 from lvm.evaluate.metrics import (
     LATENCY_BATCHES,
     Ints,
     Pool,
     Predict,
     Ranks,
+    Spread,
     WindowScores,
     clustered_interval,
     cosines,
@@ -279,18 +280,8 @@ def score_model(contest: Contest, name: str, models: Location, folder: str) -> S
     model = record.model
     parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    predictor = TrainedPredictor(record)
-    read = slice(-record.context, None)
-    scored = _score(
-        contest,
-        name,
-        "model",
-        lambda contexts: predictor(contexts[:, read]),
-        parameters,
-        weight_bytes,
-        model_details(record),
-        None if record.ranker is None else lambda contexts: predictor.search(contexts[:, read]),
-    )
+    predict, search = _predict_and_search(record)
+    scored = _score(contest, name, "model", predict, parameters, weight_bytes, model_details(record), search)
     attention = getattr(model, "attention", None)
     if attention is None:
         return scored
@@ -300,6 +291,40 @@ def score_model(contest: Contest, name: str, models: Location, folder: str) -> S
             for c, _ in contest.test.batches(BATCH_WINDOWS)
         ]
     return replace(scored, attention=summarise_attention(np.concatenate(weights)))
+
+
+def _predict_and_search(record: Record) -> tuple[Predict, Predict | None]:
+    """The record's prediction and its head's vector, from the last vectors of each context; None without a head."""
+    predictor, read = TrainedPredictor(record), slice(-record.context, None)
+    search = None if record.ranker is None else lambda contexts: predictor.search(contexts[:, read])
+    return lambda contexts: predictor(contexts[:, read]), search
+
+
+def score_seed(contest: Contest, models: Location, folder: str) -> dict[str, float | None]:
+    """The measures, SEED_MEASURES, of a record that was trained like one of the contest with another seed."""
+    torch.set_num_threads(contest.threads)
+    predict, search = _predict_and_search(load_record(models, folder))
+    array, settings = contest.test.array, contest.settings
+    pool = Pool.draw(array.vectors, settings.pool_chunks, settings.seed)
+    scores = score_windows(predict, search, as_written(contest.test), pool, array.vectors, array.doc_ids)
+    return {
+        "val_cosine": mean_cosine(predict, batches_of(contest.val)),
+        "cosine": float(scores.cosine.mean(dtype=np.float64)),
+        "in_article_mrr": summarise_ranks(scores.in_article)["mrr"],
+        "in_pool_r10": summarise_ranks(scores.in_pool)["r10"],
+    }
+
+
+def over_seeds(entry: Entry, others: Sequence[dict[str, float | None]]) -> dict[str, dict[str, Any]]:
+    """A model's measures over its own and other seeds: `Spread.to_dict` by name; without those that a seed lacks."""
+    own = {
+        "val_cosine": entry["val_cosine"],
+        "cosine": entry["cosine"]["mean"],
+        "in_article_mrr": entry["in_article"]["mrr"],
+        "in_pool_r10": entry["in_pool"]["r10"],
+    }
+    values = {name: [own[name], *(other[name] for other in others)] for name in SEED_MEASURES}
+    return {name: Spread.of(known).to_dict() for name, known in values.items() if None not in known}
 
 
 def _score(

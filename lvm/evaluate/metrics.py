@@ -36,6 +36,25 @@ def cosines(first: Floats, second: Floats) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """One measure over trainings that differ in their seed alone."""
+
+    mean: float
+    deviation: float
+    """Standard deviation of a sample (n - 1)."""
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of two values or more."""
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1)), tuple(values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"mean": self.mean, "deviation": self.deviation, "values": list(self.values)}
+
+
+@dataclass(frozen=True)
 class Interval:
     """A mean with its 95 % confidence interval."""
 

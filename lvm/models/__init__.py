@@ -40,11 +40,15 @@ from lvm.models.trunk import Trunk
 Architecture = AMN | LSTM | GRU | Transformer | Trunk
 Predictor = Architecture | Ensemble
 
+OPTIMIZED = "transformer-optimized"
+"""The Transformer under a recipe of its own (`lvm.predict.training.OWN_RECIPES`); otherwise the same architecture."""
+
 _TABLE: dict[str, tuple[Callable[[Any], Architecture], type[Any], Any, dict[str, tuple[Any, ...]]]] = {
     "amn": (AMN, AMNConfig, amn.TOY, amn.SPACE),
     "lstm": (LSTM, LSTMConfig, lstm.TOY, lstm.SPACE),
     "gru": (GRU, GRUConfig, gru.TOY, gru.SPACE),
     "transformer": (Transformer, TransformerConfig, transformer.TOY, transformer.SPACE),
+    OPTIMIZED: (Transformer, TransformerConfig, transformer.TOY, transformer.SPACE),
     "mamba2": (mamba2.Mamba2, mamba2.Mamba2Config, mamba2.TOY, mamba2.SPACE),
     "s4": (s4.S4, s4.S4Config, s4.TOY, s4.SPACE),
     "rwkv": (rwkv.RWKV, rwkv.RWKVConfig, rwkv.TOY, rwkv.SPACE),

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from lvm.codec.identity import require_same_codec
 from lvm.corpus.coherence import Coherence, require_sequential
@@ -27,7 +26,7 @@ from lvm.predict.record import (
 )
 from lvm.predict.runs import Outcome, TrainRun, outcome_of
 from lvm.predict.start import spread_batches
-from lvm.predict.training import FAST, Progress, Recipe, recipe_named
+from lvm.predict.training import Recipe, recipe_for
 from lvm.storage import Location, location
 from lvm.vectors.array import VectorArray
 from lvm.vectors.sequences import Windows, WindowSettings, make_windows
@@ -70,7 +69,7 @@ def fit(
     vectors: VectorArray,
     models: Location | str,
     model: str = "gru",
-    recipe: Recipe | str = FAST,
+    recipe: Recipe | str = "fast",
     seed: int = 0,
     windows: WindowSettings | None = None,
     device: str = "auto",
@@ -79,10 +78,11 @@ def fit(
 ) -> TrainedPredictor:
     """A predictor of these vectors with the weights of its best epoch by val cosine, and its record in `models`.
 
-    model: amn, lstm, gru or transformer; its sizes follow the vectors. recipe: `fast`, `classic` or your own. seed: of
-    the split by article and of training. windows: context length and filters. device: auto (CUDA, then MPS, then CPU)
-    or a torch device. log: called with the curve's row after each epoch (epoch, val_loss, val_cosine, seconds and, from
-    epoch 1, train_loss). allow_non_sequential: the sentence that lets text without an order train; the refusal names
+    model: a name of lvm.models.MODELS; its sizes follow the vectors. recipe: `fast`, `classic`, `long` or your own;
+    `transformer-optimized` has its own where a name is given. seed: of the split by article and of training. windows:
+    context length and filters. device: auto (CUDA, then MPS, then CPU) or a torch device. log: called with the curve's
+    row after each epoch (epoch, val_loss, val_cosine, seconds and, from epoch 1, train_loss). allow_non_sequential: the
+    sentence that lets text without an order train; the refusal names
     it. The alias `model` in `models` moves to the new record; a second call with the same settings trains nothing and
     returns the record there is.
 
@@ -96,7 +96,7 @@ def fit(
             "lvm.open_vectors(folder) of a finished `latent encode`"
         )
     require_known(model)
-    recipe = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
+    recipe = recipe if isinstance(recipe, Recipe) else recipe_for(model, recipe)
     models = location(models).resolve()
     require_models_folder(models)
     require_codec_of_models(models, vectors)
@@ -106,16 +106,7 @@ def fit(
     if folder is None:
         torch.manual_seed(seed)
         network = this.build().to(pick_device(device))
-        best: dict[str, torch.Tensor] = {}
-
-        def keep_best(trained: nn.Module, _: torch.optim.Optimizer, progress: Progress) -> None:
-            if progress.best is progress.curve[-1]:
-                best.update({name: tensor.detach().clone() for name, tensor in trained.state_dict().items()})
-
-        progress = training.fit(
-            network, model, data.parts["train"], data.parts["val"], recipe, seed, save=keep_best, log=log
-        )
-        network.load_state_dict(best)
+        progress = training.fit(network, model, data.parts["train"], data.parts["val"], recipe, seed, log=log)
         done = outcome_of(this, network, data.parts["train"], progress)
         folder, _ = save_trained(models, this, network, data, done, progress.best)
     if read_aliases(models).get(model) != folder.name:
@@ -167,7 +158,9 @@ def save_trained(
     peak = recipe.peak_rate(this.model, sizes["train"])
     config = {
         "run": this.fingerprint,
+        "series": this.series,
         "seed": this.seed,
+        **({} if this.training_seed is None else {"training_seed": this.training_seed}),
         "windows": asdict(this.windows),
         "vectors": vectors_entry(data.array.directory, manifest),
         "coherence": data.coherence.to_dict(),
@@ -186,7 +179,9 @@ def save_trained(
         f"recipe {recipe.name}",
         "Epochs": f"{progress.epoch} trained ({progress.stopped}); these are the weights of epoch "
         f"{best['epoch']}",
-        "Seed": str(this.seed),
+        "Seed": str(this.seed)
+        if this.training_seed is None
+        else f"{this.seed} of the split, {this.training_seed} of training",
         "Device": done.device,
     }
     issues = []

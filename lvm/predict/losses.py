@@ -75,15 +75,20 @@ def info_nce(predicted: Tensor, targets: Tensor, temperature: float) -> Tensor:
 
 
 def backward(
-    settings: LossSettings, predicted: Tensor, targets: Tensor, parameters: Iterable[Tensor]
+    settings: LossSettings,
+    predicted: Tensor,
+    targets: Tensor,
+    parameters: Iterable[Tensor],
+    weight: float = 1.0,
 ) -> LossReport:
     """Set every parameter's `.grad` from this batch, and return what was measured.
 
-    predicted, targets: (B, D) unit vectors; parameters: those that `predicted` was computed from.
+    predicted, targets: (B, D) unit vectors; parameters: those that `predicted` was computed from. weight: factor of the
+    gradient of squared distance alone.
     """
     distance = mse(predicted, targets)
     if settings.info_nce_share == 0.0:
-        distance.backward()
+        (weight * distance).backward()
         return LossReport(distance.item())
     used = [p for p in parameters if p.requires_grad]
     contrast = info_nce(predicted, targets, settings.temperature)

@@ -201,6 +201,18 @@ def find_record(models: Location, name: str, **wanted: Any) -> Location | None:
     return None
 
 
+def series_of(models: Location, record: Record) -> list[Location]:
+    """Records that differ from this one in the training's seed alone, by that seed; the newest of each."""
+    series = record.config.get("series", record.config.get("run"))
+    found: dict[int, Location] = {}
+    for folder in record_folders(models) if series is not None else []:
+        config = _read_json(folder / CONFIG)
+        if config.get("model") == record.name and config.get("series", config.get("run")) == series:
+            found[config.get("training_seed", config["seed"])] = folder
+    found[record.config.get("training_seed", record.config.get("seed", 0))] = record.folder
+    return [found[seed] for seed in sorted(found)]
+
+
 def read_aliases(models: Location) -> dict[str, str]:
     """Alias to folder name; {} where nothing was trained yet."""
     path = models / ALIASES

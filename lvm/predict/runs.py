@@ -18,6 +18,8 @@ from lvm.devices import pick_device
 from lvm.errors import InputError
 from lvm.models import CONFIGS, Architecture, build
 from lvm.predict.ranking import RankHead, fit_rank_head
+from lvm.predict.team import ALONE, Team
+from lvm.predict.tracking import MlflowCurves
 from lvm.predict.training import Progress, Recipe, bfloat16_is_faster, fit
 from lvm.storage import Location, local_folder, local_folder_for
 from lvm.vectors.array import VectorArray, open_vectors
@@ -49,7 +51,7 @@ class TrainRun:
     recipe: Recipe
     """How."""
     seed: int
-    """Of the split by article, the first weights, the order of batches and the dropout."""
+    """Of the split by article and, where `training_seed` is None, of training."""
     sizes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the architecture's config that differ from its default; `dim` is the vectors' length."""
     reach: int | None = None
@@ -57,6 +59,8 @@ class TrainRun:
     of different context lengths are judged on the same targets. None: of as many as the model reads."""
     layers_from: Location | None = None
     """Folder of a GPT-2 checkpoint that `gpt2` starts from."""
+    training_seed: int | None = None
+    """Of the first weights, the order of batches and the dropout; None is `seed`."""
 
     @classmethod
     def of(
@@ -92,12 +96,43 @@ class TrainRun:
             parts["reach"] = self.reach
         if self.layers_from is not None:
             parts["layers_from"] = str(self.layers_from)
+        if self.training_seed is not None:
+            parts["training_seed"] = self.training_seed
         return fingerprint(parts)
+
+    @property
+    def series(self) -> str:
+        """The fingerprint without the training's seed: runs that differ in it alone are of one series."""
+        return replace(self, training_seed=None).fingerprint
+
+    @property
+    def label(self) -> str:
+        """What a person reads: the architecture and, where it is not the split's, the training's seed."""
+        return self.model if self.training_seed is None else f"{self.model} seed {self.training_seed}"
+
+    @property
+    def seed_of_training(self) -> int:
+        """The seed that training draws from."""
+        return self.seed if self.training_seed is None else self.training_seed
 
     @property
     def name(self) -> str:
         """Name of the run: the same settings go on with the same run."""
         return f"{self.model}-{self.fingerprint}"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What a person compares runs by."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe.name,
+            "epochs": self.recipe.epochs,
+            "learning_rate": self.recipe.learning_rates[self.model],
+            "seed": self.seed_of_training,
+            "context": self.windows.context,
+            "vectors": self.vectors_fingerprint,
+            **self.sizes,
+        }
 
     def build(self) -> Architecture:
         """The untrained model; its first weights are torch's random ones, or of `layers_from`."""
@@ -121,22 +156,26 @@ class Outcome:
 def train_run(
     this: TrainRun,
     checkpoint: Path | None,
-    keep: Callable[[Path, dict[str, Any]], None],
+    keep: Callable[[Path | None, dict[str, Any]], None],
     tell: Callable[[dict[str, Any]], None],
     events: Location,
+    team: Team = ALONE,
+    mlflow: str | None = None,
 ) -> Outcome:
     """Train to the end, from a checkpoint where there is one.
 
     keep: is given the folder of a checkpoint and the curve's new entry after each epoch; the folder goes when it
     returns. tell: takes what a person may want to know: the curve's entries, `resumed`, `rank_loss`. events: folder of
-    TensorBoard's curves. Raises InputError when the vectors changed or do not suffice, TrainingError when the loss is
-    no longer a number.
+    TensorBoard's curves. team: the workers that train this together, each of which calls this; `keep` gets a folder in
+    the first alone, None in the others, which tell nothing and whose outcome has no head. mlflow: URI of
+    `prepare_mlflow`, for the curves there too. Raises InputError when the vectors changed or do not suffice,
+    TrainingError when the loss is no longer a number.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     parts = windows_of(this)
     best: dict[str, Tensor] = {}
-    torch.manual_seed(this.seed)
+    torch.manual_seed(this.seed_of_training)
     model = this.build()
     progress: Progress | None = None
     optimiser_state: dict[str, Any] | None = None
@@ -148,20 +187,20 @@ def train_run(
             optimiser_state = torch.load(moments, map_location="cpu", weights_only=True)
         progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
     start = progress.epoch if progress is not None else 0
-    if checkpoint is not None:
+    if checkpoint is not None and team.rank == 0:
         tell({"resumed": start})
     device = pick_device()
     model.to(device)
 
     def save(model: torch.nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+        if team.rank:
+            keep(None, progress.curve[-1])
+            return
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-            save_file(state, folder / WEIGHTS)
-            if progress.best is progress.curve[-1]:
-                best.update({name: tensor.clone() for name, tensor in state.items()})
-            else:
-                save_file(best, folder / BEST)
+            save_file(_on_cpu(model.state_dict()), folder / WEIGHTS)
+            if progress.best is not progress.curve[-1]:
+                save_file(_on_cpu(best), folder / BEST)
             torch.save(optimiser.state_dict(), folder / "optimiser.pt")
             (folder / "progress.json").write_text(json.dumps(progress.to_dict()))
             sums = {name: file_sha256(folder / name) for name in os.listdir(folder)}
@@ -169,14 +208,21 @@ def train_run(
             keep(folder, progress.curve[-1])
 
     with ExitStack() as opened:
-        writer = SummaryWriter(opened.enter_context(local_folder_for(events)), purge_step=start + 1)
-        opened.callback(writer.close)
+        if team.rank == 0:
+            writer = SummaryWriter(opened.enter_context(local_folder_for(events)), purge_step=start + 1)
+            opened.callback(writer.close)
+        curves = None
+        if team.rank == 0 and mlflow is not None:
+            curves = MlflowCurves(mlflow, this.name, this.parameters)
+            opened.push(lambda kind, *_: curves.close(kind is None))
 
         def log(row: dict[str, Any]) -> None:
             for key, value in row.items():
                 if key != "epoch":
                     writer.add_scalar(key, value, row["epoch"])
             writer.flush()
+            if curves is not None and (fault := curves.log(row)):
+                tell({"note": fault})
             tell({**row, "device": str(device)})
 
         progress = fit(
@@ -185,14 +231,22 @@ def train_run(
             parts["train"],
             parts["val"],
             this.recipe,
-            this.seed,
+            this.seed_of_training,
             progress=progress,
             optimiser_state=optimiser_state,
+            best=best,
             save=save,
-            log=log,
+            log=log if team.rank == 0 else None,
+            team=team,
         )
-    model.load_state_dict(best)
-    return outcome_of(this, model, parts["train"], progress, tell)
+    if team.rank:
+        return Outcome(progress, str(device), None)
+    outcome = outcome_of(this, model, parts["train"], progress, tell)
+    return outcome if team.size == 1 else replace(outcome, device=f"{team.size} x {outcome.device}")
+
+
+def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def outcome_of(
@@ -207,7 +261,7 @@ def outcome_of(
     ranker = None
     if this.recipe.rank is not None:
         bfloat16 = this.recipe.bfloat16 and bfloat16_is_faster(device)
-        ranker = fit_rank_head(model, train, this.recipe.rank, this.seed, bfloat16, log)
+        ranker = fit_rank_head(model, train, this.recipe.rank, this.seed_of_training, bfloat16, log)
     return Outcome(progress, str(device), ranker)
 
 

@@ -43,10 +43,12 @@ class WindowSource(Protocol):
         """Contexts and targets of these windows."""
 
 
-def spread_batches(windows: WindowSource, most: int, batch_windows: int = 512) -> Iterator[Batch]:
-    """At most `most` windows, evenly spaced over all, in order."""
+def spread_batches(
+    windows: WindowSource, most: int, batch_windows: int = 512, first: int = 0, every: int = 1
+) -> Iterator[Batch]:
+    """At most `most` windows, evenly spaced over all, in order; of their batches one in `every`, from `first` on."""
     indices = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(np.int64)
-    for low in range(0, len(indices), batch_windows):
+    for low in range(first * batch_windows, len(indices), every * batch_windows):
         yield windows.batch(indices[low : low + batch_windows])
 
 

@@ -10,7 +10,7 @@ Letters: B batch, T context vectors, D vector length.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lvm.errors import InputError, TrainingError
-from lvm.models import MODELS, Architecture
+from lvm.models import MODELS, OPTIMIZED, Architecture
 from lvm.predict.losses import LossReport, LossSettings, backward, mse
 from lvm.predict.ranking import RankSettings
 from lvm.predict.start import SOLVED_WINDOWS, Batch, WindowSource, solve_start, spread_batches
+from lvm.predict.team import ALONE, Team
 
 # ------------------------------------------------------------------------------------------------- settings
 
@@ -146,7 +147,14 @@ FAST = Recipe(
 )
 """The default."""
 
-RECIPES = {r.name: r for r in (FAST, CLASSIC)}
+LONG = replace(FAST, name="long", epochs=24, patience=4, max_minutes=120.0)
+"""`fast` with room for an architecture that `fast` cuts short: on Wikipedia and two cores the Transformer's 20 minutes
+were over after four of eight epochs (tests/bench/results). Its rank head and rates are those of `fast`."""
+
+RECIPES = {r.name: r for r in (FAST, CLASSIC, LONG)}
+
+OWN_RECIPES = {OPTIMIZED: LONG}
+"""Recipes that belong to a name of MODELS, whatever recipe the others are trained with."""
 
 
 def recipe_named(name: str) -> Recipe:
@@ -154,6 +162,12 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise InputError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def recipe_for(model: str, name: str) -> Recipe:
+    """The recipe this model is trained with when `name` is asked for. Raises InputError listing the names."""
+    recipe = recipe_named(name)
+    return OWN_RECIPES.get(model, recipe)
 
 
 # ------------------------------------------------------------------------------------------------- progress
@@ -196,13 +210,13 @@ class Score:
 # ----------------------------------------------------------------------------------------------- data order
 
 
-def shuffled_batches(windows: WindowSource, recipe: Recipe, seed: int, epoch: int) -> Iterator[Batch]:
-    """The batches of one epoch, counted from 1, in an order that seed and epoch decide.
+def shuffled_windows(total: int, recipe: Recipe, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
+    """The windows, of `total`, of each batch of one epoch, counted from 1, in an order that seed and epoch decide.
 
     With max_windows_per_epoch, epochs walk on through one shuffled order, so that every window is seen before
     one comes again.
     """
-    total, wanted = len(windows), recipe.windows_per_epoch(len(windows))
+    wanted = recipe.windows_per_epoch(total)
     place = (epoch - 1) * wanted
     chosen: list[NDArray[np.int64]] = []
     while wanted:
@@ -214,7 +228,7 @@ def shuffled_batches(windows: WindowSource, recipe: Recipe, seed: int, epoch: in
     indices = np.concatenate(chosen)
     size = recipe.batch_size(total)
     for low in range(0, len(indices), size):
-        yield windows.batch(indices[low : low + size])
+        yield indices[low : low + size]
 
 
 # --------------------------------------------------------------------------------------------- device, dtype
@@ -260,28 +274,29 @@ def make_optimiser(model: nn.Module, recipe: Recipe, device: torch.device) -> to
 
 
 def train_step(
+    forward: nn.Module,
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     contexts: Tensor,
     targets: Tensor,
     recipe: Recipe,
     bfloat16: bool,
+    weight: float = 1.0,
 ) -> LossReport:
     """One step on one batch; what its loss and gradients were.
 
-    contexts: (B, T, D), targets: (B, D), on the model's device. What is minimised is `model.loss(contexts, targets)`
-    where the architecture has one of its own, else the recipe's. A loss that is no number leaves the weights as they
-    were.
+    forward: `Team.forward` of the model. contexts: (B, T, D), targets: (B, D), on the model's device, and their weight
+    (`Team.part`). What is minimised is `model.loss(contexts, targets)` where the architecture has one of its own, else
+    the recipe's. A loss that is no number leaves the weights as they were.
     """
     optimiser.zero_grad(set_to_none=True)
-    own_loss = getattr(model, "loss", None)
     with torch.autocast(contexts.device.type, torch.bfloat16, enabled=bfloat16):
-        output = model(contexts) if own_loss is None else own_loss(contexts, targets)
-    if own_loss is None:
-        report = backward(recipe.loss, output, targets, model.parameters())
-    else:
-        output.backward()
+        output = forward(contexts, targets)
+    if hasattr(model, "loss"):
+        (weight * output).backward()
         report = LossReport(output.item())
+    else:
+        report = backward(recipe.loss, output, targets, model.parameters(), weight)
     if not math.isfinite(report.loss):
         return report
     if recipe.max_gradient_norm is not None:
@@ -291,14 +306,14 @@ def train_step(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Batch], bfloat16: bool = False) -> Score:
-    """Loss and cosine, means over all windows; the model is left in evaluation mode.
+def evaluate(model: nn.Module, batches: Iterable[Batch], bfloat16: bool = False, team: Team = ALONE) -> Score:
+    """Loss and cosine, means over all windows, those of the whole team; the model is left in evaluation mode.
 
     Raises InputError where there is no window.
     """
     model.eval()
     device = next(model.parameters()).device
-    count, loss, cosine = 0, 0.0, 0.0
+    count, loss, cosine = 0.0, 0.0, 0.0
     for contexts, targets in batches:
         truth = torch.from_numpy(targets).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -306,6 +321,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], bfloat16: bool = False)
         loss += float(mse(predicted, truth)) * len(targets)
         cosine += float(F.cosine_similarity(predicted, truth).sum())
         count += len(targets)
+    count, loss, cosine = team.sums(count, loss, cosine)
     if not count:
         raise InputError("expected at least one window to evaluate on, got none")
     return Score(loss / count, cosine / count)
@@ -321,16 +337,21 @@ def fit(
     *,
     progress: Progress | None = None,
     optimiser_state: dict[str, Any] | None = None,
+    best: dict[str, Tensor] | None = None,
     save: Callable[[nn.Module, torch.optim.Optimizer, Progress], None] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    team: Team = ALONE,
 ) -> Progress:
-    """Train `model` in place, on the device it is on, until the recipe or the val cosine says stop.
+    """Train `model` in place, on the device it is on, until the recipe or the val cosine says stop; it then has the
+    weights of its best epoch by val cosine.
 
     name: key of MODELS. Without `progress` training begins, from a solved start where the recipe says so;
     with it the caller has loaded the weights. `save` is called once an epoch, 0 included, with a state from
-    which another call goes on (`progress`, `optimiser_state` and the weights); `log` likewise, with the curve's
-    new entry. The weights are the last epoch's: the best epoch's are what `save` got then.
+    which another call goes on (`progress`, `optimiser_state`, `best` and the weights); `log` likewise, with the curve's
+    new entry. best: weights of the best epoch so far, kept up to date in place; {} or None to begin with.
+
+    team: the workers that train this model together, each of which calls this with the same arguments.
 
     Raises TrainingError naming epoch and batch when the loss is no longer a number; what was saved stays
     good.
@@ -344,6 +365,10 @@ def fit(
             f"{name} has a loss of its own, beside which InfoNCE has no place; expected info_nce_share 0 for it, got "
             f"{recipe.loss.info_nce_share:g}"
         )
+    if team.size > 1 and recipe.loss.info_nce_share:
+        raise InputError(
+            "InfoNCE beside squared distance trains with one worker a model; expected no more than 1"
+        )
     prepare = getattr(model, "prepare", None)
     if progress is None and prepare is not None:
         prepare(torch.from_numpy(targets) for _, targets in spread_batches(train, SOLVED_WINDOWS))
@@ -353,19 +378,24 @@ def fit(
     if optimiser_state is not None:
         optimiser.load_state_dict(optimiser_state)
     progress = progress or Progress()
+    best = {} if best is None else best
+    if not best and progress.curve and progress.best["epoch"] == progress.epoch:
+        best.update(_copy_of_weights(model))
+    forward = team.forward(model)
     begun = clock() - progress.seconds
     trained: dict[str, float] = {}
     while True:
         # Evaluate: whoever compares models, or picks a checkpoint, reads this. A resumed run has it already.
         resumed = bool(progress.curve) and progress.curve[-1]["epoch"] == progress.epoch
         if not resumed:
-            score = _validate(model, val, recipe, bfloat16)
+            batches = spread_batches(val, recipe.max_val_windows, first=team.rank, every=team.size)
+            score = evaluate(model, batches, bfloat16, team)
             if not math.isfinite(score.loss):
                 raise TrainingError(
                     f"{name}: the validation loss is {score.loss} after epoch {progress.epoch}; expected a "
                     f"number. Training of {name} ends here. Take a lower learning rate."
                 )
-            progress.seconds = clock() - begun
+            progress.seconds = team.of_first(clock() - begun)
             row = {
                 "epoch": progress.epoch,
                 **trained,
@@ -374,6 +404,8 @@ def fit(
                 "seconds": round(progress.seconds, 3),
             }
             progress.curve.append(row)
+            if progress.best is row:
+                best.update(_copy_of_weights(model))
             # Log, then save: a kill between the two costs the epoch, a line too many costs nothing.
             if log is not None:
                 log(row)
@@ -383,32 +415,41 @@ def fit(
         # Stop?
         progress.stopped = _reason_to_stop(progress, recipe)
         if progress.stopped is not None:
+            if best:
+                model.load_state_dict(best)
             return progress
 
         # Step through one epoch. Dropout draws from the epoch's own seed, so resuming changes nothing.
         progress.epoch += 1
-        torch.manual_seed(seed * 1_000_003 + progress.epoch)
+        torch.manual_seed((seed * 1_000_003 + progress.epoch) * team.size + team.rank)
         model.train()
         reports: list[LossReport] = []
-        rate = 0.0
-        for number, (contexts, targets) in enumerate(
-            shuffled_batches(train, recipe, seed, progress.epoch), start=1
-        ):
+        rate, seconds = 0.0, progress.seconds
+        for number, indices in enumerate(shuffled_windows(len(train), recipe, seed, progress.epoch), start=1):
+            mine, weight = team.part(indices)
+            contexts, targets = train.batch(mine)
             steps_done = (progress.epoch - 1) * steps_per_epoch + number - 0.5
             done = steps_done / (recipe.epochs * steps_per_epoch)
             if recipe.max_minutes is not None:
-                done = max(done, (clock() - begun) / (60.0 * recipe.max_minutes))
+                done = max(done, seconds / (60.0 * recipe.max_minutes))
             rate = learning_rate(recipe, peak, done)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             report = train_step(
+                forward,
                 model,
                 optimiser,
                 torch.from_numpy(contexts).to(device),
                 torch.from_numpy(targets).to(device),
                 recipe,
                 bfloat16,
+                weight,
             )
+            # One of them has to know what all do next.
+            loss, seconds = team.sums(
+                report.loss * weight / team.size, clock() - begun if team.rank == 0 else 0.0
+            )
+            report = replace(report, loss=loss)
             if not math.isfinite(report.loss):
                 raise TrainingError(
                     f"{name}: the loss is {report.loss} at epoch {progress.epoch}, batch {number} of "
@@ -421,8 +462,8 @@ def fit(
         trained = {**_means(reports), "learning_rate": rate}
 
 
-def _validate(model: nn.Module, val: WindowSource, recipe: Recipe, bfloat16: bool) -> Score:
-    return evaluate(model, spread_batches(val, recipe.max_val_windows), bfloat16)
+def _copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def _reason_to_stop(progress: Progress, recipe: Recipe) -> str | None:

@@ -43,6 +43,7 @@ def save_toy(
     split_seed: int = 0,
     codec: FakeCodec | None = None,
     context: int = 5,
+    **more: object,
 ) -> Path:
     """An untrained toy model with the record a training on these vectors would leave, and its alias."""
     array = open_vectors(run / "vectors")
@@ -51,6 +52,7 @@ def save_toy(
         "seed": split_seed,
         "windows": asdict(WindowSettings(context=context)),
         "vectors": {"fingerprint": array.fingerprint},
+        **more,
     }
     curve = [{"epoch": 1, "train_loss": 1.5, "val_loss": 1.4, "val_cosine": 0.3, "seconds": 1.0}]
     identity = array.identity if codec is None else codec.identity
@@ -335,3 +337,32 @@ def test_command_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ")
     assert "latent encode" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_seeds_of_one_training_are_a_mean_and_a_deviation(tmp_path: Path, ray_cluster: str) -> None:
+    paths = make_run(tmp_path)
+    folders = [
+        save_toy(tmp_path, "amn", 1, series="s", training_seed=1),
+        save_toy(tmp_path, "amn", 2, series="s", training_seed=2),
+        save_toy(tmp_path, "amn", 0, series="s", run="s"),
+    ]
+    made, _ = evaluate(paths, fake_codec, SETTINGS)
+    amn, lstm = (next(e for e in made["entries"] if e["name"] == n) for n in ("amn", "lstm"))
+    assert "seeds" not in lstm
+    contexts, targets = make_windows(open_vectors(paths.vectors)).split(0)["test"].batch(slice(None))
+    with torch.inference_mode():
+        models = [load_record(paths.models, f.name).model for f in folders]
+        each = [float(cosines(m(torch.from_numpy(contexts)).numpy(), targets).mean()) for m in models]
+    assert amn["seeds"]["cosine"]["mean"] == pytest.approx(np.mean(each), abs=1e-5)
+    assert amn["seeds"]["cosine"]["deviation"] == pytest.approx(np.std(each, ddof=1), abs=1e-5)
+    assert amn["cosine"]["mean"] == pytest.approx(each[2], abs=1e-5)
+    shown = f"{np.mean(each):.4f} ±{np.std(each, ddof=1):.4f}"
+    assert (paths.output / "leaderboard.md").read_text().count(shown) == 2
+    assert shown in (paths.output / "report.html").read_text()
+    # Another seed beside the model is another evaluation.
+    assert evaluate(paths, fake_codec, SETTINGS)[1]
+    save_toy(tmp_path, "amn", 3, series="s", training_seed=3)
+    set_alias(paths.models, "amn", folders[2])
+    again, up_to_date = evaluate(paths, fake_codec, SETTINGS)
+    assert not up_to_date
+    assert [len(e["seeds"]["cosine"]["values"]) for e in again["entries"] if "seeds" in e] == [4]

@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.train import TrainResult, main, plan_resources, train_models
+from jobs import train
+from jobs.train import TrainResult, ask, main, plan_resources, train_models
 from lvm.corpus.coherence import OVERRIDE
 from lvm.errors import IdentityError, InputError, OutputError, TrainingError
 from lvm.models import ORIGINAL, build
 from lvm.predict.fitting import check_sequential
 from lvm.predict.fitting import fit as library_fit
-from lvm.predict.record import load_record, read_aliases
+from lvm.predict.record import load_record, read_aliases, record_folders, series_of
 from lvm.predict.training import CLASSIC, FAST, RECIPES, fit
 from lvm.vectors.array import open_vectors
 from lvm.vectors.sequences import WindowSettings, make_windows
@@ -159,6 +161,69 @@ def test_runs_were_in_flight_at_the_same_time(trained: tuple[Path, TrainResult])
     assert sum(b < spans[-1][1] and e > spans[-1][0] for b, e in spans) >= 2
 
 
+# ---- several workers a model
+
+TOLERANCE = 2e-3
+"""Of val cosines, between one worker and two: the order of sums in bfloat16, and what dropout draws."""
+
+
+def test_two_workers_train_the_model_that_one_would(
+    trained: tuple[Path, TrainResult], vectors: Path, tmp_path: Path
+) -> None:
+    names = ["amn", "lstm", "lcm-quant"]  # the last with a loss of its own
+    together = train_models(vectors, tmp_path, names, BRIEF, workers=2)
+    assert together.failed == {}
+    alone = trained[1]
+    for name in names:
+        found, expected = (r.trained[name].metrics["curve"] for r in (together, alone))
+        assert [row["epoch"] for row in found] == [0, 1, 2, 3, 4]
+        for row, wanted in zip(found, expected, strict=True):
+            assert row["val_cosine"] == pytest.approx(wanted["val_cosine"], abs=TOLERANCE)
+            assert row.get("train_loss", 0) == pytest.approx(wanted.get("train_loss", 0), rel=0.02)
+        assert load_record(tmp_path, name).config["device"] == "2 x cpu"
+    # The number of workers is no setting of the model: with one, nothing is left to train.
+    again = train_models(vectors, tmp_path, names, BRIEF)
+    assert all(t.up_to_date for t in again.trained.values())
+
+
+def test_a_run_of_two_workers_goes_on_with_one(vectors: Path, tmp_path: Path, ray_cluster: str) -> None:
+    first = train_models(vectors, tmp_path, ["amn"], BRIEF, workers=2).trained["amn"]
+    first.folder.rename(tmp_path / "moved-away")
+    (tmp_path / "aliases.json").unlink()
+    again = train_models(vectors, tmp_path, ["amn"], BRIEF).trained["amn"]
+    assert again.metrics["curve"] == first.metrics["curve"]
+
+
+# ---- the monitor is lost
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_runs_end_well_without_their_monitor(
+    for_good: bool,
+    vectors: Path,
+    tmp_path: Path,
+    ray_cluster: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    killed: list[Any] = []
+
+    def ask_then_kill(monitor: Any, method: str, *arguments: Any) -> Any:
+        answer = ask(monitor, method, *arguments)
+        if method == "take" and not killed and any(row.get("epoch") == 0 for _, row in answer or ()):
+            killed.append(monitor)
+            ray.kill(monitor, no_restart=for_good)
+        return answer
+
+    monkeypatch.setattr(train, "ask", ask_then_kill)
+    result = train_models(vectors, tmp_path, ["amn", "gru"], replace(BRIEF, epochs=12))
+    assert killed
+    assert result.failed == {}
+    assert {n: t.metrics["epochs"] for n, t in result.trained.items()} == {"amn": 12, "gru": 12}
+    # Ray starts another one, which has the lines that come after.
+    assert ("epoch 12" in capsys.readouterr().err) == (not for_good)
+
+
 # ---- a second run
 
 
@@ -186,6 +251,45 @@ def test_another_seed_makes_a_new_record_and_the_old_one_stays(
     third = train_models(vectors, models, ["amn"], BRIEF)
     assert third.trained["amn"].up_to_date
     assert read_aliases(models)["amn"] == first.trained["amn"].folder.name
+
+
+def test_seeds_are_trained_side_by_side_and_the_best_gets_the_alias(
+    ray_cluster: str, vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(vectors, tmp_path, model="lstm,amn", epochs=1, seeds=3)
+    *table, last = capsys.readouterr().out.splitlines()
+    said = json.loads(last)
+    assert said["redone"] == 6
+    assert len(record_folders(tmp_path)) == 6
+    for name in ("lstm", "amn"):
+        best = load_record(tmp_path, name)
+        alike = [load_record(tmp_path, f.name) for f in series_of(tmp_path, best)]
+        assert [r.config.get("training_seed", 0) for r in alike] == [0, 1, 2]
+        assert {r.config["seed"] for r in alike} == {0}
+        values = [r.metrics["val_cosine"] for r in alike]
+        assert len(set(values)) == 3
+        assert best.metrics["val_cosine"] == max(values)
+        assert said["models"][name]["seeds"]["val_cosine"]["values"] == values
+        row = next(line for line in table if line.split()[:1] == [name])
+        assert f"{np.mean(values):.4f} ±{np.std(values, ddof=1):.4f}" in row
+        assert best.folder.name in row
+    before = read_aliases(tmp_path)
+    main(vectors, tmp_path, model="lstm,amn", epochs=1, seeds=3)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["up_to_date"]
+    assert read_aliases(tmp_path) == before
+
+
+def test_the_optimized_transformer_is_a_model_of_its_own(
+    ray_cluster: str, vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(vectors, tmp_path, model="transformer-optimized,amn", epochs=1)
+    record = load_record(tmp_path, "transformer-optimized")
+    assert record.folder.name.startswith("transformer-optimized-")
+    assert (record.name, record.config["parameters"]) == ("transformer-optimized", 17_867_520)
+    assert (record.config["recipe"]["name"], record.config["recipe"]["epochs"]) == ("long", 1)
+    assert record.ranker is not None
+    assert load_record(tmp_path, "amn").config["recipe"]["name"] == "fast"
+    assert "recipe long and fast" in capsys.readouterr().err
 
 
 # ---- failures
@@ -325,7 +429,8 @@ def refuse(vectors: Path, models: Path, names: list[str] | None = None, **more: 
 
 def test_an_unknown_model_is_refused(vectors: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="unknown model 'mamba'; expected one of amn, lstm, gru, transformer, mamba2"
+        InputError,
+        match="unknown model 'mamba'; expected one of amn, lstm, gru, transformer, transformer-optimized, mamba2",
     ):
         refuse(vectors, tmp_path / "models", ["amn", "mamba"])
     assert not (tmp_path / "models").exists()

@@ -19,6 +19,7 @@ PACKAGE_OF = {
     "backports": "backports.zstd",
     "compression": "backports.zstd",  # the standard library's from Python 3.14 on
     "faiss": "faiss-cpu",
+    "mlflow": "mlflow-skinny",
     "pydantic_core": "pydantic",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
@@ -66,12 +67,13 @@ def names(requirements: Iterable[str]) -> set[str]:
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 MAIN = names(PROJECT["dependencies"])
 SERVE = names(PROJECT["optional-dependencies"]["serve"])
+MLFLOW = names(PROJECT["optional-dependencies"]["mlflow"])
 DEV = names(PROJECT["optional-dependencies"]["dev"])
 
 
 @pytest.mark.parametrize(
     ("folders", "declared"),
-    [(("lvm", "jobs"), MAIN), (("serve",), MAIN | SERVE), (("tests",), MAIN | SERVE | DEV)],
+    [(("lvm", "jobs"), MAIN | MLFLOW), (("serve",), MAIN | SERVE), (("tests",), MAIN | SERVE | DEV)],
     ids=["lvm and jobs", "serve", "tests"],
 )
 def test_every_import_is_declared(folders: tuple[str, ...], declared: set[str]) -> None:
@@ -80,8 +82,8 @@ def test_every_import_is_declared(folders: tuple[str, ...], declared: set[str]) 
 
 @pytest.mark.parametrize(
     ("declared", "folders"),
-    [(MAIN, ("lvm", "jobs")), (SERVE, ("serve",)), (DEV, ("tests",))],
-    ids=["dependencies", "serve", "dev"],
+    [(MAIN, ("lvm", "jobs")), (MLFLOW, ("lvm",)), (SERVE, ("serve",)), (DEV, ("tests",))],
+    ids=["dependencies", "mlflow", "serve", "dev"],
 )
 def test_what_is_declared_is_used(declared: set[str], folders: tuple[str, ...]) -> None:
     assert declared - set(imports_below(*folders)) - set(NOT_IMPORTED) == set()

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from jobs.sweep import INFO_NCE_SHARES, RATES, SweepSettings, draw_trials, parse_contexts
+from jobs.sweep import INFO_NCE_SHARES, RATES, SEARCHED, SweepSettings, draw_trials, parse_contexts
 from lvm.errors import InputError
 from lvm.evaluate.metrics import Interval
 from lvm.evaluate.sweep import Trial, best_of_each, compare, html_page, leaderboard
 from lvm.models import MODELS, SPACES, build
 
-SETTINGS = SweepSettings(60, tuple(MODELS), (5, 10), "fast", 4, 1000, 0)
+SETTINGS = SweepSettings(60, SEARCHED, (5, 10), "fast", 4, 1000, 0)
 
 
 def trial(number: int, model: str, cosine: float | None, **changes: Any) -> Trial:
@@ -48,8 +48,8 @@ TRIALS = [
 
 def test_architectures_take_turns_and_draw_from_their_space() -> None:
     trials = draw_trials(SETTINGS)
-    assert Counter(t["model"] for t in trials) == dict.fromkeys(MODELS, 4)
-    assert [t["model"] for t in trials[: len(MODELS)]] == list(MODELS)
+    assert Counter(t["model"] for t in trials) == dict.fromkeys(SEARCHED, 4)
+    assert [t["model"] for t in trials[: len(SEARCHED)]] == list(SEARCHED)
     for drawn in trials:
         assert set(drawn["sizes"]) == set(SPACES[drawn["model"]])
         assert all(v in SPACES[drawn["model"]][k] for k, v in drawn["sizes"].items())

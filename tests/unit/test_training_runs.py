@@ -10,6 +10,7 @@ import pytest
 from jobs._training import plan_resources, runs_at_once
 from lvm.errors import InputError
 from lvm.predict.runs import TrainRun, windows_of
+from lvm.predict.team import Team
 from lvm.predict.training import FAST
 from lvm.vectors.array import open_vectors
 from lvm.vectors.sequences import WindowSettings, make_windows
@@ -41,11 +42,22 @@ def test_all_that_decides_the_weights_is_in_the_fingerprint(run: TrainRun) -> No
         replace(run, windows=WindowSettings(context=3)),
         replace(run, reach=3),
         replace(run, seed=1),
+        replace(run, training_seed=1),
         replace(run, model="gpt2", layers_from=Path("somewhere")),
         replace(run, model="gpt2"),
     ]
     assert len({r.fingerprint for r in [run, *others]}) == len(others) + 1
     assert replace(run, sizes={"hidden": 512}).fingerprint == run.fingerprint  # the default
+
+
+def test_runs_of_one_series_differ_in_the_trainings_seed_alone(run: TrainRun) -> None:
+    second = replace(run, training_seed=1)
+    assert run.series == run.fingerprint == second.series != second.fingerprint
+    assert replace(run, seed=1).series != run.series
+    assert (run.label, second.label) == ("lstm", "lstm seed 1")
+    assert (replace(run, seed=5).seed_of_training, second.seed_of_training) == (5, 1)
+    for own, other in zip(windows_of(run).values(), windows_of(second).values(), strict=True):
+        assert np.array_equal(own.rows_of_target, other.rows_of_target)
 
 
 def test_sizes_reach_the_model(run: TrainRun) -> None:
@@ -99,6 +111,23 @@ def test_as_many_runs_at_once_as_there_is_room_for(
     assert threads >= 1
     gpus = sum(n.get("GPU", 0.0) for n in nodes)
     assert resources.get("GPU", 0.0) * at_once <= max(gpus, 0.0) + 1e-9
+
+
+def test_several_workers_a_run_leave_room_for_fewer_runs() -> None:
+    assert runs_at_once([{"CPU": 2.0}], 4, workers=2) == 2
+    assert runs_at_once([{"CPU": 2.0}], 4, workers=8) == 1
+    assert runs_at_once([{"CPU": 16.0, "GPU": 1.0}], 15, workers=2) == 4
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 8])
+def test_the_parts_of_a_team_weigh_as_the_whole_batch(windows: int) -> None:
+    indices = np.arange(10, 10 + windows)
+    values = np.linspace(1.0, 2.0, 99)
+    parts = [Team(rank, 3).part(indices) for rank in range(3)]
+    assert sorted(np.concatenate([mine for mine, weight in parts if weight])) == sorted(indices)
+    assert np.mean([weight * values[mine].mean() for mine, weight in parts]) == pytest.approx(
+        values[indices].mean()
+    )
 
 
 def test_a_run_is_pickled_whole(run: TrainRun) -> None:

@@ -93,6 +93,37 @@ def test_a_checkpoint_of_other_sizes_is_refused(
         )
 
 
+def test_a_run_goes_on_with_its_own_chunks_tokenizer_and_split_alone(
+    chunks: Path, tokenizer: ChunkTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    fit(chunks, tokenizer, run, TOY, QUICK)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = pq.read_table(chunks / "part-00000.parquet")
+    pq.write_table(rows.slice(0, len(rows) - 6), other / "part-00000.parquet")
+    train_tokenizer((" ".join(c) for c in fake_articles(30)), 400, tmp_path / "tokenizer.json")
+    foreign = ChunkTokenizer.load(tmp_path / "tokenizer.json", TOY.max_tokens)
+    with pytest.raises(
+        OutputError, match=r"holds a run with chunks \w{16}, got \w{16}; give it what it began"
+    ):
+        fit(other, tokenizer, run, TOY, QUICK)
+    with pytest.raises(OutputError, match=f"holds a run with tokenizer .*got {foreign.sha256[:16]}"):
+        fit(chunks, foreign, run, TOY, QUICK)
+    with pytest.raises(OutputError, match="holds a run with seed 7, got 8"):
+        fit(chunks, tokenizer, run, TOY, replace(QUICK, seed=8))
+    with pytest.raises(OutputError, match="holds a run with limit None, got 100"):
+        fit(chunks, tokenizer, run, TOY, QUICK, limit=100)
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    # The same corpus from another place is the same corpus; one of an older version cannot be checked, and says so.
+    shutil.copytree(chunks, tmp_path / "moved")
+    fit(tmp_path / "moved", tokenizer, run, TOY, replace(QUICK, steps=6))
+    (run / "run.json").unlink()
+    fit(chunks, tokenizer, run, TOY, replace(QUICK, steps=7))
+    assert "does not say which chunks and tokenizer" in capsys.readouterr().out
+
+
 @pytest.fixture
 def trained(chunks: Path, tokenizer: ChunkTokenizer, tmp_path: Path) -> Path:
     folder = tmp_path / "first"

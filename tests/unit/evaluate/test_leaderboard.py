@@ -19,6 +19,7 @@ from lvm.evaluate.leaderboard import (
     ranking,
     tables,
 )
+from lvm.evaluate.metrics import Spread
 from tests.unit.evaluate.conftest import found, made_entry
 
 BASELINES = [made_entry("passthrough", 0.40, "baseline"), made_entry("ridge", 0.55, "baseline")]
@@ -78,6 +79,21 @@ def test_printed_leaderboard_fits_a_terminal(evaluation: Evaluation) -> None:
     evaluation["entries"][0]["name"] = "transformer-optimized"
     table = as_text(leaderboard(evaluation)).splitlines()[1:-1]
     assert max(len(line) for line in table) <= 110
+
+
+def test_with_seeds_the_cosine_over_them_stands_in_the_leaderboard(evaluation: Evaluation) -> None:
+    amn = ranking(evaluation)[0]
+    amn["name"] = "transformer-optimized"
+    spread = Spread.of([0.58, 0.57, 0.575]).to_dict()
+    amn["seeds"] = {"cosine": spread, "val_cosine": spread, "in_pool_r10": spread}
+    board = leaderboard(evaluation)
+    assert board.headers[5] == "over seeds"
+    assert [row[5] for row in board.rows] == ["0.5750 ±0.0050", "-", "-", "-"]
+    assert max(len(line) for line in as_text(board).splitlines()[1:-1]) <= 115
+    (seeds,) = [t for t in tables(evaluation) if t.title == "Over seeds"]
+    assert seeds.rows == (
+        ("transformer-optimized", "3", "0.5750 ±0.0050", "0.5750 ±0.0050", "-", "0.5750 ±0.0050"),
+    )
 
 
 def test_every_table_has_as_many_cells_as_headers(evaluation: Evaluation) -> None:

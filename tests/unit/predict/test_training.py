@@ -14,18 +14,21 @@ from torch import nn
 from lvm.devices import pick_device
 from lvm.errors import InputError, TrainingError
 from lvm.models import MODELS, TOYS, Predictor
+from lvm.predict import training
 from lvm.predict.losses import LossSettings
 from lvm.predict.training import (
     CLASSIC,
     FAST,
+    LONG,
     RECIPES,
     Progress,
     Recipe,
     evaluate,
     fit,
     learning_rate,
+    recipe_for,
     recipe_named,
-    shuffled_batches,
+    shuffled_windows,
 )
 from tests.unit.predict.conftest import MemoryWindows
 
@@ -144,18 +147,21 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     whole_model = toy(name)
     whole = fit(whole_model, name, train, val, QUICK, seed=3)
 
-    saved: list[tuple[dict[str, Any], dict[str, Any], Progress]] = []
+    saved: list[tuple[dict[str, Any], dict[str, Any], Progress, dict[str, torch.Tensor]]] = []
+    best: dict[str, torch.Tensor] = {}
 
     def save(model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
-        saved.append(copy.deepcopy((model.state_dict(), optimiser.state_dict(), progress)))
+        saved.append(copy.deepcopy((model.state_dict(), optimiser.state_dict(), progress, best)))
 
-    fit(toy(name), name, train, val, QUICK, seed=3, save=save)
-    weights, optimiser_state, progress = saved[killed_after]
+    fit(toy(name), name, train, val, QUICK, seed=3, best=best, save=save)
+    weights, optimiser_state, progress, best = saved[killed_after]
     assert progress.epoch == killed_after
     again = toy(name, seed=99)
     again.load_state_dict(weights)
     torch.manual_seed(12345)
-    resumed = fit(again, name, train, val, QUICK, seed=3, progress=progress, optimiser_state=optimiser_state)
+    resumed = fit(
+        again, name, train, val, QUICK, seed=3, progress=progress, optimiser_state=optimiser_state, best=best
+    )
     assert [r["epoch"] for r in resumed.curve] == [0, 1, 2, 3]
     assert resumed.curve[0] == whole.curve[0] | {"seconds": resumed.curve[0]["seconds"]}
     for before, after in zip(whole.curve[1:], resumed.curve[1:], strict=True):
@@ -174,6 +180,18 @@ def test_a_finished_run_takes_no_further_step(train: MemoryWindows, val: MemoryW
     assert again.curve == progress.curve
     assert again.seconds == seconds
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_the_weights_in_the_end_are_those_of_the_best_epoch(
+    train: MemoryWindows, val: MemoryWindows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A rate that grows until it spoils what was learnt.
+    monkeypatch.setattr(training, "learning_rate", lambda recipe, peak, done: 1e-3 if done < 0.4 else 3.0)
+    model = toy("lstm")
+    progress = fit(model, "lstm", train, val, replace(QUICK, max_gradient_norm=None), seed=0)
+    best, last = progress.best, progress.curve[-1]
+    assert last["val_cosine"] < best["val_cosine"] - 0.01
+    assert evaluate(model, [val.batch(slice(None))]).cosine == pytest.approx(best["val_cosine"], abs=1e-6)
 
 
 # ---- NaN
@@ -197,7 +215,7 @@ def test_weights_that_explode_are_reported(train: MemoryWindows, val: MemoryWind
 
 def test_an_epoch_holds_every_window_once_in_its_own_order(train: MemoryWindows) -> None:
     def seen(epoch: int, seed: int = 0) -> np.ndarray:
-        return np.concatenate([t for _, t in shuffled_batches(train, QUICK, seed, epoch)])[:, 0]
+        return train.batch(np.concatenate(list(shuffled_windows(len(train), QUICK, seed, epoch))))[1][:, 0]
 
     assert sorted(seen(1)) == sorted(train.vectors[:, 5, 0])
     assert not np.array_equal(seen(1), seen(2))
@@ -207,7 +225,7 @@ def test_an_epoch_holds_every_window_once_in_its_own_order(train: MemoryWindows)
 
 def test_capped_epochs_go_through_all_windows_before_one_comes_again(train: MemoryWindows) -> None:
     recipe = replace(QUICK, max_windows_per_epoch=96)
-    firsts = [np.concatenate([t for _, t in shuffled_batches(train, recipe, 0, e)])[:, 0] for e in (1, 2, 3)]
+    firsts = [np.concatenate(list(shuffled_windows(len(train), recipe, 0, e))) for e in (1, 2, 3)]
     assert [len(f) for f in firsts] == [96, 96, 96]
     together = np.concatenate(firsts)
     assert len(np.unique(together[:256])) == 256
@@ -243,6 +261,16 @@ def test_small_sets_get_smaller_batches_and_rates() -> None:
 def test_an_unknown_recipe_is_answered_with_the_known_ones() -> None:
     with pytest.raises(InputError, match="unknown recipe 'slow'; expected one of fast, classic"):
         recipe_named("slow")
+
+
+def test_the_optimized_transformer_has_a_recipe_of_its_own_whatever_is_asked_for() -> None:
+    assert (
+        recipe_for("transformer-optimized", "fast") == recipe_for("transformer-optimized", "classic") == LONG
+    )
+    assert recipe_for("transformer", "fast") == FAST
+    assert (LONG.epochs, LONG.rank) == (24, FAST.rank)
+    with pytest.raises(InputError, match="unknown recipe 'slow'"):
+        recipe_for("transformer-optimized", "slow")
 
 
 @pytest.mark.parametrize(
