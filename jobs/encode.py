@@ -28,6 +28,7 @@ from jobs._ray import (
     Address,
     PathOrUrl,
     connect,
+    cpus_to_grow_to,
     echo,
     finish,
     in_words,
@@ -234,8 +235,8 @@ def encode_chunks(
 ) -> EncodeResult:
     """Bring `target` to hold the vectors of `source`, a finished chunk job's folder, and nothing else.
 
-    max_workers: actors an autoscaling cluster may grow to; None for what its nodes hold now. gpus: how many to wait
-    for; None for those there are.
+    max_workers: most actors at once, of a CPU or a GPU each; None for all CPUs that an autoscaling cluster may grow to.
+    gpus: how many to wait for; None for those there are.
 
     Raises InputError when chunks are missing or damaged, or the cluster does not come to have what is asked for,
     IdentityError when they were cut for another tokenizer, OutputError when `target` was made with other settings.
@@ -356,21 +357,25 @@ def _encode_with_ray(
     then. Where nothing can be written, that ends it at once.
     """
     import ray
-    from ray.autoscaler.sdk import request_resources
 
+    # Once it knows how fast an actor is, Ray Data asks the autoscaler for twice as many, again and again; nodes take
+    # minutes to come. Here it asks for all of `max_size` at once. Read when ray.data is imported.
+    os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_FACTOR", "1e6")
+    os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_CPU_RESOURCE_DELTA", "1e6")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts chunks
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
-    nodes = nodes_with(gpus, min(max_workers or 1, len(pending)))
+    # What an autoscaling cluster may grow to is taken by default; GPUs are only those there are, or asked for.
+    most = max(1, min(max_workers or cpus_to_grow_to(), len(pending)))
+    nodes = nodes_with(gpus, most, free=False)
     num_actors, resources = plan(nodes, len(pending))
-    if max_workers is None:
+    kind = "GPU" if "num_gpus" in resources else "CPU"
+    if max_workers is None and (kind == "GPU" or most <= num_actors):
         # Ray Data begins when the least are there, so that is what has room now; a core that another job holds is
         # taken when it is free.
-        kind = "GPU" if "num_gpus" in resources else "CPU"
         room = ray.available_resources().get(kind, 0) // resources[f"num_{kind.lower()}s"]
         sizes = {"min_size": max(1, min(num_actors, int(room))), "max_size": num_actors}
     else:
-        most = max(1, min(max_workers, len(pending)))
         # One CPU each: what the nodes to come are like is not known yet.
         sizes, resources = {"min_size": 1, "max_size": most}, {**resources, "num_cpus": 1}
     context.wait_for_min_actors_s = START_TIMEOUT_S
@@ -386,9 +391,6 @@ def _encode_with_ray(
         **resources,
     )
     refused: list[LvmError] = []
-    if max_workers is not None:
-        # Ray Data asks for no more than the cluster has; it takes on what comes, up to `max_size`.
-        request_resources(bundles=[{"CPU": 1.0, "GPU": float(resources.get("num_gpus", 0))}] * most)
     noted = False
     rows_done = _or_no_workers(finished.iter_rows(), resources, nodes)
     try:
@@ -409,8 +411,6 @@ def _encode_with_ray(
     finally:
         # What is still open when the interpreter ends would start a Ray of its own to close itself, and wait for ever.
         rows_done.close()
-        if max_workers is not None:
-            request_resources(bundles=[])  # nodes without work may go
     if refused:
         if not isinstance(refused[-1], OutputError):
             echo(
@@ -478,7 +478,11 @@ def main(
     address: Address = None,
     max_workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Workers an autoscaling cluster may grow to; none: what is there now."),
+        typer.Option(
+            min=1,
+            help="Most workers at once, of one CPU each, or of one GPU and one CPU; not nodes. None: as many as the "
+            "cluster may grow to.",
+        ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
 ) -> None:
