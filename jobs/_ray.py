@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import platform
-import secrets
 import signal
 import sys
 import threading
@@ -31,9 +30,6 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 600
 """Longest wait for a cluster to come up with the CPUs or GPUs a job asks for: nodes of a cloud take minutes, and what
 nobody has never comes."""
-
-DEMAND_S = 60.0
-"""How long the autoscaler keeps to what a job asked for once that job is silent."""
 
 FREE_S = 2.0
 """Longest look for what is free on a cluster where something is held."""
@@ -150,72 +146,28 @@ def connect(address: str | None) -> None:
         signal.signal(signal.SIGTERM, _stopped)
 
 
-def bundles(workers: int, gpus: int | None = None) -> list[dict[str, float]]:
-    """What to ask an autoscaler for, for so many workers of one CPU, or of a GPU and a CPU.
+def bundles(gpus: int | None) -> list[dict[str, float]]:
+    """What to ask an autoscaler for: a CPU, or so many GPUs with a CPU each.
 
-    A GPU that is not wanted is left out: one with the amount 0 counts as a wish for GPUs (`ResourceDemandScheduler` of
-    Ray's autoscaler looks whether the name is there), and buys GPU nodes for work on CPUs.
+    A GPU that is not wanted is left out: one with the amount 0 counts as a wish for GPUs (Ray's autoscaler looks
+    whether the name is there), and buys GPU nodes for work on CPUs.
     """
-    return [{"CPU": 1.0, "GPU": 1.0}] * gpus if gpus else [{"CPU": 1.0}] * workers
+    return [{"CPU": 1.0, "GPU": 1.0}] * gpus if gpus else [{"CPU": 1.0}]
 
 
-class Demand:
-    """What this process asks of the cluster's autoscaler, beside what others ask; used as a context.
-
-    `ray.autoscaler.sdk.request_resources` has one wish for the whole cluster: a second job's replaces the first's, and
-    it outlives the job that was killed. So the wish goes through the actor in which Ray Data and Ray Train gather
-    theirs: it adds them up, and forgets one that was not renewed for DEMAND_S.
-    """
-
-    def __init__(self, wanted: Sequence[Mapping[str, float]], keep_s: float = DEMAND_S) -> None:
-        from ray.data._internal.cluster_autoscaler import DefaultAutoscalingCoordinator
-
-        self._coordinator = DefaultAutoscalingCoordinator(f"latent-{secrets.token_hex(8)}")
-        self._wanted, self._keep_s = [dict(bundle) for bundle in wanted], keep_s
-        self._ended = threading.Event()
-        self._renewing = threading.Thread(target=self._renew, daemon=True)
-
-    def _renew(self) -> None:
-        while True:
-            self._coordinator.request_resources(self._wanted, expire_after_s=self._keep_s)
-            if self._ended.wait(self._keep_s / 3):
-                return
-
-    def __enter__(self) -> "Demand":
-        self._renewing.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._renewing.join()
-        self._coordinator.cancel_request()
-
-
-def cpus_to_grow_to() -> int:
-    """CPUs that the cluster's autoscaler may have on nodes without a GPU; 0 where there is none.
-
-    Node types of one size count once: they are spot nodes, and those on demand that stand in for them.
-    """
-    import ray
-
-    config = ray._private.state.state.get_cluster_config()
-    by_size: dict[tuple[tuple[str, float], ...], int] = {}
-    for group in [] if config is None else config.node_group_configs:
-        if group.resources.get("GPU", 0) == 0 and (cpus := int(group.resources.get("CPU", 0))):
-            most = 10**6 if group.max_count < 0 else group.max_count  # -1: no limit
-            size = tuple(sorted(group.resources.items()))
-            by_size[size] = max(by_size.get(size, 0), cpus * most)
-    return sum(by_size.values())
-
-
-def nodes_with(gpus: int | None = None, workers: int = 1, free: bool = True) -> list[dict[str, float]]:
+def nodes_with(gpus: int | None = None, free: bool = True) -> list[dict[str, float]]:
     """Ray resources of each live node, once a CPU is among them, and `gpus` GPUs in all; None: those that are there.
 
     free: without what others hold there (a driver's own CPU, another job), unless they hold all. What is not there is
-    asked of the autoscaler, with `workers` CPUs to begin with. Raises InputError naming what there is when it has not
-    come within START_TIMEOUT_S; at once on a cluster that this process started, as that one never grows.
+    asked of the autoscaler. Raises InputError naming what there is when it has not come within START_TIMEOUT_S; at once
+    on a cluster that this process started, as that one never grows.
+
+    Asked by a placement group, not by `ray.autoscaler.sdk.request_resources`: that is one wish for the whole cluster, so
+    a second job's replaces the first's, it outlives the job that was killed, and one that cannot be met in full buys
+    nothing. A placement group ends with its driver.
     """
     import ray
+    from ray.util import placement_group, remove_placement_group
 
     wanted = "a CPU" if gpus is None else f"{gpus} GPU{'s' * (gpus != 1)} and a CPU"
     end, asked = time.monotonic() + START_TIMEOUT_S, False
@@ -238,7 +190,7 @@ def nodes_with(gpus: int | None = None, workers: int = 1, free: bool = True) -> 
             if not asked:
                 asked = True
                 echo(f"waiting up to {START_TIMEOUT_S:g} s for {wanted}; the cluster's nodes have {there}")
-                until_here.enter_context(Demand(bundles(workers, gpus)))
+                until_here.callback(remove_placement_group, placement_group(bundles(gpus)))
             time.sleep(0.5)
 
 
@@ -255,13 +207,21 @@ def _free_of(total: Mapping[str, Mapping[str, float]]) -> list[dict[str, float]]
         for node, now in ray._private.state.available_resources_per_node().items():
             for kind in most.get(node, ()):
                 most[node][kind] = max(most[node][kind], now.get(kind, 0.0))
-        if all(most[n][k] >= r.get(k, 0.0) for n, r in total.items() for k in most[n]) or time.monotonic() > end:
+        if (
+            all(most[n][k] >= r.get(k, 0.0) for n, r in total.items() for k in most[n])
+            or time.monotonic() > end
+        ):
             break
         time.sleep(0.1)
     with_gpu = any(r.get("GPU") for r in total.values())
     if not any(f["CPU"] >= 1 and (f["GPU"] > 0 or not with_gpu) for f in most.values()):
         return [dict(r) for r in total.values()]  # all is at work: wait for it
     return [{**r, **{k: v for k, v in most[n].items() if k in r}} for n, r in total.items()]
+
+
+def grows() -> bool:
+    """False on a cluster that this process started; one that it joined may have an autoscaler, Ray does not say."""
+    return not _started
 
 
 def in_words(nodes: Sequence[Mapping[str, float]]) -> str:

@@ -28,9 +28,9 @@ from jobs._ray import (
     Address,
     PathOrUrl,
     connect,
-    cpus_to_grow_to,
     echo,
     finish,
+    grows,
     in_words,
     load_codec_at,
     nodes_with,
@@ -78,6 +78,9 @@ REFUSALS = {"IdentityError": IdentityError, "OutputError": OutputError}
 
 MAX_THREADS = 8
 """Most threads of one actor; the encoder's matrices are too small to feed more."""
+
+MOST_WORKERS = 1000
+"""Actors at once where nobody says how many: of more wishes Ray's autoscaler reads none."""
 
 SHARDS_PER_ACTOR = 2
 """Shards handed to an actor: the one at work, and the next, so that it never waits. One at a time is encoded: against a
@@ -358,27 +361,29 @@ def _encode_with_ray(
     """
     import ray
 
-    # Once it knows how fast an actor is, Ray Data asks the autoscaler for twice as many, again and again; nodes take
-    # minutes to come. Here it asks for all of `max_size` at once. Read when ray.data is imported.
-    os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_FACTOR", "1e6")
-    os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_CPU_RESOURCE_DELTA", "1e6")
+    # Ray Data's own wish for more goes through `request_resources`, where one that cannot be met buys nothing and stands
+    # in the way of other jobs' wishes. The actors that wait for room say the same. Read when ray.data is imported.
+    os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_CPU_RESOURCE_DELTA", "0")
+    os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_GPU_RESOURCE_DELTA", "0")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts chunks
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
-    # What an autoscaling cluster may grow to is taken by default; GPUs are only those there are, or asked for.
-    most = max(1, min(max_workers or cpus_to_grow_to(), len(pending)))
-    nodes = nodes_with(gpus, most, free=False)
+    nodes = nodes_with(gpus, free=False)
     num_actors, resources = plan(nodes, len(pending))
     kind = "GPU" if "num_gpus" in resources else "CPU"
-    if max_workers is None and (kind == "GPU" or most <= num_actors):
+    most = min(max_workers or MOST_WORKERS, len(pending))
+    if grows() and most > num_actors and (max_workers or kind == "CPU"):
+        # All actors at once, of a CPU each, as what the nodes to come are like is not known yet. Those for which there is
+        # no room are what an autoscaler starts nodes for, as far as it may; they end with this process.
+        sizes, resources = {"size": most}, {**resources, "num_cpus": 1}
+        context.wait_for_min_actors_s = -1
+    else:
         # Ray Data begins when the least are there, so that is what has room now; a core that another job holds is
         # taken when it is free.
+        num_actors = min(num_actors, most)
         room = ray.available_resources().get(kind, 0) // resources[f"num_{kind.lower()}s"]
         sizes = {"min_size": max(1, min(num_actors, int(room))), "max_size": num_actors}
-    else:
-        # One CPU each: what the nodes to come are like is not known yet.
-        sizes, resources = {"min_size": 1, "max_size": most}, {**resources, "num_cpus": 1}
-    context.wait_for_min_actors_s = START_TIMEOUT_S
+        context.wait_for_min_actors_s = START_TIMEOUT_S
     rows = [asdict(s) for s in pending]
     finished = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardEncoder,

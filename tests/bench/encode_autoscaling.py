@@ -4,7 +4,7 @@ A cluster on this machine with a head without CPUs and up to three worker nodes 
 starts and ends; the nodes are processes (provider `fake_multinode`). It is what `ray.cluster_utils.AutoscalingCluster`
 starts, without that class: its example.yaml is not in Ray's wheel, and its start runs `ray stop --force`, which ends
 every other Ray on the machine. Before, one node is
-there; the job is `jobs.encode`, which grows to what the cluster may have, with a codec that takes a fixed time over a shard (the machine has
+there; the job is `jobs.encode` with `max_workers=3` and a codec that takes a fixed time over a shard (the machine has
 fewer cores than the cluster), then nothing. A line a second: seconds, live worker nodes, shards on disk.
 
     python -m tests.bench.encode_autoscaling
@@ -97,12 +97,7 @@ class GrowingCluster:
         ray = Path(sys.executable).with_name("ray")
         self._process = subprocess.Popen(
             [str(ray), *command[1:]],
-            env={
-                **os.environ,
-                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-                "RAY_FAKE_CLUSTER": "1",
-                "RAY_enable_autoscaler_v2": "1",  # as `ray up` and KubeRay have it; `ray start` alone starts v1
-            },
+            env={**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"},
             stdout=sys.stderr,
             stderr=sys.stderr,
         )
@@ -165,7 +160,7 @@ def main() -> None:
             done: list[Any] = []
 
             def work() -> None:
-                done.append(encode_chunks(folder / "chunks", folder / "vectors", load))
+                done.append(encode_chunks(folder / "chunks", folder / "vectors", load, max_workers=3))
 
             thread = threading.Thread(target=work)
             started = time.monotonic() - begun
