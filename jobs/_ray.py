@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +24,8 @@ from lvm.errors import InputError, LvmError
 from lvm.storage import Location, local_folder, location
 
 if TYPE_CHECKING:
+    import torch
+
     from lvm.codec.zoo import Codec
     from lvm.corpus.records import Article
 
@@ -30,6 +34,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 600
 """Longest wait for a cluster to come up with the CPUs or GPUs a job asks for: nodes of a cloud take minutes, and what
 nobody has never comes."""
+
+FREE_S = 2.0
+"""Longest look for what is free on a cluster where something is held."""
 
 WORKER_ENVIRONMENT = {
     # Idle OpenMP threads sleep. Spinning, as they do by default, two workers of two threads on two busy cores took five
@@ -103,7 +110,10 @@ GPUS_HELP = "GPUs to wait for; an autoscaling cluster starts nodes for them. Non
 
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to join (host:port, ray://… or auto); none starts one on this machine."),
+    typer.Option(
+        help="Ray cluster to join, from a node of it (host:port or auto); none starts one on this machine. From "
+        "elsewhere: latent submit."
+    ),
 ]
 
 
@@ -127,38 +137,64 @@ def connect(address: str | None) -> None:
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     workers = {"PYTHONPATH": python_path, **WORKER_ENVIRONMENT}
-    ray.init(
-        # Without an address Ray joins whatever cluster of this machine wrote its file last, alive or not.
-        address="local" if starts_one else address,
-        runtime_env={"env_vars": workers},
-        logging_level=logging.WARNING,
-        log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
-        include_dashboard=False if starts_one else None,
-    )
+    given = address or os.environ.get("RAY_ADDRESS", "")
+    try:
+        if re.fullmatch(r"[^/]+:\d+", given):  # Ray itself would try for a minute and end the process
+            socket.create_connection((given.rpartition(":")[0], int(given.rpartition(":")[2])), 10).close()
+        ray.init(
+            # Without an address Ray joins whatever cluster of this machine wrote its file last, alive or not.
+            address="local" if starts_one else address,
+            runtime_env={"env_vars": workers},
+            logging_level=logging.WARNING,
+            log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
+            include_dashboard=False if starts_one else None,
+        )
+    except (OSError, RuntimeError, ValueError) as err:
+        if starts_one:
+            raise
+        raise InputError(
+            f"cannot join the Ray cluster at {given} "
+            f"({(str(err).strip() or type(err).__name__).splitlines()[0]}); expected the address of a cluster that "
+            "this machine is a node of. From another machine: latent submit --address http://HEAD:8265 …"
+        ) from err
     if threading.current_thread() is threading.main_thread():
         # After Ray, whose own handler ends the process on the spot and prints its stack.
         signal.signal(signal.SIGTERM, _stopped)
 
 
-def nodes_with(gpus: int | None = None, workers: int = 1) -> list[dict[str, float]]:
+def bundles(gpus: int | None) -> list[dict[str, float]]:
+    """What to ask an autoscaler for: a CPU, or so many GPUs with a CPU each.
+
+    A GPU that is not wanted is left out: one with the amount 0 counts as a wish for GPUs (Ray's autoscaler looks
+    whether the name is there), and buys GPU nodes for work on CPUs.
+    """
+    return [{"CPU": 1.0, "GPU": 1.0}] * gpus if gpus else [{"CPU": 1.0}]
+
+
+def nodes_with(gpus: int | None = None, free: bool = True) -> list[dict[str, float]]:
     """Ray resources of each live node, once a CPU is among them, and `gpus` GPUs in all; None: those that are there.
 
-    What is not there is asked of the autoscaler, with `workers` CPUs to begin with. Raises InputError naming what there
-    is when it has not come within START_TIMEOUT_S; at once on a cluster that this process started, as that one never
-    grows.
+    free: without what others hold there (a driver's own CPU, another job), unless they hold all. What is not there is
+    asked of the autoscaler. Raises InputError naming what there is when it has not come within START_TIMEOUT_S; at once
+    on a cluster that this process started, as that one never grows.
+
+    Asked by a placement group, not by `ray.autoscaler.sdk.request_resources`: that is one wish for the whole cluster,
+    so a second job's replaces the first's, it outlives the job that was killed, and one that cannot be met in full
+    buys nothing. A placement group ends with its driver.
     """
     import ray
-    from ray.autoscaler.sdk import request_resources
+    from ray.util import placement_group, remove_placement_group
 
     wanted = "a CPU" if gpus is None else f"{gpus} GPU{'s' * (gpus != 1)} and a CPU"
     end, asked = time.monotonic() + START_TIMEOUT_S, False
-    try:
+    with ExitStack() as until_here:
         while True:
-            nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+            alive = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}  # type: ignore[no-untyped-call]
+            nodes = list(alive.values())
             if any(n.get("CPU", 0) >= 1 for n in nodes) and sum(n.get("GPU", 0) for n in nodes) >= (
                 gpus or 0
             ):
-                return nodes
+                return _free_of(alive) if free else nodes
             there = in_words(nodes)
             if _started or time.monotonic() > end:
                 waited = "" if _started else f" after {START_TIMEOUT_S:g} s"
@@ -170,12 +206,38 @@ def nodes_with(gpus: int | None = None, workers: int = 1) -> list[dict[str, floa
             if not asked:
                 asked = True
                 echo(f"waiting up to {START_TIMEOUT_S:g} s for {wanted}; the cluster's nodes have {there}")
-                bundle = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
-                request_resources(bundles=[bundle] * max(workers, gpus or 1))
+                until_here.callback(remove_placement_group, placement_group(bundles(gpus)))
             time.sleep(0.5)
-    finally:
-        if asked:
-            request_resources(bundles=[])  # from here on the work itself keeps them
+
+
+def _free_of(total: Mapping[str, Mapping[str, float]]) -> list[dict[str, float]]:
+    """CPUs and GPUs of each node that nobody holds, all where none is free. total: Ray resources by node.
+
+    The head hears of what has just ended a moment later, so the most of FREE_S counts.
+    """
+    import ray
+
+    most = {node: {"CPU": 0.0, "GPU": 0.0} for node in total}
+    end = time.monotonic() + FREE_S
+    while True:
+        for node, now in ray._private.state.available_resources_per_node().items():
+            for kind in most.get(node, ()):
+                most[node][kind] = max(most[node][kind], now.get(kind, 0.0))
+        if (
+            all(most[n][k] >= r.get(k, 0.0) for n, r in total.items() for k in most[n])
+            or time.monotonic() > end
+        ):
+            break
+        time.sleep(0.1)
+    with_gpu = any(r.get("GPU") for r in total.values())
+    if not any(f["CPU"] >= 1 and (f["GPU"] > 0 or not with_gpu) for f in most.values()):
+        return [dict(r) for r in total.values()]  # all is at work: wait for it
+    return [{**r, **{k: v for k, v in most[n].items() if k in r}} for n, r in total.items()]
+
+
+def grows() -> bool:
+    """False on a cluster that this process started; one that it joined may have an autoscaler, Ray does not say."""
+    return not _started
 
 
 def in_words(nodes: Sequence[Mapping[str, float]]) -> str:
@@ -191,12 +253,27 @@ def unseen_gpu() -> str:
         return ""
     import torch
 
-    if torch.cuda.is_available():
+    from lvm.devices import seen_gpu
+
+    if seen_gpu():
         return ""
     return (
         f"Ray gave it a GPU on {platform.node()}, but torch {torch.__version__} sees none there: it works on the CPU. "
         "Install a build of torch for that GPU and its driver, or start that node with --num-gpus=0"
     )
+
+
+def worker_device(pairs: bool = False) -> "torch.device":
+    """Where this process computes: a Ray worker on the GPU it has a part of, else on the CPU; a driver on what it sees.
+
+    pairs: as `lvm.devices.device_of_pairs` has it."""
+    import ray
+
+    from lvm.devices import device_of_pairs, pick_device
+
+    in_worker = ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    reserved = not in_worker or bool(ray.get_gpu_ids())  # type: ignore[no-untyped-call]
+    return (device_of_pairs if pairs else pick_device)("auto", reserved)
 
 
 def _stopped(number: int, _: object) -> None:
@@ -233,8 +310,9 @@ def load_codec_at(
     def here(folder: Location | None) -> Path | None:
         return None if folder is None else local_folder(folder)
 
+    device = "cpu" if worker_device().type == "cpu" else "auto"
     return load_codec(
-        name, here(path), writer=here(writer), language_model=here(language_model), engine=engine
+        name, here(path), device, writer=here(writer), language_model=here(language_model), engine=engine
     )
 
 
