@@ -7,13 +7,20 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 DEVELOPING = $(VENV)/.developing
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-slow check format bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/latent demo
 
+# Unit tests use a core each; integration tests wait more than they compute, so three share two cores.
+TOGETHER = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder -m "not slow"
+
 test: $(DEVELOPING)
-	$(BIN)/python -m pytest
+	$(TOGETHER) -n 2 tests/unit
+	$(TOGETHER) -n 3 tests/integration
+
+test-slow: $(DEVELOPING)
+	$(BIN)/python -m pytest -m slow
 
 check: $(DEVELOPING)
 	$(BIN)/ruff check .

@@ -92,9 +92,9 @@ def test_a_folder_without_models_is_no_run_to_measure(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_second_run_redoes_nothing_and_says_so(finished: FinishedRun) -> None:
+def test_a_second_run_redoes_nothing_and_says_so(finished: FinishedRun, ray_cluster: str) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
-    again = latent("run", "--output", str(finished.output), *ARGUMENTS)
+    again = latent("run", "--output", str(finished.output), *ARGUMENTS, "--address", ray_cluster)
     assert again.returncode == 0, again.stderr[-3000:]
     summary = json.loads(again.stdout.splitlines()[-1])
     assert all(summary["up_to_date"].values()), summary["up_to_date"]
