@@ -12,12 +12,11 @@ DEVELOPING = $(VENV)/.developing
 demo: $(INSTALLED)
 	$(BIN)/latent demo
 
-# Unit tests use a core each; integration tests wait more than they compute, so three share two cores.
-TOGETHER = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder -m "not slow"
+SIDE_BY_SIDE = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test: $(DEVELOPING)
-	$(TOGETHER) -n 2 tests/unit
-	$(TOGETHER) -n 3 tests/integration
+	$(SIDE_BY_SIDE) tests/unit
+	$(SIDE_BY_SIDE) tests/integration
 
 test-slow: $(DEVELOPING)
 	$(BIN)/python -m pytest -m slow

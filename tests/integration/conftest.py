@@ -1,4 +1,4 @@
-"""One real local Ray for the whole run, or for each process of a run in several (`-n 3`)."""
+"""One real local Ray for the whole run, or for each process of a run in several (`-n 2`)."""
 
 import fcntl
 import logging
@@ -16,11 +16,11 @@ __all__ = ["CHECKOUT", "bucket", "database", "own_cache", "plain", "ray_cluster"
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
-LONG = ("test_commands", "test_serve_http", "test_train_job", "test_chunk_job", "test_generate_job")
-"""Files that a run in several processes begins with, so that none of them is left for the end."""
+FIRST = ("test_commands", "test_train_job", "test_chunk_job", "test_generate_job")
+"""Long files that a run in several processes begins with, so that none of them is left for the end."""
 
-ALONE = "test_serve_faults"
-"""The file it ends with: while others are at work, each of its tests would keep them waiting."""
+LAST = ("test_serve_http", "test_serve_faults")
+"""Files it ends with: while others are at work, their tests that are `alone` would keep those waiting."""
 
 IN_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 """Whether this process is one of those of `pytest -n`."""
@@ -29,8 +29,9 @@ IN_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files of a run in several processes."""
     if IN_SEVERAL:
-        place = {name: number for number, name in enumerate(LONG)} | {ALONE: len(LONG) + 1}
-        items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+        place = {name: number - 100 for number, name in enumerate(FIRST)}
+        place |= {name: number + 100 for number, name in enumerate(LAST)}
+        items.sort(key=lambda item: place.get(item.path.stem, 0))
 
 
 @contextmanager
