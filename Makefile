@@ -7,13 +7,19 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 DEVELOPING = $(VENV)/.developing
 
-.PHONY: demo test check format bench lock clean
+.PHONY: demo test test-slow check format bench lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/latent demo
 
+SIDE_BY_SIDE = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
 test: $(DEVELOPING)
-	$(BIN)/python -m pytest
+	$(SIDE_BY_SIDE) tests/unit
+	$(SIDE_BY_SIDE) tests/integration
+
+test-slow: $(DEVELOPING)
+	$(BIN)/python -m pytest -m slow
 
 check: $(DEVELOPING)
 	$(BIN)/ruff check .

@@ -79,7 +79,6 @@ from lvm.evaluate.leaderboard import (
     ranking,
 )
 from lvm.evaluate.metrics import LATENCY_BATCHES, Predict, measure_latency
-from lvm.evaluate.report import html_page
 from lvm.predict.record import Record, load_record, read_aliases, series_of
 from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location
@@ -295,6 +294,8 @@ def find_evaluation(
 
 def write(output: Location, evaluation: Evaluation) -> None:
     """Put the three files in place, evaluation.json last, and take away what a killed run left half written."""
+    from lvm.evaluate.report import html_page  # and matplotlib, which no worker needs
+
     output.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(output)
     (output / FILES[0]).unlink(missing_ok=True)

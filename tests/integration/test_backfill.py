@@ -11,6 +11,8 @@ import pytest
 
 from tests.integration.conftest import CHECKOUT
 
+pytestmark = pytest.mark.slow
+
 NUM_CHUNKS = 20_000
 MOST_BYTES = 6 << 30
 """Peak memory of all processes that the full backfill is held to, too."""

@@ -307,12 +307,15 @@ def test_a_kill_between_shards_and_manifest_loses_nothing(
 # ----------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_broken_file_is_counted_and_the_others_are_read(corpus: Path, tmp_path: Path) -> None:
+def test_a_broken_file_is_counted_and_the_others_are_read(
+    ray_cluster: str, corpus: Path, tmp_path: Path
+) -> None:
     whole = (corpus / "c.jsonl.gz").read_bytes()
     (corpus / "c.jsonl.gz").write_bytes(whole[:-200])
     (corpus / "d.parquet").write_bytes(b"")
     (corpus / "e.zip").write_bytes(b"PK")
     command = [sys.executable, "-m", "jobs.chunk", "--input", str(corpus), "--output", str(tmp_path / "out")]
+    command += ["--address", ray_cluster]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     last = json.loads(done.stdout.splitlines()[-1])
@@ -331,12 +334,12 @@ def test_a_broken_file_is_counted_and_the_others_are_read(corpus: Path, tmp_path
     assert (last["articles"], last["broken_files"]) == (60, 0)
 
 
-def test_a_corpus_in_another_language_is_said_not_to_fit(tmp_path: Path) -> None:
+def test_a_corpus_in_another_language_is_said_not_to_fit(ray_cluster: str, tmp_path: Path) -> None:
     write_jsonl(
         tmp_path / "a.jsonl", [{"id": "1", "title": "", "text": "โรงสีเก่าตั้งอยู่ริมแม่น้ำและยังทำงานทุกวัน " * 20}]
     )
     command = [sys.executable, "-m", "jobs.chunk", "--input", str(tmp_path / "a.jsonl")]
-    command += ["--output", str(tmp_path / "out")]
+    command += ["--output", str(tmp_path / "out"), "--address", ray_cluster]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert "WARNING: mini's tokenizer does not know this language" in done.stderr, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["tokens_per_word"] > 10

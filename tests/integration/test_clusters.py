@@ -70,6 +70,7 @@ def placement(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.slow
 def test_four_models_are_placed_on_the_gpu_node_all_at_once(placement: tuple[dict[str, Any], str]) -> None:
     report, _ = placement
     assert report["failed"] == {}
@@ -78,6 +79,7 @@ def test_four_models_are_placed_on_the_gpu_node_all_at_once(placement: tuple[dic
     assert report["most_at_once"] == len(ORIGINAL)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_torch_cannot_see_is_said_and_the_cpu_does_the_work(
     placement: tuple[dict[str, Any], str],
 ) -> None:
@@ -91,6 +93,7 @@ def test_a_gpu_that_torch_cannot_see_is_said_and_the_cpu_does_the_work(
         assert "it works on the CPU" in lines[0]
 
 
+@pytest.mark.slow
 def test_what_no_node_has_is_an_error_and_not_a_wait(placement: tuple[dict[str, Any], str]) -> None:
     report, said = placement
     for key, wanted in (("no_node", "a CPU"), ("two_gpus", "2 GPUs and a CPU")):

@@ -41,7 +41,7 @@ class FinishedRun:
         return json.loads(self.stdout.splitlines()[-1])
 
 
-ARGUMENTS = ("--input", "sample", "--max-minutes", "0.4")
+ARGUMENTS = ("--input", "sample", "--max-minutes", "0.2")
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,9 @@ def test_a_folder_without_models_is_no_run_to_measure(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_second_run_redoes_nothing_and_says_so(finished: FinishedRun) -> None:
+def test_a_second_run_redoes_nothing_and_says_so(finished: FinishedRun, ray_cluster: str) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.output.rglob("*.parquet")}
-    again = latent("run", "--output", str(finished.output), *ARGUMENTS)
+    again = latent("run", "--output", str(finished.output), *ARGUMENTS, "--address", ray_cluster)
     assert again.returncode == 0, again.stderr[-3000:]
     summary = json.loads(again.stdout.splitlines()[-1])
     assert all(summary["up_to_date"].values()), summary["up_to_date"]
@@ -148,7 +148,10 @@ def test_predict_takes_one_text_on_standard_input_and_gives_json(finished: Finis
         (["encode", "--inptu", "x"], "--inptu"),
     ],
 )
-def test_bad_input_is_one_clear_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], message: str, tmp_path: Path, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)  # `run` starts its stages, which refuse, on a cluster
     done = latent(*[a.replace("OUT", str(tmp_path)) for a in arguments])
     assert done.returncode != 0
     assert message in done.stderr

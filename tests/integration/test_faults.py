@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.integration.conftest import CHECKOUT
 from tests.integration.faults.schedules import FAULTS, schedules
 
@@ -15,6 +17,7 @@ def test_schedules_follow_from_the_seed_and_take_every_fault() -> None:
     assert met == {(stage, fault) for stage, faults in FAULTS.items() for fault in faults}
 
 
+@pytest.mark.slow
 def test_ten_schedules_lose_nothing_and_double_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.faults", "--schedules", "10", "--stages", "encode,index"],

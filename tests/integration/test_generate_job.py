@@ -23,9 +23,9 @@ ARGUMENTS = (
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generate") / "out"
-    done = latent("generate", *ARGUMENTS, "--output", str(folder))
+    done = latent("generate", *ARGUMENTS, "--output", str(folder), "--address", ray_cluster)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["rows"], summary["made"]) == (40, 40)

@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from serve.front import FrontArgs, environment
 from tests.integration.serving import CHECKOUT, Service, add_model, free_port, make_run
 from tests.integration.test_serve_faults import CLIENTS, keep, load, wait_for
+
+pytestmark = pytest.mark.slow
 
 KEY = "the-key-of-the-cluster-test"
 TWICE = {"min_replicas": 2, "max_replicas": 2, "num_cpus": 0.1}

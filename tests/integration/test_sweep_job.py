@@ -20,6 +20,8 @@ from lvm.predict.record import load_record, read_aliases
 from tests.doubles import fake_articles, write_vectors
 from tests.integration.conftest import CHECKOUT
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = SweepSettings(4, ("amn", "lcm-quant"), (2, 3), "fast", 2, 100, 0)
 
 
@@ -116,7 +118,6 @@ def test_a_context_longer_than_the_articles_is_said_before_any_trial(vectors: Pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_killed_and_run_again_it_does_what_is_missing(vectors: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     options = ["--trials", "4", "--model", "amn", "--contexts", "2", "--epochs", "3"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -343,10 +344,11 @@ def test_a_killed_job_goes_on_where_it_was(ray_cluster: str, vectors: Path, tmp_
             assert job.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
+        started = psutil.Process(job.pid).children(recursive=True)
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
     assert read_aliases(models) == {}
-    time.sleep(2)  # its workers notice that their cluster is gone
+    assert psutil.wait_procs(started, timeout=60)[1] == []  # its workers notice that their cluster is gone
 
     done = subprocess.run(
         train_command(vectors, models, "--address", ray_cluster),

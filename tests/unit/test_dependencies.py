@@ -30,6 +30,7 @@ NOT_IMPORTED = {
     "tensorboard": "torch.utils.tensorboard, which latent train writes curves with, needs it",
     "ruff": "make check",
     "mypy": "make check",
+    "pytest-xdist": "make test",
     "langchain-openai": "tests import it by pytest.importorskip",
     "llama-index-embeddings-openai": "tests import it by pytest.importorskip",
     "openai": "tests import it by pytest.importorskip",
