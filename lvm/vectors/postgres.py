@@ -7,7 +7,7 @@ the first process that needs it starts it, the last one to end stops it.
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,13 @@ def connect(url: str, wait_s: float = CONNECT_WAIT_S) -> Connection:
         connection.close()
         raise DatabaseError(f"{server_name(url)} is version {found}, expected 15 or newer; upgrade it")
     return connection
+
+
+def fetch_one(connection: Connection, query: Any, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """The row of a query that always has one."""
+    row = connection.execute(query, parameters).fetchone()
+    assert row is not None
+    return row
 
 
 def _cannot_connect(url: str, err: Exception, wait_s: float) -> DatabaseError:
