@@ -387,10 +387,7 @@ def search(
         raise InputError("got a text and --vector; expected one of them")
     if code is not None:
         tmd.unpack(code)
-    numbers = {
-        axis: None if name is None else tmd.number_of(axis, name)
-        for axis, name in zip(tmd.AXES, (domain, task, modifier), strict=True)
-    }
+    filters = Filters(source, contains, code, tmd.Wanted.of(domain, task, modifier))
     with store_at(database_url) as store:
         found = store.dataset(dataset)
         query = None if vector is None else read_query(vector)
@@ -398,7 +395,7 @@ def search(
             loaded = load_codec_at(codec, codec_path)
             require_same_codec(found.identity, loaded.identity, f"dataset {dataset!r}", f"--codec {codec}")
             query = loaded.encode(text)
-        hits = search_store(store, found, query, limit, Filters(source, contains, code, **numbers))
+        hits = search_store(store, found, query, limit, filters)
     for hit in hits:
         score = "" if hit.score is None else f"{hit.score:+.3f}  "
         names = "" if hit.tmd_code is None else f"  [{', '.join(tmd.unpack(hit.tmd_code).names)}]"

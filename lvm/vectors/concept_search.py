@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from psycopg import sql
 
+from lvm.corpus.tmd import ANY_CODE, Wanted
 from lvm.vectors.concepts import CURSOR_ROWS, ConceptStore, Dataset
 from lvm.vectors.entries import read_vectors, require_text
 from lvm.vectors.postgres import database_errors, fetch_one
@@ -55,10 +56,8 @@ class Filters:
     """Somewhere in its text, in any case."""
     tmd_code: int | None = None
     """Equal to its code."""
-    domain: int | None = None
-    """Number of its domain, and so on."""
-    task: int | None = None
-    modifier: int | None = None
+    wanted: Wanted = ANY_CODE
+    """Parts of its code."""
 
     def where(self) -> tuple[sql.Composable, list[Any]]:
         """A condition and its parameters."""
@@ -66,9 +65,9 @@ class Filters:
             ("source = %s", self.source),
             ("concept_text ILIKE %s ESCAPE '!'", self._pattern()),
             ("tmd_code = %s", self.tmd_code),
-            ("tmd_code >> 12 = %s", self.domain),
-            ("tmd_code >> 7 & 31 = %s", self.task),
-            ("tmd_code >> 1 & 63 = %s", self.modifier),
+            ("tmd_code >> 12 = %s", self.wanted.domain),
+            ("tmd_code >> 7 & 31 = %s", self.wanted.task),
+            ("tmd_code >> 1 & 63 = %s", self.wanted.modifier),
         ]
         given = [(sql.SQL(c), v) for c, v in wanted if v is not None]
         return sql.SQL(" AND ").join(c for c, _ in given) if given else sql.SQL("true"), [v for _, v in given]
@@ -96,13 +95,15 @@ def ensure_index(store: ConceptStore, dataset: Dataset, kind: IndexKind) -> str:
         rows = int(fetch_one(store.connection, sql.SQL("SELECT count(*) FROM {}").format(dataset.table))[0])
         if rows < INDEX_ROWS:
             return f"{rows:,} rows are scanned as fast, {INDEX_ROWS:,} would get one"
-        if (there := store.index_kind(dataset)) == kind:
+        if store.index_kind(dataset) == kind:
             return ""
         name = sql.Identifier(f"cpe_d{dataset.id}_vec")
         # pgvector's README: rows / 1000 lists up to a million rows, their root above.
         lists = max(1, round(rows / 1000 if rows <= 1_000_000 else rows**0.5))
         options = sql.SQL("" if kind == "hnsw" else f"WITH (lists = {lists})")
-        with store.connection.transaction():
+        with store.alone(dataset.name):
+            if (there := store.index_kind(dataset)) == kind:  # another process made it meanwhile
+                return ""
             need = rows * dataset.identity.dim * 4 * 3 // 2 >> 20
             store.connection.execute(
                 "SELECT set_config('maintenance_work_mem', %s, true)", [f"{min(max(need, 64), 1024)}MB"]

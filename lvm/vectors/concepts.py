@@ -27,7 +27,7 @@ from lvm.vectors.concept_schema import (
     partition_table,
 )
 from lvm.vectors.entries import COLUMNS, Storage, require_name
-from lvm.vectors.postgres import connect, database_errors, fetch_one, server_name
+from lvm.vectors.postgres import CONNECT_WAIT_S, connect, database_errors, fetch_one, server_name
 from lvm.vectors.shards import VectorType
 
 CURSOR_ROWS = 2000
@@ -70,9 +70,10 @@ class ConceptStore:
     Every method raises DatabaseError where the server refuses or is gone.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, wait_s: float = CONNECT_WAIT_S) -> None:
+        """wait_s: how long a full server is asked again."""
         self.url = url
-        self.connection = connect(url)
+        self.connection = connect(url, wait_s)
         try:
             with database_errors(f"the tables of the store in {server_name(url)}"):
                 migrate(self.connection, server_name(url))
@@ -89,6 +90,11 @@ class ConceptStore:
 
     missing: str
     """What is missing on the server for pgvector's types and indexes; "" where nothing is."""
+
+    def limit_statements(self, milliseconds: int) -> None:
+        """The server ends a statement that takes longer, with DatabaseError; 0 for no limit."""
+        with database_errors("setting a time limit"):
+            self.connection.execute("SELECT set_config('statement_timeout', %s, false)", [str(milliseconds)])
 
     def datasets(self, name: str | None = None) -> list[Dataset]:
         """All datasets, by name; only the one of this name where given."""

@@ -73,10 +73,12 @@ class Ingester:
         coder: Coder | None = None,
         coded_by: str = "",
         language: str = "en",
+        chunker: Chunker | None = None,
     ) -> None:
-        """coded_by: names the coder with its settings; another one makes the articles' rows again."""
+        """coded_by: names the coder with its settings; another one makes the articles' rows again. chunker: for this
+        codec and language, with the words it remembers; by default a new one."""
         self._store, self._dataset, self._codec, self._coder = store, dataset, codec, coder
-        self._chunker = Chunker(codec.tokenizer, language)
+        self._chunker = chunker or Chunker(codec.tokenizer, language)
         made_by = {"codec": codec.identity.digest, "rules": RULES, "language": language, "tmd": coded_by}
         self._made_by: dict[str, Any] = made_by
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -203,7 +205,8 @@ def store_article(
     require_text(source, "the article's source")
     what = f"article {article_id!r}"
     with database_errors(f"storing {what}"), store.alone(dataset.name):
-        if store.dataset(dataset.name).id != dataset.id:
+        found = store.find(dataset.name)
+        if found is None or found.id != dataset.id:
             raise DatabaseError(f"dataset {dataset.name!r} was cleared meanwhile; run the same command again")
         before = store.connection.execute(
             "SELECT content, doc_id FROM cpe_article WHERE (dataset, source, article_id) = (%s, %s, %s)",

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from psycopg import errors
 
+from lvm.corpus.tmd import Wanted
 from lvm.errors import DatabaseError, IdentityError, InputError, LvmError, OutputError
 from lvm.vectors.concept_export import article_ranges, read_articles
 from lvm.vectors.concept_load import copy_shard, loading, merge, staged
@@ -523,8 +524,8 @@ def test_the_index_finds_what_a_scan_finds_also_through_filters(database: str, t
         query = table_to_vectors(read_articles(store, dataset, 7, 7))[3].astype(np.float32)
         filters = [
             Filters(),
-            Filters(domain=3),
-            Filters(domain=3, task=9),
+            Filters(wanted=Wanted(3)),
+            Filters(wanted=Wanted(3, 9)),
             Filters(tmd_code=7 << 12 | 3 << 7),
         ]
         scanned = [search(store, dataset, query, 10, f) for f in filters]
@@ -574,7 +575,7 @@ def test_an_article_is_stored_once_and_a_changed_one_takes_the_place_of_the_old(
         assert stored_contents(store, dataset, [("s", "a")]) == {("s", "a"): "2"}
         assert read_articles(store, dataset, 0, 9).num_rows == 3
         store.clear("notes")
-        with pytest.raises(InputError, match="no dataset 'notes'"):
+        with pytest.raises(DatabaseError, match="'notes' was cleared meanwhile"):
             store_article(store, dataset, "s", "a", "4", second)
 
 
