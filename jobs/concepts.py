@@ -39,7 +39,11 @@ from lvm.corpus import tmd
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.storage import Location
 from lvm.vectors.array import write_array
-from lvm.vectors.concepts import ConceptStore, Dataset, Filters, Load
+from lvm.vectors.concept_export import article_ranges, begin_snapshot, read_articles
+from lvm.vectors.concept_load import Load, copy_shard, loading, merge, staged
+from lvm.vectors.concept_search import Filters, ensure_index
+from lvm.vectors.concept_search import search as search_store
+from lvm.vectors.concepts import ConceptStore, Dataset
 from lvm.vectors.postgres import embedded, server_name
 from lvm.vectors.shards import (
     Manifest,
@@ -142,7 +146,7 @@ class CopyShard:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         def work() -> dict[str, Any]:
             with ConceptStore(self.url) as store:
-                return {"rows": store.copy(self.load, self.source, Shard(**item))}
+                return {"rows": copy_shard(store, self.load, self.source, Shard(**item))}
 
         return refusals_as_fields(item, work)
 
@@ -164,8 +168,8 @@ def load_shards(
     found = store.find(dataset)
     if found is not None and found.loaded == manifest.fingerprint and not replace:
         return found, 0
-    with store.loading(dataset, manifest) as load:
-        there = store.staged(load)
+    with loading(store, dataset, manifest) as load:
+        there = staged(store, load)
         pending = [asdict(s) for s in manifest.shards if s.file not in there]
         if there:
             echo(f"load: {len(there)} of {len(manifest.shards)} shards are copied already")
@@ -173,7 +177,7 @@ def load_shards(
         if pending:
             task = CopyShard(store.url, source.resolve(), load)
             copied = sum(row["rows"] for row in in_parallel(task, pending, workers, address, "load"))
-        return store.merge(load, manifest, replace), copied
+        return merge(store, load, manifest, replace), copied
 
 
 def load(
@@ -196,7 +200,7 @@ def load(
     with store_at(database_url) as store:
         found, copied = load_shards(store, input, dataset, replace, workers, address)
         seconds = time.perf_counter() - started
-        no_index = store.ensure_index(found, index)
+        no_index = ensure_index(store, found, index)
         rows = Manifest.load(input).rows
         what = f"{copied:,} rows copied" if copied else "up to date"
         echo(
@@ -240,7 +244,7 @@ class ExportRange:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         def work() -> dict[str, Any]:
             with ConceptStore(self.url) as store:
-                table = store.read(self.dataset, item["first"], item["last"], self.snapshot)
+                table = read_articles(store, self.dataset, item["first"], item["last"], self.snapshot)
             footer = range_footer(self.dataset, item)
             return asdict(write_table(self.target / item["file"], with_footer(table, footer)))
 
@@ -268,7 +272,7 @@ def export_dataset(
 ) -> tuple[Manifest, int]:
     """The manifest of `target`, brought to hold the dataset's rows in order of article and position, and how many
     shards were written for it now. Raises InputError where there is no such dataset or it has no rows."""
-    snapshot = store.snapshot()
+    snapshot = begin_snapshot(store)
     found = store.dataset(dataset)
     dtype = "float16" if found.storage == "halfvec" else "float32"
     settings = {
@@ -286,7 +290,7 @@ def export_dataset(
     begin(target, "vectors", settings)
     items = [
         {"file": f"part-{number:05d}.parquet", "first": first, "last": last, "rows": rows}
-        for number, (first, last, rows) in enumerate(store.ranges(found, rows_per_shard))
+        for number, (first, last, rows) in enumerate(article_ranges(store, found, rows_per_shard))
     ]
     if not items:
         raise InputError(f"dataset {dataset!r} has no rows; load or ingest something first")
@@ -386,10 +390,7 @@ def search(
         raise InputError("got a text and --vector; expected one of them")
     if code is not None:
         tmd.unpack(code)
-    numbers = {
-        axis: None if name is None else tmd.number_of(axis, name)
-        for axis, name in zip(tmd.AXES, (domain, task, modifier), strict=True)
-    }
+    filters = Filters(source, contains, code, tmd.Wanted.of(domain, task, modifier))
     with store_at(database_url) as store:
         found = store.dataset(dataset)
         query = None if vector is None else read_query(vector)
@@ -397,7 +398,7 @@ def search(
             loaded = load_codec_at(codec, codec_path)
             require_same_codec(found.identity, loaded.identity, f"dataset {dataset!r}", f"--codec {codec}")
             query = loaded.encode(text)
-        hits = store.search(found, query, limit, Filters(source, contains, code, **numbers))
+        hits = search_store(store, found, query, limit, filters)
     for hit in hits:
         score = "" if hit.score is None else f"{hit.score:+.3f}  "
         names = "" if hit.tmd_code is None else f"  [{', '.join(tmd.unpack(hit.tmd_code).names)}]"

@@ -41,6 +41,7 @@ from lvm.corpus.records import BROKEN_SHOWN, Article, ReadReport
 from lvm.corpus.tmd_chat import ChatCoder, ChatSettings
 from lvm.errors import InputError, LvmError
 from lvm.storage import Location, cache_folder, location
+from lvm.vectors.concept_search import ensure_index
 from lvm.vectors.concepts import ConceptStore, Dataset
 from lvm.vectors.ingest import STAGES, Coder, Ingester
 from lvm.vectors.postgres import embedded, server_name
@@ -241,7 +242,7 @@ def main(
                 echo(f"ingest: {done:,} articles, {counts['chunks']:,} new chunks")
         ingested = time.perf_counter() - ready
         begun = time.perf_counter()
-        no_index = store.ensure_index(found, index)
+        no_index = ensure_index(store, found, index)
         seconds["index"] = time.perf_counter() - begun
         codes = store.codes(found)
     num_refused = counts["refused"] + report.num_broken

@@ -1,6 +1,7 @@
 """The gateway deployment: it answers HTTP and sends rows to encoder, predictor, retriever and decoder."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from starlette.middleware.cors import CORSMiddleware
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.codec.zoo import load_tokenizer
 from lvm.corpus.chunker import Chunker
-from lvm.errors import InputError
+from lvm.errors import DatabaseError, InputError
 from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH
 from serve.breaker import Breaker
+from serve.concepts import Concepts
 from serve.encoder import Encoder
 from serve.guard import LOOPBACK, App, Guard, read_keys
 from serve.metrics import GatewayMetrics
@@ -123,6 +125,11 @@ class Gateway:
             dict(models),
             contexts,
         )
+        concepts = None
+        if args.dataset:
+            concepts = Concepts(args, identity, tokenizer)
+            with suppress(DatabaseError):  # what needs no store answers meanwhile, and requests try again
+                await concepts.open()
         self._service = Service(
             args,
             identity,
@@ -132,6 +139,7 @@ class Gateway:
             Chunker(tokenizer),
             pipeline,
             self._metrics,
+            concepts,
         )
 
     def __serve_build_asgi_app__(self) -> Any:

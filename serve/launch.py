@@ -21,11 +21,12 @@ from typing import Annotated, Any
 
 import typer
 
+from lvm.codec.identity import require_same_codec
 from lvm.errors import InputError, LvmError
 from lvm.storage import location
 from serve.front import FrontArgs, environment
 from serve.guard import LOOPBACK, check_keys, read_keys
-from serve.settings import ServeArgs, SmoothingArgs
+from serve.settings import ServeArgs, SmoothingArgs, require_run
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +53,21 @@ def main(
     ] = None,
     inbox: Annotated[
         Path | None, typer.Option(help="Folder that /v1/ingest writes articles to; none refuses them.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Dataset of the concept store that /v1/ingest stores articles in and /v1/search finds them in."
+        ),
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LATENT_DATABASE_URL",
+            show_envvar=True,
+            metavar="URL",
+            help="Its server, postgresql://USER@HOST:PORT/DATABASE; none: a Postgres of this machine.",
+        ),
     ] = None,
     smoothing_url: Annotated[
         str, typer.Option(help="OpenAI-compatible chat endpoint that rewords answers.")
@@ -93,16 +109,21 @@ def main(
         "default_model": model,
         "api_keys_sha256": hashes,
         "inbox": "" if inbox is None else str(inbox.absolute()),
+        "dataset": dataset or "",
         "cors_origins": cors_origin or [],
         "smoothing": SmoothingArgs(url=smoothing_url, model=smoothing_model).model_dump(),
     }
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:  # one machine
         record["inline"] = "encoder,predictor,retriever"
+    else:
+        record["database_url"] = database_url or ""
     for entry in set or []:
         put(record, entry)
     record["inline"] = [part for part in record.get("inline", "").split(",") if part]
     args = parse(record)
+    if args.dataset:
+        open_store(args, database_url, address)
     with claim(host, port) as held:
         port = held.getsockname()[1]
         start(args, host, port, address)
@@ -124,6 +145,32 @@ def main(
             say(f"error: not rolled out: {err}")
     say("stopping: requests under way have ten seconds")
     shut_down()
+
+
+def open_store(args: ServeArgs, url: str | None, address: str | None) -> None:
+    """Return when the concept store answers, and leave its address where the gateways of this machine find it.
+
+    Raises DatabaseError where the server gives no connection, IdentityError where the dataset is of another codec than
+    the run, InputError on a cluster without an address.
+    """
+    from lvm.vectors.concepts import ConceptStore
+    from lvm.vectors.entries import require_name
+    from lvm.vectors.postgres import embedded
+
+    require_name(args.dataset)
+    url = url or args.database_url
+    if not url and address is not None:
+        raise InputError("--dataset on a cluster needs --database-url, a server that every node reaches")
+    url = url or embedded()
+    with ConceptStore(url) as store:
+        if store.missing:
+            say(f"vectors are stored as real[] and searched by a scan: {store.missing}")
+        found = store.find(args.dataset)
+        if found is not None and args.run:
+            vectors = require_run(args.run).identity
+            require_same_codec(found.identity, vectors, f"dataset {args.dataset!r}", f"{args.run}/vectors")
+    # Not among the arguments, which Ray shows: it may hold a password.
+    os.environ["LATENT_DATABASE_URL"] = url
 
 
 def put(record: dict[str, Any], entry: str) -> None:

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from lvm.errors import InputError
+from lvm.errors import DatabaseError, IdentityError, InputError
 from serve.guard import error_body
 from serve.schema import RefusedError
 from serve.service import Service, field_of
@@ -79,6 +79,8 @@ def add_error_replies(app: FastAPI, service: Service) -> None:
         (RequestValidationError, invalid),
         (HTTPException, http_error),
         (InputError, input_error),
+        (IdentityError, input_error),
+        (DatabaseError, unavailable),
         (DeadlineError, late),
         (FullError, full),
         (UnavailableError, unavailable),

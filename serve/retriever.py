@@ -4,13 +4,14 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
+from lvm.corpus.tmd import Prototypes, Wanted
 from lvm.predict.extract import Extractor
 from lvm.predict.steer import Context, build_context, snap
 from lvm.vectors.array import open_vectors
@@ -43,6 +44,14 @@ class SnapRow:
 
 
 @dataclass(frozen=True)
+class CodeFilter:
+    """TMD codes to keep, and how chunks get theirs."""
+
+    wanted: Wanted
+    prototypes: Prototypes
+
+
+@dataclass(frozen=True)
 class NearRow:
     """A vector whose nearest corpus chunks are asked for."""
 
@@ -51,6 +60,8 @@ class NearRow:
     k: int
     barred: frozenset[str] = frozenset()
     """Texts that may not be answered with: those of the context, which would be no continuation."""
+    codes: CodeFilter | None = None
+    """Only chunks whose code passes."""
     answers: bool = False
     """True for the one chunk that answers best (`lvm.predict.extract`), not the k nearest."""
 
@@ -65,6 +76,8 @@ class CorpusChunk:
     chunk_id: str
     position: int
     cosine: float
+    tmd_code: int | None = None
+    """Where it was asked for."""
 
 
 @serve.deployment
@@ -82,6 +95,7 @@ class Retriever:
         self._index.require_array(self._array)
         self._extractor = Extractor(self._array, self._index)
         self._identity = manifest.identity
+        self._codes: NDArray[np.int32] | None = None
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="search")
 
     async def fill(self, rows: list[FillRow], remaining_s: list[float]) -> list[Outcome[Context]]:
@@ -120,6 +134,8 @@ class Retriever:
             rest = self._near([rows[i] for i in others]) if others else []
             by_row = dict(zip(answering + others, [*found, *rest], strict=True))
             return [by_row[i] for i in range(len(rows))]
+        if any(row.codes for row in rows):
+            return [self._passing(row, row.codes) if row.codes else self._near([row])[0] for row in rows]
         # A text may stand in the corpus several times; twice as many leave enough after those are taken out.
         k = min(len(self._index), max(r.k + 2 * len(r.barred) for r in rows))
         scores, found = self._index.search(np.stack([r.vector for r in rows]), k)
@@ -135,6 +151,19 @@ class Retriever:
                 [self._chunk(int(n), float(row_scores[i])) for i, n in zip(kept, numbers, strict=True)]
             )
         return answers
+
+    def _passing(self, row: NearRow, filters: CodeFilter) -> list[CorpusChunk]:
+        """The nearest of the chunks whose codes pass: all of them are compared, as no list of the index holds them."""
+        if self._codes is None:  # once, at the first request that asks
+            self._codes = filters.prototypes.codes(self._array.vectors)
+        numbers = np.flatnonzero(filters.wanted.matches(self._codes))
+        blocks = np.split(numbers, range(16_384, len(numbers), 16_384))
+        cosines = np.concatenate([self._array.vectors[b].astype(np.float32) @ row.vector for b in blocks])
+        best = np.argsort(-cosines, kind="stable")[: row.k]
+        return [
+            replace(self._chunk(int(numbers[i]), float(cosines[i])), tmd_code=int(self._codes[numbers[i]]))
+            for i in best
+        ]
 
     def _answering(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
         """The chunk that answers best for each row's vector, those it bars left out while there are others."""

@@ -125,6 +125,7 @@ class Neighbour(_Reply):
     chunk_id: str
     position: int
     cosine: float
+    tmd: list[str] | None = Field(None, description="Domain, task and modifier, where they are known.")
 
 
 # ----------------------------------------------------------------------------------------------------- generate
@@ -397,11 +398,21 @@ class DecodeReply(_Reply):
 
 
 class SearchRequest(_Request):
-    """Texts or vectors to the nearest corpus chunks."""
+    """Texts or vectors to the nearest chunks, of those that pass every filter."""
 
     query: OneOrMany | None = Field(None, examples=["steam engines in mines"])
     vectors: list[Vector] | None = None
     k: int = Field(10, ge=1)
+    corpus: Literal["run", "store"] | None = Field(
+        None, description="Chunks of --run, or of --dataset; by default of the dataset, where there is one."
+    )
+    domain: str | None = Field(
+        None, description="Of the chunk's TMD code, by name.", examples=["Engineering"]
+    )
+    task: str | None = None
+    modifier: str | None = None
+    source: Name | None = Field(None, description="Equal to the chunk's source; of a dataset only.")
+    contains: Name | None = Field(None, description="Somewhere in its text, in any case; of a dataset only.")
     deadline_s: Deadline = None
 
 
@@ -452,7 +463,7 @@ class IngestArticle(_Request):
 
 
 class IngestRequest(_Request):
-    """Articles for the next `latent run`."""
+    """Articles for the concept store, or for the next `latent run`."""
 
     articles: list[IngestArticle] = Field(
         examples=[[{"id": "steam-1", "title": "Steam engines", "text": " ".join(STORY), "source": "notes"}]]
@@ -470,13 +481,28 @@ class IngestChunk(_Reply):
     tmd: TmdCode
 
 
+class IngestedArticle(_Reply):
+    """What became of an article in the store."""
+
+    id: str
+    source: str
+    status: Literal["stored", "known", "refused"] = Field(
+        description="Stored now; there already with this content; or not storable, and `reason` says why."
+    )
+    chunks: int = Field(description="Stored now.")
+    episodes: int = Field(description="Coherent runs of paragraphs among them.")
+    reason: str = ""
+
+
 class IngestReply(_Reply):
-    """Of /v1/ingest, the chunks of each article."""
+    """Of /v1/ingest: what became of each article in the dataset, or its chunks where they went to the inbox."""
 
     request_id: str
     codec: CodecRecord
-    file: str = Field(description="File in the inbox; the same articles give the same file.")
-    results: list[list[IngestChunk]]
+    dataset: str | None = Field(None, description="Dataset of the concept store, where there is one.")
+    articles: list[IngestedArticle] = []
+    file: str | None = Field(None, description="File in the inbox; the same articles give the same file.")
+    results: list[list[IngestChunk]] = []
     milliseconds: Milliseconds
 
 

@@ -9,11 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from fastapi import Request
 
 from lvm.codec.identity import CodecIdentity
 from lvm.corpus.chunker import Chunk, Chunker
 from lvm.corpus.records import Article
+from lvm.corpus.tmd import Prototypes, phrases
+from serve.concepts import Concepts
 from serve.health import Seen, Window
 from serve.metrics import GatewayMetrics
 from serve.pipeline import NO_CORPUS, CorpusStages, Pipeline
@@ -24,6 +27,9 @@ from serve.stage import DeadlineError, FullError
 
 SUBSCRIBERS = {"jxe": "gtr-jxe", "ielab": "gtr-ielab"}
 """The original's names of codecs."""
+
+
+NO_STORE = "none is open; start the service with --dataset, the name of a dataset in Postgres"
 
 
 class Service:
@@ -39,6 +45,7 @@ class Service:
         chunker: Chunker,
         pipeline: Pipeline,
         metrics: GatewayMetrics,
+        concepts: Concepts | None = None,
     ) -> None:
         """models: by alias. decoder and corpus: what these parts say of themselves. Raises RefusedError where the
         default model is not among the models."""
@@ -49,10 +56,11 @@ class Service:
             (name for name in ("lstm", "gru") if name in models), next(iter(models))
         )
         self.model(self.default_model)
-        self.pipeline, self.metrics = pipeline, metrics
+        self.pipeline, self.metrics, self.concepts = pipeline, metrics, concepts
         self.smoother, self.window = Smoother(args.smoothing), Window()
         self.pending = 0
         """Inputs at work."""
+        self._prototypes: Prototypes | None = None
         self._chunker, self._chunking = chunker, asyncio.Lock()
 
     def model(self, name: str) -> ModelRecord:
@@ -80,6 +88,19 @@ class Service:
         if self.pipeline.corpus is None:
             raise RefusedError(422, f"{what} needs a corpus, and {NO_CORPUS}", param=what)
         return self.pipeline.corpus
+
+    def require_concepts(self, what: str) -> Concepts:
+        """The concept store, or a refusal where none is open; what: that asks for it."""
+        if self.concepts is None:
+            raise RefusedError(422, f"{what} needs the concept store, and {NO_STORE}", param=what)
+        return self.concepts
+
+    async def prototypes(self, deadline: float) -> Prototypes:
+        """The labels of TMD codes in the codec's space."""
+        if self._prototypes is None:
+            encoded, _ = await self.pipeline.encode([phrase for phrase, _ in phrases()], deadline)
+            self._prototypes = Prototypes(np.stack([e.vector for e in encoded]))
+        return self._prototypes
 
     def require_steps(self, steps: int | None) -> None:
         """Refuse corrector steps that the limits or the codec do not have."""

@@ -15,6 +15,7 @@ from lvm.devices import pick_device
 from lvm.errors import InputError
 from lvm.predict.steer import PASSTHROUGH
 from lvm.storage import Location, RemotePath, cache_folder, location
+from lvm.vectors.postgres import has_password
 from lvm.vectors.shards import Manifest
 
 __all__ = [
@@ -157,6 +158,12 @@ class ServeArgs(Strict):
     """File with one key a line, read by the gateway. Together with `api_keys_sha256`."""
     inbox: str = ""
     """Folder that /v1/ingest writes articles to, as JSON lines for `latent run --input`; none refuses them."""
+    dataset: str = ""
+    """Dataset of the concept store that /v1/ingest stores articles in and /v1/search finds them in; made where there is
+    none. In place of `inbox`."""
+    database_url: str = ""
+    """Its server, without a password, since Ray shows an application's arguments: that goes into ~/.pgpass, PGPASSWORD,
+    or the whole address into LATENT_DATABASE_URL where the gateways run."""
     cache_bytes: int = Field(64 * 2**20, ge=0)
     """Bytes of each cache: answers and text vectors in a gateway, decoded texts in a decoder. An answer takes some
     5 KB, a vector of 768 numbers 3.7 KB. 0 keeps none."""
@@ -198,6 +205,22 @@ class ServeArgs(Strict):
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError("expected origins as https://app.example.org (no path, no final /), or *")
         return origins
+
+    @field_validator("database_url")
+    @classmethod
+    def _has_no_password(cls, url: str) -> str:
+        if url and has_password(url):
+            raise ValueError(
+                "expected an address without a password, as Ray shows an application's arguments; give it in "
+                "~/.pgpass, in PGPASSWORD, or the whole address in LATENT_DATABASE_URL where the gateways run"
+            )
+        return url
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> Self:
+        if self.inbox and self.dataset:
+            raise ValueError("expected inbox or dataset, got both; articles go one way")
+        return self
 
 
 def require_run(run: str) -> Manifest:

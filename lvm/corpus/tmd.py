@@ -27,6 +27,9 @@ SHIFTS = (12, 7, 1)
 SHARPNESS = 20.0
 """Of the softmax that turns an axis' cosines into shares; with `mini` they spread by 0.07 over the bundled sample."""
 
+_BLOCK = 16_384
+"""Vectors compared at once: 48 MB of float32."""
+
 FEATURES = 16
 """Length of a code as features: its bits from 15 down to 0, the spare one always 0."""
 
@@ -101,6 +104,36 @@ def features(codes: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a code must say; None asks for nothing."""
+
+    domain: int | None = None
+    """Number of the domain, and so on."""
+    task: int | None = None
+    modifier: int | None = None
+
+    @classmethod
+    def of(cls, domain: str | None = None, task: str | None = None, modifier: str | None = None) -> "Wanted":
+        """By names, in any case. Raises InputError with those there are."""
+        names = zip(AXES, (domain, task, modifier), strict=True)
+        return cls(*(None if name is None else number_of(axis, name) for axis, name in names))
+
+    def __bool__(self) -> bool:
+        return (self.domain, self.task, self.modifier) != (None, None, None)
+
+    def matches(self, codes: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+        """(N,) which of N codes say so."""
+        found = np.ones(len(codes), np.bool_)
+        for axis, size, shift in zip(AXES, SIZES, SHIFTS, strict=True):
+            if (wanted := getattr(self, axis)) is not None:
+                found &= codes >> shift & size - 1 == wanted
+        return found
+
+
+ANY_CODE = Wanted()
+
+
+@dataclass(frozen=True)
 class Coded:
     """A text's code and how sure it is."""
 
@@ -132,14 +165,28 @@ class Prototypes:
         self.vectors = sums / np.linalg.norm(sums, axis=1, keepdims=True)
         """(112, D) float32, unit norm: the mean of each label's phrases."""
 
-    def nearest(self, vectors: NDArray[np.floating[Any]]) -> list[Coded]:
-        """The code of each text. vectors: (B, D) of texts, unit norm, same codec."""
+    def codes(self, vectors: NDArray[np.floating[Any]]) -> NDArray[np.int32]:
+        """(B,) the codes alone, of (B, D) vectors of any number."""
+        out = np.zeros(len(vectors), np.int32)
+        for low in range(0, len(vectors), _BLOCK):
+            cosines = self._cosines(vectors[low : low + _BLOCK])
+            for part, shift in zip(np.split(cosines, np.cumsum(SIZES)[:-1], axis=1), SHIFTS, strict=True):
+                out[low : low + _BLOCK] |= part.argmax(axis=1).astype(np.int32) << shift
+        return out
+
+    def _cosines(self, vectors: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """(B, 112)."""
         if vectors.ndim != 2 or vectors.shape[1] != self.vectors.shape[1]:
             raise InputError(
                 f"got vectors of shape {vectors.shape}, expected (texts, {self.vectors.shape[1]}) of the codec that "
                 "made the prototypes"
             )
-        cosines = np.asarray(vectors, np.float32) @ self.vectors.T
+        cosines: NDArray[np.float32] = np.asarray(vectors, np.float32) @ self.vectors.T
+        return cosines
+
+    def nearest(self, vectors: NDArray[np.floating[Any]]) -> list[Coded]:
+        """The code of each text. vectors: (B, D) of texts, unit norm, same codec."""
+        cosines = self._cosines(vectors)
         best, scores, shares = [], [], []
         for part in np.split(cosines, np.cumsum(SIZES)[:-1], axis=1):
             best.append(part.argmax(axis=1))

@@ -5,6 +5,7 @@ decides them, so the same article is stored once however often it comes, and a c
 """
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,15 +14,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from psycopg import sql
 
 from lvm.codec.identity import CodecIdentity
 from lvm.corpus.chunker import RULES, Chunk, Chunker, Tokenizer
 from lvm.corpus.coherence import find_episodes
 from lvm.corpus.records import Article
 from lvm.corpus.tmd import Coded
-from lvm.errors import InputError
+from lvm.errors import DatabaseError, InputError
 from lvm.vectors.concepts import ConceptStore, Dataset
-from lvm.vectors.entries import content_hash, require_text
+from lvm.vectors.entries import content_hash, entries_of, require_text
+from lvm.vectors.postgres import database_errors, fetch_one
 from lvm.vectors.shards import CHUNK_SCHEMA, VectorType, vectors_to_table
 
 STAGES = ("look up", "chunk", "encode", "episodes", "tmd", "store")
@@ -70,10 +73,12 @@ class Ingester:
         coder: Coder | None = None,
         coded_by: str = "",
         language: str = "en",
+        chunker: Chunker | None = None,
     ) -> None:
-        """coded_by: names the coder with its settings; another one makes the articles' rows again."""
+        """coded_by: names the coder with its settings; another one makes the articles' rows again. chunker: for this
+        codec and language, with the words it remembers; by default a new one."""
         self._store, self._dataset, self._codec, self._coder = store, dataset, codec, coder
-        self._chunker = Chunker(codec.tokenizer, language)
+        self._chunker = chunker or Chunker(codec.tokenizer, language)
         made_by = {"codec": codec.identity.digest, "rules": RULES, "language": language, "tmd": coded_by}
         self._made_by: dict[str, Any] = made_by
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -102,7 +107,7 @@ class Ingester:
                 outcomes[i] = Outcome("refused", reason=str(err))
         with self._timed("look up"):
             sound = [(a.source, a.article_id) for i, a in enumerate(articles) if i not in outcomes]
-            there = self._store.contents(self._dataset, sound)
+            there = stored_contents(self._store, self._dataset, sound)
         for i, article in enumerate(articles):
             if i not in outcomes and there.get((article.source, article.article_id)) == hashes[i]:
                 outcomes[i] = Outcome("known")
@@ -121,8 +126,13 @@ class Ingester:
             try:
                 table, episodes = self._table(articles[i], chunks, encoded, codes, rows)
                 with self._timed("store"):
-                    stored = self._store.store_article(
-                        self._dataset, articles[i].source, articles[i].article_id, hashes[i], table
+                    stored = store_article(
+                        self._store,
+                        self._dataset,
+                        articles[i].source,
+                        articles[i].article_id,
+                        hashes[i],
+                        table,
                     )
             except InputError as err:
                 outcomes[i] = Outcome("refused", reason=str(err))
@@ -169,6 +179,72 @@ class Ingester:
         for name, values in extra.items():
             table = table.append_column(name, values)
         return table, len(np.unique(episodes))
+
+
+def stored_contents(
+    store: ConceptStore, dataset: Dataset, articles: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], str]:
+    """Source and id of each of these articles that is stored, to the hash of what it was stored from."""
+    with database_errors("looking up the articles"):
+        rows = store.connection.execute(
+            "SELECT source, article_id, content FROM cpe_article WHERE dataset = %s AND article_id = ANY(%s)",
+            [dataset.name, [a for _, a in articles]],
+        ).fetchall()
+    return {(s, a): content for s, a, content in rows}
+
+
+def store_article(
+    store: ConceptStore, dataset: Dataset, source: str, article_id: str, content: str, chunks: pa.Table
+) -> bool:
+    """Store one article's chunks in one transaction, in place of those it had; False where this content was there.
+
+    chunks: in `vector_schema` with the optional columns; its doc_id is not read, the store gives the number.
+    Raises InputError as `entries_of` does, and on an id or source that Postgres cannot hold.
+    """
+    require_text(article_id, "the article's id")
+    require_text(source, "the article's source")
+    what = f"article {article_id!r}"
+    with database_errors(f"storing {what}"), store.alone(dataset.name):
+        found = store.find(dataset.name)
+        if found is None or found.id != dataset.id:
+            raise DatabaseError(f"dataset {dataset.name!r} was cleared meanwhile; run the same command again")
+        before = store.connection.execute(
+            "SELECT content, doc_id FROM cpe_article WHERE (dataset, source, article_id) = (%s, %s, %s)",
+            [dataset.name, source, article_id],
+        ).fetchone()
+        if before is not None and before[0] == content:
+            return False
+        if before is None and chunks.num_rows:
+            # A load may have brought the article: its first chunk's name says so.
+            before = store.connection.execute(
+                sql.SQL("SELECT NULL, doc_id FROM {} WHERE cpe_id = %s").format(dataset.table),
+                [uuid.UUID(hex=chunks.column("chunk_id")[0].as_py())],
+            ).fetchone()
+        if before is None:
+            number = fetch_one(
+                store.connection,
+                "UPDATE cpe_dataset SET next_doc_id = next_doc_id + 1 WHERE name = %s RETURNING next_doc_id - 1",
+                [dataset.name],
+            )[0]
+        else:
+            number = before[1]
+            store.connection.execute(
+                sql.SQL("DELETE FROM {} WHERE doc_id = %s").format(dataset.table), [number]
+            )
+        numbers = pa.array([number] * chunks.num_rows, pa.int32())
+        chunks = chunks.set_column(chunks.schema.get_field_index("doc_id"), "doc_id", numbers)
+        store.copy(dataset.table, entries_of(chunks, dataset.name, dataset.identity, dataset.storage, what))
+        store.connection.execute(
+            "INSERT INTO cpe_article (dataset, source, article_id, doc_id, content, chunks) "
+            "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (dataset, source, article_id) "
+            "DO UPDATE SET content = excluded.content, chunks = excluded.chunks, stored = now()",
+            [dataset.name, source, article_id, number, content, chunks.num_rows],
+        )
+        store.connection.execute(
+            "UPDATE cpe_dataset SET loaded = NULL, version = gen_random_uuid() WHERE name = %s",
+            [dataset.name],
+        )
+    return True
 
 
 def _rows(

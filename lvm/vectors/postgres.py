@@ -7,7 +7,7 @@ the first process that needs it starts it, the last one to end stops it.
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,14 @@ def server_name(url: str) -> str:
     return f"Postgres at {host}{port}, database {parts.get('dbname') or 'of the user'}"
 
 
+def has_password(url: str) -> bool:
+    """Whether an address of a server has a password in it."""
+    try:
+        return bool(conninfo_to_dict(url).get("password"))
+    except psycopg.ProgrammingError:
+        return False
+
+
 def connect(url: str, wait_s: float = CONNECT_WAIT_S) -> Connection:
     """A connection in autocommit, with UTF-8 text. A full server is asked again for `wait_s` seconds.
 
@@ -119,6 +127,13 @@ def connect(url: str, wait_s: float = CONNECT_WAIT_S) -> Connection:
     return connection
 
 
+def fetch_one(connection: Connection, query: Any, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """The row of a query that always has one."""
+    row = connection.execute(query, parameters).fetchone()
+    assert row is not None
+    return row
+
+
 def _cannot_connect(url: str, err: Exception, wait_s: float) -> DatabaseError:
     said = " ".join(str(err).split()).removeprefix("connection failed: ")
     if any(words in said for words in _AGAIN):
@@ -148,6 +163,8 @@ def database_errors(what: str) -> Iterator[None]:
                 cure = f"make room on the server's disk. {_KEPT}"
             case errors.InsufficientPrivilege():
                 cure = "grant this user the right, or connect as another in --database-url"
+            case errors.QueryCanceled():
+                cure = f"it took longer than it may, or somebody ended it. {_KEPT}"
             case errors.ReadOnlySqlTransaction():
                 cure = "that server is a standby: name the primary in --database-url"
             case errors.LockNotAvailable() | errors.DeadlockDetected() | errors.SerializationFailure():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lvm.corpus.tmd import unpack
 from serve.retriever import CorpusChunk
 from serve.schema import Neighbour
 
@@ -18,4 +19,5 @@ def neighbour(chunk: CorpusChunk) -> Neighbour:
         chunk_id=chunk.chunk_id,
         position=chunk.position,
         cosine=round(chunk.cosine, 6),
+        tmd=None if chunk.tmd_code is None else list(unpack(chunk.tmd_code).names),
     )

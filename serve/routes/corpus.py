@@ -10,8 +10,10 @@ import numpy as np
 from fastapi import FastAPI, Request
 
 from lvm.corpus.chunker import chunk_id
-from lvm.corpus.tmd import Prototypes, phrases
+from lvm.corpus.records import Article
 from lvm.vectors.shards import write_bytes
+from serve.concepts import Concepts
+from serve.encoder import EncodedText
 from serve.pipeline import Clock
 from serve.requests import ms_since, request_id
 from serve.routes import Errors
@@ -20,6 +22,7 @@ from serve.schema import (
     ChunkReply,
     ChunkRequest,
     IngestChunk,
+    IngestedArticle,
     IngestReply,
     IngestRequest,
     Milliseconds,
@@ -32,7 +35,7 @@ from serve.service import Service
 
 
 class CorpusRoutes:
-    """Chunks, TMD codes and the inbox of the next run."""
+    """Chunks, TMD codes, and articles into store or inbox."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -77,10 +80,9 @@ class CorpusRoutes:
         )
 
     async def _codes(self, texts: Sequence[str], deadline: float, clock: Clock) -> list[TmdCode]:
-        labels, _ = await self._service.pipeline.encode([phrase for phrase, _ in phrases()], deadline)
+        prototypes = await self._service.prototypes(deadline)
         encoded, timing = await self._service.pipeline.encode(texts, deadline)
         clock.add("encode", timing)
-        prototypes = Prototypes(np.stack([e.vector for e in labels]))
         return [
             TmdCode(
                 code=found.tmd.code,
@@ -95,18 +97,23 @@ class CorpusRoutes:
         ]
 
     async def ingest(self, request: Request, body: IngestRequest) -> IngestReply:
-        """Articles into the inbox, cut and coded. `latent run --input INBOX` takes them into a corpus; what is
-        served now does not change."""
+        """Articles into the concept store, each once, found by /v1/search from then on; or, where there is an inbox in
+        place of a store, into that, for `latent run --input INBOX`."""
         clock = Clock()
         deadline = self._service.deadline(body.deadline_s)
-        if not self._service.args.inbox:
-            raise RefusedError(422, "no inbox is configured; start the service with --inbox DIR")
+        concepts = self._service.concepts
+        if not self._service.args.inbox and concepts is None:
+            raise RefusedError(
+                422, "articles have nowhere to go; start the service with --dataset NAME, or with --inbox DIR"
+            )
         if not body.articles:
             raise RefusedError(422, "articles is empty; expected at least one")
         self._service.require_at_most("articles", len(body.articles), "max_texts")
         for i, given in enumerate(body.articles):
             self._service.require_words([given.text], f"articles[{i}].text")
             self._service.require_words([given.id, given.title, given.source], f"articles[{i}]", empty=True)
+        if concepts is not None:
+            return await self._store(request, body, concepts, deadline, clock)
         with self._service.admitted(len(body.articles)):
             cut = await self._service.cut([a.text for a in body.articles])
             for i, chunks in enumerate(cut):
@@ -134,5 +141,37 @@ class CorpusRoutes:
             codec=self._service.codec,
             file=file,
             results=results,
+            milliseconds=Milliseconds(**clock.finish()),
+        )
+
+    async def _store(
+        self, request: Request, body: IngestRequest, concepts: Concepts, deadline: float, clock: Clock
+    ) -> IngestReply:
+        articles = [Article(a.id, a.title, a.text, a.source) for a in body.articles]
+        prototypes = await self._service.prototypes(deadline)
+
+        async def encode(texts: Sequence[str]) -> Sequence[EncodedText]:
+            # Not through the cache: one article would push out what people ask for again.
+            encoded, timing = await self._service.pipeline.encode(texts, deadline, cache=False)
+            clock.add("encode", timing)
+            return encoded
+
+        with self._service.admitted(len(articles)):
+            outcomes = await concepts.ingest(articles, encode, prototypes, deadline)
+        return IngestReply(
+            request_id=request_id(request),
+            codec=self._service.codec,
+            dataset=concepts.name,
+            articles=[
+                IngestedArticle(
+                    id=a.article_id,
+                    source=a.source,
+                    status=o.status,
+                    chunks=o.chunks,
+                    episodes=o.episodes,
+                    reason=o.reason,
+                )
+                for a, o in zip(articles, outcomes, strict=True)
+            ],
             milliseconds=Milliseconds(**clock.finish()),
         )

@@ -1,11 +1,15 @@
 """The stages of a prediction that take or give vectors."""
 
+import time
+
 import numpy as np
 from fastapi import FastAPI, Request
 
+from lvm.corpus.tmd import Wanted
+from lvm.vectors.concept_search import Filters, Hit
 from serve.pipeline import Clock
 from serve.requests import request_id
-from serve.retriever import NearRow
+from serve.retriever import CodeFilter, CorpusChunk, NearRow
 from serve.routes import Errors, neighbour
 from serve.schema import (
     DecodeReply,
@@ -22,7 +26,8 @@ from serve.schema import (
     pack,
     unpack,
 )
-from serve.service import Service
+from serve.service import NO_STORE, Service
+from serve.stage import Timing
 
 
 class VectorRoutes:
@@ -122,9 +127,17 @@ class VectorRoutes:
         )
 
     async def search(self, request: Request, body: SearchRequest) -> SearchReply:
-        """Texts or vectors to the nearest chunks of the corpus."""
+        """Texts or vectors to the nearest chunks of the run or the dataset that pass the filters."""
         clock = Clock()
-        corpus = self._service.require_corpus("search")
+        of_store = body.corpus == "store" or (body.corpus is None and self._service.concepts is not None)
+        wanted = Wanted.of(body.domain, body.task, body.modifier)
+        if of_store:
+            concepts = self._service.require_concepts("search")
+        else:
+            corpus = self._service.require_corpus("search")
+            for name in ("source", "contains"):
+                if getattr(body, name) is not None:
+                    raise RefusedError(422, f"{name} filters a dataset only, and {NO_STORE}", param=name)
         deadline = self._service.deadline(body.deadline_s)
         self._service.require_one(query=body.query, vectors=body.vectors)
         self._service.require_at_most("k", body.k, "max_neighbours")
@@ -140,7 +153,16 @@ class VectorRoutes:
             self._service.require_at_most("vectors", len(body.vectors), "max_vectors")
             queries = unpack(body.vectors, self._service.identity.dim, "vectors")
         with self._service.admitted(len(queries)):
-            found, timing = await corpus.find.run([NearRow(q, body.k) for q in queries], deadline)
+            begun = time.perf_counter()
+            if of_store:
+                filters = Filters(body.source, body.contains, None, wanted)
+                hits = await concepts.search(queries, body.k, filters, deadline)
+                timing = Timing(work_ms=(time.perf_counter() - begun) * 1000)
+                found = [[_chunk(hit) for hit in of_query] for of_query in hits]
+            else:
+                codes = CodeFilter(wanted, await self._service.prototypes(deadline)) if wanted else None
+                rows = [NearRow(q, body.k, codes=codes) for q in queries]
+                found, timing = await corpus.find.run(rows, deadline)
         clock.add("snap", timing)
         return SearchReply(
             request_id=request_id(request),
@@ -148,6 +170,12 @@ class VectorRoutes:
             results=[[neighbour(c) for c in chunks] for chunks in found],
             milliseconds=Milliseconds(**clock.finish()),
         )
+
+
+def _chunk(hit: Hit) -> CorpusChunk:
+    return CorpusChunk(
+        hit.text, hit.title, hit.source, hit.chunk_id, hit.position, hit.score or 0.0, hit.tmd_code
+    )
 
 
 def _names(value: str | list[str] | None) -> list[str]:

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pytest
 from psycopg import errors
 
+from lvm.corpus.tmd import Wanted
 from lvm.errors import DatabaseError, IdentityError, InputError, LvmError, OutputError
-from lvm.vectors.concepts import (
-    ConceptStore,
-    Dataset,
-    Filters,
-)
+from lvm.vectors.concept_export import article_ranges, read_articles
+from lvm.vectors.concept_load import copy_shard, loading, merge, staged
+from lvm.vectors.concept_search import Filters, ensure_index, search
+from lvm.vectors.concepts import ConceptStore, Dataset
 from lvm.vectors.entries import entries_of, read_vectors, wire_vectors
+from lvm.vectors.ingest import store_article, stored_contents
 from lvm.vectors.postgres import connect
 from lvm.vectors.shards import Manifest, read_table, table_to_vectors, vectors_to_table, write_table
 from tests.doubles import FakeCodec, chunk_table, fake_articles, write_vectors
@@ -35,10 +36,10 @@ HOSTILE = [
 
 def load(store: ConceptStore, name: str, source: Path, replace_all: bool = False) -> Dataset:
     manifest = Manifest.load(source, "vectors")
-    with store.loading(name, manifest) as under_way:
+    with loading(store, name, manifest) as under_way:
         for shard in manifest.shards:
-            store.copy(under_way, source, shard)
-        return store.merge(under_way, manifest, replace_all)
+            copy_shard(store, under_way, source, shard)
+        return merge(store, under_way, manifest, replace_all)
 
 
 def rows(store: ConceptStore, dataset: str) -> list[tuple[Any, ...]]:
@@ -103,11 +104,11 @@ def test_what_is_loaded_is_read_back_bit_by_bit_in_order(database: str, source: 
         assert dataset.storage == "halfvec"
         shards = [read_table(source / s.file) for s in Manifest.load(source).shards]
         wanted = pa.concat_tables(shards).replace_schema_metadata(None)
-        found = store.read(dataset, 0, 10**6)
+        found = read_articles(store, dataset, 0, 10**6)
         assert found.select(wanted.column_names).equals(wanted)
         assert found.column("tmd_code").null_count == 60
         assert store.stats(dataset)["rows"] == 60
-        assert store.ranges(dataset, 25) == [(0, 8, 27), (9, 17, 27), (18, 19, 6)]
+        assert article_ranges(store, dataset, 25) == [(0, 8, 27), (9, 17, 27), (18, 19, 6)]
         assert len(rows(store, "wiki")) == 60
 
 
@@ -125,9 +126,11 @@ def test_float32_is_kept_and_other_dimensions_lie_beside(database: str, tmp_path
     with ConceptStore(database) as store:
         dataset = load(store, "exact", source)
         assert dataset.storage == "vector"
-        np.testing.assert_array_equal(table_to_vectors(store.read(dataset, 0, 9)), table_to_vectors(table))
+        np.testing.assert_array_equal(
+            table_to_vectors(read_articles(store, dataset, 0, 9)), table_to_vectors(table)
+        )
         other = load(store, "small", one_shard(tmp_path / "b", short, small))
-        np.testing.assert_array_equal(table_to_vectors(store.read(other, 0, 9)), vectors)
+        np.testing.assert_array_equal(table_to_vectors(read_articles(store, other, 0, 9)), vectors)
         kinds = store.connection.execute(
             "SELECT dataset_source, cardinality(concept_vec), count(*) FROM cpe_entry GROUP BY 1, 2 ORDER BY 1"
         ).fetchall()
@@ -143,18 +146,18 @@ def test_hostile_strings_come_back_from_every_text_field(database: str, tmp_path
             if "\n" in name:  # a name of several lines is odd and harmless
                 name = name.strip()
             dataset = load(store, name, source)
-            found = store.read(dataset, 0, 9)
+            found = read_articles(store, dataset, 0, 9)
             assert found.column("text").to_pylist() == texts
             assert found.column("title").to_pylist() == found.column("source").to_pylist() == HOSTILE
             assert len(rows(store, name)) == len(HOSTILE)
             for row, text in enumerate(HOSTILE):
-                hits = store.search(dataset, None, 99, Filters(source=text))
+                hits = search(store, dataset, None, 99, Filters(source=text))
                 assert [h.position for h in hits] == [row]
-                hits = store.search(dataset, None, 99, Filters(contains=text.upper()))
+                hits = search(store, dataset, None, 99, Filters(contains=text.upper()))
                 assert [h.position for h in hits] == [row], text
             chunks = table.slice(0, 2)
-            assert store.store_article(dataset, name, name, name, chunks)
-            assert store.contents(dataset, [(name, name)]) == {(name, name): name}
+            assert store_article(store, dataset, name, name, name, chunks)
+            assert stored_contents(store, dataset, [(name, name)]) == {(name, name): name}
         assert {d.name for d in store.datasets()} == {n.strip() if "\n" in n else n for n in HOSTILE}
         assert store.clear(HOSTILE[0]) == 2
         assert len(store.datasets()) == len(HOSTILE) - 1
@@ -233,39 +236,39 @@ def vectors_of(chunks: pa.Table) -> pa.Table:
 
 def test_a_shard_is_copied_once_however_many_ask_at_the_same_time(database: str, source: Path) -> None:
     manifest = Manifest.load(source)
-    with ConceptStore(database) as store, store.loading("wiki", manifest) as under_way:
+    with ConceptStore(database) as store, loading(store, "wiki", manifest) as under_way:
 
         def copy_all() -> None:
             with ConceptStore(database) as mine:
                 for shard in manifest.shards:
-                    mine.copy(under_way, source, shard)
+                    copy_shard(mine, under_way, source, shard)
 
         threads = [threading.Thread(target=copy_all) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        store.merge(under_way, manifest)
+        merge(store, under_way, manifest)
         assert len(rows(store, "wiki")) == manifest.rows
 
 
 def test_a_load_that_was_killed_goes_on_and_nothing_shows_before_its_end(database: str, source: Path) -> None:
     manifest = Manifest.load(source)
-    with ConceptStore(database) as store, store.loading("wiki", manifest) as under_way:
-        store.copy(under_way, source, manifest.shards[0])
+    with ConceptStore(database) as store, loading(store, "wiki", manifest) as under_way:
+        copy_shard(store, under_way, source, manifest.shards[0])
         assert store.find("wiki") is None
         with pytest.raises(DatabaseError, match="2 of 3 shards are not loaded"):
-            store.merge(under_way, manifest)
+            merge(store, under_way, manifest)
     with ConceptStore(database) as store:
-        with store.loading("wiki", manifest) as under_way:
-            assert store.staged(under_way) == {"part-00000.parquet": 24}
+        with loading(store, "wiki", manifest) as under_way:
+            assert staged(store, under_way) == {"part-00000.parquet": 24}
         load(store, "wiki", source)
         assert len(rows(store, "wiki")) == 60
 
 
 def test_two_loads_of_one_dataset_do_not_mix(database: str, source: Path) -> None:
     manifest = Manifest.load(source)
-    with ConceptStore(database) as one, ConceptStore(database) as two, one.loading("wiki", manifest):
+    with ConceptStore(database) as one, ConceptStore(database) as two, loading(one, "wiki", manifest):
         with pytest.raises(DatabaseError, match="another load of dataset 'wiki' is under way"):
             load(two, "wiki", source)
         load(two, "other", source)
@@ -373,8 +376,8 @@ def test_a_full_disk_is_said_and_leaves_nothing(database: str, source: Path) -> 
         with pytest.raises(DatabaseError, match="No space left on device; make room on the server's disk"):
             load(store, "wiki", source)
         assert rows(store, "wiki") == before
-        with store.loading("wiki", manifest) as under_way:
-            assert len(store.staged(under_way)) == 3  # what was copied is kept
+        with loading(store, "wiki", manifest) as under_way:
+            assert len(staged(store, under_way)) == 3  # what was copied is kept
 
 
 # ------------------------------------------------------------------------------------------------ connections
@@ -437,8 +440,8 @@ def test_a_connection_that_is_cut_in_mid_load_leaves_nothing_and_the_load_goes_o
     manifest = Manifest.load(source)
 
     def load_and_be_cut() -> None:
-        with ConceptStore(database) as store, store.loading("wiki", manifest) as under_way:
-            store.copy(under_way, source, manifest.shards[0])
+        with ConceptStore(database) as store, loading(store, "wiki", manifest) as under_way:
+            copy_shard(store, under_way, source, manifest.shards[0])
 
             def cut_after_three(*arguments: Any) -> Any:
                 rows = entries_of(*arguments)
@@ -449,16 +452,16 @@ def test_a_connection_that_is_cut_in_mid_load_leaves_nothing_and_the_load_goes_o
                     )
                 yield from rows
 
-            monkeypatch.setattr("lvm.vectors.concepts.entries_of", cut_after_three)
-            store.copy(under_way, source, manifest.shards[1])
+            monkeypatch.setattr("lvm.vectors.concept_load.entries_of", cut_after_three)
+            copy_shard(store, under_way, source, manifest.shards[1])
 
     with pytest.raises(DatabaseError, match="the connection is lost"):
         load_and_be_cut()
     monkeypatch.undo()
     with ConceptStore(database) as store:
         assert store.find("wiki") is None
-        with store.loading("wiki", manifest) as under_way:
-            assert set(store.staged(under_way)) == {"part-00000.parquet"}
+        with loading(store, "wiki", manifest) as under_way:
+            assert set(staged(store, under_way)) == {"part-00000.parquet"}
         load(store, "wiki", source)
         assert len(rows(store, "wiki")) == 60
 
@@ -473,7 +476,7 @@ def test_a_user_who_may_not_write_is_told_so(server: str, database: str, source:
         store.connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO reader")  # type: ignore[arg-type]
         store.connection.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO reader")  # type: ignore[arg-type]
     with ConceptStore(database.replace("postgres:@", "reader:@")) as store:
-        assert len(store.search(dataset, None, 5)) == 5
+        assert len(search(store, dataset, None, 5)) == 5
         with pytest.raises(DatabaseError, match=r"must be owner.*grant this user the right"):
             store.clear("wiki")
     with psycopg.connect(database, autocommit=True) as admin:
@@ -491,21 +494,23 @@ def test_without_pgvector_vectors_are_arrays_and_searches_give_the_same(
         assert "pgvector is installed and not enabled" in store.missing
         dataset = load(store, "plain", source)
         assert dataset.storage == "real"
-        assert "CREATE EXTENSION vector" in store.ensure_index(dataset, "hnsw")
-        found = store.search(dataset, query, 7)
-        some = store.search(dataset, query, 7, Filters(contains="w9x1"))
-        exact = store.read(dataset, 0, 99)
+        assert "CREATE EXTENSION vector" in ensure_index(store, dataset, "hnsw")
+        found = search(store, dataset, query, 7)
+        some = search(store, dataset, query, 7, Filters(contains="w9x1"))
+        exact = read_articles(store, dataset, 0, 99)
     with ConceptStore(database) as store:
         assert store.missing == ""
         other = load(store, "wiki", source)
-        same = store.search(other, query, 7)
+        same = search(store, other, query, 7)
         assert [h.chunk_id for h in found] == [h.chunk_id for h in same]
         np.testing.assert_allclose([h.score for h in found], [h.score for h in same], atol=2e-3)  # type: ignore[arg-type]
         assert [h.chunk_id for h in some] == [
-            h.chunk_id for h in store.search(other, query, 7, Filters(contains="w9x1"))
+            h.chunk_id for h in search(store, other, query, 7, Filters(contains="w9x1"))
         ]
         assert (
-            store.read(other, 0, 99).select(["chunk_id", "text"]).equals(exact.select(["chunk_id", "text"]))
+            read_articles(store, other, 0, 99)
+            .select(["chunk_id", "text"])
+            .equals(exact.select(["chunk_id", "text"]))
         )
 
 
@@ -516,23 +521,23 @@ def test_the_index_finds_what_a_scan_finds_also_through_filters(database: str, t
         store.connection.execute(
             f"UPDATE cpe_d{dataset.id} SET tmd_code = ((doc_id % 16) << 12) | ((position % 32) << 7)"
         )  # type: ignore[arg-type]
-        query = table_to_vectors(store.read(dataset, 7, 7))[3].astype(np.float32)
+        query = table_to_vectors(read_articles(store, dataset, 7, 7))[3].astype(np.float32)
         filters = [
             Filters(),
-            Filters(domain=3),
-            Filters(domain=3, task=9),
+            Filters(wanted=Wanted(3)),
+            Filters(wanted=Wanted(3, 9)),
             Filters(tmd_code=7 << 12 | 3 << 7),
         ]
-        scanned = [store.search(dataset, query, 10, f) for f in filters]
+        scanned = [search(store, dataset, query, 10, f) for f in filters]
         assert scanned[0][0].doc_id == 7
         assert {h.doc_id % 16 for h in scanned[1]} == {3}
         assert {(h.doc_id % 16, h.position % 32) for h in scanned[2]} == {(3, 9)}
         for kind in ("hnsw", "ivfflat"):
-            assert store.ensure_index(dataset, kind) == ""  # type: ignore[arg-type]
+            assert ensure_index(store, dataset, kind) == ""  # type: ignore[arg-type]
             assert store.index_kind(dataset) == kind
             store.connection.execute("SET enable_seqscan = off")
             for wanted, f in zip(scanned, filters, strict=True):
-                found = {h.chunk_id for h in store.search(dataset, query, 10, f)}
+                found = {h.chunk_id for h in search(store, dataset, query, 10, f)}
                 assert len(found & {h.chunk_id for h in wanted}) >= 0.9 * len(wanted), (kind, f)
         assert store.stats(dataset)["index"] == "ivfflat"
 
@@ -542,9 +547,9 @@ def test_a_query_of_another_length_or_norm_is_refused(database: str, source: Pat
         dataset = load(store, "wiki", source)
         for bad in (np.ones(5, np.float32), np.ones(768, np.float32), np.full(768, np.nan, np.float32)):
             with pytest.raises(InputError, match="the query"):
-                store.search(dataset, bad, 3)
+                search(store, dataset, bad, 3)
         with pytest.raises(InputError, match="NUL"):
-            store.search(dataset, None, 3, Filters(contains="a\0"))
+            search(store, dataset, None, 3, Filters(contains="a\0"))
 
 
 # ------------------------------------------------------------------------------------------- ingest, migrations
@@ -557,32 +562,32 @@ def test_an_article_is_stored_once_and_a_changed_one_takes_the_place_of_the_old(
     with ConceptStore(database) as store:
         dataset = store.ensure("notes", FakeCodec().identity, "float16", "notes", "CC0-1.0")
         assert store.ensure("notes", FakeCodec().identity, "float16") == dataset
-        assert store.store_article(dataset, "s", "a", "1", first)
-        assert not store.store_article(dataset, "s", "a", "1", first)
+        assert store_article(store, dataset, "s", "a", "1", first)
+        assert not store_article(store, dataset, "s", "a", "1", first)
         version = store.dataset("notes").version
-        assert not store.store_article(dataset, "s", "a", "1", first)
+        assert not store_article(store, dataset, "s", "a", "1", first)
         assert store.dataset("notes").version == version
-        assert store.store_article(dataset, "s", "a", "2", second)
-        assert store.read(dataset, 0, 9).column("text").to_pylist() == ["one two", "other", "third"]
+        assert store_article(store, dataset, "s", "a", "2", second)
+        assert read_articles(store, dataset, 0, 9).column("text").to_pylist() == ["one two", "other", "third"]
         bad = encoded(["one two", "nul\0"])
         with pytest.raises(InputError, match="NUL"):
-            store.store_article(dataset, "s", "a", "3", bad)
-        assert store.contents(dataset, [("s", "a")]) == {("s", "a"): "2"}
-        assert store.read(dataset, 0, 9).num_rows == 3
+            store_article(store, dataset, "s", "a", "3", bad)
+        assert stored_contents(store, dataset, [("s", "a")]) == {("s", "a"): "2"}
+        assert read_articles(store, dataset, 0, 9).num_rows == 3
         store.clear("notes")
-        with pytest.raises(InputError, match="no dataset 'notes'"):
-            store.store_article(dataset, "s", "a", "4", second)
+        with pytest.raises(DatabaseError, match="'notes' was cleared meanwhile"):
+            store_article(store, dataset, "s", "a", "4", second)
 
 
 def test_an_article_that_a_load_brought_keeps_its_number(database: str, source: Path) -> None:
     with ConceptStore(database) as store:
         dataset = load(store, "wiki", source)
         known = read_table(source / "part-00001.parquet").slice(0, 2)
-        assert store.store_article(dataset, "double", "8", "new", known)
-        assert store.read(dataset, 8, 8).num_rows == 2
+        assert store_article(store, dataset, "double", "8", "new", known)
+        assert read_articles(store, dataset, 8, 8).num_rows == 2
         new = encoded(["quite new"], chunk_id=["cd" * 16])
-        store.store_article(dataset, "double", "new", "x", new)
-        assert store.read(dataset, 20, 99).column("text").to_pylist() == ["quite new"]
+        store_article(store, dataset, "double", "new", "x", new)
+        assert read_articles(store, dataset, 20, 99).column("text").to_pylist() == ["quite new"]
         assert store.dataset("wiki").loaded is None
 
 

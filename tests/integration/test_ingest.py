@@ -12,6 +12,7 @@ from lvm.corpus.records import Article
 from lvm.corpus.tmd import Coded, Prototypes, Tmd, phrases
 from lvm.errors import DatabaseError
 from lvm.vectors.array import open_vectors
+from lvm.vectors.concept_export import read_articles
 from lvm.vectors.concepts import ConceptStore, Dataset
 from lvm.vectors.ingest import STAGES, Ingester
 from lvm.vectors.shards import Manifest, with_footer, write_table
@@ -41,7 +42,7 @@ def test_an_article_becomes_rows_in_order_with_episodes_codes_and_names_of_the_c
     with store:
         ingester = Ingester(store, dataset, FakeCodec(), code_all, "test")
         (outcome,) = ingester.ingest([article("a")])
-        found = store.read(dataset, 0, 9)
+        found = read_articles(store, dataset, 0, 9)
     texts = found.column("text").to_pylist()
     assert texts == ["Apples pears plums. Apples plums.", *TEXT.split("\n\n")[1:]]
     assert found.column("chunk_id").to_pylist() == [chunk_id("s", "a", i) for i in range(4)]
@@ -76,11 +77,11 @@ def test_each_article_is_stored_once_and_again_when_anything_that_decides_it_cha
             article(3, source="t"),
         ]
         assert [o.status for o in first.ingest(changed)] == ["stored", "stored", "known", "stored"]
-        found = store.read(dataset, 0, 0).column("text").to_pylist()
+        found = read_articles(store, dataset, 0, 0).column("text").to_pylist()
         assert found == ["Other words.", "More."]
         other_coder = Ingester(store, dataset, FakeCodec(), None, "none")
         assert [o.status for o in other_coder.ingest([article(2)])] == ["stored"]
-        assert store.read(dataset, 2, 2).column("tmd_code").null_count == 4
+        assert read_articles(store, dataset, 2, 2).column("tmd_code").null_count == 4
         assert store.stats(dataset)["articles"] == 7
 
 
@@ -137,7 +138,7 @@ def test_articles_without_words_and_hostile_strings(database: str) -> None:
         outcomes = ingester.ingest([article("empty", " \n\n\t"), *hostile])
         assert {o.status for o in outcomes} == {"stored"}
         assert outcomes[0].chunks == 0
-        titles = store.read(dataset, 0, 99).column("title").to_pylist()
+        titles = read_articles(store, dataset, 0, 99).column("title").to_pylist()
         assert set(titles) == set(HOSTILE)
         assert {o.status for o in ingester.ingest(hostile)} == {"known"}
 
@@ -146,7 +147,7 @@ def test_a_connection_that_is_cut_leaves_whole_articles(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, dataset = opened(database)
-    copy = ConceptStore._copy
+    copy = ConceptStore.copy
     calls = 0
 
     def cut_in_the_third(self: ConceptStore, table: Any, entries: Any) -> None:
@@ -159,7 +160,7 @@ def test_a_connection_that_is_cut_leaves_whole_articles(
                     "SELECT pg_terminate_backend(%s, 5000)", [self.connection.info.backend_pid]
                 )
 
-    monkeypatch.setattr(ConceptStore, "_copy", cut_in_the_third)
+    monkeypatch.setattr(ConceptStore, "copy", cut_in_the_third)
     with pytest.raises(DatabaseError, match="the connection is lost"):
         Ingester(store, dataset, FakeCodec()).ingest([article(i) for i in range(5)])
     monkeypatch.undo()
@@ -174,7 +175,7 @@ def test_what_is_ingested_trains_as_shards_do(database: str, tmp_path: Path) -> 
     store, dataset = opened(database)
     with store:
         Ingester(store, dataset, FakeCodec(), code_all, "test").ingest([article(i) for i in range(4)])
-        table = store.read(dataset, 0, 99)
+        table = read_articles(store, dataset, 0, 99)
     shard = write_table(
         tmp_path / "part-00000.parquet", with_footer(table, {"codec": dataset.identity.to_dict()})
     )
