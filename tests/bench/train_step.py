@@ -54,8 +54,9 @@ from lvm.evaluate.leaderboard import Table, as_text
 from lvm.evaluate.metrics import measure_latency
 from lvm.models import ORIGINAL, build
 from lvm.predict.training import FAST, Recipe, fit, shuffled_windows
+from lvm.vectors.array import open_vectors
 from lvm.vectors.npz import export_npz
-from lvm.vectors.sequences import make_windows, open_vectors
+from lvm.vectors.sequences import make_windows
 from lvm.vectors.shards import Manifest, write_table
 
 QUICK_MODELS = ("lstm", "amn")

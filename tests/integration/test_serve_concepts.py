@@ -17,11 +17,11 @@ import pytest
 
 from lvm.corpus.records import Article
 from lvm.corpus.tmd import Prototypes, Tmd, phrases, unpack
+from lvm.vectors.array import open_vectors
 from lvm.vectors.concept_export import read_articles
 from lvm.vectors.concepts import ConceptStore
 from lvm.vectors.ingest import Ingester
 from lvm.vectors.postgres import embedded
-from lvm.vectors.sequences import open_vectors
 from tests.doubles import FakeCodec
 from tests.integration.serving import CHECKOUT, Service, make_run, running, shipped_codec
 from tests.integration.test_concepts import HOSTILE

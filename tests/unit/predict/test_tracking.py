@@ -11,7 +11,8 @@ from lvm.predict import tracking
 from lvm.predict.runs import TrainRun, train_run
 from lvm.predict.tracking import EXPERIMENT, prepare_mlflow
 from lvm.predict.training import FAST
-from lvm.vectors.sequences import WindowSettings, open_vectors
+from lvm.vectors.array import open_vectors
+from lvm.vectors.sequences import WindowSettings
 from tests.doubles import FakeCodec, fake_articles, write_vectors
 
 BRIEF = replace(FAST, epochs=3, patience=None, bfloat16=False, rank=None)
