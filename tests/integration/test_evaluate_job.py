@@ -344,7 +344,7 @@ def test_seeds_of_one_training_are_a_mean_and_a_deviation(tmp_path: Path, ray_cl
     folders = [
         save_toy(tmp_path, "amn", 1, series="s", training_seed=1),
         save_toy(tmp_path, "amn", 2, series="s", training_seed=2),
-        save_toy(tmp_path, "amn", 0, series="s", run="s"),
+        save_toy(tmp_path, "amn", 4, series="s"),
     ]
     made, _ = evaluate(paths, fake_codec, SETTINGS)
     amn, lstm = (next(e for e in made["entries"] if e["name"] == n) for n in ("amn", "lstm"))
