@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 DEVELOPING = $(VENV)/.developing
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/latent demo
@@ -31,6 +31,18 @@ bench: $(DEVELOPING)
 	$(BIN)/python -m tests.bench.encode_throughput --quick
 	$(BIN)/python -m tests.bench.serve_latency --quick
 
+# What nodes, images and CI install, each file with its hashes: deploy/requirements/. After a change of pyproject.toml;
+# what need not change keeps its version. gpu.txt has the CUDA build of torch, the others leave torch to deploy/install.sh.
+CUDA = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime \
+  cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+  pyproject.toml deploy/requirements/nodes.in --extra serve
+
+lock:
+	$(LOCK) -o deploy/requirements/gpu.txt
+	$(LOCK) -o deploy/requirements/cpu.txt -c deploy/requirements/gpu.txt $(addprefix --no-emit-package ,$(CUDA))
+	$(LOCK) -o deploy/requirements/dev.txt -c deploy/requirements/gpu.txt $(addprefix --no-emit-package ,$(CUDA)) --extra dev
+
 clean:
 	rm -rf $(VENV) out build dist *.egg-info
 
@@ -44,6 +56,7 @@ $(INSTALLED): pyproject.toml
 	  echo "no language model could be fetched: predictions will be answered from the corpus" >&2
 	@touch $@
 
-$(DEVELOPING): $(INSTALLED)
+$(DEVELOPING): $(INSTALLED) deploy/requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r deploy/requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,serve]'
 	@touch $@

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +30,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 600
 """Longest wait for a cluster to come up with the CPUs or GPUs a job asks for: nodes of a cloud take minutes, and what
 nobody has never comes."""
+
+FREE_S = 2.0
+"""Longest look for what is free on a cluster where something is held."""
 
 WORKER_ENVIRONMENT = {
     # Idle OpenMP threads sleep. Spinning, as they do by default, two workers of two threads on two busy cores took five
@@ -103,7 +106,10 @@ GPUS_HELP = "GPUs to wait for; an autoscaling cluster starts nodes for them. Non
 
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to join (host:port, ray://… or auto); none starts one on this machine."),
+    typer.Option(
+        help="Ray cluster to join, from a node of it (host:port or auto); none starts one on this machine. From "
+        "elsewhere: latent submit."
+    ),
 ]
 
 
@@ -140,25 +146,39 @@ def connect(address: str | None) -> None:
         signal.signal(signal.SIGTERM, _stopped)
 
 
-def nodes_with(gpus: int | None = None, workers: int = 1) -> list[dict[str, float]]:
+def bundles(gpus: int | None) -> list[dict[str, float]]:
+    """What to ask an autoscaler for: a CPU, or so many GPUs with a CPU each.
+
+    A GPU that is not wanted is left out: one with the amount 0 counts as a wish for GPUs (Ray's autoscaler looks
+    whether the name is there), and buys GPU nodes for work on CPUs.
+    """
+    return [{"CPU": 1.0, "GPU": 1.0}] * gpus if gpus else [{"CPU": 1.0}]
+
+
+def nodes_with(gpus: int | None = None, free: bool = True) -> list[dict[str, float]]:
     """Ray resources of each live node, once a CPU is among them, and `gpus` GPUs in all; None: those that are there.
 
-    What is not there is asked of the autoscaler, with `workers` CPUs to begin with. Raises InputError naming what there
-    is when it has not come within START_TIMEOUT_S; at once on a cluster that this process started, as that one never
-    grows.
+    free: without what others hold there (a driver's own CPU, another job), unless they hold all. What is not there is
+    asked of the autoscaler. Raises InputError naming what there is when it has not come within START_TIMEOUT_S; at once
+    on a cluster that this process started, as that one never grows.
+
+    Asked by a placement group, not by `ray.autoscaler.sdk.request_resources`: that is one wish for the whole cluster, so
+    a second job's replaces the first's, it outlives the job that was killed, and one that cannot be met in full buys
+    nothing. A placement group ends with its driver.
     """
     import ray
-    from ray.autoscaler.sdk import request_resources
+    from ray.util import placement_group, remove_placement_group
 
     wanted = "a CPU" if gpus is None else f"{gpus} GPU{'s' * (gpus != 1)} and a CPU"
     end, asked = time.monotonic() + START_TIMEOUT_S, False
-    try:
+    with ExitStack() as until_here:
         while True:
-            nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+            alive = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}  # type: ignore[no-untyped-call]
+            nodes = list(alive.values())
             if any(n.get("CPU", 0) >= 1 for n in nodes) and sum(n.get("GPU", 0) for n in nodes) >= (
                 gpus or 0
             ):
-                return nodes
+                return _free_of(alive) if free else nodes
             there = in_words(nodes)
             if _started or time.monotonic() > end:
                 waited = "" if _started else f" after {START_TIMEOUT_S:g} s"
@@ -170,12 +190,38 @@ def nodes_with(gpus: int | None = None, workers: int = 1) -> list[dict[str, floa
             if not asked:
                 asked = True
                 echo(f"waiting up to {START_TIMEOUT_S:g} s for {wanted}; the cluster's nodes have {there}")
-                bundle = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
-                request_resources(bundles=[bundle] * max(workers, gpus or 1))
+                until_here.callback(remove_placement_group, placement_group(bundles(gpus)))
             time.sleep(0.5)
-    finally:
-        if asked:
-            request_resources(bundles=[])  # from here on the work itself keeps them
+
+
+def _free_of(total: Mapping[str, Mapping[str, float]]) -> list[dict[str, float]]:
+    """CPUs and GPUs of each node that nobody holds, all where none is free. total: Ray resources by node.
+
+    The head hears of what has just ended a moment later, so the most of FREE_S counts.
+    """
+    import ray
+
+    most = {node: {"CPU": 0.0, "GPU": 0.0} for node in total}
+    end = time.monotonic() + FREE_S
+    while True:
+        for node, now in ray._private.state.available_resources_per_node().items():
+            for kind in most.get(node, ()):
+                most[node][kind] = max(most[node][kind], now.get(kind, 0.0))
+        if (
+            all(most[n][k] >= r.get(k, 0.0) for n, r in total.items() for k in most[n])
+            or time.monotonic() > end
+        ):
+            break
+        time.sleep(0.1)
+    with_gpu = any(r.get("GPU") for r in total.values())
+    if not any(f["CPU"] >= 1 and (f["GPU"] > 0 or not with_gpu) for f in most.values()):
+        return [dict(r) for r in total.values()]  # all is at work: wait for it
+    return [{**r, **{k: v for k, v in most[n].items() if k in r}} for n, r in total.items()]
+
+
+def grows() -> bool:
+    """False on a cluster that this process started; one that it joined may have an autoscaler, Ray does not say."""
+    return not _started
 
 
 def in_words(nodes: Sequence[Mapping[str, float]]) -> str:

@@ -30,6 +30,7 @@ from jobs._ray import (
     connect,
     echo,
     finish,
+    grows,
     in_words,
     load_codec_at,
     nodes_with,
@@ -77,6 +78,9 @@ REFUSALS = {"IdentityError": IdentityError, "OutputError": OutputError}
 
 MAX_THREADS = 8
 """Most threads of one actor; the encoder's matrices are too small to feed more."""
+
+MOST_WORKERS = 1000
+"""Actors at once where nobody says how many: of more wishes Ray's autoscaler reads none."""
 
 SHARDS_PER_ACTOR = 2
 """Shards handed to an actor: the one at work, and the next, so that it never waits. One at a time is encoded: against a
@@ -234,8 +238,8 @@ def encode_chunks(
 ) -> EncodeResult:
     """Bring `target` to hold the vectors of `source`, a finished chunk job's folder, and nothing else.
 
-    max_workers: actors an autoscaling cluster may grow to; None for what its nodes hold now. gpus: how many to wait
-    for; None for those there are.
+    max_workers: most actors at once, of a CPU or a GPU each; None for all CPUs that an autoscaling cluster may grow to.
+    gpus: how many to wait for; None for those there are.
 
     Raises InputError when chunks are missing or damaged, or the cluster does not come to have what is asked for,
     IdentityError when they were cut for another tokenizer, OutputError when `target` was made with other settings.
@@ -356,24 +360,30 @@ def _encode_with_ray(
     then. Where nothing can be written, that ends it at once.
     """
     import ray
-    from ray.autoscaler.sdk import request_resources
 
+    # Ray Data's own wish for more goes through `request_resources`, where one that cannot be met buys nothing and stands
+    # in the way of other jobs' wishes. The actors that wait for room say the same. Read when ray.data is imported.
+    os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_CPU_RESOURCE_DELTA", "0")
+    os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_GPU_RESOURCE_DELTA", "0")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts chunks
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
-    nodes = nodes_with(gpus, min(max_workers or 1, len(pending)))
+    nodes = nodes_with(gpus, free=False)
     num_actors, resources = plan(nodes, len(pending))
-    if max_workers is None:
+    kind = "GPU" if "num_gpus" in resources else "CPU"
+    most = min(max_workers or MOST_WORKERS, len(pending))
+    if grows() and most > num_actors and (max_workers or kind == "CPU"):
+        # All actors at once, of a CPU each, as what the nodes to come are like is not known yet. Those for which there is
+        # no room are what an autoscaler starts nodes for, as far as it may; they end with this process.
+        sizes, resources = {"size": most}, {**resources, "num_cpus": 1}
+        context.wait_for_min_actors_s = -1
+    else:
         # Ray Data begins when the least are there, so that is what has room now; a core that another job holds is
         # taken when it is free.
-        kind = "GPU" if "num_gpus" in resources else "CPU"
+        num_actors = min(num_actors, most)
         room = ray.available_resources().get(kind, 0) // resources[f"num_{kind.lower()}s"]
         sizes = {"min_size": max(1, min(num_actors, int(room))), "max_size": num_actors}
-    else:
-        most = max(1, min(max_workers, len(pending)))
-        # One CPU each: what the nodes to come are like is not known yet.
-        sizes, resources = {"min_size": 1, "max_size": most}, {**resources, "num_cpus": 1}
-    context.wait_for_min_actors_s = START_TIMEOUT_S
+        context.wait_for_min_actors_s = START_TIMEOUT_S
     rows = [asdict(s) for s in pending]
     finished = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardEncoder,
@@ -386,9 +396,6 @@ def _encode_with_ray(
         **resources,
     )
     refused: list[LvmError] = []
-    if max_workers is not None:
-        # Ray Data asks for no more than the cluster has; it takes on what comes, up to `max_size`.
-        request_resources(bundles=[{"CPU": 1.0, "GPU": float(resources.get("num_gpus", 0))}] * most)
     noted = False
     rows_done = _or_no_workers(finished.iter_rows(), resources, nodes)
     try:
@@ -409,8 +416,6 @@ def _encode_with_ray(
     finally:
         # What is still open when the interpreter ends would start a Ray of its own to close itself, and wait for ever.
         rows_done.close()
-        if max_workers is not None:
-            request_resources(bundles=[])  # nodes without work may go
     if refused:
         if not isinstance(refused[-1], OutputError):
             echo(
@@ -478,7 +483,11 @@ def main(
     address: Address = None,
     max_workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Workers an autoscaling cluster may grow to; none: what is there now."),
+        typer.Option(
+            min=1,
+            help="Most workers at once, of one CPU each, or of one GPU and one CPU; not nodes. None: as many as the "
+            "cluster may grow to.",
+        ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
 ) -> None:
