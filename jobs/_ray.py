@@ -162,9 +162,9 @@ def nodes_with(gpus: int | None = None, free: bool = True) -> list[dict[str, flo
     asked of the autoscaler. Raises InputError naming what there is when it has not come within START_TIMEOUT_S; at once
     on a cluster that this process started, as that one never grows.
 
-    Asked by a placement group, not by `ray.autoscaler.sdk.request_resources`: that is one wish for the whole cluster, so
-    a second job's replaces the first's, it outlives the job that was killed, and one that cannot be met in full buys
-    nothing. A placement group ends with its driver.
+    Asked by a placement group, not by `ray.autoscaler.sdk.request_resources`: that is one wish for the whole cluster,
+    so a second job's replaces the first's, it outlives the job that was killed, and one that cannot be met in full
+    buys nothing. A placement group ends with its driver.
     """
     import ray
     from ray.util import placement_group, remove_placement_group

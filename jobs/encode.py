@@ -361,8 +361,8 @@ def _encode_with_ray(
     """
     import ray
 
-    # Ray Data's own wish for more goes through `request_resources`, where one that cannot be met buys nothing and stands
-    # in the way of other jobs' wishes. The actors that wait for room say the same. Read when ray.data is imported.
+    # Ray Data's own wish for more goes through `request_resources`, where one that cannot be met buys nothing and
+    # stands in the way of other jobs'. The actors that wait for room say the same. Read when ray.data is imported.
     os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_CPU_RESOURCE_DELTA", "0")
     os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_GPU_RESOURCE_DELTA", "0")
     context = ray.data.DataContext.get_current()
@@ -373,8 +373,8 @@ def _encode_with_ray(
     kind = "GPU" if "num_gpus" in resources else "CPU"
     most = min(max_workers or MOST_WORKERS, len(pending))
     if grows() and most > num_actors and (max_workers or kind == "CPU"):
-        # All actors at once, of a CPU each, as what the nodes to come are like is not known yet. Those for which there is
-        # no room are what an autoscaler starts nodes for, as far as it may; they end with this process.
+        # All actors at once, of a CPU each, as what the nodes to come are like is not known yet. Those for which there
+        # is no room are what an autoscaler starts nodes for, as far as it may; they end with this process.
         sizes, resources = {"size": most}, {**resources, "num_cpus": 1}
         context.wait_for_min_actors_s = -1
     else:

@@ -7,7 +7,7 @@ the proxy does not send it again.
 
 Ray calls `middlewares` in each proxy where the environment of its nodes has
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.front:middlewares; LATENT_FRONT has the settings (`FrontArgs`) as JSON.
-`latent serve` sets both on one machine, deploy/serve.yaml on a cluster.
+`latent serve` sets both on one machine, deploy/base/serve on a cluster.
 """
 
 import asyncio

@@ -49,8 +49,8 @@ def launched(
     refused: Sequence[str] = (),
     as_wish: bool = False,
 ) -> Counter[str]:
-    """Nodes by type that Ray's scheduler (v2, that of `ray up`) starts on an empty cluster for tasks or actors that wait
-    for these resources. refused: types the cloud has none of. as_wish: by `request_resources` instead."""
+    """Nodes by type that Ray's scheduler (v2, that of `ray up`) starts on an empty cluster for tasks or actors that
+    wait for these resources. refused: types the cloud has none of. as_wish: by `request_resources` instead."""
     config = AutoscalingConfig(copy.deepcopy(cluster), skip_content_hash=True)
     by_count = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(d) for d in demand])
     wish = ClusterResourceConstraint(resource_requests=by_count)
@@ -104,7 +104,7 @@ def test_a_cpu_backfill_buys_no_gpu_node_however_large(cluster: dict[str, Any]) 
 
 
 def test_a_gpu_of_amount_0_would_buy_a_gpu_node(aws: dict[str, Any]) -> None:
-    """Why `bundles` leaves it out: three CPUs fill a GPU node better, and Ray's conservation of GPUs looks for the name."""
+    """Why `bundles` leaves it out: three CPUs fill a GPU node better, and Ray, sparing GPUs, looks for the name."""
     for kind in aws["available_node_types"].values():
         kind["resources"]["memory"] = 4 << 30  # as `ray up` fills in from the instance type
     assert launched(aws, bundles(None) * 3) == {"cpu_spot": 1}
