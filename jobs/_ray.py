@@ -22,6 +22,8 @@ from lvm.errors import InputError, LvmError
 from lvm.storage import Location, local_folder, location
 
 if TYPE_CHECKING:
+    import torch
+
     from lvm.codec.zoo import Codec
     from lvm.corpus.records import Article
 
@@ -237,12 +239,27 @@ def unseen_gpu() -> str:
         return ""
     import torch
 
-    if torch.cuda.is_available():
+    from lvm.devices import seen_gpu
+
+    if seen_gpu():
         return ""
     return (
         f"Ray gave it a GPU on {platform.node()}, but torch {torch.__version__} sees none there: it works on the CPU. "
         "Install a build of torch for that GPU and its driver, or start that node with --num-gpus=0"
     )
+
+
+def worker_device(pairs: bool = False) -> "torch.device":
+    """Where this process computes: a Ray worker on the GPU it has a part of, else on the CPU; a driver on what it sees.
+
+    pairs: as `lvm.devices.device_of_pairs` has it."""
+    import ray
+
+    from lvm.devices import device_of_pairs, pick_device
+
+    in_worker = ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    reserved = not in_worker or bool(ray.get_gpu_ids())  # type: ignore[no-untyped-call]
+    return (device_of_pairs if pairs else pick_device)("auto", reserved)
 
 
 def _stopped(number: int, _: object) -> None:
@@ -279,8 +296,9 @@ def load_codec_at(
     def here(folder: Location | None) -> Path | None:
         return None if folder is None else local_folder(folder)
 
+    device = "cpu" if worker_device().type == "cpu" else "auto"
     return load_codec(
-        name, here(path), writer=here(writer), language_model=here(language_model), engine=engine
+        name, here(path), device, writer=here(writer), language_model=here(language_model), engine=engine
     )
 
 

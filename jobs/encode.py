@@ -41,6 +41,7 @@ from jobs._ray import (
     versions,
 )
 from lvm.codec.identity import CodecIdentity, require_same_codec
+from lvm.devices import seen_gpu
 from lvm.errors import IdentityError, InputError, LvmError, OutputError
 from lvm.storage import Location
 from lvm.vectors.shards import (
@@ -369,6 +370,10 @@ def _encode_with_ray(
     context.enable_progress_bars = False  # ours counts chunks
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
     nodes = nodes_with(gpus, free=False)
+    if job.identity.name == "mini" and seen_gpu() == "mps":
+        nodes = [
+            {**n, "GPU": 0.0} for n in nodes
+        ]  # mini leaves an Apple GPU alone: an actor a core is faster
     num_actors, resources = plan(nodes, len(pending))
     kind = "GPU" if "num_gpus" in resources else "CPU"
     most = min(max_workers or MOST_WORKERS, len(pending))

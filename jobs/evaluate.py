@@ -37,9 +37,9 @@ from jobs._ray import (
     run,
     unseen_gpu,
     versions,
+    worker_device,
 )
 from lvm.codec.ladder import decoder_digest
-from lvm.devices import pick_device
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.evaluate.baselines import context_mean, copy_last
 from lvm.evaluate.contest import (
@@ -196,7 +196,7 @@ def evaluate(
 
     began = time.perf_counter()
     echo("evaluate: measuring latency, one predictor at a time")
-    device = pick_device("auto")
+    device = worker_device()
     predictors = baselines | {n: model_predictor(r.model, device, r.context) for n, r in records.items()}
     latency = {
         name: [

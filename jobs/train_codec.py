@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from jobs._ray import Address, PathOrUrl, articles_of, connect, echo, finish, path_option, run
+from jobs._ray import Address, PathOrUrl, articles_of, connect, echo, finish, path_option, run, worker_device
 from lvm.codec.mini import MiniConfig
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.codec.training import TrainingSettings, fit, load_weights
@@ -33,10 +33,8 @@ from lvm.storage import RemotePath, local_folder
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
     """One worker's whole training; reports each held-out score."""
-    import torch
     from ray import train
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     config = MiniConfig()
     fit(
         local_folder(loop["chunks"]),
@@ -44,7 +42,7 @@ def train_loop_per_worker(loop: dict[str, Any]) -> None:
         loop["output"],
         config,
         loop["settings"],
-        device,
+        str(worker_device(pairs=True)),
         on_score=train.report,
         init=None if loop["init"] is None else local_folder(loop["init"]),
     )

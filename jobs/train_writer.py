@@ -16,14 +16,23 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Address, LanguageModel, PathOrUrl, connect, echo, finish, path_option, run
+from jobs._ray import (
+    Address,
+    LanguageModel,
+    PathOrUrl,
+    connect,
+    echo,
+    finish,
+    path_option,
+    run,
+    worker_device,
+)
 from lvm.errors import InputError, OutputError
 from lvm.storage import RemotePath, local_folder
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
     """One worker's whole training; reports each held-out score."""
-    import torch
     from ray import train
 
     from lvm.codec.writer_training import fit_writer
@@ -36,7 +45,7 @@ def train_loop_per_worker(loop: dict[str, Any]) -> None:
         here(loop["language_model"]),
         loop["output"],
         loop["settings"],
-        "cuda" if torch.cuda.is_available() else "cpu",
+        str(worker_device()),
         loop["limit"],
         here(loop["init"]),
         on_score=train.report,

@@ -1,4 +1,4 @@
-"""Which device torch computes on."""
+"""Which device torch computes on: the one place that decides, for jobs, service and library."""
 
 from typing import TYPE_CHECKING
 
@@ -8,15 +8,37 @@ if TYPE_CHECKING:
     import torch
 
 
-def pick_device(device: str = "auto") -> "torch.device":
-    """The torch device of a name; "auto" takes CUDA, then MPS, then CPU. Raises InputError on an unknown name."""
+def pick_device(device: "str | torch.device" = "auto", reserved: bool = True) -> "torch.device":
+    """The torch device of a name; "auto" takes CUDA, then MPS, then CPU. Raises InputError on an unknown name.
+
+    reserved: whether a scheduler gave this process a part of a GPU, or none is at work. False makes "auto" the CPU: a
+    worker that reserved no GPU sees every one of its node, and would take memory that is another's.
+    """
     import torch
 
-    if device != "auto":
+    if str(device) != "auto":
         try:
             return torch.device(device)
         except RuntimeError as err:
             raise InputError(f"unknown device {device!r}; expected auto, cpu, cuda or mps") from err
+    return torch.device(seen_gpu() if reserved and seen_gpu() else "cpu")
+
+
+def seen_gpu() -> str:
+    """The kind of GPU that torch sees here, "cuda" or "mps"; "" where it sees none."""
+    import torch
+
     if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else ""
+
+
+def device_of_pairs(device: "str | torch.device" = "auto", reserved: bool = True) -> "torch.device":
+    """As `pick_device`, for what turns coordinate pairs as complex numbers (`mini`'s encoder and decoder): the CPU in
+    place of MPS, where torch has complex numbers for some operations alone. Asked for by name, MPS is refused."""
+    picked = pick_device(device, reserved)
+    if picked.type != "mps":
+        return picked
+    if str(device) != "auto":
+        raise InputError("mini computes with complex numbers, which MPS has not; expected auto, cpu or cuda")
+    return pick_device("cpu")

@@ -15,6 +15,7 @@ from typing import Any
 from ray import serve
 
 from lvm.errors import InputError
+from lvm.storage import Location, location
 from serve.decoder import Decoder
 from serve.encoder import Encoder
 from serve.gateway import Gateway
@@ -28,7 +29,7 @@ def build(args: ServeArgs) -> serve.Application:
 
     Reads which folder each model alias points to now: build again to roll out a newer one.
     """
-    run = args.run and str(Path(args.run).absolute())
+    run = args.run and str(location(args.run).absolute())
     inbox = args.inbox and str(Path(args.inbox).absolute())
     args = args.model_copy(update={"run": run, "inbox": inbox})
     if run:
@@ -84,7 +85,7 @@ def build(args: ServeArgs) -> serve.Application:
     )
 
 
-def _aliases(models: Path) -> dict[str, str]:
+def _aliases(models: Location) -> dict[str, str]:
     path = models / "aliases.json"
     if not path.is_file():
         return {}

@@ -53,7 +53,7 @@ class Decoder:
         import torch
 
         torch.set_num_threads(args.decoder.num_threads)
-        self._codec = codec_of_run(args)
+        self._codec = codec_of_run(args, args.decoder)
         settings = LadderSettings(candidates=args.candidates, cache_bytes=args.cache_bytes)
         self._ladder = Ladder(self._codec, self._codec.writer, settings)
         # One text that is read back, and one that no text has: both engines are warm then.

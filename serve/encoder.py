@@ -34,7 +34,7 @@ class Encoder:
         import torch
 
         torch.set_num_threads(args.encoder.num_threads)
-        self._codec = codec_of_run(args)
+        self._codec = codec_of_run(args, args.encoder)
         self._codec.encode_chunks(["warm up"])
         self._queue: RowQueue[str, EncodedText] = RowQueue(
             self._work, args.queue_rows * 5, measure=replica_metrics().measure

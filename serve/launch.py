@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from lvm.errors import InputError, LvmError
+from lvm.storage import location
 from serve.front import FrontArgs, environment
 from serve.guard import LOOPBACK, check_keys, read_keys
 from serve.settings import ServeArgs, SmoothingArgs
@@ -31,9 +32,12 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def main(
     run: Annotated[
-        Path | None,
+        Any,
         typer.Option(
-            help="Folder of `latent run` or `latent demo`; none serves the predictors that ship, without a corpus."
+            parser=location,
+            metavar="PATH",
+            help="Folder of `latent run` or `latent demo`, s3:// and gs:// too; none serves the predictors that ship, "
+            "without a corpus.",
         ),
     ] = None,
     host: Annotated[

@@ -16,7 +16,7 @@ from ray import serve
 from lvm.predict.steer import PASSTHROUGH
 from serve.metrics import replica_metrics
 from serve.rows import Outcome, RowQueue
-from serve.settings import ServeArgs, models_of, require_run
+from serve.settings import ServeArgs, device_of, models_of, require_run
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Predictor:
         torch.set_num_threads(args.predictor.num_threads)
         self._predictors = {}
         for alias, folder in models.items():
-            predictor = load_predictor(folder, models_of(args))
+            predictor = load_predictor(folder, models_of(args), device_of(args.predictor))
             assert predictor.record is not None
             if args.run:
                 predictor.require_codec(require_run(args.run).identity, f"{args.run}/vectors")

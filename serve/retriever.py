@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from lvm.predict.steer import Context, build_context, snap
 from lvm.vectors.index import load_index
 from lvm.vectors.sequences import open_vectors
 from serve.rows import EXPIRED, Outcome
-from serve.settings import ServeArgs, require_run
+from serve.settings import ServeArgs, once_a_node, require_run
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,9 @@ class Retriever:
 
         faiss.omp_set_num_threads(args.retriever.num_threads)
         manifest = require_run(args.run)
-        self._array = open_vectors(Path(args.run) / "vectors")
-        self._index = load_index(Path(args.run) / "index")
+        with once_a_node(args.run) as run:
+            self._array = open_vectors(run / "vectors")
+            self._index = load_index(run / "index")
         self._index.require_array(self._array)
         self._extractor = Extractor(self._array, self._index)
         self._identity = manifest.identity

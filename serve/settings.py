@@ -1,15 +1,20 @@
 """What a person may set about the service: one model for `latent serve`, `serve run` and config.yaml."""
 
+import fcntl
+import hashlib
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lvm.codec.identity import require_same_codec
 from lvm.codec.zoo import Codec, load_codec
+from lvm.devices import pick_device
 from lvm.errors import InputError
 from lvm.predict.steer import PASSTHROUGH
+from lvm.storage import Location, RemotePath, cache_folder, location
 from lvm.vectors.shards import Manifest
 
 __all__ = [
@@ -21,7 +26,9 @@ __all__ = [
     "SmoothingArgs",
     "codec_name",
     "codec_of_run",
+    "device_of",
     "models_of",
+    "once_a_node",
     "require_run",
 ]
 
@@ -81,7 +88,8 @@ class Scale(Strict):
     """Cores Ray reserves for one replica. Small by default, so that the whole application fits a laptop; a
     cluster sets what a replica really takes."""
     num_gpus: float = Field(0, ge=0)
-    """GPUs Ray reserves for one replica; encoder and decoder take a CUDA device where there is one."""
+    """GPUs Ray reserves for one replica. It computes there (CUDA, or an Apple GPU); with 0 on the CPU, whatever
+    the node has."""
     resources: dict[str, float] = {}
     """Custom Ray resources of one replica: {"edge": 0.01} keeps it on nodes started with --resources='{"edge": 1}'."""
     num_threads: int = Field(1, ge=1)
@@ -131,7 +139,8 @@ class ServeArgs(Strict):
     """Arguments of `serve.app:build`."""
 
     run: str = ""
-    """Folder of `latent run` or `latent demo`, on storage every node sees. Empty serves the predictors that ship,
+    """Folder of `latent run` or `latent demo`: on storage that every node sees, or s3:// and gs://, from where each
+    node fetches it once, by its checksums, into LATENT_CACHE (~/.cache/latent). Empty serves the predictors that ship,
     without a corpus: no search, no snap, and nothing is answered from neighbours."""
     codec: str | None = None
     """Codec name; by default the one the vectors were made with."""
@@ -139,7 +148,7 @@ class ServeArgs(Strict):
     """Folder of a codec of your own."""
     release: str = ""
     """Any word. Ray builds an application of an unchanged config.yaml only once: another word here makes `serve deploy`
-    build it again, and so take up what the run's model aliases point to now."""
+    build it again, and so take up what the run's model aliases and its index point to now. So does another `run`."""
     default_model: str | None = None
     """Model of a request that names none; by default lstm where there is one, else gru, else the first."""
     api_keys_sha256: list[str] = []
@@ -193,7 +202,7 @@ class ServeArgs(Strict):
 
 def require_run(run: str) -> Manifest:
     """The manifest of a run folder's vectors; raises InputError where a part of the folder is missing."""
-    folder = Path(run)
+    folder = location(run)
     for part, stage in (("vectors", "encode"), ("index", "index"), ("models", "train")):
         if not (folder / part).is_dir():
             raise InputError(
@@ -203,10 +212,25 @@ def require_run(run: str) -> Manifest:
     return Manifest.load(folder / "vectors", "vectors")
 
 
-def models_of(args: ServeArgs) -> Path:
+@contextmanager
+def once_a_node(run: str) -> Iterator[Location]:
+    """The run's folder; where that is on object storage, one process of a node at a time: the first fetches its files,
+    the others find them in the cache."""
+    folder = location(run)
+    if not isinstance(folder, RemotePath):
+        yield folder
+        return
+    locks = cache_folder() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / hashlib.sha256(run.encode()).hexdigest()[:32]).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def models_of(args: ServeArgs) -> Location:
     """The folder of the model records served."""
     if args.run:
-        return Path(args.run) / "models"
+        return location(args.run) / "models"
     from lvm.predict.predictor import SHIPPED  # with torch, which a launcher has no use for
 
     return SHIPPED
@@ -217,11 +241,18 @@ def codec_name(args: ServeArgs) -> str:
     return args.codec or (require_run(args.run).identity.name if args.run else "mini")
 
 
-def codec_of_run(args: ServeArgs) -> Codec:
-    """The codec that answers for `args.run`, loaded; raises IdentityError where the run's vectors are another's."""
+def device_of(scale: Scale) -> str:
+    """Device of a replica, for `pick_device`: the GPU it reserved a part of, else the CPU, whatever its node has."""
+    return str(pick_device("auto", reserved=scale.num_gpus > 0))
+
+
+def codec_of_run(args: ServeArgs, scale: Scale) -> Codec:
+    """The codec that answers for `args.run`, loaded where a replica of `scale` may; raises IdentityError where the
+    run's vectors are another's."""
     codec = load_codec(
         codec_name(args),
         args.codec_path,
+        device="auto" if scale.num_gpus > 0 else "cpu",
         writer=args.writer,
         language_model=args.language_model,
     )

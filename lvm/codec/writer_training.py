@@ -37,6 +37,7 @@ from lvm.codec.evidence import Evidence, WordCounts, choose_words
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.llama import Adapter, Llama, LlamaRunner, forward
 from lvm.codec.writer import Base, Prefix, Writer, WriterConfig, load_base, log_probs, save_writer
+from lvm.devices import pick_device
 from lvm.errors import InputError, OutputError, TrainingError
 from lvm.ridge import Ridge
 
@@ -538,7 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--evidence-steps", type=int, default=defaults.evidence_steps)
     parser.add_argument("--limit", type=int, help="use the first shards only, up to so many chunks")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=str(pick_device()))
     parser.add_argument("--score-every", type=float, default=3.0, help="minutes between held-out scores")
     args = parser.parse_args(arguments)
     settings = WriterSettings(

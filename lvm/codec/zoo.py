@@ -20,7 +20,7 @@ from rich.progress import Progress
 from lvm.codec.gtr import GTR_CODECS, hash_tensors, load_gtr, load_gtr_tokenizer
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.tokenizer import ChunkTokenizer, require_texts
-from lvm.devices import pick_device
+from lvm.devices import device_of_pairs, pick_device
 from lvm.errors import InputError
 
 if TYPE_CHECKING:
@@ -305,6 +305,7 @@ def load_codec(
         return load_gtr(
             name, path, where, precision, partial(find_writer, own, writer, language_model, where)
         )
+    where = device_of_pairs(device)
     folder = codec_folder(name, path)
     fields = _read_config(folder)
     try:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
+from lvm.devices import pick_device
 from lvm.errors import InputError
 from lvm.predict.record import ALIASES, CONFIG, Record, load_record, read_aliases
 from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH
@@ -90,8 +91,10 @@ class TrainedPredictor:
         return made
 
 
-def load_predictor(model: Location | str = "gru", models: Location | str | None = None) -> TrainedPredictor:
-    """The predictor of a name or of a record's folder.
+def load_predictor(
+    model: Location | str = "gru", models: Location | str | None = None, device: str = "cpu"
+) -> TrainedPredictor:
+    """The predictor of a name or of a record's folder, on a torch device by name or "auto".
 
     model: `passthrough`; an alias or folder name among the records in `models`; without `models` one that ships (`gru`,
     `amn`), or the path of a record, also by alias (`out/mine/models/lstm`). Raises InputError where there is none, and
@@ -101,14 +104,22 @@ def load_predictor(model: Location | str = "gru", models: Location | str | None 
     if name == PASSTHROUGH:
         return TrainedPredictor(None)
     if models is not None:
-        return TrainedPredictor(load_record(location(models), name))
+        return _on(load_record(location(models), name), device)
     shipped = read_aliases(SHIPPED)
     if name in shipped:
-        return TrainedPredictor(load_record(SHIPPED, name))
+        return _on(load_record(SHIPPED, name), device)
     folder = location(model).resolve()
     if not (folder / CONFIG).is_file() and not (folder.parent / ALIASES).is_file():
         raise InputError(
             f"no model {name!r}; expected one that ships ({', '.join(shipped)}), passthrough, or the folder of a "
             "record that `latent train` or `lvm.fit` wrote"
         )
-    return TrainedPredictor(load_record(folder.parent, folder.name))
+    return _on(load_record(folder.parent, folder.name), device)
+
+
+def _on(record: Record, device: str) -> TrainedPredictor:
+    where = pick_device(device)
+    record.model.to(where)
+    if record.ranker is not None:
+        record.ranker.to(where)
+    return TrainedPredictor(record)
