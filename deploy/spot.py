@@ -54,8 +54,8 @@ def azure(server: str = "http://169.254.169.254") -> bool:
 CLOUDS: dict[str, Callable[..., bool]] = {"aws": aws, "gcp": gcp, "azure": azure}
 
 
-def drain(seconds: int, address: str = "auto") -> int:
-    """Tell Ray that this node ends in so many seconds; the exit code of `ray drain-node`."""
+def drain(seconds: int, address: str = "auto", node: str | None = None) -> int:
+    """Tell Ray that a node, this one by default, ends in so many seconds; the exit code of `ray drain-node`."""
     command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address]
     command += [
         "--reason",
@@ -63,6 +63,7 @@ def drain(seconds: int, address: str = "auto") -> int:
         "--reason-message",
         "the cloud takes the node back",
     ]
+    command += [] if node is None else ["--node-id", node]
     return subprocess.run([*command, "--deadline-remaining-seconds", str(seconds)], check=False).returncode
 
 

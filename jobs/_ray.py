@@ -135,14 +135,23 @@ def connect(address: str | None) -> None:
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     workers = {"PYTHONPATH": python_path, **WORKER_ENVIRONMENT}
-    ray.init(
-        # Without an address Ray joins whatever cluster of this machine wrote its file last, alive or not.
-        address="local" if starts_one else address,
-        runtime_env={"env_vars": workers},
-        logging_level=logging.WARNING,
-        log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
-        include_dashboard=False if starts_one else None,
-    )
+    try:
+        ray.init(
+            # Without an address Ray joins whatever cluster of this machine wrote its file last, alive or not.
+            address="local" if starts_one else address,
+            runtime_env={"env_vars": workers},
+            logging_level=logging.WARNING,
+            log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
+            include_dashboard=False if starts_one else None,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as err:
+        if starts_one:
+            raise
+        raise InputError(
+            f"cannot join the Ray cluster at {address or os.environ['RAY_ADDRESS']} "
+            f"({(str(err).strip() or type(err).__name__).splitlines()[0]}); expected the address of a cluster that "
+            "this machine is a node of. From another machine: latent submit --address http://HEAD:8265 …"
+        ) from err
     if threading.current_thread() is threading.main_thread():
         # After Ray, whose own handler ends the process on the spot and prints its stack.
         signal.signal(signal.SIGTERM, _stopped)

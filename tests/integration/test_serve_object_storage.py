@@ -45,7 +45,7 @@ def test_a_run_on_s3_is_served_and_a_new_model_is_taken_up(
         set_alias(bucket / "runs/wiki/models", "lstm", bucket / "runs/wiki/models" / record.name)
         assert folder() == before
         os.kill(service.launcher, signal.SIGUSR1)
-        wait_for("the new model answers", lambda: folder() == record.name, 120)
+        wait_for("the new model answers", lambda: folder() == record.name, 300)
         # Vectors and index are those of before: nothing was fetched a second time.
         assert {f for f in own_cache.rglob("*") if f.is_file()} == fetched
 

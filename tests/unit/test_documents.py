@@ -20,7 +20,7 @@ README = PAGES[0].read_text()
 DOCUMENTS = [
     *PAGES,
     CHECKOUT / "cluster.yaml",
-    *sorted((CHECKOUT / "deploy").glob("*.yaml")),
+    *sorted((CHECKOUT / "deploy").rglob("*.yaml")),
     CHECKOUT / "deploy" / "Dockerfile",
     CHECKOUT / "serve" / "config.yaml",
     *sorted((CHECKOUT / "jobs").glob("*.py")),
@@ -50,7 +50,8 @@ def test_commands_are_found_in_the_documents_that_have_some() -> None:
     assert found["serving.md"] >= 2
     assert found["operations.md"] >= 4
     assert found["scaling.md"] >= 1
-    assert found["backfill.yaml"] == found["train.yaml"] == 1
+    jobs = [CHECKOUT / f"deploy/base/{work}/rayjob.yaml" for work in ("backfill", "train")]
+    assert [len(commands_in(p.read_text())) for p in jobs] == [1, 1]
     assert found["encode.py"] >= 2
 
 
