@@ -13,6 +13,8 @@ from serve.settings import ServeArgs, models_of, require_run
 from tests.integration.serving import add_model, make_run, running
 from tests.integration.test_serve_faults import wait_for
 
+pytestmark = pytest.mark.slow
+
 
 def put_run(run: Path, target: RemotePath) -> None:
     for part in ("vectors", "index", "models"):
