@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -135,7 +137,10 @@ def connect(address: str | None) -> None:
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     workers = {"PYTHONPATH": python_path, **WORKER_ENVIRONMENT}
+    given = address or os.environ.get("RAY_ADDRESS", "")
     try:
+        if re.fullmatch(r"[^/]+:\d+", given):  # Ray itself would try for a minute and end the process
+            socket.create_connection((given.rpartition(":")[0], int(given.rpartition(":")[2])), 10).close()
         ray.init(
             # Without an address Ray joins whatever cluster of this machine wrote its file last, alive or not.
             address="local" if starts_one else address,
@@ -144,11 +149,11 @@ def connect(address: str | None) -> None:
             log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
             include_dashboard=False if starts_one else None,
         )
-    except (ConnectionError, RuntimeError, ValueError) as err:
+    except (OSError, RuntimeError, ValueError) as err:
         if starts_one:
             raise
         raise InputError(
-            f"cannot join the Ray cluster at {address or os.environ['RAY_ADDRESS']} "
+            f"cannot join the Ray cluster at {given} "
             f"({(str(err).strip() or type(err).__name__).splitlines()[0]}); expected the address of a cluster that "
             "this machine is a node of. From another machine: latent submit --address http://HEAD:8265 …"
         ) from err

@@ -4,8 +4,8 @@ A cluster on this machine with a head without CPUs and up to three worker nodes 
 starts and ends; the nodes are processes (provider `fake_multinode`). It is what `ray.cluster_utils.AutoscalingCluster`
 starts, without that class: its example.yaml is not in Ray's wheel, and its start runs `ray stop --force`, which ends
 every other Ray on the machine. Before, one node is
-there; the job is `jobs.encode` with `max_workers=3` and a codec that takes a fixed time over a shard (the machine has
-fewer cores than the cluster), then nothing. A line a second: seconds, live worker nodes, shards on disk.
+there; the job is `jobs.encode` with a codec that takes a fixed time over a shard (the machine has fewer cores than the
+cluster), then nothing. A line a second: seconds, live worker nodes, shards on disk.
 
     python -m tests.bench.encode_autoscaling
 
@@ -104,7 +104,9 @@ class GrowingCluster:
         end = time.monotonic() + 60
         while time.monotonic() < end:
             with contextlib.suppress(OSError), socket.create_connection(self.address.split(":"), 1):  # type: ignore[arg-type]
-                time.sleep(15)  # the port opens before the head's own node is there
+                time.sleep(
+                    60 if os.getloadavg()[0] > 8 else 15
+                )  # the port opens before the head's own node is there
                 return
             time.sleep(0.5)
         self.close()
@@ -160,7 +162,7 @@ def main() -> None:
             done: list[Any] = []
 
             def work() -> None:
-                done.append(encode_chunks(folder / "chunks", folder / "vectors", load, max_workers=3))
+                done.append(encode_chunks(folder / "chunks", folder / "vectors", load))
 
             thread = threading.Thread(target=work)
             started = time.monotonic() - begun

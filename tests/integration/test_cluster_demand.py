@@ -1,7 +1,6 @@
 """What jobs ask of a real cluster, and what they take: free cores, work that waits, a node that is reclaimed."""
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -134,14 +133,3 @@ def test_a_drained_node_that_goes_is_a_preemption(cluster: Any) -> None:
     with pytest.raises(ActorDiedError) as died:
         ray.get([work.where.remote() for _ in range(100)], timeout=120)
     assert died.value.preempted
-
-
-def test_an_address_of_no_cluster_here_is_one_line(tmp_path: Any) -> None:
-    code = "import sys, jobs._ray as r; r.run(lambda: r.connect('127.0.0.1:9'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 1, json.dumps(done.stderr[-2000:])
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: cannot join the Ray cluster at 127.0.0.1:9 (")
-    assert "latent submit --address http://HEAD:8265" in last

@@ -103,3 +103,12 @@ def test_a_silent_cluster_is_given_up_with_the_way_back(monkeypatch: pytest.Monk
 def test_the_exit_code_is_the_jobs(status: str, code: int | None, expected: int) -> None:
     info = SimpleNamespace(status=status, driver_exit_code=code, message="why")
     assert exit_code(SimpleNamespace(get_job_info=lambda job: info), "job") == expected
+
+
+def test_a_job_that_cannot_join_a_cluster_says_how_to_reach_it() -> None:
+    from jobs._ray import connect
+
+    with pytest.raises(
+        InputError, match=r"cannot join the Ray cluster at 127\.0\.0\.1:9 .*latent submit --address"
+    ):
+        connect("127.0.0.1:9")
