@@ -130,6 +130,28 @@ def test_the_parts_of_a_team_weigh_as_the_whole_batch(windows: int) -> None:
     )
 
 
+def test_a_plan_counts_what_is_free_and_all_where_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from jobs import _ray
+
+    total = {"head": {"CPU": 0.0}, "gpu": {"CPU": 8.0, "GPU": 1.0, "memory": 32.0}}
+    now = {"head": {}, "gpu": {"CPU": 7.0, "GPU": 1.0, "memory": 30.0}}
+    monkeypatch.setattr(_ray, "FREE_S", 0.3)
+    monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: now)
+    free = _ray._free_of(total)
+    assert free == [{"CPU": 0.0}, {"CPU": 7.0, "GPU": 1.0, "memory": 32.0}]
+    resources, _, _ = plan_resources(free, 4)
+    assert resources == {"CPU": 1.0, "GPU": 0.25}
+    # By the totals each of the four got two CPUs, and the fourth waited for the driver to end.
+    assert plan_resources(list(total.values()), 4)[0]["CPU"] == 2.0
+    now["gpu"] = {"CPU": 7.0}  # another job has the GPU: wait for it
+    assert _ray._free_of(total) == list(total.values())
+    later = iter([{"gpu": {"CPU": 1.0, "GPU": 1.0}}, {"gpu": {"CPU": 8.0, "GPU": 1.0}}])
+    monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: next(later))
+    assert _ray._free_of(total)[1]["CPU"] == 8.0  # what has just ended is heard of a moment later
+
+
 def test_a_run_is_pickled_whole(run: TrainRun) -> None:
     import pickle
 
