@@ -7,7 +7,8 @@ peer on the same data:
   sentences up to the limit.
 - encode: the same codec, a text at a time, as the original system did; and with --sentence-transformers NAME that
   package, where the model is there. It is another model, so its speed is shown without a ratio.
-- store: psycopg's executemany of the same rows in pgvector's text form, a transaction an article.
+- store: psycopg's executemany of the same rows in pgvector's text form, a transaction an article. Ours also looks for
+  the article's hash, writes it, and gives the dataset a new version; the peer does none of that.
 - tmd, episodes, look up: no peer.
 
 The original took 4.6 s an article. Warm-up: the first articles, not counted. Trials: the whole, each into a new
