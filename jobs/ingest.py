@@ -101,7 +101,7 @@ class IngestWorker:
             elif job.tmd == "prototype":
                 prototypes = tmd.Prototypes(codec.encode([phrase for phrase, _ in tmd.phrases()]))
                 coder = lambda _, vectors: prototypes.nearest(vectors)  # noqa: E731
-            name = f"llm {job.chat.model}" if job.chat else job.tmd
+            name = f"llm {job.chat.model}" if job.chat else "none" if coder is None else tmd.coder_name()
             self._ingester = Ingester(ConceptStore(job.url), job.dataset, codec, coder, name, job.language)
         return self._ingester
 

@@ -21,7 +21,7 @@ from lvm.codec.encoder import Encoded
 from lvm.codec.identity import CodecIdentity
 from lvm.corpus.chunker import Chunker, Tokenizer
 from lvm.corpus.records import Article
-from lvm.corpus.tmd import Prototypes
+from lvm.corpus.tmd import Prototypes, coder_name
 from lvm.errors import DatabaseError, InputError, LvmError
 from lvm.vectors.concept_search import Filters, Hit, ensure_index, search
 from lvm.vectors.concepts import ConceptStore, Dataset
@@ -159,8 +159,8 @@ class Concepts:
         def work(store: ConceptStore, dataset: Dataset) -> list[Outcome]:
             self._own.chunker = self._own.chunker or Chunker(self._tokenizer)
             coder = lambda _, v: prototypes.nearest(v)  # noqa: E731
-            # "prototype" as `latent ingest` has it: an article that came by the one is known to the other.
-            ingester = Ingester(store, dataset, encoder, coder, "prototype", chunker=self._own.chunker)
+            # Named as `latent ingest` names it: an article that came by the one is known to the other.
+            ingester = Ingester(store, dataset, encoder, coder, coder_name(), chunker=self._own.chunker)
             return ingester.ingest(articles)
 
         outcomes = await self._run(work, deadline)

@@ -65,7 +65,7 @@ def loading(store: ConceptStore, name: str, manifest: Manifest) -> Iterator[Load
     stage = f"cpe_stage_{fingerprint([name, manifest.fingerprint, storage])}"
     lock = int.from_bytes(hashlib.sha256(f"load {name}".encode()).digest()[:8], signed=True)
     with database_errors(f"beginning the load of dataset {name!r}"):
-        # Of the session: gone with this process, whatever ends it.
+        # Of the connection: gone with this process, whatever ends it.
         if not fetch_one(store.connection, "SELECT pg_try_advisory_lock(%s)", [lock])[0]:
             raise DatabaseError(
                 f"another load of dataset {name!r} is under way; wait for it, or end that process, then run again"

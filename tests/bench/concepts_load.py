@@ -222,6 +222,10 @@ def main() -> None:
                 "rows_per_second": rates,
                 "ratio_to_executemany": middle["ours"] / middle["executemany"],
                 "ratio_to_psql_copy": middle["ours"] / middle["psql \\copy"],
+                "bars_met": {
+                    "10 x executemany": middle["ours"] >= 10 * middle["executemany"],
+                    "0.7 x psql copy": middle["ours"] >= 0.7 * middle["psql \\copy"],
+                },
                 "server": server[0] if server else "",
                 "cores": os.cpu_count(),
                 "processor": platform.processor() or platform.machine(),

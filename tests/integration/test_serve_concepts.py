@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from lvm.corpus.records import Article
-from lvm.corpus.tmd import Prototypes, Tmd, phrases, unpack
+from lvm.corpus.tmd import Prototypes, Tmd, coder_name, phrases, unpack
 from lvm.vectors.array import open_vectors
 from lvm.vectors.concept_export import read_articles
 from lvm.vectors.concepts import ConceptStore
@@ -105,10 +105,10 @@ def test_what_is_stored_is_what_the_library_stores(service: Service, store: Conc
     ingest(service, article("same"))
     dataset = store.dataset("notes")
     coder = lambda _, v: prototypes.nearest(v)  # noqa: E731
-    (known,) = Ingester(store, dataset, codec, coder, "prototype").ingest([given])
+    (known,) = Ingester(store, dataset, codec, coder, coder_name()).ingest([given])
     assert known.status == "known"
     mine = store.ensure("mine", codec.identity, "float16")
-    (stored,) = Ingester(store, mine, codec, coder, "prototype").ingest([given])
+    (stored,) = Ingester(store, mine, codec, coder, coder_name()).ingest([given])
     number = store.connection.execute(
         "SELECT doc_id FROM cpe_article WHERE dataset = 'notes' AND article_id = 'same'"
     ).fetchone()

@@ -9,6 +9,7 @@ from lvm.corpus.tmd import (
     SIZES,
     Prototypes,
     Tmd,
+    Wanted,
     distribution,
     distribution_table,
     features,
@@ -18,6 +19,7 @@ from lvm.corpus.tmd import (
     unpack,
 )
 from lvm.errors import InputError
+from tests.tmd_labels import agreement, read_labels
 
 
 def test_there_are_16_domains_32_tasks_and_64_modifiers() -> None:
@@ -85,6 +87,47 @@ def test_the_nearest_label_of_each_axis_wins_and_says_how_sure_it_is() -> None:
         Prototypes(one_hot()[:10])
     with pytest.raises(InputError, match="got vectors of shape"):
         Prototypes(one_hot()).nearest(axes[:2, :7])
+
+
+def test_codes_alone_are_those_of_the_nearest_labels() -> None:
+    vectors = np.random.default_rng(0).standard_normal((50, sum(SIZES))).astype(np.float32)
+    prototypes = Prototypes(one_hot())
+    found = prototypes.codes(vectors)
+    assert found.tolist() == [coded.tmd.code for coded in prototypes.nearest(vectors)]
+    assert len(set(found.tolist())) > 40
+
+
+def test_what_is_wanted_of_a_code_is_compared_part_by_part() -> None:
+    codes = np.array([Tmd(3, 4, 5).code, Tmd(3, 9, 5).code, Tmd(2, 4, 5).code])
+    assert Wanted().matches(codes).all()
+    assert not Wanted()
+    assert Wanted.of("engineering").matches(codes).tolist() == [True, True, False]
+    assert Wanted(3, 4, 5).matches(codes).tolist() == [True, False, False]
+    assert Wanted(task=4).matches(codes).tolist() == [True, False, True]
+    assert Wanted(0)
+    with pytest.raises(InputError, match="no modifier 'x'"):
+        Wanted.of(modifier="x")
+
+
+def test_agreement_is_that_with_the_reader_and_kappa_takes_chance_out() -> None:
+    a, b = Tmd(1, 1, 1), Tmd(2, 2, 2)
+    assert agreement([a, b, a, b], [a, b, a, b])["domain"]["kappa"] == pytest.approx(1)
+    half = agreement([a, a, a, a], [a, b, a, b])["task"]
+    assert (half["agreement"], half["kappa"], half["most_frequent"]) == (0.5, 0, 0.5)
+    assert half["any_label"] == 1 / 32
+
+
+def test_mini_agrees_with_a_reader_on_domains_far_more_than_chance() -> None:
+    from lvm.codec.zoo import load_codec
+
+    codec = load_codec("mini")
+    prototypes = Prototypes(codec.encode([phrase for phrase, _ in phrases()]))
+    texts, wanted = read_labels()
+    assert len(texts) == 100
+    report = agreement([c.tmd for c in prototypes.nearest(codec.encode(texts))], wanted)
+    assert report["domain"]["kappa"] > 0.3
+    assert report["modifier"]["kappa"] > 0.1
+    assert report["task"]["kappa"] > 0.03
 
 
 def test_a_prototype_lies_between_its_phrases() -> None:
