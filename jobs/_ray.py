@@ -267,28 +267,26 @@ class ProgressLines:
 
 
 @contextmanager
-def progress_bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, lines where that is no terminal; the function that comes back moves it on."""
+def progress_bar(stage: str, total: float, unit: str, places: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, lines where that is no terminal; the function that comes back moves it on: `advance(3)`, or with
+    words for the end of the line, `advance(3, ", 7 new")`. places: digits behind the point."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        lines, done = ProgressLines(stage, total), 0
+    lines = None if console.is_terminal else ProgressLines(stage, total)
+    columns = (TextColumn(f"{stage}:"), BarColumn(), TextColumn("{task.fields[what]}"), TimeRemainingColumn())
+    done = 0.0
+    with Progress(*columns, console=console, disable=lines is not None) as progress:
+        task = progress.add_task(stage, total=total, what="")
 
-        def advance(steps: int) -> None:
+        def advance(steps: float, words: str = "") -> None:
             nonlocal done
             done += steps
-            lines.show(done, f"{done:,} of {total:,} {unit}")
+            what = f"{done:,.{places}f} of {total:,.{places}f} {unit}{words}"
+            progress.update(task, completed=done, what=what)
+            if lines is not None:
+                lines.show(done, what)
 
+        advance(0)
         yield advance
-        return
-    columns = (
-        TextColumn(f"{stage}:"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(stage, total=total)
-        yield lambda steps: progress.advance(task, steps)
 
 
 def finish(summary: dict[str, Any]) -> None:
