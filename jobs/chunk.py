@@ -31,7 +31,9 @@ from jobs._ray import (
     PathOrUrl,
     connect,
     echo,
+    echo_broken,
     finish,
+    get,
     nodes_with,
     path_option,
     progress_bar,
@@ -43,10 +45,10 @@ from lvm.corpus.chunker import Chunker, Tokenizer
 from lvm.corpus.inputs import input_root, survey
 from lvm.corpus.ledger import ChunkFolder, Entry, Part
 from lvm.corpus.parts import duplicates_among, first_chunks, publish_part
-from lvm.corpus.records import MAX_WORD, Record
+from lvm.corpus.records import MAX_WORD, BrokenRecord, Record
 from lvm.corpus.stamps import stamp_input
 from lvm.corpus.work import ChunkSettings, Work, plan_works
-from lvm.errors import InputError, LvmError
+from lvm.errors import InputError
 from lvm.storage import Location, local_folder, location
 from lvm.vectors.shards import Manifest, Shard, claim, find, with_footer, write_table
 
@@ -115,18 +117,6 @@ class _Reading:
     """Once all is read."""
 
 
-def _get(ref: Any) -> Any:
-    """ray.get, with our own errors as they were raised and not wrapped in a remote traceback."""
-    import ray
-
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayTaskError as err:
-        if isinstance(err.cause, LvmError):
-            raise err.cause from None
-        raise
-
-
 class BlockCutter:
     """Reads inputs and cuts their blocks on Ray, a bounded number at a time."""
 
@@ -170,7 +160,7 @@ class BlockCutter:
                     if event in self._tasks:
                         reading = self._tasks.pop(event)
                         reading.in_flight -= 1
-                        chunks += _get(event)
+                        chunks += get(event)
                         moved = 0
                     else:
                         reading = self._readers[event]
@@ -194,7 +184,7 @@ class BlockCutter:
 
     def _take(self, generator: Any, reading: _Reading) -> int:
         """Take what a reader has: a block to cut, its end, or its error; how many bytes it read for that."""
-        got, before = _get(next(generator)), reading.position
+        got, before = get(next(generator)), reading.position
         if isinstance(got, InputEnd):
             reading.end = got
             reading.position = reading.work.size
@@ -351,7 +341,7 @@ def _publish(folder: ChunkFolder, parts: Sequence[Part]) -> list[Shard]:
     ]
     look = ray.remote(num_cpus=1)(first_chunks)
     groups = [files[i : i + FILES_PER_CHECK] for i in range(0, len(files), FILES_PER_CHECK)]
-    found = _get([look.remote(group) for group in groups])
+    found = get([look.remote(group) for group in groups])
     dropped = duplicates_among(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
     publish = ray.remote(num_cpus=1)(publish_part)
     refs = []
@@ -359,7 +349,7 @@ def _publish(folder: ChunkFolder, parts: Sequence[Part]) -> list[Shard]:
         low, high = np.searchsorted(dropped, [p.first_doc_id, p.first_doc_id + p.num_records])
         staged, part = folder.staged(p.work, p.block), folder.path / p.file
         refs.append(publish.remote(staged, part, p.first_doc_id, dropped[low:high], p.work.footer(p.block)))
-    return [_get(ref) for ref in refs]
+    return [get(ref) for ref in refs]
 
 
 def _licence_of(source: str | Location, works: Sequence[Work]) -> str:
@@ -409,12 +399,10 @@ def main(
             f"shards, {len(result.redone)} of them new; {report['broken_records']:,} broken records, "
             f"{report['duplicates']:,} duplicates left out"
         )
-        for record in report["broken"][:5]:
-            echo(f"  broken: {record['place']}: {record['reason']}")
         for one in report["first_duplicates"][:1]:
             echo(f"  duplicate: {one['title']} ({one['place']})")
-    for file in report["broken_files"][:5]:
-        echo(f"  broken file: {file['reason']}")
+    broken = [] if result.up_to_date else [BrokenRecord(**b) for b in report["broken"]]
+    echo_broken(broken, [BrokenRecord(f["file"], f["reason"]) for f in report["broken_files"]])
     if report["long_words"]:
         echo(
             f"  {report['long_words']:,} words of more than {MAX_WORD:,} characters were left out (encoded data)"

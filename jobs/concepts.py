@@ -10,10 +10,10 @@ snapshot, and writes the shards that `latent encode` writes, with the store's co
 """
 
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -23,20 +23,21 @@ import typer
 from jobs._ray import (
     Address,
     PathOrUrl,
+    accepted,
     connect,
     echo,
     finish,
+    guarded,
     load_codec_at,
     nodes_with,
     path_option,
-    progress_bar,
+    ray_data,
     run,
     versions,
 )
-from lvm import errors
 from lvm.codec.identity import require_same_codec
 from lvm.corpus import tmd
-from lvm.errors import InputError, LvmError, OutputError
+from lvm.errors import InputError, OutputError
 from lvm.storage import Location
 from lvm.vectors.concepts import ConceptStore, Dataset, Filters, Load
 from lvm.vectors.postgres import embedded, server_name
@@ -85,43 +86,17 @@ def in_parallel(
     address: str | None,
     what: str,
 ) -> Iterator[dict[str, Any]]:
-    """`task` of each item as Ray Data tasks, as they end; the first refusal is raised when all are through.
-
-    items: each with the `rows` it counts for. A task says what went wrong as `error` and `refusal`: an exception that
-    travels through Ray would lose its one-line message.
-    """
-    import ray
-
+    """`task` of each item as Ray Data tasks, as they end. items: each with the `rows` it counts for."""
     connect(address)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     cpus = int(sum(n.get("CPU", 0) for n in nodes_with()))
     side_by_side = min(workers or min(max(1, cpus), MAX_WORKERS), len(items))
-    done = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-        task, num_cpus=min(1.0, cpus / side_by_side), concurrency=side_by_side
+    done = (
+        ray_data()
+        .from_items(list(items), override_num_blocks=len(items))
+        .map(task, num_cpus=min(1.0, cpus / side_by_side), concurrency=side_by_side)
     )
-    refused: list[LvmError] = []
-    with progress_bar(what, sum(i["rows"] for i in items), "rows") as advance:
-        for row in done.iter_rows():
-            error, refusal = row.pop("error"), row.pop("refusal")
-            if error:
-                refused.append(getattr(errors, refusal)(error))
-            else:
-                advance(row["rows"])
-                yield row
-    if refused:
-        echo(f"{what}: {len(refused)} of {len(items)} parts were refused; the others are finished and kept")
-        raise refused[0]
-
-
-def refusals_as_fields(item: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` gives, over `item`; or the item and why there is nothing."""
-    blank = {**item, "error": "", "refusal": ""}
-    try:
-        return blank | work()
-    except LvmError as err:
-        return blank | {"error": str(err), "refusal": type(err).__name__}
+    with closing(accepted(done.iter_rows(), what, len(items), sum(i["rows"] for i in items), "rows")) as rows:
+        yield from rows
 
 
 # ------------------------------------------------------------------------------------------------------ load
@@ -143,7 +118,7 @@ class CopyShard:
             with ConceptStore(self.url) as store:
                 return {"rows": store.copy(self.load, self.source, Shard(**item))}
 
-        return refusals_as_fields(item, work)
+        return guarded(work, **item)
 
 
 def load_shards(
@@ -243,7 +218,7 @@ class ExportRange:
             footer = range_footer(self.dataset, item)
             return asdict(write_table(self.target / item["file"], with_footer(table, footer)))
 
-        return refusals_as_fields({**item, "bytes": 0, "sha256": ""}, work)
+        return guarded(work, **item, bytes=0, sha256="")
 
 
 def range_footer(dataset: Dataset, item: dict[str, Any]) -> dict[str, Any]:

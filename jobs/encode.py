@@ -11,11 +11,11 @@ written. A chunk takes 1.4 KB in float16 and 2.9 KB in float32.
 """
 
 import functools
-import logging
 import os
 import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, Protocol
 
@@ -27,14 +27,16 @@ from jobs._ray import (
     START_TIMEOUT_S,
     Address,
     PathOrUrl,
+    accepted,
     connect,
     echo,
     finish,
+    guarded,
     in_words,
     load_codec_at,
     nodes_with,
     path_option,
-    progress_bar,
+    ray_data,
     run,
     unseen_gpu,
     versions,
@@ -71,9 +73,6 @@ class Encoder(Protocol):
 
 CodecLoader = Callable[[], Encoder]
 """Makes the codec, once in each worker; pickled on the way there."""
-
-REFUSALS = {"IdentityError": IdentityError, "OutputError": OutputError}
-"""Errors a worker's refusal is raised as in the driver; any other is an InputError."""
 
 MAX_THREADS = 8
 """Most threads of one actor; the encoder's matrices are too small to feed more."""
@@ -207,16 +206,15 @@ class ShardEncoder:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def encode(self, chunks: Shard) -> dict[str, Any]:
-        """The finished shard's fields; on a refusal `error` and `refusal`, as an exception that travels
-        through Ray would lose its one-line message."""
-        blank = {**asdict(chunks), "error": "", "refusal": "", "note": self.note}
-        try:
+        """The finished shard's fields."""
+
+        def work() -> dict[str, Any]:
             if self.failure is not None:
                 raise self.failure
             source, target = self.job.source / chunks.file, self.job.target / chunks.file
-            return blank | asdict(encode_shard(source, target, chunks, self.codec, self.job.settings))
-        except LvmError as err:
-            return blank | {"error": str(err), "refusal": type(err).__name__}
+            return asdict(encode_shard(source, target, chunks, self.codec, self.job.settings))
+
+        return guarded(work, **asdict(chunks), note=self.note)
 
 
 # ------------------------------------------------------------------------------------------------ all shards
@@ -350,17 +348,11 @@ def require_same_ids(source: Location, target: Location, chunks: Manifest) -> in
 def _encode_with_ray(
     job: EncodeJob, pending: list[Shard], max_workers: int | None = None, gpus: int | None = None
 ) -> Iterator[Shard]:
-    """Encode shards in parallel; each comes back as soon as it is on disk, in any order.
-
-    A shard that a worker refuses does not keep the others from being finished; the first refusal is raised
-    then. Where nothing can be written, that ends it at once.
-    """
+    """Encode shards in parallel; each comes back as soon as it is on disk, in any order."""
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts chunks
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
+    data = ray_data()
     nodes = nodes_with(gpus, min(max_workers or 1, len(pending)))
     num_actors, resources = plan(nodes, len(pending))
     if max_workers is None:
@@ -373,50 +365,30 @@ def _encode_with_ray(
         most = max(1, min(max_workers, len(pending)))
         # One CPU each: what the nodes to come are like is not known yet.
         sizes, resources = {"min_size": 1, "max_size": most}, {**resources, "num_cpus": 1}
-    context.wait_for_min_actors_s = START_TIMEOUT_S
+    data.DataContext.get_current().wait_for_min_actors_s = START_TIMEOUT_S
     rows = [asdict(s) for s in pending]
-    finished = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    finished = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardEncoder,
         fn_constructor_args=(job,),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(
+        compute=data.ActorPoolStrategy(
             **sizes,
             max_tasks_in_flight_per_actor=SHARDS_PER_ACTOR,
         ),
         **resources,
     )
-    refused: list[LvmError] = []
     if max_workers is not None:
         # Ray Data asks for no more than the cluster has; it takes on what comes, up to `max_size`.
         request_resources(bundles=[{"CPU": 1.0, "GPU": float(resources.get("num_gpus", 0))}] * most)
-    noted = False
     rows_done = _or_no_workers(finished.iter_rows(), resources, nodes)
+    num_chunks = sum(s.rows for s in pending)
     try:
-        with progress_bar("encode", sum(s.rows for s in pending), "chunks") as advance:
-            for row in rows_done:
-                error, refusal, note = row.pop("error"), row.pop("refusal"), row.pop("note")
-                if note and not noted:  # once is enough
-                    echo(f"encode: {note}")
-                    noted = True
-                advance(row["rows"])
-                if error:
-                    refused.append(REFUSALS.get(refusal, InputError)(error))
-                    if refusal == "OutputError":
-                        # No other shard could be written either; the rest must not be encoded for nothing.
-                        break
-                    continue
+        with closing(accepted(rows_done, "encode", len(pending), num_chunks, "chunks")) as made:
+            for row in made:
                 yield Shard(**row)
     finally:
-        # What is still open when the interpreter ends would start a Ray of its own to close itself, and wait for ever.
-        rows_done.close()
         if max_workers is not None:
             request_resources(bundles=[])  # nodes without work may go
-    if refused:
-        if not isinstance(refused[-1], OutputError):
-            echo(
-                f"encode: {len(refused)} of {len(pending)} shards were refused; the others are finished and kept"
-            )
-        raise refused[-1 if isinstance(refused[-1], OutputError) else 0]
 
 
 def _or_no_workers(

@@ -30,6 +30,7 @@ from jobs._ray import (
     connect,
     echo,
     finish,
+    get,
     load_codec_at,
     nodes_with,
     path_option,
@@ -40,7 +41,7 @@ from jobs._ray import (
 )
 from lvm.codec.ladder import decoder_digest
 from lvm.devices import pick_device
-from lvm.errors import InputError, LvmError, OutputError
+from lvm.errors import InputError, OutputError
 from lvm.evaluate.baselines import context_mean, copy_last
 from lvm.evaluate.contest import (
     Block,
@@ -367,20 +368,17 @@ def threads_a_task(cpus: int, largest: int, num_tasks: int) -> int:
 
 
 def as_they_finish(references: Sequence[Any]) -> Iterator[Any]:
-    """Results of Ray tasks, first finished first. A refusal of ours comes back as it was raised."""
+    """Results of Ray tasks, first finished first; those left when one fails are cancelled."""
     import ray
 
     pending = list(references)
-    while pending:
-        done, pending = ray.wait(pending)
-        try:
-            yield ray.get(done[0])
-        except ray.exceptions.RayTaskError as err:
-            for left in pending:
-                ray.cancel(left)
-            if isinstance(err.cause, LvmError):
-                raise err.cause from err
-            raise
+    try:
+        while pending:
+            done, pending = ray.wait(pending)
+            yield get(done[0])
+    finally:
+        for left in pending:
+            ray.cancel(left)
 
 
 def score_all(
@@ -412,7 +410,7 @@ def score_all(
         for one in as_they_finish(tasks):
             scored[one.name] = one
             advance(1)
-    fitted = baselines | {name: ray.get(found) for name, found in fitting.items()}
+    fitted = baselines | {name: get(found) for name, found in fitting.items()}
     return {name: scored[name] for name in (*folders, *baselines)}, fitted
 
 
