@@ -348,7 +348,7 @@ def progress_bar(stage: str, total: float, unit: str, places: int = 0) -> Iterat
 def accepted(
     rows: Iterable[dict[str, Any]], stage: str, num_parts: int, total: int, unit: str
 ) -> Generator[dict[str, Any], None, None]:
-    """Rows that `guarded` gave on Ray Data's workers, as they end, without what was refused; a worker's `note` is printed once.
+    """Rows that `guarded` gave on Ray Data's workers, as they end, without those refused; a `note` is printed once.
 
     num_parts: number of rows. total: sum of their `rows`, for the progress bar. A refusal does not keep the others from
     being finished: the first is raised when all are through. Where nothing can be written, that ends it at once. To be

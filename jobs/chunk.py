@@ -50,7 +50,8 @@ from lvm.corpus.stamps import stamp_input
 from lvm.corpus.work import ChunkSettings, Work, plan_works
 from lvm.errors import InputError
 from lvm.storage import Location, local_folder, location
-from lvm.vectors.shards import Manifest, Shard, claim, find, with_footer, write_table
+from lvm.vectors.artefact import Artefact
+from lvm.vectors.shards import Manifest, Shard, with_footer, write_table
 
 BYTES_PER_TOKEN = 2.5
 """Text bytes a chunk holds for each token it may have: 79 of 32 with `mini` on Wikipedia. Decides how many
@@ -239,13 +240,14 @@ def chunk_corpus(
         echo(f"chunk: not read: {len(unread) - 5} more; all are in the manifest's report")
     folder = ChunkFolder(target, lambda line: echo(f"chunk: {line}"))
     folder.require_ours()
-    claim(target, "chunks", asdict(settings), overwrite)
-    old = Manifest.load(target, "chunks") if (target / "manifest.json").exists() else None
+    chunks = Artefact(target, "chunks", asdict(settings))
+    chunks.claim(overwrite)
+    old = chunks.manifest()
     before = {} if old is None else old.report.get("stamps", {})
     stamps = {i.name: stamp_input(i, before.get(i.name)) for i in inputs}
     # Content alone: a file that was only copied or touched must not make later stages begin again.
     contents = {n: {"sha256": s["sha256"], "size": s["size"], "limit": limit} for n, s in stamps.items()}
-    done = find(target, "chunks", asdict(settings), contents)
+    done = chunks.current(contents)
     if done is not None:
         _refuse_broken_files(done.report["broken_files"], strict)
         return ChunkResult(done, (), up_to_date=True)
@@ -293,8 +295,8 @@ def chunk_corpus(
         report={**report, "stamps": stamps, "codec": codec},
         versions=versions(),
     )
-    manifest.save(target)
-    gone = folder.clean(works, manifest)
+    gone = chunks.publish(manifest)
+    folder.clean(works)
     if gone:
         echo(f"chunk: removed {len(gone)} shards of inputs that changed or are gone")
     return ChunkResult(manifest, tuple(s.file for s in written), up_to_date=False)

@@ -39,18 +39,12 @@ from lvm.codec.identity import require_same_codec
 from lvm.corpus import tmd
 from lvm.errors import InputError, OutputError
 from lvm.storage import Location
+from lvm.vectors.artefact import Artefact
 from lvm.vectors.concepts import ConceptStore, Dataset, Filters, Load
 from lvm.vectors.postgres import embedded, server_name
 from lvm.vectors.shards import (
     Manifest,
     Shard,
-    begin,
-    claim,
-    file_sha256,
-    find,
-    read_footer,
-    read_table,
-    sweep_temporaries,
     with_footer,
     write_table,
 )
@@ -252,27 +246,29 @@ def export_dataset(
         "rows_per_shard": rows_per_shard,
     }
     inputs = {"version": found.version}
-    claim(target, "vectors", settings, overwrite)
-    done = find(target, "vectors", settings, inputs)
-    if done is not None and not done.damaged(target, deep=True):
+    vectors = Artefact(target, "vectors", settings, lambda line: echo(f"export: {line}"))
+    vectors.claim(overwrite)
+    done = vectors.current(inputs, deep=True)
+    if done is not None:
         return done, 0
-    begin(target, "vectors", settings)
+    vectors.begin()
     items = [
         {"file": f"part-{number:05d}.parquet", "first": first, "last": last, "rows": rows}
         for number, (first, last, rows) in enumerate(store.ranges(found, rows_per_shard))
     ]
     if not items:
         raise InputError(f"dataset {dataset!r} has no rows; load or ingest something first")
-    ready = {i["file"]: finished_range(target, range_footer(found, i), i) for i in items}
-    shards = {file: shard for file, shard in ready.items() if shard is not None}
+    shards = {
+        i["file"]: shard
+        for i in items
+        if (shard := vectors.finished(i["file"], range_footer(found, i))) is not None
+        and shard.rows == i["rows"]
+    }
     if pending := [i for i in items if i["file"] not in shards]:
         task = ExportRange(store.url, target.resolve(), found, snapshot)
         for row in in_parallel(task, pending, workers, address, "export"):
             shards[row["file"]] = Shard(row["file"], row["rows"], row["bytes"], row["sha256"])
     store.connection.execute("ROLLBACK")  # lets the snapshot go
-    for path in target.glob("part-*.parquet"):
-        if path.name not in shards:
-            path.unlink()  # of a state of the dataset that had more rows
     manifest = Manifest(
         kind="vectors",
         settings=settings,
@@ -284,22 +280,8 @@ def export_dataset(
         licence=found.licence,
         versions=versions(),
     )
-    manifest.save(target)
-    sweep_temporaries(target)
+    vectors.publish(manifest)
     return manifest, len(pending)
-
-
-def finished_range(target: Location, footer: dict[str, Any], item: dict[str, Any]) -> Shard | None:
-    """The shard of a range where an earlier run has written it whole from the same state, else None."""
-    path = target / item["file"]
-    if not path.exists():
-        return None
-    try:
-        if read_footer(path) != footer or read_table(path).num_rows != item["rows"]:
-            return None
-    except InputError:
-        return None
-    return Shard(item["file"], item["rows"], path.stat().st_size, file_sha256(path))
 
 
 def export(

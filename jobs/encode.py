@@ -44,17 +44,13 @@ from jobs._ray import (
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import IdentityError, InputError, LvmError, OutputError
 from lvm.storage import Location
+from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import (
     Manifest,
     Shard,
     VectorType,
-    begin,
-    claim,
     file_sha256,
-    find,
-    read_footer,
     read_table,
-    sweep_temporaries,
     vectors_to_table,
     with_footer,
     write_table,
@@ -158,28 +154,17 @@ _SHARD = [f.name for f in fields(Shard)]
 def finished_shard(
     target: Location, source: Location, footer: dict[str, Any], known_sha256: str | None = None
 ) -> Shard | None:
-    """The vector shard at `target` when it is whole, made in this way, and holds the ids of `source`.
+    """The vector shard at `target` when it is whole, made in this way, and holds the ids of `source`; None when it has
+    to be made. known_sha256: what a manifest says of the file."""
+    made = Artefact(target.parent, "vectors", {}, _tell).finished(target.name, footer, known_sha256)
+    if made is None:
+        return None
+    ids, found = (read_table(path, ["chunk_id"]).column("chunk_id").to_pylist() for path in (source, target))
+    return made if ids == found else None
 
-    None when it has to be made. Every page's checksum is read, so a flipped bit in one is found; one between the pages
-    only with `known_sha256`, what a manifest says of the file.
-    """
-    if not target.exists():
-        return None
-    try:
-        if read_footer(target) != footer:
-            return None
-        vectors = read_table(target)
-    except InputError:
-        echo(f"encode: {target} is damaged and is made again")
-        return None
-    ids = read_table(source, ["chunk_id"]).column("chunk_id").to_pylist()
-    if vectors.column("chunk_id").to_pylist() != ids:
-        return None
-    sha256 = file_sha256(target)
-    if known_sha256 is not None and sha256 != known_sha256:
-        echo(f"encode: {target} is damaged and is made again")
-        return None
-    return Shard(target.name, vectors.num_rows, target.stat().st_size, sha256)
+
+def _tell(line: str) -> None:
+    echo(f"encode: {line}")
 
 
 class ShardEncoder:
@@ -249,14 +234,12 @@ def encode_chunks(
     require_tokenizer(chunks, identity, source)
     settings = EncodeSettings(identity.digest, dtype)
     inputs = {"chunks": chunks.fingerprint}
-    claim(target, "vectors", asdict(settings), overwrite)
-    done = find(target, "vectors", asdict(settings), inputs)
-    if done is not None and not done.damaged(target, deep=True):
+    vectors = Artefact(target, "vectors", asdict(settings), _tell)
+    vectors.claim(overwrite)
+    done = vectors.current(inputs, deep=True)
+    if done is not None:
         return EncodeResult(done, (), up_to_date=True)
-    # Read before it goes: only it knows each whole file's hash.
-    listed = Manifest.load(target, "vectors").shards if (target / "manifest.json").exists() else ()
-    known = {s.file: s.sha256 for s in listed}
-    begin(target, "vectors", asdict(settings))
+    known = vectors.begin()
 
     finished: dict[str, Shard] = {}
     pending: list[Shard] = []
@@ -289,9 +272,7 @@ def encode_chunks(
         report={**chunks.report, "truncated": num_truncated},
         versions=versions(),
     )
-    manifest.save(target)
-    sweep_temporaries(target)
-    _remove_unlisted(target, manifest)
+    vectors.publish(manifest)
     return EncodeResult(manifest, tuple(s.file for s in pending), up_to_date=False)
 
 
@@ -422,15 +403,6 @@ def plan(nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[int, di
         if sum(c // threads for c in cpus) >= num_actors:
             return num_actors, {"num_cpus": threads}
     return num_actors, {"num_cpus": 1}
-
-
-def _remove_unlisted(target: Location, manifest: Manifest) -> None:
-    """Remove vector shards of chunks that are no longer there; readers of the folder would take them in."""
-    listed = {s.file for s in manifest.shards}
-    for path in sorted(target.glob("part-*.parquet"), key=str):
-        if path.name not in listed:
-            path.unlink()
-            echo(f"encode: removed {path.name}, whose chunks are no longer in the input")
 
 
 # --------------------------------------------------------------------------------------------------- command

@@ -82,6 +82,7 @@ from lvm.evaluate.report import html_page
 from lvm.predict.record import Record, load_record, read_aliases
 from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location
+from lvm.vectors.artefact import require_folder
 from lvm.vectors.index import load_index
 from lvm.vectors.sequences import VectorArray, WindowSettings, make_windows, open_vectors
 from lvm.vectors.shards import Manifest, sweep_temporaries, write_bytes, write_json
@@ -259,8 +260,7 @@ def find_evaluation(
 
     Raises OutputError when it was made with other settings and `overwrite` is off.
     """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output {output} is a file, expected a folder; choose another --output")
+    require_folder(output)
     path = output / FILES[0]
     if not path.exists():
         return None

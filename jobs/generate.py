@@ -51,17 +51,12 @@ from lvm.corpus.chunker import Chunker
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.predict.generate import BATCH_TEXTS, Generator
 from lvm.storage import Location
+from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import (
     Manifest,
     Shard,
-    begin,
-    claim,
-    file_sha256,
-    find,
     fingerprint,
-    read_footer,
     read_table,
-    sweep_temporaries,
     with_footer,
     write_bytes,
     write_table,
@@ -228,19 +223,6 @@ class BlockWriter:
         return {name: [value] for name, value in row.items()}
 
 
-def finished(path: Location, footer: dict[str, Any]) -> Shard | None:
-    """The block's file when it is whole and of this footer; None when it has to be made."""
-    if not path.exists():
-        return None
-    try:
-        if read_footer(path) != footer:
-            return None
-        rows = read_table(path).num_rows
-    except InputError:
-        return None
-    return Shard(path.name, rows, path.stat().st_size, file_sha256(path))
-
-
 def generate(
     source: str,
     target: Location,
@@ -258,7 +240,8 @@ def generate(
     if generator.codec.no_writer is not None:
         echo(f"generate: {generator.codec.no_writer}")
     settings: GenerateSettings = settings_of(generator)
-    claim(target, KIND, asdict(settings), overwrite)
+    predictions = Artefact(target, KIND, asdict(settings), lambda line: echo(f"generate: {line}"))
+    predictions.claim(overwrite)
     blocks: list[dict[str, Any]] = []
     tasks: list[Task] = []
 
@@ -280,11 +263,11 @@ def generate(
         )
     del generator
     inputs = {"contexts": fingerprint([b["footer"] for b in blocks])}
-    done = find(target, KIND, asdict(settings), inputs)
+    done = predictions.current(inputs)
     if done is not None:
         return done, 0
-    begin(target, KIND, asdict(settings))
-    shards = {b["file"]: finished(target / b["file"], b["footer"]) for b in blocks}
+    predictions.begin()
+    shards = {b["file"]: predictions.finished(b["file"], b["footer"]) for b in blocks}
     pending = [b for b in blocks if shards[b["file"]] is None]
     if len(pending) < len(blocks):
         echo(
@@ -325,11 +308,7 @@ def generate(
         source=source,
         versions=versions(),
     )
-    manifest.save(target)
-    sweep_temporaries(target)
-    for path in target.glob("part-*.parquet"):
-        if path.name not in shards:
-            path.unlink()
+    predictions.publish(manifest)
     return manifest, made
 
 

@@ -18,6 +18,7 @@ import typer
 from jobs._ray import Address, PathOrUrl, connect, echo, finish, get, nodes_with, path_option, run
 from lvm.errors import OutputError
 from lvm.storage import Location
+from lvm.vectors.artefact import require_folder
 from lvm.vectors.index import IndexSettings, build_index, find_index
 from lvm.vectors.sequences import open_vectors
 from lvm.vectors.shards import Manifest
@@ -61,8 +62,7 @@ def main(
 ) -> None:
     """Build and publish the search index; a second run on the same vectors changes nothing."""
     started = time.perf_counter()
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output {output} is a file, expected a folder; choose another --output")
+    require_folder(output)
     if (output / "manifest.json").exists():
         kind = Manifest.load(output).kind
         raise OutputError(

@@ -61,6 +61,7 @@ from lvm.predict.record import find_record, load_record, read_aliases, set_alias
 from lvm.predict.runs import Outcome, TrainRun, train_run, windows_of
 from lvm.predict.training import Progress, Recipe, recipe_named
 from lvm.storage import Location, RemotePath
+from lvm.vectors.artefact import require_folder
 from lvm.vectors.sequences import VectorArray, WindowSettings, open_vectors
 from lvm.vectors.shards import Manifest, fingerprint, write_bytes, write_json
 
@@ -425,8 +426,7 @@ def sweep(
     vectors, output = vectors.resolve(), output.resolve()
     manifest, array = Manifest.load(vectors, "vectors"), open_vectors(vectors)
     identity = fingerprint({"version": SWEEP_VERSION, "vectors": array.fingerprint, **asdict(settings)})
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output {output} is a file, expected a folder; choose another --output")
+    require_folder(output)
     if (output / "sweep.json").exists():
         found = json.loads((output / "sweep.json").read_text())
         if found.get("sweep") != identity:

@@ -64,15 +64,12 @@ class ChunkFolder:
     def require_ours(self) -> None:
         """Raise OutputError where the folder holds shards of somebody else."""
         known = ("manifest.json", "settings.json", "ledger.json")
-        foreign = self._part_files()
+        foreign = sorted(p.name for p in self.path.glob("part-*.parquet"))
         if foreign and not any((self.path / n).exists() for n in known):
             raise OutputError(
                 f"{self.path} holds {foreign[0]} but no record of this job; expected an empty folder "
                 "or one of `latent chunk`. Choose another --output."
             )
-
-    def _part_files(self) -> list[str]:
-        return sorted(p.name for p in self.path.glob("part-*.parquet"))
 
     def ledger(self) -> dict[str, Entry]:
         """Entry of each input by its work's key; empty where there is none or it cannot be read."""
@@ -225,13 +222,8 @@ class ChunkFolder:
             )
         return {**total.to_report(), "inputs": inputs}
 
-    def clean(self, works: Sequence[Work], manifest: Manifest) -> list[str]:
-        """Remove what the manifest does not list: waiting blocks, and parts of inputs that are gone."""
+    def clean(self, works: Sequence[Work]) -> None:
+        """Remove what a published manifest leaves over: waiting blocks, and entries of inputs that are gone."""
         keys = {w.key for w in works}
         self.save_ledger({k: e for k, e in self.ledger().items() if k in keys})
-        listed = {s.file for s in manifest.shards}
-        gone = [name for name in self._part_files() if name not in listed]
-        for name in gone:
-            (self.path / name).unlink(missing_ok=True)
         remove_tree(self.path / _WORK)
-        return gone

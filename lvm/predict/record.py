@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +30,9 @@ from lvm.errors import InputError, StorageError
 from lvm.models import MODELS, Predictor, build
 from lvm.predict.ranking import RankHead
 from lvm.predict.steer import CONTEXT_CHUNKS
-from lvm.storage import Location, RemotePath, cache_folder, upload_folder
-from lvm.vectors.shards import cannot_write, file_sha256, sync_directory, temporary_name, write_json
+from lvm.storage import Location
+from lvm.vectors.artefact import new_folder, publish_folder
+from lvm.vectors.shards import cannot_write, file_sha256, write_json
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "MODEL_CARD.md"
 RANK_WEIGHTS = "rank.safetensors"
@@ -100,9 +101,7 @@ def save_record(
     """
     created = datetime.now(UTC)
     models.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(cache_folder() / name if isinstance(models, RemotePath) else models / name)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(models / name) as temporary, _disk_errors(models):
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, temporary / WEIGHTS)
         rank: dict[str, Any] = {}
@@ -135,17 +134,17 @@ def save_record(
         folder = models / f"{name}-{created:%Y%m%dT%H%M%SZ}-{digest}"
         with (temporary / WEIGHTS).open("rb") as file:
             os.fsync(file.fileno())
-        if isinstance(folder, RemotePath):
-            upload_folder(temporary, folder, last=CONFIG)  # a record is there when its configuration is
-        else:
-            sync_directory(temporary)
-            os.rename(temporary, folder)
-            sync_directory(folder.parent)
+        publish_folder(temporary, folder, last=CONFIG)  # a record is there when its configuration is
+    return folder
+
+
+@contextmanager
+def _disk_errors(models: Location) -> Iterator[None]:
+    """Raise a full disk as OutputError."""
+    try:
+        yield
     except (OSError, SafetensorError) as err:
         raise cannot_write(models, err) from err
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def load_record(models: Location, name_or_folder: str) -> Record:

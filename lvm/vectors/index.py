@@ -7,7 +7,7 @@
 A reader that opened a version keeps it: the one before CURRENT stays on disk until the next is published.
 """
 
-import shutil
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
-from lvm.errors import InputError, StorageError
-from lvm.storage import Location, RemotePath, cache_folder, fetch, location, remove_tree, upload_folder
+from lvm.errors import InputError, OutputError, StorageError
+from lvm.storage import Location, fetch, location, remove_tree
+from lvm.vectors.artefact import Artefact, new_folder, publish_folder
 from lvm.vectors.sequences import VectorArray
 from lvm.vectors.shards import (
     Manifest,
@@ -27,10 +28,7 @@ from lvm.vectors.shards import (
     cannot_write,
     file_sha256,
     fingerprint,
-    publish,
     sweep_temporaries,
-    sync_directory,
-    temporary_name,
     write_bytes,
 )
 
@@ -196,14 +194,12 @@ def build_index(array: VectorArray, directory: Location, settings: IndexSettings
     store = _fill(array, settings)
     record = _settings_record(settings, len(array))
     version = directory / "versions" / _version_name(array, record)
-    temporary = temporary_name(cache_folder() / version.name if isinstance(version, RemotePath) else version)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(version) as temporary:
         file = temporary / "index.faiss"
-        unnamed = temporary_name(file)
         try:
-            faiss.write_index(store, str(unnamed))
-            publish(unnamed, file)
+            faiss.write_index(store, str(file))
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         except (OSError, RuntimeError) as err:  # faiss raises RuntimeError when a disk is full
             raise cannot_write(file, err) from err
         shard = Shard(file.name, len(array), file.stat().st_size, file_sha256(file))
@@ -216,17 +212,8 @@ def build_index(array: VectorArray, directory: Location, settings: IndexSettings
             codec=array.identity.to_dict(),
         )
         recall = measure_recall(array, Index(temporary, manifest, store), settings.seed)
-        manifest = manifest.with_report(**recall)
-        manifest.save(temporary)
-        if isinstance(version, RemotePath):
-            upload_folder(temporary, version, last="manifest.json")
-        else:
-            if version.exists():  # one that failed its checks, or that another run has just published
-                shutil.rmtree(version)
-            temporary.rename(version)
-            sync_directory(version.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        manifest.with_report(**recall).save(temporary)
+        publish_folder(temporary, version, last="manifest.json")
     write_bytes(directory / "CURRENT", f"{version.name}\n".encode())
     _drop_old_versions(directory)
     return load_index(directory)
@@ -273,13 +260,13 @@ def find_index(
     try:
         if (directory / "CURRENT").read_text().strip() != name:
             return None
-        version = directory / "versions" / name
-        if Manifest.load(version, "index").damaged(version, deep=True):
+        version = Artefact(directory / "versions" / name, "index", record)
+        if version.current({"vectors": array.fingerprint}, deep=True) is None:
             return None
         return load_index(directory)
     except StorageError:
         raise
-    except (OSError, InputError):
+    except (OSError, InputError, OutputError):
         return None
 
 
