@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +20,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lvm.errors import InputError, LvmError
+from lvm import errors
+from lvm.errors import InputError, LvmError, OutputError
 from lvm.storage import Location, local_folder, location
 
 if TYPE_CHECKING:
     import torch
 
     from lvm.codec.zoo import Codec
-    from lvm.corpus.records import Article
+    from lvm.corpus.records import Article, BrokenRecord
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -92,14 +93,19 @@ def articles_of(source: str | Location, limit: int | None = None) -> Iterator["A
 
     report = ReadReport()
     yield from read_articles(source, limit, report, strict=False)
-    for file in report.broken_files[:5]:
-        echo(f"  broken file: {file.place}: {file.reason}")
-    for record in report.broken[:5]:
-        echo(f"  broken: {record.place}: {record.reason}")
+    echo_broken(report.broken, report.broken_files)
     if report.num_broken or report.broken_files:
         echo(
             f"  {report.num_broken:,} records and {len(report.broken_files):,} files are broken and were left out"
         )
+
+
+def echo_broken(records: Sequence["BrokenRecord"], files: Sequence["BrokenRecord"]) -> None:
+    """The first broken records and files, a line each."""
+    for record in records[:5]:
+        echo(f"  broken: {record.place}: {record.reason}")
+    for file in files[:5]:
+        echo(f"  broken file: {file.reason}")
 
 
 Engine = Annotated[
@@ -316,6 +322,56 @@ def load_codec_at(
     )
 
 
+# ------------------------------------------------------------------------------------- errors out of workers
+#
+# Ray hands on what a task of its own raises, and `get` unwraps it. Ray Data, Train and Tune do not: they start the work
+# again, or end all of it, and the one line is lost. There an error travels as a value: `guarded` on the worker,
+# `refusal_in` and `accepted` on the driver.
+
+
+def get(ref: Any) -> Any:
+    """ray.get, with errors of ours as they were raised and not wrapped in a worker's traceback."""
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as err:
+        cause = err.cause
+        while isinstance(cause, ray.exceptions.RayTaskError):  # of a task that this one waited for
+            cause = cause.cause
+        if isinstance(cause, LvmError):
+            raise cause from None
+        raise
+
+
+def guarded(work: Callable[[], Mapping[str, Any]], **blank: Any) -> dict[str, Any]:
+    """What `work` gives, and `refusal`: "" or the error of ours that it raised, with `blank` for the fields there are
+    not; a row all of whose values Arrow and JSON can hold, if those of `work` are."""
+    try:
+        return {**blank, **work(), "refusal": ""}
+    except LvmError as err:
+        return {**blank, "refusal": f"{type(err).__name__}: {err}"}
+
+
+def refusal_in(row: Mapping[str, Any]) -> LvmError | None:
+    """The error in what `guarded` gave, None where there is none."""
+    text = row.get("refusal", "")
+    kind, _, message = text.partition(": ")
+    if not text:
+        return None
+    known = getattr(errors, kind, None)  # what older versions left on disk has no kind
+    return known(message) if known in LvmError.__subclasses__() else InputError(text)
+
+
+def ray_data() -> Any:
+    """`ray.data` without progress bars of its own; a job's counts what its user counts."""
+    import ray
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that they are off
+    return ray.data
+
+
 def echo(line: str) -> None:
     """One line for the person watching, on stderr; stdout is for answers."""
     print(line, file=sys.stderr, flush=True)
@@ -345,28 +401,61 @@ class ProgressLines:
 
 
 @contextmanager
-def progress_bar(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, lines where that is no terminal; the function that comes back moves it on."""
+def progress_bar(stage: str, total: float, unit: str, places: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, lines where that is no terminal; the function that comes back moves it on: `advance(3)`, or with
+    words for the end of the line, `advance(3, ", 7 new")`. places: digits behind the point."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        lines, done = ProgressLines(stage, total), 0
+    lines = None if console.is_terminal else ProgressLines(stage, total)
+    columns = (TextColumn(f"{stage}:"), BarColumn(), TextColumn("{task.fields[what]}"), TimeRemainingColumn())
+    done = 0.0
+    with Progress(*columns, console=console, disable=lines is not None) as progress:
+        task = progress.add_task(stage, total=total, what="")
 
-        def advance(steps: int) -> None:
+        def advance(steps: float, words: str = "") -> None:
             nonlocal done
             done += steps
-            lines.show(done, f"{done:,} of {total:,} {unit}")
+            what = f"{done:,.{places}f} of {total:,.{places}f} {unit}{words}"
+            progress.update(task, completed=done, what=what)
+            if lines is not None:
+                lines.show(done, what)
 
+        advance(0)
         yield advance
-        return
-    columns = (
-        TextColumn(f"{stage}:"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(stage, total=total)
-        yield lambda steps: progress.advance(task, steps)
+
+
+def accepted(
+    rows: Iterable[dict[str, Any]], stage: str, num_parts: int, total: int, unit: str
+) -> Generator[dict[str, Any], None, None]:
+    """Rows that `guarded` gave on Ray Data's workers, as they end, without those refused; a `note` is printed once.
+
+    num_parts: number of rows. total: sum of their `rows`, for the progress bar. A refusal does not keep the others from
+    being finished: the first is raised when all are through. Where nothing can be written, that ends it at once. To be
+    closed (`contextlib.closing`): what is still open when the interpreter ends would start a Ray of its own to close
+    itself, and wait for ever.
+    """
+    refused: list[LvmError] = []
+    noted = False
+    source = iter(rows)
+    try:
+        with progress_bar(stage, total, unit) as advance:
+            for row in source:
+                note, error = row.pop("note", ""), refusal_in(row)
+                if note and not noted:  # once is enough
+                    echo(f"{stage}: {note}")
+                    noted = True
+                del row["refusal"]
+                if error is None:
+                    advance(row["rows"])
+                    yield row
+                elif isinstance(error, OutputError):
+                    raise error
+                else:
+                    refused.append(error)
+    finally:
+        getattr(source, "close", lambda: None)()
+    if refused:
+        echo(f"{stage}: {len(refused)} of {num_parts} parts were refused; the others are finished and kept")
+        raise refused[0]
 
 
 def finish(summary: dict[str, Any]) -> None:

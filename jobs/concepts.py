@@ -10,10 +10,10 @@ snapshot, and writes the shards that `latent encode` writes, with the store's co
 """
 
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -23,22 +23,24 @@ import typer
 from jobs._ray import (
     Address,
     PathOrUrl,
+    accepted,
     connect,
     echo,
     finish,
+    guarded,
     load_codec_at,
     nodes_with,
     path_option,
-    progress_bar,
+    ray_data,
     run,
     versions,
 )
-from lvm import errors
 from lvm.codec.identity import require_same_codec
 from lvm.corpus import tmd
-from lvm.errors import InputError, LvmError, OutputError
+from lvm.errors import InputError, OutputError
 from lvm.storage import Location
 from lvm.vectors.array import write_array
+from lvm.vectors.artefact import Artefact
 from lvm.vectors.concept_export import article_ranges, begin_snapshot, read_articles
 from lvm.vectors.concept_load import Load, copy_shard, loading, merge, staged
 from lvm.vectors.concept_search import Filters, ensure_index
@@ -48,13 +50,6 @@ from lvm.vectors.postgres import embedded, server_name
 from lvm.vectors.shards import (
     Manifest,
     Shard,
-    begin,
-    claim,
-    file_sha256,
-    find,
-    read_footer,
-    read_table,
-    sweep_temporaries,
     with_footer,
     write_table,
 )
@@ -90,43 +85,17 @@ def in_parallel(
     address: str | None,
     what: str,
 ) -> Iterator[dict[str, Any]]:
-    """`task` of each item as Ray Data tasks, as they end; the first refusal is raised when all are through.
-
-    items: each with the `rows` it counts for. A task says what went wrong as `error` and `refusal`: an exception that
-    travels through Ray would lose its one-line message.
-    """
-    import ray
-
+    """`task` of each item as Ray Data tasks, as they end. items: each with the `rows` it counts for."""
     connect(address)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     cpus = int(sum(n.get("CPU", 0) for n in nodes_with()))
     side_by_side = min(workers or min(max(1, cpus), MAX_WORKERS), len(items))
-    done = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-        task, num_cpus=min(1.0, cpus / side_by_side), concurrency=side_by_side
+    done = (
+        ray_data()
+        .from_items(list(items), override_num_blocks=len(items))
+        .map(task, num_cpus=min(1.0, cpus / side_by_side), concurrency=side_by_side)
     )
-    refused: list[LvmError] = []
-    with progress_bar(what, sum(i["rows"] for i in items), "rows") as advance:
-        for row in done.iter_rows():
-            error, refusal = row.pop("error"), row.pop("refusal")
-            if error:
-                refused.append(getattr(errors, refusal)(error))
-            else:
-                advance(row["rows"])
-                yield row
-    if refused:
-        echo(f"{what}: {len(refused)} of {len(items)} parts were refused; the others are finished and kept")
-        raise refused[0]
-
-
-def refusals_as_fields(item: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` gives, over `item`; or the item and why there is nothing."""
-    blank = {**item, "error": "", "refusal": ""}
-    try:
-        return blank | work()
-    except LvmError as err:
-        return blank | {"error": str(err), "refusal": type(err).__name__}
+    with closing(accepted(done.iter_rows(), what, len(items), sum(i["rows"] for i in items), "rows")) as rows:
+        yield from rows
 
 
 # ------------------------------------------------------------------------------------------------------ load
@@ -148,7 +117,7 @@ class CopyShard:
             with ConceptStore(self.url) as store:
                 return {"rows": copy_shard(store, self.load, self.source, Shard(**item))}
 
-        return refusals_as_fields(item, work)
+        return guarded(work, **item)
 
 
 def load_shards(
@@ -248,7 +217,7 @@ class ExportRange:
             footer = range_footer(self.dataset, item)
             return asdict(write_table(self.target / item["file"], with_footer(table, footer)))
 
-        return refusals_as_fields({**item, "bytes": 0, "sha256": ""}, work)
+        return guarded(work, **item, bytes=0, sha256="")
 
 
 def range_footer(dataset: Dataset, item: dict[str, Any]) -> dict[str, Any]:
@@ -282,28 +251,30 @@ def export_dataset(
         "rows_per_shard": rows_per_shard,
     }
     inputs = {"version": found.version}
-    claim(target, "vectors", settings, overwrite)
-    done = find(target, "vectors", settings, inputs)
-    if done is not None and not done.damaged(target, deep=True):
+    vectors = Artefact(target, "vectors", settings, lambda line: echo(f"export: {line}"))
+    vectors.claim(overwrite)
+    done = vectors.current(inputs, deep=True)
+    if done is not None:
         write_array(target, done)
         return done, 0
-    begin(target, "vectors", settings)
+    vectors.begin()
     items = [
         {"file": f"part-{number:05d}.parquet", "first": first, "last": last, "rows": rows}
         for number, (first, last, rows) in enumerate(article_ranges(store, found, rows_per_shard))
     ]
     if not items:
         raise InputError(f"dataset {dataset!r} has no rows; load or ingest something first")
-    ready = {i["file"]: finished_range(target, range_footer(found, i), i) for i in items}
-    shards = {file: shard for file, shard in ready.items() if shard is not None}
+    shards = {
+        i["file"]: shard
+        for i in items
+        if (shard := vectors.finished(i["file"], range_footer(found, i))) is not None
+        and shard.rows == i["rows"]
+    }
     if pending := [i for i in items if i["file"] not in shards]:
         task = ExportRange(store.url, target.resolve(), found, snapshot)
         for row in in_parallel(task, pending, workers, address, "export"):
             shards[row["file"]] = Shard(row["file"], row["rows"], row["bytes"], row["sha256"])
     store.connection.execute("ROLLBACK")  # lets the snapshot go
-    for path in target.glob("part-*.parquet"):
-        if path.name not in shards:
-            path.unlink()  # of a state of the dataset that had more rows
     manifest = Manifest(
         kind="vectors",
         settings=settings,
@@ -316,22 +287,8 @@ def export_dataset(
         versions=versions(),
     )
     write_array(target, manifest)
-    manifest.save(target)
-    sweep_temporaries(target)
+    vectors.publish(manifest)
     return manifest, len(pending)
-
-
-def finished_range(target: Location, footer: dict[str, Any], item: dict[str, Any]) -> Shard | None:
-    """The shard of a range where an earlier run has written it whole from the same state, else None."""
-    path = target / item["file"]
-    if not path.exists():
-        return None
-    try:
-        if read_footer(path) != footer or read_table(path).num_rows != item["rows"]:
-            return None
-    except InputError:
-        return None
-    return Shard(item["file"], item["rows"], path.stat().st_size, file_sha256(path))
 
 
 def export(

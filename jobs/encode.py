@@ -12,11 +12,11 @@ written. Before it comes the array that readers map (lvm/vectors/array.py): a ch
 """
 
 import functools
-import logging
 import os
 import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, Protocol
 
@@ -28,15 +28,17 @@ from jobs._ray import (
     START_TIMEOUT_S,
     Address,
     PathOrUrl,
+    accepted,
     connect,
     echo,
     finish,
     grows,
+    guarded,
     in_words,
     load_codec_at,
     nodes_with,
     path_option,
-    progress_bar,
+    ray_data,
     run,
     unseen_gpu,
     versions,
@@ -46,17 +48,13 @@ from lvm.devices import seen_gpu
 from lvm.errors import IdentityError, InputError, LvmError, OutputError
 from lvm.storage import Location
 from lvm.vectors.array import write_array
+from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import (
     Manifest,
     Shard,
     VectorType,
-    begin,
-    claim,
     file_sha256,
-    find,
-    read_footer,
     read_table,
-    sweep_temporaries,
     vectors_to_table,
     with_footer,
     write_table,
@@ -75,9 +73,6 @@ class Encoder(Protocol):
 
 CodecLoader = Callable[[], Encoder]
 """Makes the codec, once in each worker; pickled on the way there."""
-
-REFUSALS = {"IdentityError": IdentityError, "OutputError": OutputError}
-"""Errors a worker's refusal is raised as in the driver; any other is an InputError."""
 
 MAX_THREADS = 8
 """Most threads of one actor; the encoder's matrices are too small to feed more."""
@@ -166,28 +161,17 @@ _SHARD = [f.name for f in fields(Shard)]
 def finished_shard(
     target: Location, source: Location, footer: dict[str, Any], known_sha256: str | None = None
 ) -> Shard | None:
-    """The vector shard at `target` when it is whole, made in this way, and holds the ids of `source`.
+    """The vector shard at `target` when it is whole, made in this way, and holds the ids of `source`; None when it has
+    to be made. known_sha256: what a manifest says of the file."""
+    made = Artefact(target.parent, "vectors", {}, _tell).finished(target.name, footer, known_sha256)
+    if made is None:
+        return None
+    ids, found = (read_table(path, ["chunk_id"]).column("chunk_id").to_pylist() for path in (source, target))
+    return made if ids == found else None
 
-    None when it has to be made. Every page's checksum is read, so a flipped bit in one is found; one between the pages
-    only with `known_sha256`, what a manifest says of the file.
-    """
-    if not target.exists():
-        return None
-    try:
-        if read_footer(target) != footer:
-            return None
-        vectors = read_table(target)
-    except InputError:
-        echo(f"encode: {target} is damaged and is made again")
-        return None
-    ids = read_table(source, ["chunk_id"]).column("chunk_id").to_pylist()
-    if vectors.column("chunk_id").to_pylist() != ids:
-        return None
-    sha256 = file_sha256(target)
-    if known_sha256 is not None and sha256 != known_sha256:
-        echo(f"encode: {target} is damaged and is made again")
-        return None
-    return Shard(target.name, vectors.num_rows, target.stat().st_size, sha256)
+
+def _tell(line: str) -> None:
+    echo(f"encode: {line}")
 
 
 class ShardEncoder:
@@ -214,16 +198,15 @@ class ShardEncoder:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def encode(self, chunks: Shard) -> dict[str, Any]:
-        """The finished shard's fields; on a refusal `error` and `refusal`, as an exception that travels
-        through Ray would lose its one-line message."""
-        blank = {**asdict(chunks), "error": "", "refusal": "", "note": self.note}
-        try:
+        """The finished shard's fields."""
+
+        def work() -> dict[str, Any]:
             if self.failure is not None:
                 raise self.failure
             source, target = self.job.source / chunks.file, self.job.target / chunks.file
-            return blank | asdict(encode_shard(source, target, chunks, self.codec, self.job.settings))
-        except LvmError as err:
-            return blank | {"error": str(err), "refusal": type(err).__name__}
+            return asdict(encode_shard(source, target, chunks, self.codec, self.job.settings))
+
+        return guarded(work, **asdict(chunks), note=self.note)
 
 
 # ------------------------------------------------------------------------------------------------ all shards
@@ -258,16 +241,14 @@ def encode_chunks(
     require_tokenizer(chunks, identity, source)
     settings = EncodeSettings(identity.digest, dtype)
     inputs = {"chunks": chunks.fingerprint}
-    claim(target, "vectors", asdict(settings), overwrite)
-    done = find(target, "vectors", asdict(settings), inputs)
-    if done is not None and not done.damaged(target, deep=True):
+    vectors = Artefact(target, "vectors", asdict(settings), _tell)
+    vectors.claim(overwrite)
+    done = vectors.current(inputs, deep=True)
+    if done is not None:
         if made := write_array(target, done):
             echo(f"encode: {target} had no array that readers can map; it is made from the shards")
         return EncodeResult(done, (), up_to_date=not made)
-    # Read before it goes: only it knows each whole file's hash.
-    listed = Manifest.load(target, "vectors").shards if (target / "manifest.json").exists() else ()
-    known = {s.file: s.sha256 for s in listed}
-    begin(target, "vectors", asdict(settings))
+    known = vectors.begin()
 
     finished: dict[str, Shard] = {}
     pending: list[Shard] = []
@@ -301,9 +282,7 @@ def encode_chunks(
         versions=versions(),
     )
     write_array(target, manifest)
-    manifest.save(target)
-    sweep_temporaries(target)
-    _remove_unlisted(target, manifest)
+    vectors.publish(manifest)
     return EncodeResult(manifest, tuple(s.file for s in pending), up_to_date=False)
 
 
@@ -360,25 +339,19 @@ def require_same_ids(source: Location, target: Location, chunks: Manifest) -> in
 def _encode_with_ray(
     job: EncodeJob, pending: list[Shard], max_workers: int | None = None, gpus: int | None = None
 ) -> Iterator[Shard]:
-    """Encode shards in parallel; each comes back as soon as it is on disk, in any order.
-
-    A shard that a worker refuses does not keep the others from being finished; the first refusal is raised
-    then. Where nothing can be written, that ends it at once.
-    """
+    """Encode shards in parallel; each comes back as soon as it is on disk, in any order."""
     import ray
 
     # Ray Data's own wish for more goes through `request_resources`, where one that cannot be met buys nothing and
     # stands in the way of other jobs'. The actors that wait for room say the same. Read when ray.data is imported.
     os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_CPU_RESOURCE_DELTA", "0")
     os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_GPU_RESOURCE_DELTA", "0")
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts chunks
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that its bars are off
+    data = ray_data()
+    context = data.DataContext.get_current()
     nodes = nodes_with(gpus, free=False)
     if job.identity.name == "mini" and seen_gpu() == "mps":
-        nodes = [
-            {**n, "GPU": 0.0} for n in nodes
-        ]  # mini leaves an Apple GPU alone: an actor a core is faster
+        # mini leaves an Apple GPU alone: an actor a core is faster
+        nodes = [{**n, "GPU": 0.0} for n in nodes]
     num_actors, resources = plan(nodes, len(pending))
     kind = "GPU" if "num_gpus" in resources else "CPU"
     most = min(max_workers or MOST_WORKERS, len(pending))
@@ -395,43 +368,21 @@ def _encode_with_ray(
         sizes = {"min_size": max(1, min(num_actors, int(room))), "max_size": num_actors}
         context.wait_for_min_actors_s = START_TIMEOUT_S
     rows = [asdict(s) for s in pending]
-    finished = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    finished = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardEncoder,
         fn_constructor_args=(job,),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(
+        compute=data.ActorPoolStrategy(
             **sizes,
             max_tasks_in_flight_per_actor=SHARDS_PER_ACTOR,
         ),
         **resources,
     )
-    refused: list[LvmError] = []
-    noted = False
     rows_done = _or_no_workers(finished.iter_rows(), resources, nodes)
-    try:
-        with progress_bar("encode", sum(s.rows for s in pending), "chunks") as advance:
-            for row in rows_done:
-                error, refusal, note = row.pop("error"), row.pop("refusal"), row.pop("note")
-                if note and not noted:  # once is enough
-                    echo(f"encode: {note}")
-                    noted = True
-                advance(row["rows"])
-                if error:
-                    refused.append(REFUSALS.get(refusal, InputError)(error))
-                    if refusal == "OutputError":
-                        # No other shard could be written either; the rest must not be encoded for nothing.
-                        break
-                    continue
-                yield Shard(**row)
-    finally:
-        # What is still open when the interpreter ends would start a Ray of its own to close itself, and wait for ever.
-        rows_done.close()
-    if refused:
-        if not isinstance(refused[-1], OutputError):
-            echo(
-                f"encode: {len(refused)} of {len(pending)} shards were refused; the others are finished and kept"
-            )
-        raise refused[-1 if isinstance(refused[-1], OutputError) else 0]
+    num_chunks = sum(s.rows for s in pending)
+    with closing(accepted(rows_done, "encode", len(pending), num_chunks, "chunks")) as made:
+        for row in made:
+            yield Shard(**row)
 
 
 def _or_no_workers(
@@ -465,15 +416,6 @@ def plan(nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[int, di
         if sum(c // threads for c in cpus) >= num_actors:
             return num_actors, {"num_cpus": threads}
     return num_actors, {"num_cpus": 1}
-
-
-def _remove_unlisted(target: Location, manifest: Manifest) -> None:
-    """Remove vector shards of chunks that are no longer there; readers of the folder would take them in."""
-    listed = {s.file for s in manifest.shards}
-    for path in sorted(target.glob("part-*.parquet"), key=str):
-        if path.name not in listed:
-            path.unlink()
-            echo(f"encode: removed {path.name}, whose chunks are no longer in the input")
 
 
 # --------------------------------------------------------------------------------------------------- command

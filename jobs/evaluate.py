@@ -30,6 +30,7 @@ from jobs._ray import (
     connect,
     echo,
     finish,
+    get,
     load_codec_at,
     nodes_with,
     path_option,
@@ -40,7 +41,7 @@ from jobs._ray import (
     worker_device,
 )
 from lvm.codec.ladder import decoder_digest
-from lvm.errors import InputError, LvmError, OutputError
+from lvm.errors import InputError, OutputError
 from lvm.evaluate.baselines import context_mean, copy_last
 from lvm.evaluate.contest import (
     Block,
@@ -83,6 +84,7 @@ from lvm.predict.record import Record, load_record, read_aliases, series_of
 from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location
 from lvm.vectors.array import VectorArray, open_vectors
+from lvm.vectors.artefact import require_folder
 from lvm.vectors.index import load_index
 from lvm.vectors.sequences import WindowSettings, make_windows
 from lvm.vectors.shards import Manifest, sweep_temporaries, write_bytes, write_json
@@ -267,8 +269,7 @@ def find_evaluation(
 
     Raises OutputError when it was made with other settings and `overwrite` is off.
     """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output {output} is a file, expected a folder; choose another --output")
+    require_folder(output)
     path = output / FILES[0]
     if not path.exists():
         return None
@@ -387,20 +388,17 @@ def threads_a_task(cpus: int, largest: int, num_tasks: int) -> int:
 
 
 def as_they_finish(references: Sequence[Any]) -> Iterator[Any]:
-    """Results of Ray tasks, first finished first. A refusal of ours comes back as it was raised."""
+    """Results of Ray tasks, first finished first; those left when one fails are cancelled."""
     import ray
 
     pending = list(references)
-    while pending:
-        done, pending = ray.wait(pending)
-        try:
-            yield ray.get(done[0])
-        except ray.exceptions.RayTaskError as err:
-            for left in pending:
-                ray.cancel(left)
-            if isinstance(err.cause, LvmError):
-                raise err.cause from err
-            raise
+    try:
+        while pending:
+            done, pending = ray.wait(pending)
+            yield get(done[0])
+    finally:
+        for left in pending:
+            ray.cancel(left)
 
 
 def score_all(
@@ -432,7 +430,7 @@ def score_all(
         for one in as_they_finish(tasks):
             scored[one.name] = one
             advance(1)
-    fitted = baselines | {name: ray.get(found) for name, found in fitting.items()}
+    fitted = baselines | {name: get(found) for name, found in fitting.items()}
     return {name: scored[name] for name in (*folders, *baselines)}, fitted
 
 

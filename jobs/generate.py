@@ -18,6 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -31,14 +32,16 @@ from jobs._ray import (
     LanguageModel,
     PathOrUrl,
     WriterFolder,
+    accepted,
     articles_of,
     connect,
     echo,
     finish,
+    guarded,
     load_codec_at,
     nodes_with,
     path_option,
-    progress_bar,
+    ray_data,
     unseen_gpu,
     versions,
 )
@@ -48,17 +51,12 @@ from lvm.corpus.chunker import Chunker
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.predict.generate import BATCH_TEXTS, Generator
 from lvm.storage import Location
+from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import (
     Manifest,
     Shard,
-    begin,
-    claim,
-    file_sha256,
-    find,
     fingerprint,
-    read_footer,
     read_table,
-    sweep_temporaries,
     with_footer,
     write_bytes,
     write_table,
@@ -205,39 +203,24 @@ class BlockWriter:
     def __init__(self, load: Loader, target: Location, length: int) -> None:
         self.target, self.length = target, length
         self.note = unseen_gpu()
-        self.failure = ""
+        self.failure: LvmError | None = None
         try:
             self.generator = load()
         except LvmError as err:
-            self.failure = str(err)
+            self.failure = err
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         (block,) = batch["block"].tolist()
         record = json.loads(block)
-        blank = {"file": record["file"], "rows": 0, "bytes": 0, "sha256": "", "error": "", "note": self.note}
-        try:
-            if self.failure:
-                raise InputError(self.failure)
-            tasks = [Task(**t) for t in record["tasks"]]
-            table = predict_block(self.generator, tasks, self.length)
-            shard = write_table(self.target / record["file"], with_footer(table, record["footer"]))
-            row = {**blank, **asdict(shard)}
-        except LvmError as err:
-            row = {**blank, "error": f"{record['file']}: {err}"}
+
+        def work() -> dict[str, Any]:
+            if self.failure is not None:
+                raise self.failure
+            table = predict_block(self.generator, [Task(**t) for t in record["tasks"]], self.length)
+            return asdict(write_table(self.target / record["file"], with_footer(table, record["footer"])))
+
+        row = guarded(work, file=record["file"], rows=0, bytes=0, sha256="", note=self.note)
         return {name: [value] for name, value in row.items()}
-
-
-def finished(path: Location, footer: dict[str, Any]) -> Shard | None:
-    """The block's file when it is whole and of this footer; None when it has to be made."""
-    if not path.exists():
-        return None
-    try:
-        if read_footer(path) != footer:
-            return None
-        rows = read_table(path).num_rows
-    except InputError:
-        return None
-    return Shard(path.name, rows, path.stat().st_size, file_sha256(path))
 
 
 def generate(
@@ -252,13 +235,13 @@ def generate(
     address: str | None = None,
 ) -> tuple[Manifest, int]:
     """Bring `target` to hold the predictions, and nothing else; the manifest, and how many this run made."""
-    import ray
 
     generator = load()
     if generator.codec.no_writer is not None:
         echo(f"generate: {generator.codec.no_writer}")
     settings: GenerateSettings = settings_of(generator)
-    claim(target, KIND, asdict(settings), overwrite)
+    predictions = Artefact(target, KIND, asdict(settings), lambda line: echo(f"generate: {line}"))
+    predictions.claim(overwrite)
     blocks: list[dict[str, Any]] = []
     tasks: list[Task] = []
 
@@ -280,11 +263,11 @@ def generate(
         )
     del generator
     inputs = {"contexts": fingerprint([b["footer"] for b in blocks])}
-    done = find(target, KIND, asdict(settings), inputs)
+    done = predictions.current(inputs)
     if done is not None:
         return done, 0
-    begin(target, KIND, asdict(settings))
-    shards = {b["file"]: finished(target / b["file"], b["footer"]) for b in blocks}
+    predictions.begin()
+    shards = {b["file"]: predictions.finished(b["file"], b["footer"]) for b in blocks}
     pending = [b for b in blocks if shards[b["file"]] is None]
     if len(pending) < len(blocks):
         echo(
@@ -293,8 +276,7 @@ def generate(
     made = 0
     if pending:
         connect(address)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        data = ray_data()
         nodes = nodes_with()
         gpus = int(sum(n.get("GPU", 0) for n in nodes))
         cpus = int(sum(n.get("CPU", 0) for n in nodes))
@@ -302,34 +284,20 @@ def generate(
         threads = min(max(1, cpus // max(1, gpus)), max(int(n.get("CPU", 1)) for n in nodes), 8)
         actors = max(1, min(len(pending), gpus or cpus // threads))
         resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": threads}
-        rows = ray.data.from_items(
+        rows = data.from_items(
             [{"block": json.dumps(b)} for b in pending], override_num_blocks=len(pending)
         ).map_batches(
             BlockWriter,
             fn_constructor_args=(load, target.resolve(), length),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+            compute=data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
             **resources,
         )
-        errors: list[str] = []
-        iterator = iter(rows.iter_rows())
-        try:
-            with progress_bar("generate", sum(len(b["tasks"]) for b in pending) * length, "texts") as advance:
-                for row in iterator:
-                    if row.pop("note") and not made:
-                        echo(f"generate: {unseen_gpu()}")
-                    if error := row.pop("error"):
-                        errors.append(error)
-                        continue
-                    shards[row["file"]] = Shard(**row)
-                    made += row["rows"]
-                    advance(row["rows"])
-        finally:
-            getattr(iterator, "close", lambda: None)()
-        if errors:
-            raise InputError(
-                f"{len(errors)} of {len(blocks)} blocks failed, the others are kept; first: {errors[0]}"
-            )
+        num_texts = sum(len(b["tasks"]) for b in pending) * length
+        with closing(accepted(rows.iter_rows(), "generate", len(pending), num_texts, "texts")) as rows_made:
+            for row in rows_made:
+                shards[row["file"]] = Shard(**row)
+                made += row["rows"]
     listed = tuple(s for s in shards.values() if s is not None)
     manifest = Manifest(
         kind=KIND,
@@ -340,11 +308,7 @@ def generate(
         source=source,
         versions=versions(),
     )
-    manifest.save(target)
-    sweep_temporaries(target)
-    for path in target.glob("part-*.parquet"):
-        if path.name not in shards:
-            path.unlink()
+    predictions.publish(manifest)
     return manifest, made
 
 

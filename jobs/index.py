@@ -16,37 +16,32 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Address, PathOrUrl, connect, echo, finish, nodes_with, path_option, run
-from lvm.errors import InputError, LvmError, OutputError, StorageError
+from jobs._ray import Address, PathOrUrl, connect, echo, finish, get, nodes_with, path_option, run
+from lvm.errors import OutputError, StorageError
 from lvm.storage import Location
 from lvm.vectors.array import open_vectors, write_array
+from lvm.vectors.artefact import require_folder
 from lvm.vectors.index import IndexSettings, build_index, find_index
 from lvm.vectors.shards import Manifest
 
 
-def build(source: Location, target: Location, settings: IndexSettings, threads: int) -> str:
-    """Build and publish; the text of the refusal where there is one (an exception that travels through Ray
-    would lose its one-line message), else ""."""
+def build(source: Location, target: Location, settings: IndexSettings, threads: int) -> None:
+    """Build and publish."""
     import faiss
 
     faiss.omp_set_num_threads(threads)
-    try:
-        build_index(open_vectors(source), target, settings)
-    except LvmError as err:
-        return str(err)
-    return ""
+    build_index(open_vectors(source), target, settings)
 
 
 def build_with_ray(source: Location, target: Location, settings: IndexSettings, address: str | None) -> None:
-    """Run `build` in one task on the cluster. Raises InputError with the task's refusal."""
+    """Run `build` in one task on the cluster."""
     import ray
 
     connect(address)
     # All CPUs of the smallest node: k-means and adding vectors use every thread there is.
     threads = min(int(n["CPU"]) for n in nodes_with() if n.get("CPU", 0) >= 1)
     task = ray.remote(num_cpus=threads)(build)
-    if refusal := ray.get(task.remote(source.resolve(), target.resolve(), settings, threads)):
-        raise InputError(refusal)
+    get(task.remote(source.resolve(), target.resolve(), settings, threads))
 
 
 def main(
@@ -68,8 +63,7 @@ def main(
 ) -> None:
     """Build and publish the search index; a second run on the same vectors changes nothing."""
     started = time.perf_counter()
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output {output} is a file, expected a folder; choose another --output")
+    require_folder(output)
     if (output / "manifest.json").exists():
         kind = Manifest.load(output).kind
         raise OutputError(

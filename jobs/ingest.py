@@ -27,13 +27,13 @@ from jobs._ray import (
     connect,
     echo,
     finish,
+    get,
     load_codec_at,
     nodes_with,
     path_option,
     run,
     versions,
 )
-from lvm import errors
 from lvm.codec.identity import require_same_codec
 from lvm.corpus import tmd
 from lvm.corpus.readers import read_articles
@@ -106,23 +106,14 @@ class IngestWorker:
         return self._ingester
 
     def ingest(self, articles: Sequence[Article]) -> dict[str, Any]:
-        """What became of each, the seconds of each stage, and the codes; or why none could be ingested."""
-        try:
-            ingester = self._ready()
-            before = dict(ingester.seconds)
-            outcomes = [asdict(o) for o in ingester.ingest(articles)]
-            seconds = {stage: ingester.seconds[stage] - before[stage] for stage in STAGES}
-            failures = self._chat.failures if self._chat else []
-            told, failures[:] = failures[-1:], []
-            return {
-                "outcomes": outcomes,
-                "seconds": seconds,
-                "note": "".join(told),
-                "error": "",
-                "refusal": "",
-            }
-        except LvmError as err:
-            return {"error": str(err), "refusal": type(err).__name__}
+        """What became of each, the seconds of each stage, and what the language model's endpoint last failed of."""
+        ingester = self._ready()
+        before = dict(ingester.seconds)
+        outcomes = [asdict(o) for o in ingester.ingest(articles)]
+        seconds = {stage: ingester.seconds[stage] - before[stage] for stage in STAGES}
+        failures = self._chat.failures if self._chat else []
+        told, failures[:] = failures[-1:], []
+        return {"outcomes": outcomes, "seconds": seconds, "note": "".join(told)}
 
 
 def in_batches(articles: Iterable[Article]) -> Iterator[list[Article]]:
@@ -158,11 +149,12 @@ def ingest_articles(
         (ref,), _ = ray.wait(list(flying), num_returns=1)
         worker, batch = flying.pop(ref)
         free.append(worker)
-        result = ray.get(ref)
-        if result["error"]:
-            refused = refused or getattr(errors, result["refusal"])(result["error"])
-        else:
-            yield batch, result
+        try:
+            result = get(ref)
+        except LvmError as err:
+            refused = refused or err
+            continue
+        yield batch, result
     if refused is not None:
         raise refused
 

@@ -34,10 +34,22 @@ import pyarrow.parquet
 import torch
 import typer
 
-from jobs._ray import GPUS_HELP, Address, PathOrUrl, connect, echo, finish, nodes_with, path_option, run
+from jobs._ray import (
+    GPUS_HELP,
+    Address,
+    PathOrUrl,
+    connect,
+    echo,
+    finish,
+    guarded,
+    nodes_with,
+    path_option,
+    refusal_in,
+    run,
+)
 from jobs._training import for_ray, plan_resources, publish_run, runs_at_once
 from lvm.corpus.coherence import Coherence
-from lvm.errors import InputError, LvmError, OutputError
+from lvm.errors import InputError, OutputError, TrainingError
 from lvm.evaluate.leaderboard import as_text
 from lvm.evaluate.metrics import Interval, clustered_interval, cosines
 from lvm.evaluate.sweep import Trial, best_of_each, html_page, leaderboard, scored
@@ -50,6 +62,7 @@ from lvm.predict.runs import Outcome, TrainRun, train_run, windows_of
 from lvm.predict.training import OWN_RECIPES, Progress, Recipe, recipe_named
 from lvm.storage import Location, RemotePath
 from lvm.vectors.array import VectorArray, open_vectors
+from lvm.vectors.artefact import require_folder
 from lvm.vectors.sequences import WindowSettings
 from lvm.vectors.shards import Manifest, fingerprint, write_bytes, write_json
 
@@ -184,15 +197,24 @@ def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) ->
         )
 
     checkpoint = tune.get_checkpoint()
-    try:
+
+    def work() -> dict[str, Any]:
+        nonlocal best
         with ExitStack() as opened:
             folder = None if checkpoint is None else Path(opened.enter_context(checkpoint.as_directory()))
             if folder is not None:
                 progress = json.loads((folder / "progress.json").read_text())
                 best = max(row["val_cosine"] for row in progress["curve"])
-            train_run(this, folder, keep, lambda _: None, Path(tune.get_context().get_trial_dir()) / "curves")
-    except (LvmError, torch.OutOfMemoryError) as err:
-        tune.report({"epoch": 0, "val_cosine": -1.0, "refusal": f"{err}"})
+            curves = Path(tune.get_context().get_trial_dir()) / "curves"
+            try:
+                train_run(this, folder, keep, lambda _: None, curves)
+            except torch.OutOfMemoryError as err:
+                raise TrainingError(str(err)) from err
+        return {}
+
+    outcome = guarded(work, epoch=0, val_cosine=-1.0)
+    if outcome["refusal"]:
+        tune.report(outcome)
 
 
 # ------------------------------------------------------------------------------------------- on the driver
@@ -287,7 +309,7 @@ def _progress_lines(total: int) -> Any:
         def _say(self, trials: list[Any], trial: Any) -> None:
             ended = len({t.trial_id for t in trials if t.is_finished()} | {trial.trial_id})
             last = trial.last_result
-            said = last.get("refusal") or f"val cosine {last.get('best_val_cosine', float('nan')):.4f}"
+            said = refusal_in(last) or f"val cosine {last.get('best_val_cosine', float('nan')):.4f}"
             echo(f"sweep: {ended} of {total}: {trial} epoch {last.get('epoch', 0)}, {said}")
 
     return Lines()
@@ -303,7 +325,7 @@ def rows_of(
         result = found.get(trial["number"])
         metrics = (result.metrics or {}) if result is not None else {}
         cosine, done = metrics.get("best_val_cosine"), int(metrics.get("epoch", 0))
-        note = str(metrics.get("refusal", ""))
+        note = str(refusal_in(metrics) or "")
         if result is not None and result.error is not None:
             note = note or str(result.error).strip().splitlines()[-1]
         if note:
@@ -407,8 +429,7 @@ def sweep(
     vectors, output = vectors.resolve(), output.resolve()
     manifest, array = Manifest.load(vectors, "vectors"), open_vectors(vectors)
     identity = fingerprint({"version": SWEEP_VERSION, "vectors": array.fingerprint, **asdict(settings)})
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output {output} is a file, expected a folder; choose another --output")
+    require_folder(output)
     if (output / "sweep.json").exists():
         found = json.loads((output / "sweep.json").read_text())
         if found.get("sweep") != identity:

@@ -35,8 +35,10 @@ from jobs._ray import (
     connect,
     echo,
     finish,
+    guarded,
     nodes_with,
     path_option,
+    refusal_in,
     run,
     unseen_gpu,
 )
@@ -148,15 +150,11 @@ def ask(monitor: Any, method: str, *arguments: Any) -> Any:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Train one architecture; what comes back is the run's `done`, an `Outcome`, or its `refusal` in words.
-
-    A refusal comes back as text, not as an exception: Ray would start the run again, and it would fail again.
-    """
+    """Train one architecture; what `guarded` makes of the run's `done`, an `Outcome`: an exception would have Ray start
+    the run again, and it would fail again."""
     this: TrainRun = config["run"]
     try:
-        return {"done": _train(this, config)}
-    except LvmError as err:
-        return {"refusal": str(err)}
+        return guarded(lambda: {"done": _train(this, config)})
     finally:
         if Team.joined().rank == 0:
             ask(config["monitor"], "leave", this.label)
@@ -402,8 +400,8 @@ def train_models(
                 if isinstance(outcome, Exception):
                     raise TrainingError(f"{this.label}: the run failed: {_first_line(outcome)}") from outcome
                 returned = outcome.return_value
-                if "refusal" in returned:
-                    raise TrainingError(returned["refusal"])
+                if (refusal := refusal_in(returned)) is not None:
+                    raise refusal
                 made = publish_run(this, returned["done"], outcome.best_checkpoints, models, data)
                 # What only going on needs is two thirds of a checkpoint; the best three weights stay.
                 for optimiser in (storage / this.name).glob("*/optimiser.pt"):

@@ -325,11 +325,16 @@ def remove_tree(folder: Location) -> None:
         folder.filesystem.delete_dir(folder.key)
 
 
-def new_folder(target: Location) -> Path:
-    """A folder of another name to fill for `publish_folder`: beside it, or for object storage in the cache folder."""
+@contextmanager
+def new_folder(target: Location) -> Iterator[Path]:
+    """A folder of another name to fill for `publish_folder`: beside it, or for object storage in the cache folder; gone
+    at the end."""
     temporary = temporary_name(target if isinstance(target, Path) else cache_folder() / target.name)
     temporary.mkdir(parents=True)
-    return temporary
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish_folder(temporary: Path, target: Location, last: str) -> None:

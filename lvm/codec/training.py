@@ -44,6 +44,7 @@ from lvm.codec.quality import read_back
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.devices import device_of_pairs
 from lvm.errors import InputError, OutputError, TrainingError
+from lvm.info_nce import info_nce
 
 
 @dataclass(frozen=True)
@@ -228,13 +229,6 @@ def start_weights(
     return encoder, hypothesizer
 
 
-def infonce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Symmetric InfoNCE in nats, float32: row i of `first` (B, P) belongs to row i of `second`; unit rows."""
-    scores = first @ second.T / temperature
-    labels = torch.arange(first.shape[0], device=first.device)
-    return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
-
-
 def neighbours_of(
     picked: npt.NDArray[np.int64], doc_ids: npt.NDArray[np.int32], reach: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
@@ -263,7 +257,7 @@ def fit_topics(
         starts = F.pad(ends, (1, 0))[:-1]
         bags = F.embedding_bag(ids[mask].to(table.device), table, starts.to(table.device), mode="sum")
         first, second = F.normalize(bags, dim=-1).chunk(2)
-        loss = infonce(first, second, settings.temperature)
+        loss = info_nce(first, second, settings.temperature, both_ways=True)
         optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / settings.topic_steps)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -350,7 +344,7 @@ def losses(
         vectors = encoder(ids, mask)
         topic = F.normalize(vectors[:, :P], dim=-1)
         first, second = topic.chunk(2)
-        contrast = infonce(first, second, settings.temperature)
+        contrast = info_nce(first, second, settings.temperature, both_ways=True)
         B = settings.batch_decoded
     given = noised(blended(vectors[:B], vectors, settings, P), settings, P)
     states = hypothesizer(given, ids[:B], mask[:B], encoder)

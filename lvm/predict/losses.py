@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lvm.errors import InputError
+from lvm.info_nce import info_nce
 
 MAX_SHARE = 0.5
 """Most of MSE's gradient norm that InfoNCE's may have: MSE keeps the say."""
@@ -63,15 +63,6 @@ def mse(predicted: Tensor, targets: Tensor) -> Tensor:
     the same minimum, with gradients well above the epsilon of Adam.
     """
     return (predicted.float() - targets.float()).square().sum(dim=-1).mean()
-
-
-def info_nce(predicted: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of finding the own target among the batch's B targets, a float32 scalar.
-
-    predicted, targets: (B, D) unit vectors. Source: van den Oord et al. 2018.
-    """
-    scores = predicted.float() @ targets.float().T / temperature
-    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
 def backward(

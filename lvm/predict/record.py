@@ -12,7 +12,8 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +30,7 @@ from lvm.errors import InputError
 from lvm.models import MODELS, Predictor, build
 from lvm.predict.ranking import RankHead
 from lvm.predict.steer import CONTEXT_CHUNKS
-from lvm.storage import Location, new_folder, publish_folder, remove_tree
+from lvm.storage import Location, new_folder, publish_folder
 from lvm.vectors.shards import cannot_write, file_sha256, write_json
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "MODEL_CARD.md"
@@ -99,8 +100,7 @@ def save_record(
     """
     created = datetime.now(UTC)
     models.mkdir(parents=True, exist_ok=True)
-    temporary = new_folder(models / name)
-    try:
+    with new_folder(models / name) as temporary, _disk_errors(models):
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, temporary / WEIGHTS)
         rank: dict[str, Any] = {}
@@ -133,14 +133,17 @@ def save_record(
         folder = models / f"{name}-{created:%Y%m%dT%H%M%SZ}-{digest}"
         with (temporary / WEIGHTS).open("rb") as file:
             os.fsync(file.fileno())
-        publish_folder(
-            temporary, folder, last=CONFIG
-        )  # on object storage a record is there when its configuration is
+        publish_folder(temporary, folder, last=CONFIG)  # a record is there when its configuration is
+    return folder
+
+
+@contextmanager
+def _disk_errors(models: Location) -> Iterator[None]:
+    """Raise a full disk as OutputError."""
+    try:
+        yield
     except (OSError, SafetensorError) as err:
         raise cannot_write(models, err) from err
-    finally:
-        remove_tree(temporary)
-    return folder
 
 
 def load_record(models: Location, name_or_folder: str) -> Record:

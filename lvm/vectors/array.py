@@ -263,16 +263,14 @@ def write_array(directory: Location, manifest: Manifest) -> bool:
     files = _files(folder)
     if not manifest.shards or (files is not None and not damaged_files(folder, files)):
         return False
-    temporary: Path | None = None
     try:
-        temporary = new_folder(folder)
-        write_json(temporary / "array.json", [asdict(f) for f in _lay_out(directory, manifest, temporary)])
-        publish_folder(temporary, folder, last="array.json")
+        with new_folder(folder) as temporary:
+            write_json(
+                temporary / "array.json", [asdict(f) for f in _lay_out(directory, manifest, temporary)]
+            )
+            publish_folder(temporary, folder, last="array.json")
     except OSError as err:
         raise cannot_write(folder, err) from err
-    finally:
-        if temporary is not None:
-            remove_tree(temporary)
     for other in folder.parent.iterdir():
         if other.name != folder.name:
             remove_tree(other)

@@ -7,6 +7,7 @@
 A reader that opened a version keeps it: the one before CURRENT stays on disk until the next is published.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
-from lvm.errors import InputError
-from lvm.storage import Location, fetch, location, new_folder, publish_folder, remove_tree, temporary_name
+from lvm.errors import InputError, OutputError
+from lvm.storage import Location, fetch, location, new_folder, publish_folder, remove_tree
 from lvm.vectors.array import VectorArray
+from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import (
     Manifest,
     Shard,
     cannot_write,
     file_sha256,
     fingerprint,
-    publish,
     sweep_temporaries,
     write_bytes,
 )
@@ -192,13 +193,12 @@ def build_index(array: VectorArray, directory: Location, settings: IndexSettings
     store = _fill(array, settings)
     record = _settings_record(settings, len(array))
     version = directory / "versions" / _version_name(array, record)
-    temporary = new_folder(version)
-    try:
+    with new_folder(version) as temporary:
         file = temporary / "index.faiss"
-        unnamed = temporary_name(file)
         try:
-            faiss.write_index(store, str(unnamed))
-            publish(unnamed, file)
+            faiss.write_index(store, str(file))
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         except (OSError, RuntimeError) as err:  # faiss raises RuntimeError when a disk is full
             raise cannot_write(file, err) from err
         shard = Shard(file.name, len(array), file.stat().st_size, file_sha256(file))
@@ -211,12 +211,8 @@ def build_index(array: VectorArray, directory: Location, settings: IndexSettings
             codec=array.identity.to_dict(),
         )
         recall = measure_recall(array, Index(temporary, manifest, store), settings.seed)
-        manifest = manifest.with_report(**recall)
-        manifest.save(temporary)
-        # In place of one that failed its checks, or that another run has just published.
+        manifest.with_report(**recall).save(temporary)
         publish_folder(temporary, version, last="manifest.json")
-    finally:
-        remove_tree(temporary)
     write_bytes(directory / "CURRENT", f"{version.name}\n".encode())
     _drop_old_versions(directory)
     return load_index(directory)
@@ -263,11 +259,11 @@ def find_index(
     try:
         if (directory / "CURRENT").read_text().strip() != name:
             return None
-        version = directory / "versions" / name
-        if Manifest.load(version, "index").damaged(version, deep=True):
+        version = Artefact(directory / "versions" / name, "index", record)
+        if version.current({"vectors": array.fingerprint}, deep=True) is None:
             return None
         return load_index(directory)
-    except (OSError, InputError):
+    except (OSError, InputError, OutputError):
         return None
 
 

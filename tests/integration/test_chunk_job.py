@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.chunk import ChunkResult, ChunkSettings, chunk_corpus
+from jobs.chunk import ChunkResult, chunk_corpus
 from lvm.corpus.chunker import chunk_article
 from lvm.corpus.readers import read_articles
+from lvm.corpus.work import ChunkSettings
 from lvm.errors import InputError, OutputError
 from lvm.vectors.shards import CHUNK_SCHEMA, Manifest, read_table
 from tests.doubles import FakeTokenizer

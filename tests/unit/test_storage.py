@@ -60,10 +60,10 @@ def test_a_published_folder_takes_the_place_of_another_and_a_file_in_the_way_sta
 ) -> None:
     target = tmp_path / "versions" / "one"
     for content in ("old", "new"):
-        made = new_folder(target)
-        assert made.parent == target.parent
-        (made / "x").write_text(content)
-        publish_folder(made, target, last="x")
+        with new_folder(target) as made:
+            assert made.parent == target.parent
+            (made / "x").write_text(content)
+            publish_folder(made, target, last="x")
     assert [p.name for p in target.parent.iterdir()] == ["one"]
     assert (target / "x").read_text() == "new"
     (target / "deep").mkdir()

@@ -17,11 +17,12 @@ import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.chunk import Counts, block_table, read_blocks
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.codec.zoo import load_tokenizer
 from lvm.corpus import records
+from lvm.corpus.blocks import InputEnd, block_table, read_blocks
 from lvm.corpus.chunker import Chunker
+from lvm.corpus.counts import Counts
 from lvm.corpus.inputs import list_inputs, survey
 from lvm.corpus.markup import Parser
 from lvm.corpus.records import Article, BrokenRecordError
@@ -47,12 +48,10 @@ def cut(path: Path, chunker: Chunker) -> tuple[list[dict[str, Any]], Counts]:
     counts = Counts()
     for input_file in list_inputs(path):
         for item in read_blocks(input_file, None, 50, 80.0, frozenset()):
-            if item[0] == "end":
-                counts.add(Counts(**item[2]))
-            elif item[0] == "error":
-                raise AssertionError(item)
-            elif item[0] != "block":
-                table, made = block_table(item[0], chunker, 0, input_file.name)
+            if isinstance(item, InputEnd):
+                counts.add(item.counts)
+            elif isinstance(item, list):
+                table, made = block_table(item, chunker, 0, input_file.name)
                 rows += table.to_pylist()
                 counts.add(made)
     return rows, counts

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvm.errors import InputError
-from lvm.predict.losses import MAX_SHARE, LossReport, LossSettings, backward, info_nce, mse
+from lvm.info_nce import info_nce
+from lvm.predict.losses import MAX_SHARE, LossReport, LossSettings, backward, mse
 
 
 def units(*shape: int, seed: int = 0) -> Tensor:
@@ -33,6 +34,13 @@ def test_info_nce_of_orthogonal_targets_by_hand() -> None:
     targets = torch.eye(4)
     own = torch.tensor(2.0).exp()
     torch.testing.assert_close(info_nce(targets, targets, 0.5), -torch.log(own / (own + 3)))
+
+
+def test_info_nce_both_ways_is_the_mean_of_the_two() -> None:
+    first, second = (F.normalize(torch.randn(5, 8), dim=-1) for _ in range(2))
+    there, back = info_nce(first, second, 0.1), info_nce(second, first, 0.1)
+    assert there != back
+    torch.testing.assert_close(info_nce(first, second, 0.1, both_ways=True), (there + back) / 2)
 
 
 def gradients(settings: LossSettings, seed: int = 0) -> tuple[Tensor, LossReport]:

@@ -1,0 +1,81 @@
+"""The account of a corpus's chunks: how many there are, and what was left out of them and why."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lvm.corpus.records import BROKEN_SHOWN
+
+_IDEOGRAPH = re.compile("[\u2e80-\U0010ffff]")
+
+
+@dataclass
+class Counts:
+    """What became of the records of an input or a block; adds up."""
+
+    articles: int = 0
+    """Articles with at least one chunk."""
+    chunks: int = 0
+    words: int = 0
+    """Runs of anything but white space in the chunks."""
+    tokens: int = 0
+    """End of sequence included."""
+    letters: int = 0
+    """Characters of the chunks, as `letters_of` counts them."""
+    long_words: int = 0
+    """Words longer than `lvm.corpus.records.MAX_WORD` characters that were left out."""
+    num_broken: int = 0
+    broken: list[dict[str, str]] = field(default_factory=list)
+    """Place and reason of the first BROKEN_SHOWN."""
+    broken_files: list[dict[str, str]] = field(default_factory=list)
+    """Files that broke, and why; their records before that place were taken."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Sound records that are no articles, by kind."""
+    duplicates: int = 0
+    """Articles left out because one with the same id came before in the same file or wiki."""
+    first_duplicates: list[dict[str, str]] = field(default_factory=list)
+    """Title and place of the first BROKEN_SHOWN."""
+    sources: list[str] = field(default_factory=list)
+    """Names the records give as their source; the first BROKEN_SHOWN."""
+
+    def measure(self, texts: Sequence[str], num_tokens: Sequence[int]) -> None:
+        """Count these chunks instead of those counted before."""
+        self.chunks, self.tokens = len(texts), sum(num_tokens)
+        self.words = sum(len(text.split()) for text in texts)
+        self.letters = sum(letters_of(text) for text in texts)
+
+    def add(self, other: "Counts") -> None:
+        """Add another's counts and append its examples."""
+        sums = ("articles", "chunks", "words", "tokens", "letters", "long_words", "num_broken", "duplicates")
+        for name in (*sums, "broken_files"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.skipped = dict(Counter(self.skipped) + Counter(other.skipped))
+        self.broken = [*self.broken, *other.broken][:BROKEN_SHOWN]
+        self.first_duplicates = [*self.first_duplicates, *other.first_duplicates][:BROKEN_SHOWN]
+        self.sources = list(dict.fromkeys([*self.sources, *other.sources]))[:BROKEN_SHOWN]
+
+    def to_report(self) -> dict[str, Any]:
+        """As the manifest of a corpus's chunks keeps them, with means. There has to be a chunk."""
+        return {
+            "articles": self.articles,
+            "chunks": self.chunks,
+            "words": self.words,
+            "mean_tokens": round(self.tokens / self.chunks, 2),
+            "tokens_per_word": round(self.tokens / max(1, self.words), 2),
+            "tokens_per_letter": round(self.tokens / max(1, self.letters), 3),
+            "long_words": self.long_words,
+            "broken_files": self.broken_files,
+            "broken_records": self.num_broken,
+            "broken": self.broken,
+            "skipped": self.skipped,
+            "duplicates": self.duplicates,
+            "first_duplicates": self.first_duplicates,
+            "sources": self.sources,
+        }
+
+
+def letters_of(text: str) -> int:
+    """Characters of a text; one of East Asian writing says as much as three letters (and takes as many bytes)."""
+    return len(text) if text.isascii() else len(text) + 2 * len(_IDEOGRAPH.findall(text))

@@ -1,0 +1,17 @@
+"""InfoNCE: the loss of finding what belongs together among all of a batch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(predicted: Tensor, targets: Tensor, temperature: float, both_ways: bool = False) -> Tensor:
+    """Cross-entropy in nats of finding the own target among the batch's B targets, a float32 scalar.
+
+    predicted, targets: (B, D) unit vectors. both_ways: the mean with finding the own prediction among the batch's.
+    Source: van den Oord et al. 2018.
+    """
+    scores = predicted.float() @ targets.float().T / temperature
+    own = torch.arange(len(scores), device=scores.device)
+    loss = F.cross_entropy(scores, own)
+    return (loss + F.cross_entropy(scores.T, own)) / 2 if both_ways else loss
