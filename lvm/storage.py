@@ -304,7 +304,9 @@ def _list(folder: Location, deep: bool) -> list[Any]:
 
 
 def files_below(folder: Location) -> list[Location]:
-    """All files under `folder`, however deep, in order of path."""
+    """All files under `folder`, however deep, in order of path; links to folders are not followed."""
+    if isinstance(folder, Path):
+        return sorted(p for p in folder.rglob("*") if p.is_file())
     key = PurePosixPath(on_arrow(folder)[1])
     inside = [PurePosixPath(i.path).relative_to(key) for i in _list(folder, deep=True) if i.is_file]
     return sorted((folder / i for i in inside), key=str)

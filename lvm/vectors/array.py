@@ -25,7 +25,7 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
-from lvm.errors import InputError
+from lvm.errors import InputError, OutputError
 from lvm.storage import Location, fetch, location, new_folder, publish_folder, remove_tree
 from lvm.vectors.shards import (
     Manifest,
@@ -182,7 +182,7 @@ def open_vectors(directory: Location | str) -> VectorArray:
     a second for 300,000 chunks; `latent encode` or `latent index`, run again, writes the array for all.
 
     Raises InputError when the job is not finished or a shard is missing or cut off; without an array also as
-    `write_array` does.
+    `write_array` does, and OutputError when the temporary folder has no room.
     """
     directory = location(directory)
     manifest = Manifest.load(directory, "vectors")
@@ -191,11 +191,16 @@ def open_vectors(directory: Location | str) -> VectorArray:
     files = _files(folder)
     if files is not None:
         return _map(directory, manifest, {f.file: fetch(folder / f.file, f.sha256) for f in files})
-    with tempfile.TemporaryDirectory(prefix="latent-") as name:
-        made = _lay_out(directory, manifest, Path(name))
-        return _map(
-            directory, manifest, {f.file: Path(name, f.file) for f in made}
-        )  # which outlives the names
+    try:
+        with tempfile.TemporaryDirectory(prefix="latent-") as name:
+            made = _lay_out(directory, manifest, Path(name))
+            # What is mapped outlives the names.
+            return _map(directory, manifest, {f.file: Path(name, f.file) for f in made})
+    except OSError as err:
+        raise OutputError(
+            f"{directory} has no array, and none can be laid out in the temporary folder ({err}); set TMPDIR to a "
+            "folder with room, or run `latent encode` again where that folder can be written, which makes it for all"
+        ) from err
 
 
 def array_folder(directory: Location, manifest: Manifest) -> Location:
@@ -217,7 +222,10 @@ def _files(folder: Location) -> list[Shard] | None:
     """What an array consists of; None where there is none."""
     path = folder / "array.json"
     try:
-        return [Shard(**record) for record in json.loads(path.read_bytes())]
+        files = [Shard(**record) for record in json.loads(path.read_bytes())]
+        if {f.file for f in files} != {f"{name}.npy" for name in _ARRAYS}:
+            raise ValueError("it does not list the files of an array")
+        return files
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as err:
@@ -244,6 +252,12 @@ def _map(directory: Location, manifest: Manifest, files: dict[str, Path]) -> Vec
             f"{files['vectors.npy']} holds vectors {shape}, expected ({manifest.rows}, {manifest.identity.dim}) as the "
             "manifest says; delete its folder and run `latent encode` again, which makes it from the shards"
         )
+    for name, values in arrays.items():
+        if len(values) != manifest.rows:
+            raise InputError(
+                f"{files[f'{name}.npy']} has {len(values)} rows, expected {manifest.rows} as the manifest says; delete "
+                "its folder and run `latent encode` again, which makes it from the shards"
+            )
     texts = TextShards(directory, manifest.shards)
     return VectorArray(directory, manifest.fingerprint, manifest.identity, **arrays, shards=texts)
 

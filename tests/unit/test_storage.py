@@ -71,3 +71,10 @@ def test_a_published_folder_takes_the_place_of_another_and_a_file_in_the_way_sta
     assert files_below(target) == [target / "deep/y", target / "x"]
     assert sizes_in(target, ["x", "deep", "none"]) == {"x": 3}
     assert sizes_in(tmp_path / "none", ["x"]) == {}
+
+
+def test_files_below_a_folder_on_a_disk_come_once_whatever_links_there_are(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing")
+    assert files_below(tmp_path) == [tmp_path / "a"]

@@ -1,6 +1,7 @@
 """The array that readers map: what is in it, who writes it, and what it refuses."""
 
 import dataclasses
+import errno
 import pickle
 import shutil
 import subprocess
@@ -288,6 +289,35 @@ def test_a_damaged_array_is_refused_with_the_folder_to_delete(folder: Path) -> N
     path = next((folder / "_array").iterdir()) / "vectors.npy"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"vectors\.npy is damaged .* delete .*_array"):
+        open_vectors(folder)
+
+
+@pytest.mark.parametrize("listed", ["[]", "{"])
+def test_an_array_whose_list_is_damaged_is_refused_with_the_folder_to_delete(
+    folder: Path, listed: str
+) -> None:
+    (next((folder / "_array").iterdir()) / "array.json").write_text(listed)
+    for use in (lambda: open_vectors(folder), lambda: write_array(folder, Manifest.load(folder))):
+        with pytest.raises(InputError, match=r"array\.json is damaged .* delete .*_array"):
+            use()
+
+
+def test_a_column_of_another_length_is_refused(folder: Path) -> None:
+    np.save(next((folder / "_array").iterdir()) / "shard_rows.npy", np.arange(5))
+    with pytest.raises(InputError, match=r"shard_rows\.npy has 5 rows, expected 96"):
+        open_vectors(folder)
+
+
+def test_a_temporary_folder_without_room_is_named_with_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(folder / "_array")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lvm.vectors.array._save", full)
+    with pytest.raises(OutputError, match=r"No space left.*TMPDIR.*latent encode"):
         open_vectors(folder)
 
 
