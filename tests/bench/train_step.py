@@ -43,6 +43,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import torch
+import torch._dynamo  # an optimiser imports it at its first step: seconds that are no part of training
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
