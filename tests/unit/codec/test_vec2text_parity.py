@@ -221,8 +221,10 @@ def test_rows_join_and_leave_between_rounds(ours: Inverter, vectors: np.ndarray)
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_lower_precision_stays_near_float32(
-    root: Path, theirs: Any, ours: Inverter, vectors: np.ndarray, precision: Precision
+    root: Path, theirs: Any, ours: Inverter, precision: Precision
 ) -> None:
+    # Texts differ by chance, in either direction: of 64 the mean is off by 0.006, of 512 by 0.002.
+    vectors = embed(theirs, sample_sentences()[1400:1912]).numpy()
     settings = InverterSettings(stop_early=False)
     exact = with_settings(ours, keep_best=True).invert(vectors, 1)
     rough = make_inverter(root, theirs, precision, settings).invert(vectors, 1)
