@@ -22,16 +22,20 @@ FIRST = ("test_commands", "test_train_job", "test_chunk_job", "test_generate_job
 LAST = ("test_serve_http", "test_serve_faults")
 """Files it ends with: while others are at work, their tests that are `alone` would keep those waiting."""
 
+LEAVES_RAY = "test_cluster_demand"
+"""It joins a cluster of its own, after which its process has no shared Ray: nothing comes after it."""
+
 IN_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 """Whether this process is one of those of `pytest -n`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files of a run in several processes."""
+    """Order the files."""
+    place = {LEAVES_RAY: 200}
     if IN_SEVERAL:
-        place = {name: number - 100 for number, name in enumerate(FIRST)}
+        place |= {name: number - 100 for number, name in enumerate(FIRST)}
         place |= {name: number + 100 for number, name in enumerate(LAST)}
-        items.sort(key=lambda item: place.get(item.path.stem, 0))
+    items.sort(key=lambda item: place.get(item.path.stem, 0))
 
 
 @contextmanager
