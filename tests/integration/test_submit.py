@@ -151,7 +151,9 @@ def test_without_the_token_nothing_is_sent(head: Head, changes: dict[str, str], 
 
 
 def test_what_kubernetes_probes_answers_without_the_token(head: Head) -> None:
-    probed = yaml.safe_load((CHECKOUT / "deploy/base/backfill/rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+    probed = yaml.safe_load((CHECKOUT / "deploy/base/backfill/rayjob.yaml").read_text())["spec"][
+        "rayClusterSpec"
+    ]
     (container,) = probed["headGroupSpec"]["template"]["spec"]["containers"]
     (path,) = re.findall(r"localhost:8265(/\S+)", container["readinessProbe"]["exec"]["command"][-1])
     with urllib.request.urlopen(head.url + path, timeout=10) as answer:
