@@ -67,6 +67,16 @@ _joined: list[bool] = []
 _started: list[bool] = []
 """Not empty once `connect` has started a cluster on this machine."""
 
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar="LATENT_DATABASE_URL",
+        show_envvar=True,
+        metavar="URL",
+        help="postgresql://USER@HOST:PORT/DATABASE; none: a Postgres of this machine.",
+    ),
+]
+
 WriterFolder = Annotated[
     PathOrUrl | None,
     typer.Option(
@@ -146,7 +156,8 @@ def connect(address: str | None) -> None:
     given = address or os.environ.get("RAY_ADDRESS", "")
     try:
         if re.fullmatch(r"[^/]+:\d+", given):  # Ray itself would try for a minute and end the process
-            socket.create_connection((given.rpartition(":")[0], int(given.rpartition(":")[2])), 10).close()
+            host, _, port = given.rpartition(":")
+            socket.create_connection((host, int(port)), 10).close()
         ray.init(
             # Without an address Ray joins whatever cluster of this machine wrote its file last, alive or not.
             address="local" if starts_one else address,

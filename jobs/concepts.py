@@ -22,6 +22,7 @@ import typer
 
 from jobs._ray import (
     Address,
+    DatabaseUrl,
     PathOrUrl,
     accepted,
     connect,
@@ -57,15 +58,6 @@ from lvm.vectors.shards import (
 MAX_WORKERS = 8
 """Connections at once unless --workers says more; a server takes 100 as it comes, and others want some."""
 
-DatabaseUrl = Annotated[
-    str | None,
-    typer.Option(
-        envvar="LATENT_DATABASE_URL",
-        show_envvar=True,
-        metavar="URL",
-        help="postgresql://USER@HOST:PORT/DATABASE; none: a Postgres of this machine.",
-    ),
-]
 DatasetName = Annotated[str, typer.Option(help="Name of the dataset in the store.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Connections at once; none: one a CPU, at most 8.")]
 

@@ -447,7 +447,7 @@ def score_seeds(
     tasks = {n: [remote.remote(shared, models.resolve(), f) for f in folders] for n, folders in seeds.items()}
     for _ in as_they_finish([reference for references in tasks.values() for reference in references]):
         pass
-    return {name: ray.get(references) for name, references in tasks.items()}
+    return {name: get(references) for name, references in tasks.items()}
 
 
 def decode_all(

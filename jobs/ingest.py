@@ -23,6 +23,7 @@ import typer
 from jobs._ray import (
     PROGRESS_LINE_S,
     Address,
+    DatabaseUrl,
     PathOrUrl,
     connect,
     echo,
@@ -164,15 +165,7 @@ def main(
     input: Annotated[
         str, typer.Option(help="Dump, JSON lines, Parquet, a folder of them or of .txt files, or sample.")
     ] = "sample",
-    database_url: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LATENT_DATABASE_URL",
-            show_envvar=True,
-            metavar="URL",
-            help="postgresql://USER@HOST:PORT/DATABASE; none: a Postgres of this machine.",
-        ),
-    ] = None,
+    database_url: DatabaseUrl = None,
     codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
     codec_path: Annotated[PathOrUrl | None, path_option("Folder with that codec's weights.")] = None,
     dtype: Annotated[

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from lvm.corpus.inputs import InputFile, shown, text_files
-from lvm.errors import StorageError
 from lvm.vectors.shards import file_sha256, fingerprint
 
 T = TypeVar("T")
@@ -59,7 +58,5 @@ def _or_reason(make: Callable[[], T]) -> T | str:
     """What `make` gives, or why its file cannot be read. Raises StorageError: that is no fault of the file."""
     try:
         return make()
-    except StorageError:
-        raise
     except OSError as err:
         return f"{_UNREADABLE}{err.strerror}"
