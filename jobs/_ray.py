@@ -154,6 +154,10 @@ def connect(address: str | None) -> None:
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     workers = {"PYTHONPATH": python_path, **WORKER_ENVIRONMENT}
     given = address or os.environ.get("RAY_ADDRESS", "")
+    # Ray warns that a cluster of one's own takes tokens; that one takes none stays said.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(
+        lambda record: "authentication is enabled" not in record.getMessage()
+    )
     try:
         if re.fullmatch(r"[^/]+:\d+", given):  # Ray itself would try for a minute and end the process
             host, _, port = given.rpartition(":")

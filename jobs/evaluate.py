@@ -41,7 +41,7 @@ from jobs._ray import (
     worker_device,
 )
 from lvm.codec.ladder import decoder_digest
-from lvm.errors import InputError, OutputError
+from lvm.errors import InputError
 from lvm.evaluate.baselines import context_mean, copy_last
 from lvm.evaluate.contest import (
     Block,
@@ -84,7 +84,7 @@ from lvm.predict.record import Record, load_record, read_aliases, series_of
 from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location
 from lvm.vectors.array import VectorArray, open_vectors
-from lvm.vectors.artefact import require_folder
+from lvm.vectors.artefact import finished_result
 from lvm.vectors.index import load_index
 from lvm.vectors.sequences import WindowSettings, make_windows
 from lvm.vectors.shards import Manifest, sweep_temporaries, write_bytes, write_json
@@ -269,28 +269,9 @@ def find_evaluation(
 
     Raises OutputError when it was made with other settings and `overwrite` is off.
     """
-    require_folder(output)
-    path = output / FILES[0]
-    if not path.exists():
-        return None
-    try:
-        found: Evaluation = json.loads(path.read_text())
-        known, made_from = found["settings"], found["inputs"]
-    except (ValueError, KeyError, TypeError) as err:
-        if overwrite:
-            return None
-        raise OutputError(
-            f"{path} is no evaluation ({err!r}); choose another --output or pass --overwrite"
-        ) from err
-    differ = [k for k in sorted({*known, *settings}) if known.get(k) != settings.get(k)]
-    if differ and not overwrite and found.get("schema") == SCHEMA:
-        named = "; ".join(f"{k} was {known.get(k)}, now {settings.get(k)}" for k in differ)
-        raise OutputError(
-            f"{output} holds an evaluation with other settings ({named}); "
-            "choose another --output or pass --overwrite"
-        )
+    found: Evaluation | None = finished_result(output, FILES[0], settings, overwrite)
     whole = all((output / name).exists() for name in FILES)
-    return found if whole and not differ and made_from == inputs else None
+    return found if found is not None and whole and found.get("inputs") == inputs else None
 
 
 def write(output: Location, evaluation: Evaluation) -> None:

@@ -62,7 +62,7 @@ from lvm.predict.runs import Outcome, TrainRun, train_run, windows_of
 from lvm.predict.training import OWN_RECIPES, Progress, Recipe, recipe_named
 from lvm.storage import Location, RemotePath
 from lvm.vectors.array import VectorArray, open_vectors
-from lvm.vectors.artefact import require_folder
+from lvm.vectors.artefact import finished_result
 from lvm.vectors.sequences import WindowSettings
 from lvm.vectors.shards import Manifest, fingerprint, write_bytes, write_json
 
@@ -419,6 +419,7 @@ def sweep(
     allow_non_sequential: str | None = None,
     gpus: int | None = None,
     address: str | None = None,
+    overwrite: bool = False,
 ) -> tuple[list[Trial], dict[str, Any], bool]:
     """All trials, what sweep.json says, and whether it was there before.
 
@@ -429,15 +430,13 @@ def sweep(
     vectors, output = vectors.resolve(), output.resolve()
     manifest, array = Manifest.load(vectors, "vectors"), open_vectors(vectors)
     identity = fingerprint({"version": SWEEP_VERSION, "vectors": array.fingerprint, **asdict(settings)})
-    require_folder(output)
-    if (output / "sweep.json").exists():
-        found = json.loads((output / "sweep.json").read_text())
-        if found.get("sweep") != identity:
-            raise OutputError(
-                f"{output} holds another sweep ({found.get('settings')}); choose another --output"
-            )
-        if found["complete"]:
-            return read_trials(output), found, True
+    found = finished_result(output, "sweep.json", asdict(settings), overwrite)
+    if found is not None and found["sweep"] != identity and not overwrite:
+        raise OutputError(
+            f"{output} holds a sweep of other vectors; choose another --output or pass --overwrite"
+        )
+    if found is not None and found["sweep"] == identity and found["complete"]:
+        return read_trials(output), found, True
     coherence = check_sequential(array, manifest.source, allow_non_sequential)
     trials = draw_trials(settings)
     runs = [run_of(trial, settings, array) for trial in trials]
@@ -543,6 +542,9 @@ def main(
         typer.Option(help="The sentence that lets text without an order train; the refusal names it."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a sweep of other settings or other vectors.")
+    ] = False,
     address: Address = None,
 ) -> None:
     """Try architectures and settings; a second run with the same settings goes on, or says that all is done."""
@@ -563,7 +565,9 @@ def main(
         windows_per_epoch,
         seed,
     )
-    rows, record, up_to_date = sweep(vectors, output, settings, hours, allow_non_sequential, gpus, address)
+    rows, record, up_to_date = sweep(
+        vectors, output, settings, hours, allow_non_sequential, gpus, address, overwrite
+    )
     if up_to_date:
         echo(f"sweep: {output} is complete, nothing trained again")
     intervals = {int(n): Interval(**i) for n, i in record["intervals"].items()}

@@ -30,7 +30,6 @@ from lvm.storage import (
     Location,
     RemotePath,
     on_arrow,
-    remove_tree,
     sizes_in,
     storage_errors,
     sync_directory,
@@ -369,91 +368,7 @@ class Manifest:
         return replace(self, report={**self.report, **counts})
 
 
-def claim(directory: Location, kind: str, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-    """Make `directory` this stage's folder, before any shard is written.
-
-    Raises OutputError when other settings made or began what it holds; nothing is touched then. With
-    `overwrite`, what the other settings made is removed first; what another stage made never is.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise OutputError(f"--output {directory} is a file, expected a folder; choose another --output")
-    try:
-        _require_settings(directory, kind, settings)
-    except OutputError:
-        found = _claimed(directory)
-        if not overwrite or found is None or found[0] != kind:
-            raise
-        clear(directory)
-    sweep_temporaries(directory)
-    if _claimed(directory) is None:
-        write_json(directory / "settings.json", {"kind": kind, "settings": dict(settings)})
-
-
-def begin(directory: Location, kind: str, settings: Mapping[str, Any]) -> None:
-    """Take the manifest away before shards change: a kill then leaves none of what is half redone."""
-    write_json(directory / "settings.json", {"kind": kind, "settings": dict(settings)})
-    (directory / "manifest.json").unlink(missing_ok=True)
-
-
-def clear(directory: Location) -> None:
-    """Remove what a stage wrote into `directory` and nothing else; the manifest goes first."""
-    (directory / "manifest.json").unlink(missing_ok=True)
-    for path in [*directory.glob("part-*.parquet"), directory / "settings.json"]:
-        path.unlink(missing_ok=True)
-    remove_tree(directory / "_array")
-    sweep_temporaries(directory)
-
-
-def find(
-    directory: Location, kind: str, settings: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> Manifest | None:
-    """The manifest in `directory` when it is complete and made from `inputs`; else None, and the job redoes
-    what is missing.
-
-    Raises OutputError when other settings made, or began, what the folder holds.
-    """
-    _require_settings(directory, kind, settings)
-    if not (directory / "manifest.json").exists():
-        return None
-    manifest = Manifest.load(directory, kind)
-    return manifest if manifest.inputs == _plain(inputs) and not manifest.damaged(directory) else None
-
-
-def _claimed(directory: Location) -> tuple[str, dict[str, Any]] | None:
-    """Kind and settings that made or began what `directory` holds; None when nobody did."""
-    for name in ("manifest.json", "settings.json"):
-        try:
-            record = json.loads((directory / name).read_bytes())
-            return str(record["kind"]), dict(record["settings"])
-        except FileNotFoundError:
-            continue
-        except (ValueError, TypeError, KeyError) as err:
-            raise OutputError(
-                f"{directory / name} is not readable ({err}); expected the record of a stage. "
-                "Delete that file if the folder is this stage's, or choose another --output."
-            ) from err
-    return None
-
-
-def _require_settings(directory: Location, kind: str, settings: Mapping[str, Any]) -> None:
-    found = _claimed(directory)
-    if found is None:
-        return
-    if found[0] != kind:
-        raise OutputError(
-            f"{directory} holds {found[0]}, expected {kind} or an empty folder. Choose another --output."
-        )
-    asked = _plain(settings)
-    names = [n for n in sorted({*asked, *found[1]}) if asked.get(n) != found[1].get(n)]
-    if names:
-        differs = "; ".join(f"{n} was {found[1].get(n)!r}, now {asked.get(n)!r}" for n in names)
-        raise OutputError(
-            f"{directory} was made with other settings: {differs}. "
-            "Choose another --output or pass --overwrite."
-        )
-
-
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """The value as JSON gives it back (tuples become lists), so that saved and asked compare equal."""
     return json.loads(json.dumps(value))
 

@@ -7,8 +7,8 @@ import pytest
 
 from lvm.errors import OutputError
 from lvm.storage import new_folder, publish_folder
-from lvm.vectors.artefact import Artefact
-from lvm.vectors.shards import Manifest, Shard, with_footer, write_table
+from lvm.vectors.artefact import Artefact, finished_result
+from lvm.vectors.shards import Manifest, Shard, with_footer, write_json, write_table
 
 FOOTER = {"made": "so"}
 INPUTS = {"chunks": "0123"}
@@ -92,3 +92,24 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
             publish_folder(temporary, target, last="a")
     assert (target / "a").read_text() == "second"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_result_is_found_with_its_settings_alone(tmp_path: Path) -> None:
+    output, wanted = tmp_path / "out", {"seed": 0, "contexts": (5, 10)}
+    assert finished_result(output, "sweep.json", wanted) is None
+    output.mkdir()
+    assert finished_result(output, "sweep.json", wanted) is None
+    write_json(output / "sweep.json", {"settings": wanted, "best": 1})
+    assert finished_result(output, "sweep.json", wanted) == {
+        "settings": {"seed": 0, "contexts": [5, 10]},
+        "best": 1,
+    }
+    with pytest.raises(OutputError, match="seed was 0, now 1"):
+        finished_result(output, "sweep.json", {**wanted, "seed": 1})
+    assert finished_result(output, "sweep.json", {**wanted, "seed": 1}, overwrite=True) is None
+    for broken in ("{", "[]", "{}", '{"settings": 3}'):
+        (output / "sweep.json").write_text(broken)
+        with pytest.raises(OutputError, match="is not readable"):
+            finished_result(output, "sweep.json", wanted)
+    with pytest.raises(OutputError, match="is a file"):
+        finished_result(output / "sweep.json", "sweep.json", wanted)
