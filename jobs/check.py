@@ -14,7 +14,7 @@ import typer
 
 from jobs._ray import PathOrUrl, echo, finish, run
 from lvm.storage import local_input, location
-from lvm.vectors.npz import check_npz
+from lvm.vectors.npz_check import check_npz
 from lvm.vectors.shards import DIM
 
 

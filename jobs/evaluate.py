@@ -44,42 +44,36 @@ from lvm.codec.ladder import decoder_digest
 from lvm.errors import InputError
 from lvm.evaluate.baselines import context_mean, copy_last
 from lvm.evaluate.contest import (
-    Block,
     CodecLoader,
     Contest,
     EvaluateSettings,
     Scored,
-    TextAnswer,
-    TextPlan,
     at_most,
-    decode_block,
     fit_corpus_mean,
     fit_nearest_neighbour,
     fit_ridge_regression,
     fit_weighted_mean,
     make_entries,
-    measure_texts,
     model_predictor,
     over_seeds,
-    part_of,
-    plan_texts,
     score_baseline,
     score_model,
     score_seed,
     text_sample,
 )
-from lvm.evaluate.leaderboard import (
-    RULES,
-    SCHEMA,
-    Evaluation,
-    as_text,
-    example_text,
-    gate_word,
-    leaderboard,
-    markdown_page,
-    ranking,
+from lvm.evaluate.contest_texts import (
+    Block,
+    TextAnswer,
+    TextPlan,
+    decode_block,
+    measure_texts,
+    part_of,
+    plan_texts,
 )
+from lvm.evaluate.evaluation import RULES, SCHEMA, Evaluation, gate_word
+from lvm.evaluate.leaderboard import example_text, leaderboard, markdown_page, ranking
 from lvm.evaluate.metrics import LATENCY_BATCHES, Predict, measure_latency
+from lvm.evaluate.table import as_text
 from lvm.predict.record import Record, load_record, read_aliases, series_of
 from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from jobs._ray import PathOrUrl, echo, finish, path_option, run
 from lvm.errors import InputError
-from lvm.evaluate.leaderboard import SCHEMA, gate_word
+from lvm.evaluate.evaluation import SCHEMA, gate_word
 from lvm.predict.record import (
     CONFIG,
     METRICS,

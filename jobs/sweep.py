@@ -50,9 +50,9 @@ from jobs._ray import (
 from jobs._training import for_ray, plan_resources, publish_run, runs_at_once
 from lvm.corpus.coherence import Coherence
 from lvm.errors import InputError, OutputError, TrainingError
-from lvm.evaluate.leaderboard import as_text
 from lvm.evaluate.metrics import Interval, clustered_interval, cosines
 from lvm.evaluate.sweep import Trial, best_of_each, html_page, leaderboard, scored
+from lvm.evaluate.table import as_text
 from lvm.models import ENSEMBLE, MODELS, SPACES, require_known
 from lvm.predict.ensemble import make_ensemble
 from lvm.predict.fitting import TrainingData, check_sequential

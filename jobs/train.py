@@ -44,8 +44,9 @@ from jobs._ray import (
 )
 from jobs._training import Trained, for_ray, plan_resources, publish_run, runs_at_once
 from lvm.errors import LvmError, TrainingError
-from lvm.evaluate.leaderboard import Table, as_text, spread_text
+from lvm.evaluate.leaderboard import spread_text
 from lvm.evaluate.metrics import Spread
+from lvm.evaluate.table import Table, as_text
 from lvm.models import ENSEMBLE, MODELS, ORIGINAL, Predictor, gpt2, require_known
 from lvm.predict.ensemble import make_ensemble
 from lvm.predict.fitting import (

@@ -67,7 +67,7 @@ def main(
     address: Address = None,
 ) -> None:
     """Train until the minutes are spent; what was saved last is the writer."""
-    from lvm.codec.writer import base_file, missing_base
+    from lvm.codec.language_model import base_file, missing_base
     from lvm.codec.writer_training import WriterSettings
 
     settings = WriterSettings(minutes=minutes, seed=seed)

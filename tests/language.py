@@ -7,18 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lvm.codec.identity import CodecIdentity
+from lvm.codec.language_model import END, START, Base
 from lvm.codec.llama import TOY, Adapter, Llama, shapes
-from lvm.codec.writer import (
-    END,
-    START,
-    Base,
-    Parts,
-    Prefix,
-    Writer,
-    WriterConfig,
-    WritingSettings,
-    save_writer,
-)
+from lvm.codec.writer import Parts, Prefix, Writer, WriterConfig, WritingSettings, save_writer
 
 WORDS = ("river", "bridge", "steam", "engine", "mill", "coal", "town", "king")
 

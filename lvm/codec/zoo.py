@@ -260,8 +260,8 @@ def load_codec(
     device: "auto" (CUDA, then MPS, then CPU) or a torch device. precision: "float32", "bfloat16",
     "int8", or "auto" for the fastest that keeps the quality. writer: folder of a writer that `latent
     train-writer` made, else the one in the codec's own folder; language_model: what it writes with
-    (`lvm.codec.writer.load_base`). engine: what `decode` works with, "lvm" or, for comparison, "vec2text", the original
-    package (codec gtr-jxe). Raises InputError on an unknown name, missing or damaged files, and when
+    (`lvm.codec.language_model.load_base`). engine: what `decode` works with, "lvm" or, for comparison, "vec2text", the
+    original package (codec gtr-jxe). Raises InputError on an unknown name, missing or damaged files, and when
     the tokenizer is not the one the weights were trained with.
     """
     from safetensors import SafetensorError
@@ -386,7 +386,8 @@ def find_writer(
     """The writer in `folder`, else in `writer/` of the codec's own folder; why there is none, in words, where
     nobody asked for a certain one. Raises InputError where the one asked for does not load or writes for
     another codec."""
-    from lvm.codec.writer import Writer, base_file, load_base, missing_base
+    from lvm.codec.language_model import base_file, load_base, missing_base
+    from lvm.codec.writer import Writer
 
     own = None if codec is None else codec / "writer"
     if folder is None and (own is None or not (own / "writer.json").is_file()):

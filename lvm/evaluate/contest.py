@@ -1,4 +1,4 @@
-"""The contest itself, without Ray: who is scored on what, and the texts decoded from predictions.
+"""The contest itself, without Ray: who is scored on what. Texts decoded from predictions: `contest_texts`.
 
 Each function here is one task of the evaluate job, or puts the results of tasks together. Whatever crosses
 a process is a frozen dataclass of arrays; vector arrays travel as paths and are mapped again.
@@ -6,18 +6,16 @@ a process is a frozen dataclass of arrays; vector arrays travel as paths and are
 Letters: B windows in a batch, S windows in the text sample, T chunks in a context, D = 768.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lvm.codec.ladder import Answer, Decoder, Ladder, LadderSettings, Nearest, TextWriter, keywords
+from lvm.codec.ladder import Decoder, TextWriter
 from lvm.errors import InputError
 from lvm.evaluate.baselines import (
     NEIGHBOUR_WINDOWS,
@@ -31,7 +29,8 @@ from lvm.evaluate.baselines import (
     mean_cosine,
 )
 from lvm.evaluate.controls import BATCH_WINDOWS, CONTROLS, RowBatch, as_written
-from lvm.evaluate.leaderboard import SEED_MEASURES, Entry, Example, ExampleText, TextRow, judge
+from lvm.evaluate.evaluation import Entry, judge
+from lvm.evaluate.leaderboard import SEED_MEASURES
 from lvm.evaluate.metrics import (
     LATENCY_BATCHES,
     Ints,
@@ -41,22 +40,18 @@ from lvm.evaluate.metrics import (
     Spread,
     WindowScores,
     clustered_interval,
-    cosines,
     histogram,
     peak_bytes,
     ranks_in_article,
     score_windows,
     summarise_attention,
     summarise_ranks,
-    text_scores,
 )
-from lvm.predict.extract import Extractor
 from lvm.predict.predictor import TrainedPredictor
 from lvm.predict.record import Record, load_record
-from lvm.predict.steer import snap, unit
+from lvm.predict.steer import unit
 from lvm.storage import Location
 from lvm.vectors.array import VectorArray
-from lvm.vectors.index import Index, load_index
 from lvm.vectors.sequences import Windows
 
 MAX_CONTROL_WINDOWS = 5_000
@@ -374,203 +369,6 @@ def model_details(record: Record) -> dict[str, Any]:
     if "imported_from" in record.config:
         details["warning"] = "imported: it may have been trained on articles that are test articles here"
     return details
-
-
-@dataclass(frozen=True)
-class Block:
-    """Vectors to decode in one task."""
-
-    vectors: NDArray[np.float32]
-    """(B, D) unit vectors."""
-    truths: NDArray[np.float32]
-    """(B, D) the true next vectors."""
-    contexts: NDArray[np.float32]
-    """(B, T, D) what was read before, which a text should not repeat."""
-    doc_ids: NDArray[np.int32]
-    """(B,) articles held out."""
-    found: NDArray[np.bool_]
-    """(B,) True where the corpus answers and nothing is decoded."""
-
-
-@dataclass(frozen=True)
-class TextAnswer:
-    """One decoded vector."""
-
-    answer: Answer
-    """What the ladder answers."""
-    text_cosine: float
-    """Cosine of the text, encoded again, with the true next vector."""
-
-
-def decode_block(
-    load: CodecLoader, index_folder: Location, array: VectorArray, number: int, block: Block, candidates: int
-) -> tuple[int, list[TextAnswer]]:
-    """The block's number and its texts; what is refused is answered by a chunk of another article."""
-    codec, index = load(), load_index(index_folder)
-    extractor = Extractor(array, index)
-
-    def nearest(vectors: NDArray[np.float32], rows: Sequence[int]) -> list[Nearest]:
-        found, near = extractor.nearest(vectors, barring(array, block.doc_ids[list(rows)]))
-        texts = array.texts(np.maximum(found, 0))
-        return [Nearest(text, float(cosine)) for text, cosine in zip(texts, near, strict=True)]
-
-    answers: list[Answer | None] = [None] * len(block.vectors)
-    written = np.flatnonzero(~block.found)
-    ladder = Ladder(codec, codec.writer, LadderSettings(candidates=candidates))
-    if len(written):
-        decoded = ladder.decode(
-            block.vectors[written],
-            block.contexts[written],
-            lambda vectors, rows: nearest(vectors, written[list(rows)].tolist()),
-        )
-        for row, answer in zip(written.tolist(), decoded, strict=True):
-            answers[row] = answer
-    taken = np.flatnonzero(block.found)
-    if len(taken):
-        for row, chunk in zip(taken.tolist(), nearest(block.vectors[taken], taken.tolist()), strict=True):
-            answers[row] = Answer(chunk.text, "corpus", chunk.cosine)
-    whole = [answer for answer in answers if answer is not None]
-    of_texts = cosines(codec.encode_chunks([a.text or " " for a in whole]).vectors, block.truths)
-    return number, [TextAnswer(a, float(c)) for a, c in zip(whole, of_texts, strict=True)]
-
-
-def barring(array: VectorArray, doc_ids: Ints) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
-    """Marks the rows (B, k) that belong to the article held out, doc_ids (B,)."""
-
-    def barred(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        own: NDArray[np.bool_] = array.doc_ids[np.maximum(rows, 0)] == doc_ids[:, None]
-        return own
-
-    return barred
-
-
-def part_of(block: Block, rows: NDArray[Any]) -> Block:
-    """These rows of a block."""
-    return Block(*(getattr(block, f.name)[rows] for f in fields(Block)))
-
-
-@dataclass(frozen=True)
-class TextPlan:
-    """The vectors to decode for the sample: one row of S vectors for each predictor and form."""
-
-    names: tuple[tuple[str, Form], ...]
-    block: Block
-    """Row by row, len(names) x S vectors."""
-
-
-def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> TextPlan:
-    """Each model's predictions, the same snapped as `latent generate` snaps, what the corpus has nearest; the last
-    context vector; the true next one."""
-    sample, array = contest.sample, contest.sample.array
-    contexts, targets = sample.batch(slice(None))
-    truths, held_out = unit(targets), barring(array, sample.doc_ids)
-    wanted: list[tuple[tuple[str, Form], NDArray[np.float32]]] = []
-    for one in scored:
-        if one.kind == "model":
-            means = contexts.mean(axis=1)
-            moved = snap(one.sample_search, contexts[:, -1], means, index, array.vectors, barred=held_out)
-            wanted += [
-                ((one.name, "raw"), one.sample),
-                ((one.name, "snap"), moved.vectors),
-                ((one.name, "found"), one.sample),
-            ]
-    wanted += [(("passthrough", "raw"), unit(contexts[:, -1])), ((CEILING, "raw"), truths)]
-    return TextPlan(
-        tuple(name for name, _ in wanted),
-        Block(
-            np.concatenate([vectors for _, vectors in wanted]),
-            np.tile(truths, (len(wanted), 1)),
-            np.tile(contexts, (len(wanted), 1, 1)),
-            np.tile(sample.doc_ids, len(wanted)),
-            np.repeat([form == "found" for (_, form), _ in wanted], len(sample)),
-        ),
-    )
-
-
-def _distance(cosine: float) -> float:
-    """Between unit vectors of this cosine."""
-    return float(np.sqrt(max(0.0, 2.0 - 2.0 * cosine)))
-
-
-def distinct_2(texts: Sequence[str]) -> float:
-    """Share of different word pairs among all pairs of all texts (Li et al. 2016, arXiv:1510.03055); 0 without
-    pairs."""
-    pairs = [pair for text in texts for pair in pairwise(text.split())]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
-def measure_texts(
-    contest: Contest, plan: TextPlan, texts: Sequence[TextAnswer]
-) -> tuple[list[TextRow], list[Example]]:
-    """Text measures of each row of the plan, and the first windows of the sample as examples.
-
-    texts: one for each vector of the plan's block, in order.
-    """
-    sample, array = contest.sample, contest.sample.array
-    size = len(sample)
-    true_texts, titles = array.texts(sample.rows_of_target), array.titles(sample.rows_of_target)
-    contexts = [array.texts(rows) for rows in sample.rows_of_context]
-    known = [keywords(" ".join([*c, t])) for c, t in zip(contexts, true_texts, strict=True)]
-    exact = cosines(plan.block.vectors, plan.block.truths)
-    rows: list[TextRow] = []
-    for number, (name, form) in enumerate(plan.names):
-        own = texts[number * size : (number + 1) * size]
-        answers = [t.answer for t in own]
-        measured = text_scores([a.text for a in answers], true_texts)
-        judged = [a for a in answers if a.log_prob is not None]
-        rows.append(
-            {
-                "name": name,
-                "form": form,
-                "rouge1": measured["rouge1"],
-                "rouge2": measured["rouge2"],
-                "rougeL": measured["rougeL"],
-                "bleu": measured["bleu"],
-                "vector_cosine": float(exact[number * size : (number + 1) * size].mean()),
-                "text_cosine": float(np.mean([t.text_cosine for t in own])),
-                "off_manifold": float(
-                    np.mean(
-                        [
-                            _distance(t.text_cosine) - _distance(c)
-                            for t, c in zip(own, exact[number * size : (number + 1) * size], strict=True)
-                        ]
-                    )
-                ),
-                "keyword": float(
-                    np.mean([bool(k & keywords(a.text)) for k, a in zip(known, answers, strict=True)])
-                ),
-                "distinct_2": distinct_2([a.text for a in answers]),
-                "log_prob": float(np.mean([a.log_prob for a in judged])) if judged else None,
-                "sources": dict(Counter(a.source for a in answers).most_common()),
-            }
-        )
-    examples: list[Example] = []
-    for i in range(min(contest.settings.examples, size)):
-        decoded: list[ExampleText] = []
-        for number, (name, form) in enumerate(plan.names):
-            one = texts[number * size + i]
-            decoded.append(
-                {
-                    "name": name,
-                    "form": form,
-                    "text": one.answer.text,
-                    "vector_cosine": float(exact[number * size + i]),
-                    "text_cosine": one.text_cosine,
-                    "source": one.answer.source,
-                    "refused": [f"{a.text} ({'; '.join(a.refusals)})" for a in one.answer.attempts],
-                    "refusals": list(one.answer.refusals),
-                }
-            )
-        examples.append(
-            {
-                "title": titles[i],
-                "chunk_id": str(array.chunk_ids[sample.rows_of_target[i]]),
-                "context": contexts[i],
-                "truth": true_texts[i],
-                "decoded": decoded,
-            }
-        )
-    return rows, examples
 
 
 def make_entries(

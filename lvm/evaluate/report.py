@@ -13,19 +13,10 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from lvm.evaluate.leaderboard import (
-    FORMS,
-    SOURCES,
-    Entry,
-    Evaluation,
-    Example,
-    ExampleText,
-    Table,
-    gate_word,
-    ranking,
-    tables,
-)
+from lvm.evaluate.evaluation import Entry, Evaluation, Example, ExampleText, gate_word
+from lvm.evaluate.leaderboard import FORMS, SOURCES, ranking, tables
 from lvm.evaluate.metrics import HISTOGRAM_EDGES
+from lvm.evaluate.table import Table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#117733")
 """Models in order of their names. The first six are Okabe and Ito's, safe for colour-blind readers."""

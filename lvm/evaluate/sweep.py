@@ -13,9 +13,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from lvm.evaluate.leaderboard import Table
 from lvm.evaluate.metrics import Interval
 from lvm.evaluate.report import STYLE, figure_card, section, svg_of, table_of, whole_page
+from lvm.evaluate.table import Table
 
 STATES = ("finished", "stopped early", "out of time", "failed")
 

@@ -51,8 +51,8 @@ from jobs._ray import connect, versions
 from jobs.train import train_models
 from lvm.devices import pick_device
 from lvm.evaluate.contest import model_predictor
-from lvm.evaluate.leaderboard import Table, as_text
 from lvm.evaluate.metrics import measure_latency
+from lvm.evaluate.table import Table, as_text
 from lvm.models import ORIGINAL, build
 from lvm.predict.training import FAST, Recipe, fit, shuffled_windows
 from lvm.vectors.array import open_vectors

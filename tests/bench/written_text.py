@@ -18,7 +18,7 @@ import numpy as np
 
 from lvm.codec.ladder import keywords
 from lvm.codec.zoo import Codec, load_codec
-from lvm.evaluate.contest import distinct_2
+from lvm.evaluate.contest_texts import distinct_2
 from lvm.predict.predictor import SHIPPED, load_predictor
 
 
@@ -32,7 +32,8 @@ def nats(codec: Codec, rows: list[dict[str, Any]], model: str, models: Path) -> 
     """Nats a token of the true next texts given their predicted vectors, and given the corpus mean."""
     import torch
 
-    from lvm.codec.writer import Writer, load_base
+    from lvm.codec.language_model import load_base
+    from lvm.codec.writer import Writer
     from lvm.codec.writer_training import Tokens, token_nats
 
     writer = codec.writer

@@ -10,7 +10,7 @@ import pytest
 from jobs.evaluate import current_records
 from jobs.models import described, promote
 from lvm.errors import InputError
-from lvm.evaluate.leaderboard import SCHEMA
+from lvm.evaluate.evaluation import SCHEMA
 from lvm.models import TOYS, build
 from lvm.predict.record import read_aliases, save_record, set_alias
 from lvm.storage import Location

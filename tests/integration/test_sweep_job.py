@@ -106,7 +106,7 @@ def test_another_sweep_in_the_same_folder_is_refused(
 ) -> None:
     from dataclasses import replace
 
-    with pytest.raises(OutputError, match="was made with other settings: .*seed was 0, now 1"):
+    with pytest.raises(OutputError, match="seed was 0, now 1"):
         sweep(vectors, swept[0], replace(SETTINGS, seed=1))
 
 

@@ -143,7 +143,7 @@ def test_a_file_that_is_no_gguf_is_told(tmp_path: Path) -> None:
 
 
 def test_the_installed_gguf_is_the_published_model() -> None:
-    from lvm.codec.writer import base_file
+    from lvm.codec.language_model import base_file
 
     path = base_file()
     if path is None or path.suffix != ".gguf":

@@ -9,17 +9,9 @@ import torch
 
 from lvm.codec.evidence import Evidence, WordCounts, choose_words
 from lvm.codec.ladder import Ladder, LadderSettings, keywords
-from lvm.codec.writer import (
-    END,
-    START,
-    Writer,
-    WritingRounds,
-    WritingSettings,
-    Written,
-    base_file,
-    load_base,
-    missing_base,
-)
+from lvm.codec.language_model import END, START, base_file, load_base, missing_base
+from lvm.codec.writer import Writer, WritingSettings
+from lvm.codec.writing import WritingRounds, Written
 from lvm.codec.zoo import Codec, load_codec
 from lvm.errors import InputError
 from tests.language import TOY, WORDS, toy_base, toy_identity, toy_llama, toy_writer
@@ -138,7 +130,7 @@ def test_another_language_model_codec_or_damage_is_refused(tmp_path: Path) -> No
 def test_without_a_language_model_predictions_are_left_to_the_corpus_and_one_line_says_how(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lvm.codec.writer.base_file", lambda path=None: None)
+    monkeypatch.setattr("lvm.codec.language_model.base_file", lambda path=None: None)
     codec = load_codec("mini")
     if (codec.no_writer or "").startswith("there is no writer"):
         pytest.skip("needs the shipped writer")

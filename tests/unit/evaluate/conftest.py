@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvm.evaluate.leaderboard import RULES, SCHEMA, Entry, Evaluation, judge
+from lvm.evaluate.evaluation import RULES, SCHEMA, Entry, Evaluation, judge
 from lvm.evaluate.metrics import LATENCY_BATCHES, histogram
 
 

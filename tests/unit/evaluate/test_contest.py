@@ -15,21 +15,17 @@ from lvm.evaluate.contest import (
     EvaluateSettings,
     Scored,
     at_most,
-    barring,
-    decode_block,
     fit_corpus_mean,
     fit_nearest_neighbour,
     fit_ridge_regression,
     fit_weighted_mean,
     make_entries,
-    measure_texts,
     model_predictor,
-    part_of,
-    plan_texts,
     score_baseline,
     score_model,
     text_sample,
 )
+from lvm.evaluate.contest_texts import barring, decode_block, measure_texts, part_of, plan_texts
 from lvm.evaluate.metrics import clustered_interval, cosines
 from lvm.models import TOYS, build
 from lvm.predict.record import load_record, save_record

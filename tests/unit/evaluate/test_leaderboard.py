@@ -5,21 +5,10 @@ import json
 
 import pytest
 
-from lvm.evaluate.leaderboard import (
-    Evaluation,
-    Table,
-    as_markdown,
-    as_text,
-    efficiency,
-    example_text,
-    gate_word,
-    judge,
-    leaderboard,
-    markdown_page,
-    ranking,
-    tables,
-)
+from lvm.evaluate.evaluation import Evaluation, gate_word, judge
+from lvm.evaluate.leaderboard import efficiency, example_text, leaderboard, markdown_page, ranking, tables
 from lvm.evaluate.metrics import Spread
+from lvm.evaluate.table import Table, as_markdown, as_text
 from tests.unit.evaluate.conftest import found, made_entry
 
 BASELINES = [made_entry("passthrough", 0.40, "baseline"), made_entry("ridge", 0.55, "baseline")]

