@@ -9,6 +9,9 @@ the SHA-256 of the chunk shard it was made from. So a job killed at any moment a
 what is missing, and the ids that come out are the ids that went in: they are compared before the manifest is
 written. Before it comes the array that readers map (lvm/vectors/array.py): a chunk takes 1.4 KB in float16 and
 2.9 KB in float32 in its shard, and as much again in the array.
+
+With --tmd a shard also has `tmd_code` and `tmd_confidence`, by nearest prototype (lvm/corpus/tmd.py), as an export of
+the concept store has; vectors that are there already stay and get codes.
 """
 
 import functools
@@ -17,10 +20,11 @@ import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+import pyarrow as pa
 import typer
 
 from jobs._ray import (
@@ -44,6 +48,7 @@ from jobs._ray import (
     versions,
 )
 from lvm.codec.identity import CodecIdentity, require_same_codec
+from lvm.corpus.tmd import Prototypes, coder_name, distribution_table
 from lvm.devices import seen_gpu
 from lvm.errors import IdentityError, InputError, LvmError, OutputError
 from lvm.storage import Location
@@ -54,7 +59,10 @@ from lvm.vectors.shards import (
     Shard,
     VectorType,
     file_sha256,
+    footer_in,
     read_table,
+    table_to_vectors,
+    vector_schema,
     vectors_to_table,
     with_footer,
     write_table,
@@ -93,6 +101,12 @@ class EncodeSettings:
     """Digest of the codec's identity."""
     dtype: VectorType = "float16"
     """How a vector's numbers are stored. float16 halves the files; rounding moves a cosine by under 0.001."""
+    tmd: str | None = None
+    """What codes the chunks (`coder_name`); None for shards without codes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, as footers have it; codes are named where there are some."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -128,13 +142,18 @@ class EncodeResult:
 
 def footer_of(chunks: Shard, identity: CodecIdentity, settings: EncodeSettings) -> dict[str, Any]:
     """What a vector shard's footer says when it was made from this chunk shard in this way."""
-    return {"codec": identity.to_dict(), "chunks_sha256": chunks.sha256, "settings": asdict(settings)}
+    return {"codec": identity.to_dict(), "chunks_sha256": chunks.sha256, "settings": settings.to_dict()}
 
 
 def encode_shard(
-    source: Location, target: Location, chunks: Shard, codec: Encoder, settings: EncodeSettings
+    source: Location,
+    target: Location,
+    chunks: Shard,
+    codec: Encoder,
+    settings: EncodeSettings,
+    prototypes: Prototypes | None = None,
 ) -> Shard:
-    """Encode one chunk shard into `target`.
+    """Encode one chunk shard into `target`, unless its vectors are there; code it where `settings` say so.
 
     Raises InputError naming the shard when its bytes are not those its manifest lists, or its vectors are no
     unit vectors.
@@ -145,14 +164,43 @@ def encode_shard(
             "it changed or was damaged. Run `latent chunk` again; it redoes only that."
         )
     table = read_table(source)
+    footer = footer_of(chunks, codec.identity, settings)
+    plain = footer_of(chunks, codec.identity, replace(settings, tmd=None))
+    vectors = kept_vectors(target, table, plain, vector_schema(codec.identity.dim, settings.dtype))
+    if vectors is None:
+        try:
+            encoded = codec.encode_chunks(table.column("text").to_pylist())
+            vectors = vectors_to_table(
+                table, encoded.vectors, encoded.norms, encoded.num_tokens, encoded.truncated, settings.dtype
+            )
+        except InputError as err:
+            raise InputError(f"shard {source.name}: {err}") from err
+    if prototypes is not None:
+        # Of the vectors as they are stored: the same whether they are made now or were there.
+        codes, confidences = prototypes.code(table_to_vectors(vectors).astype(np.float32))
+        vectors = vectors.append_column("tmd_code", pa.array(codes))
+        vectors = vectors.append_column("tmd_confidence", pa.array(confidences))
+    return write_table(target, with_footer(vectors, footer))
+
+
+def kept_vectors(
+    target: Location, chunks: pa.Table, plain: dict[str, Any], schema: pa.Schema
+) -> pa.Table | None:
+    """Rows of the whole shard at `target`, without codes, where it was made in this way but for its codes; else None.
+
+    plain: its footer, were it without codes. schema: of its rows.
+    """
+    if not target.exists():
+        return None
     try:
-        encoded = codec.encode_chunks(table.column("text").to_pylist())
-        vectors = vectors_to_table(
-            table, encoded.vectors, encoded.norms, encoded.num_tokens, encoded.truncated, settings.dtype
-        )
-    except InputError as err:
-        raise InputError(f"shard {source.name}: {err}") from err
-    return write_table(target, with_footer(vectors, footer_of(chunks, codec.identity, settings)))
+        table = read_table(target)
+    except InputError:
+        return None
+    found = footer_in(table.schema)
+    found.get("settings", {}).pop("tmd", None)
+    if found != plain or not table.column("chunk_id").equals(chunks.column("chunk_id")):
+        return None
+    return table.select(schema.names).cast(schema)  # what Parquet calls its parts otherwise
 
 
 _SHARD = [f.name for f in fields(Shard)]
@@ -188,6 +236,8 @@ class ShardEncoder:
             self.codec = job.load()
             worker = f"the worker on {platform.node()}"
             require_same_codec(job.identity, self.codec.identity, "this job", worker)
+            encode = lambda texts: self.codec.encode_chunks(texts).vectors  # noqa: E731
+            self.prototypes = None if job.settings.tmd is None else Prototypes.of(encode)
         except LvmError as err:
             self.failure = err
 
@@ -204,7 +254,9 @@ class ShardEncoder:
             if self.failure is not None:
                 raise self.failure
             source, target = self.job.source / chunks.file, self.job.target / chunks.file
-            return asdict(encode_shard(source, target, chunks, self.codec, self.job.settings))
+            return asdict(
+                encode_shard(source, target, chunks, self.codec, self.job.settings, self.prototypes)
+            )
 
         return guarded(work, **asdict(chunks), note=self.note)
 
@@ -221,8 +273,11 @@ def encode_chunks(
     address: str | None = None,
     max_workers: int | None = None,
     gpus: int | None = None,
+    tmd: bool = False,
 ) -> EncodeResult:
     """Bring `target` to hold the vectors of `source`, a finished chunk job's folder, and nothing else.
+
+    tmd: with each chunk's code; a folder that has codes keeps them.
 
     max_workers: most actors at once, of a CPU or a GPU each; None for all CPUs that an autoscaling cluster may grow to.
     gpus: how many to wait for; None for those there are.
@@ -241,8 +296,13 @@ def encode_chunks(
     require_tokenizer(chunks, identity, source)
     settings = EncodeSettings(identity.digest, dtype)
     inputs = {"chunks": chunks.fingerprint}
-    vectors = Artefact(target, "vectors", asdict(settings), _tell)
+    vectors = Artefact(target, "vectors", settings.to_dict(), _tell)
     vectors.claim(overwrite)
+    earlier = vectors.manifest()
+    if tmd or (earlier is not None and "tmd" in earlier.inputs):
+        # Codes are made from vectors and labels: with other ones, or none, the folder is no other folder.
+        inputs["tmd"] = coder_name()
+        settings = replace(settings, tmd=inputs["tmd"])
     done = vectors.current(inputs, deep=True)
     if done is not None:
         if made := write_array(target, done):
@@ -271,7 +331,7 @@ def encode_chunks(
     num_truncated = require_same_ids(source, target, chunks)
     manifest = Manifest(
         kind="vectors",
-        settings=asdict(settings),
+        settings=vectors.settings,
         inputs=inputs,
         shards=shards,
         rows=sum(s.rows for s in shards),
@@ -442,6 +502,14 @@ def main(
         ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
+    tmd: Annotated[
+        bool,
+        typer.Option(
+            "--tmd",
+            help="Each chunk's TMD code and its confidence beside its vector, by nearest label; vectors that are there "
+            "are coded and not made again, and a folder that has codes keeps them.",
+        ),
+    ] = False,
 ) -> None:
     """Encode chunks to vectors; a second run encodes only what is missing."""
     started = time.perf_counter()
@@ -455,6 +523,7 @@ def main(
         address,
         max_workers,
         gpus,
+        tmd,
     )
     seconds = time.perf_counter() - started
     made = {s.file: s.rows for s in result.manifest.shards if s.file in result.encoded}
@@ -464,9 +533,12 @@ def main(
         echo(f"encode: {output} is up to date ({result.manifest.rows:,} vectors)")
     else:
         echo(
-            f"encode: {rows:,} chunks in {len(made)} shards encoded with {result.manifest.identity}, "
+            f"encode: {rows:,} chunks in {len(made)} shards written with {result.manifest.identity}, "
             f"{result.manifest.rows:,} in all, {report['truncated']:,} truncated"
         )
+        if "tmd" in result.manifest.inputs:
+            shards = (read_table(output / s.file, ["tmd_code"]) for s in result.manifest.shards)
+            echo(distribution_table(c for shard in shards for c in shard.column("tmd_code").to_pylist()))
     finish(
         {
             "stage": "encode",

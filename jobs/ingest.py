@@ -100,7 +100,7 @@ class IngestWorker:
                 self._chat = chat = ChatCoder(job.chat, job.answers)
                 coder = lambda texts, _: chat.code(texts)  # noqa: E731
             elif job.tmd == "prototype":
-                prototypes = tmd.Prototypes(codec.encode([phrase for phrase, _ in tmd.phrases()]))
+                prototypes = tmd.Prototypes.of(codec.encode)
                 coder = lambda _, vectors: prototypes.nearest(vectors)  # noqa: E731
             name = f"llm {job.chat.model}" if job.chat else "none" if coder is None else tmd.coder_name()
             self._ingester = Ingester(ConceptStore(job.url), job.dataset, codec, coder, name, job.language)

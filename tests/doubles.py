@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from lvm.codec.identity import CodecIdentity
+from lvm.corpus.tmd import phrases
+from lvm.errors import InputError
 from lvm.vectors.array import write_array
 from lvm.vectors.shards import CHUNK_SCHEMA, Manifest, vectors_to_table, with_footer, write_table
 
@@ -161,6 +163,21 @@ class BrokenCodec(FakeCodec):
             if "poison" in text:
                 encoded.vectors[row] = np.nan
         return encoded
+
+
+class PhrasesOnlyCodec(FakeCodec):
+    """Encodes the phrases of TMD labels and refuses every other text."""
+
+    def encode_chunks(self, texts: Sequence[str]) -> Encoded:
+        known = {phrase for phrase, _ in phrases()}
+        if others := [t for t in texts if t not in known]:
+            raise InputError(f"{others[0]!r} was to be encoded, expected phrases alone")
+        return super().encode_chunks(texts)
+
+
+def phrases_only_codec() -> FakeCodec:
+    """A codec loader with which vectors that are there can be coded and none can be made."""
+    return PhrasesOnlyCodec()
 
 
 def broken_codec() -> FakeCodec:

@@ -13,7 +13,7 @@ are of use, tasks hardly.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -174,14 +174,25 @@ class Prototypes:
         self.vectors = sums / np.linalg.norm(sums, axis=1, keepdims=True)
         """(112, D) float32, unit norm: the mean of each label's phrases."""
 
+    @classmethod
+    def of(cls, encode: Callable[[list[str]], NDArray[np.floating[Any]]]) -> "Prototypes":
+        """Of the codec that `encode` is of: texts to (texts, D)."""
+        return cls(encode([phrase for phrase, _ in phrases()]))
+
     def codes(self, vectors: NDArray[np.floating[Any]]) -> NDArray[np.int32]:
         """(B,) the codes alone, of (B, D) vectors of any number."""
-        out = np.zeros(len(vectors), np.int32)
+        return self.code(vectors)[0]
+
+    def code(self, vectors: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """(B,) codes, and (B,) how sure each is (`Coded.confidence`), of (B, D) vectors of any number."""
+        codes, logs = np.zeros(len(vectors), np.int32), np.zeros(len(vectors), np.float32)
         for low in range(0, len(vectors), _BLOCK):
-            cosines = self._cosines(vectors[low : low + _BLOCK])
+            rows = slice(low, low + _BLOCK)
+            cosines = self._cosines(vectors[rows])
             for part, shift in zip(np.split(cosines, np.cumsum(SIZES)[:-1], axis=1), SHIFTS, strict=True):
-                out[low : low + _BLOCK] |= part.argmax(axis=1).astype(np.int32) << shift
-        return out
+                codes[rows] |= part.argmax(axis=1).astype(np.int32) << shift
+                logs[rows] -= np.log(np.exp(SHARPNESS * (part - part.max(axis=1, keepdims=True))).sum(axis=1))
+        return codes, np.exp(logs / len(AXES))
 
     def _cosines(self, vectors: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
         """(B, 112)."""

@@ -208,6 +208,16 @@ def test_codes_survive_a_load_of_the_same_text_and_go_with_another(
         assert store.codes(dataset) == {4242: 59}
 
 
+def test_codes_that_shards_have_are_loaded_with_them(database: str, tmp_path: Path) -> None:
+    table = encoded(["one two", "three", "four"])
+    table = table.append_column("tmd_code", pa.array([2, 4, 65534], pa.int32()))
+    table = table.append_column("tmd_confidence", pa.array([0.25, 0.5, 1.0], pa.float32()))
+    with ConceptStore(database) as store:
+        dataset = load(store, "wiki", one_shard(tmp_path / "a", table))
+        found = read_articles(store, dataset, 0, 9)
+    assert found.select(table.column_names).equals(table)
+
+
 def test_articles_of_other_loads_stay_unless_they_are_to_be_replaced(
     database: str, source: Path, tmp_path: Path
 ) -> None:

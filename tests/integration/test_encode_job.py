@@ -28,6 +28,7 @@ from jobs.encode import (
 from lvm.codec.zoo import load_tokenizer
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.records import Article
+from lvm.corpus.tmd import Prototypes, coder_name
 from lvm.errors import IdentityError, InputError, OutputError
 from lvm.storage import temporary_name
 from lvm.vectors.array import array_folder, open_vectors
@@ -44,6 +45,7 @@ from tests.doubles import (
     broken_codec,
     fake_articles,
     fake_codec,
+    phrases_only_codec,
     write_chunks,
 )
 from tests.integration.conftest import CHECKOUT
@@ -251,6 +253,60 @@ def test_vectors_of_chunks_that_are_gone_are_removed(folder: Path) -> None:
     assert result.encoded == ()
     assert sorted(stamps(folder / "vectors")) == [f"part-{i:05d}.parquet" for i in range(4)]
     assert result.manifest.rows == 32 * 12
+
+
+# ---- codes
+
+
+def codes_of(folder: Path) -> list[tuple[int, float]]:
+    tables = [read_table(p) for p in sorted((folder / "vectors").glob("part-*.parquet"))]
+    assert {t.schema.names[-2:] == ["tmd_code", "tmd_confidence"] for t in tables} == {True}
+    return [
+        pair
+        for t in tables
+        for pair in zip(*(t.column(n).to_pylist() for n in t.schema.names[-2:]), strict=True)
+    ]
+
+
+def test_codes_are_written_with_the_vectors_or_added_to_them_and_are_the_same(
+    ray_cluster: str, folder: Path, tmp_path: Path
+) -> None:
+    plain = read_footer(folder / "vectors" / "part-00000.parquet")
+    _, vectors = ids_and_vectors(folder / "vectors")
+    # Of a codec that can encode the labels' phrases alone: the vectors must be those that were there.
+    added = encode(folder, phrases_only_codec, tmd=True)
+    assert (len(added.encoded), added.up_to_date) == (5, False)
+    np.testing.assert_array_equal(ids_and_vectors(folder / "vectors")[1], vectors)
+    footer = read_footer(folder / "vectors" / "part-00000.parquet")
+    assert footer == {**plain, "settings": {**plain["settings"], "tmd": coder_name()}}
+    assert added.manifest.inputs["tmd"] == coder_name()
+    prototypes = Prototypes.of(lambda texts: FakeCodec().encode_chunks(texts).vectors)
+    codes, confidences = prototypes.code(vectors.astype(np.float32))
+    assert [c for c, _ in codes_of(folder)] == codes.tolist()
+    assert [c for _, c in codes_of(folder)] == pytest.approx(confidences.tolist())
+    assert len(set(codes.tolist())) > 100
+    assert len(open_vectors(folder / "vectors")) == 480  # whose reader knows no codes
+    write_chunks(tmp_path / "new" / "chunks", fake_articles(40))
+    at_once = encode(tmp_path / "new", tmd=True)
+    assert at_once.manifest.fingerprint == added.manifest.fingerprint
+    assert encode(folder, phrases_only_codec, tmd=True).up_to_date
+
+
+def test_a_folder_that_has_codes_keeps_them_and_gets_those_of_new_labels(
+    ray_cluster: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coded = encode(folder, tmd=True)
+    assert encode(folder).up_to_date
+    assert Manifest.load(folder / "vectors").fingerprint == coded.manifest.fingerprint
+    before = stamps(folder / "vectors")
+    (folder / "vectors" / "part-00002.parquet").unlink()
+    assert encode(folder).encoded == ("part-00002.parquet",)
+    assert len(codes_of(folder)) == 480
+    after = stamps(folder / "vectors")
+    assert {n for n in after if after[n] != before[n]} == {"part-00002.parquet"}
+    monkeypatch.setattr("jobs.encode.coder_name", lambda: "prototype of other phrases")
+    assert len(encode(folder, phrases_only_codec).encoded) == 5
+    assert len(codes_of(folder)) == 480
 
 
 # ---- refusals

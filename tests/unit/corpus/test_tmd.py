@@ -93,8 +93,13 @@ def test_codes_alone_are_those_of_the_nearest_labels() -> None:
     vectors = np.random.default_rng(0).standard_normal((50, sum(SIZES))).astype(np.float32)
     prototypes = Prototypes(one_hot())
     found = prototypes.codes(vectors)
-    assert found.tolist() == [coded.tmd.code for coded in prototypes.nearest(vectors)]
+    one_by_one = prototypes.nearest(vectors)
+    assert found.tolist() == [coded.tmd.code for coded in one_by_one]
     assert len(set(found.tolist())) > 40
+    codes, confidences = prototypes.code(vectors)
+    assert codes.tolist() == found.tolist()
+    assert confidences.tolist() == pytest.approx([coded.confidence for coded in one_by_one])
+    assert confidences.std() > 0.01
 
 
 def test_what_is_wanted_of_a_code_is_compared_part_by_part() -> None:
