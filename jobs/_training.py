@@ -91,7 +91,7 @@ def publish_run(
     checkpoints: Ray's best ones with what was reported with each.
     """
     checkpoint, best = max(checkpoints, key=lambda c: (c[1]["val_cosine"], -c[1]["epoch"]))
-    network = build(this.model, dict(this.sizes))
+    network = build(this.model, dict(this.sizes), tmd=this.prototypes is not None)
     with checkpoint.as_directory() as folder:
         network.load_state_dict(load_file(Path(folder, WEIGHTS)))
         curve = json.loads(Path(folder, "progress.json").read_text())["curve"]

@@ -36,6 +36,7 @@ from jobs._ray import (
     echo,
     finish,
     guarded,
+    load_codec_at,
     nodes_with,
     path_option,
     refusal_in,
@@ -43,6 +44,8 @@ from jobs._ray import (
     unseen_gpu,
 )
 from jobs._training import Trained, for_ray, plan_resources, publish_run, runs_at_once
+from lvm.codec.identity import require_same_codec
+from lvm.corpus.tmd import Prototypes
 from lvm.errors import LvmError, TrainingError
 from lvm.evaluate.leaderboard import spread_text
 from lvm.evaluate.metrics import Spread
@@ -338,6 +341,7 @@ def train_models(
     workers: int = 1,
     own_recipes: Mapping[str, Recipe] | None = None,
     mlflow: str | None = None,
+    prototypes: Prototypes | None = None,
 ) -> TrainResult:
     """Bring `models` to hold a record of each architecture, trained on `vectors` in this way.
 
@@ -347,7 +351,8 @@ def train_models(
     `recipe`. gpus: how many to wait for; None for those there are. gpt2_layers: folder of a checkpoint in GPT-2's
     layout, from which `gpt2` starts. Raises InputError before any training when the vectors are not finished, not
     sequential, or too few to split, or when the cluster does not come to have what is asked for, and IdentityError when
-    `models` holds models of another codec. mlflow: URI of `prepare_mlflow`, for the curves there too.
+    `models` holds models of another codec. mlflow: URI of `prepare_mlflow`, for the curves there too. prototypes: TMD
+    labels of the vectors' codec, for models that read each vector's code beside it; their aliases end in -tmd.
     """
     for name in names:
         require_known(name)
@@ -364,18 +369,20 @@ def train_models(
         layers = gpt2_layers if name == "gpt2" else None
         sizes = {} if layers is None else gpt2.sizes_of(local_folder(layers))
         own = (own_recipes or {}).get(name, recipe)
-        first = TrainRun.of(array, name, settings, own, seed, sizes, layers_from=layers)
+        first = TrainRun.of(
+            array, name, settings, own, seed, sizes, layers_from=layers, prototypes=prototypes
+        )
         runs += [first, *(replace(first, training_seed=seed + n) for n in range(1, seeds))]
     ready: dict[str, Trained] = {}
 
     def take(this: TrainRun, made: Trained) -> None:
         """Another run has its record: the alias of its architecture goes to the best of those there are."""
         ready[this.label] = made
-        alike = [ready[r.label] for r in runs if r.model == this.model and r.label in ready]
+        alike = [ready[r.label] for r in runs if r.alias == this.alias and r.label in ready]
         best = max(alike, key=lambda t: float(t.metrics["val_cosine"]))
-        result.seeds[this.model], result.trained[this.model] = alike, best
-        if read_aliases(models).get(this.model) != best.folder.name:
-            set_alias(models, this.model, best.folder)
+        result.seeds[this.alias], result.trained[this.alias] = alike, best
+        if read_aliases(models).get(this.alias) != best.folder.name:
+            set_alias(models, this.alias, best.folder)
 
     pending = []
     for this in runs:
@@ -416,9 +423,17 @@ def train_models(
                 f"train: {this.label:<13} done: val cosine {made.metrics['val_cosine']:.4f} at epoch "
                 f"{made.metrics['best_epoch']} ({made.metrics['stopped']}); {made.folder.name}"
             )
-    result.trained = {n: result.trained[n] for n in names if n in result.trained}
+    result.trained = {r.alias: result.trained[r.alias] for r in runs if r.alias in result.trained}
     result.seeds = {n: result.seeds[n] for n in result.trained}
     return result
+
+
+def prototypes_of(vectors: Location, codec_path: Location | None) -> Prototypes:
+    """TMD labels in the space of these vectors, whose codec encodes them. Raises IdentityError where it is another."""
+    identity = Manifest.load(vectors, "vectors").identity
+    codec = load_codec_at(identity.name, codec_path)
+    require_same_codec(identity, codec.identity, str(vectors), f"codec {identity.name}")
+    return Prototypes.of(codec.encode)
 
 
 def over_seeds(made: Sequence[Trained]) -> dict[str, Any]:
@@ -553,6 +568,16 @@ def main(
     mlflow: Annotated[
         str | None, typer.Option(help="Curves in MLflow too: its URI, or a folder; needs the extra mlflow.")
     ] = None,
+    tmd: Annotated[
+        bool,
+        typer.Option(
+            "--tmd",
+            help="Models read the 16 bits of each vector's TMD code beside it; their aliases end in -tmd.",
+        ),
+    ] = False,
+    codec_path: Annotated[
+        PathOrUrl | None, path_option("Folder with the vectors' codec, for --tmd; none: the one of its name.")
+    ] = None,
     address: Address = None,
 ) -> None:
     """Train predictors, all at once; a second run on the same vectors trains nothing."""
@@ -580,6 +605,7 @@ def main(
             seeds=seeds,
             workers=workers_per_model,
             mlflow=None if mlflow is None else prepare_mlflow(mlflow),
+            prototypes=prototypes_of(vectors, codec_path) if tmd else None,
             own_recipes={n: replace(own, **changes) for n, own in OWN_RECIPES.items()},
         )
         if ensemble is not None:

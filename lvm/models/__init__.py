@@ -30,6 +30,7 @@ from lvm.models import (
     transformer,
 )
 from lvm.models.amn import AMN, AMNConfig
+from lvm.models.codes import read_codes
 from lvm.models.ensemble import Ensemble as Ensemble
 from lvm.models.ensemble import EnsembleConfig as EnsembleConfig
 from lvm.models.gru import GRU, GRUConfig
@@ -79,8 +80,9 @@ ORIGINAL = ("amn", "lstm", "gru", "transformer")
 """The system this follows had these four; they ship and are what a command trains when it is not told."""
 
 
-def build(name: str, sizes: dict[str, Any] | None = None) -> Any:
-    """A new, untrained predictor; `sizes` are fields of its config that differ from the default.
+def build(name: str, sizes: dict[str, Any] | None = None, tmd: bool = False) -> Any:
+    """A new, untrained predictor; `sizes` are fields of its config that differ from the default. tmd: it reads each
+    vector's TMD code too (`lvm.models.codes`), whose prototypes are not loaded.
 
     Raises InputError for an unknown name, listing the known ones, and for an unknown size or one that does not fit.
     """
@@ -88,7 +90,11 @@ def build(name: str, sizes: dict[str, Any] | None = None) -> Any:
         return Ensemble(EnsembleConfig(**(sizes or {})), build)
     require_known(name)
     try:
-        return MODELS[name](CONFIGS[name](**(sizes or {})))
+        config = CONFIGS[name](**(sizes or {}))
+        model = MODELS[name](config)
+        if tmd:
+            read_codes(model, config.dim, model.reads)
+        return model
     except (TypeError, RuntimeError, ValueError, ZeroDivisionError) as err:
         raise InputError(f"sizes of model {name!r} do not fit this version: {err}") from err
 

@@ -39,6 +39,8 @@ class AMN(nn.Module):
 
     adds_mean = True
     """The prediction is the context's mean plus what the output layer gives."""
+    reads = ("context_encoder", "query_encoder", "residual_net.0")
+    """Layers that read vectors."""
 
     def __init__(self, config: AMNConfig) -> None:
         super().__init__()
@@ -94,7 +96,7 @@ class AMN(nn.Module):
         for layer in (first, second):
             layer.weight.mul_(0.1)
             layer.bias.fill_(3.0)
-        first.weight[:, :dim].add_(directions * math.sqrt(hidden))
+        first.weight[:, :dim].add_(directions[:, :dim] * math.sqrt(hidden))
         second.weight.add_(0.5 * torch.eye(hidden)[: hidden // 2].to(directions))
 
     def attention(self, contexts: Tensor) -> Tensor:

@@ -23,18 +23,20 @@ class EnsembleConfig:
     dim: int = 768
     """Length of a vector, D."""
     members: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    """Each with `model`, a key of MODELS, `sizes`, the fields of its config, and `context`, how many of the last
-    vectors it reads."""
+    """Each with `model`, a key of MODELS, `sizes`, the fields of its config, `context`, how many of the last vectors it
+    reads, and `tmd`, true where it reads their codes."""
 
 
 class Ensemble(nn.Module):
     """normalize(sum of weight times prediction)."""
 
-    def __init__(self, config: EnsembleConfig, build: Callable[[str, dict[str, Any]], nn.Module]) -> None:
-        """build: makes a member from its name and sizes."""
+    def __init__(self, config: EnsembleConfig, build: Callable[..., nn.Module]) -> None:
+        """build: makes a member from its name, its sizes and whether it reads codes."""
         super().__init__()
         self.config = config
-        self.members = nn.ModuleList(build(m["model"], dict(m["sizes"])) for m in config.members)
+        self.members = nn.ModuleList(
+            build(m["model"], dict(m["sizes"]), m.get("tmd", False)) for m in config.members
+        )
         self.logits = nn.Parameter(torch.zeros(len(self.members)))
 
     def forward(self, contexts: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ class GRU(nn.Module):
 
     adds_mean = False
     """The output layer alone makes the prediction."""
+    reads = ("input_proj",)
+    """Layers that read vectors."""
 
     def __init__(self, config: GRUConfig) -> None:
         super().__init__()

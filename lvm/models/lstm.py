@@ -37,6 +37,8 @@ class LSTM(nn.Module):
 
     adds_mean = False
     """The output layer alone makes the prediction."""
+    reads = ("lstm",)
+    """Layers that read vectors."""
 
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__()

@@ -55,6 +55,8 @@ class Transformer(nn.Module):
 
     adds_mean = False
     """The output layer alone makes the prediction."""
+    reads = ("input_proj",)
+    """Layers that read vectors."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

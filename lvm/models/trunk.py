@@ -78,6 +78,8 @@ class Trunk(nn.Module):
 
     adds_mean = False
     """The output layer alone makes the prediction."""
+    reads = ("input_proj",)
+    """Layers that read vectors."""
     has_steps = True
     """Whether every mixer has a memory, so that `step` works."""
 

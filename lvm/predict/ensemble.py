@@ -48,8 +48,12 @@ def make_ensemble(
 
     val = make_windows(array, WindowSettings(**shared["windows"])).split(shared["seed"])["val"]
     predicted, truth = _predictions(chosen, spread_batches(val, MAX_VAL_WINDOWS))
-    sizes = {"members": [{"model": r.name, "sizes": r.config["sizes"], "context": r.context} for r in chosen]}
-    config = EnsembleConfig(dim=array.identity.dim, **sizes)
+    parts = [
+        {"model": r.name, "sizes": r.config["sizes"], "context": r.context}
+        | ({"tmd": True} if "tmd" in r.config else {})
+        for r in chosen
+    ]
+    config = EnsembleConfig(dim=array.identity.dim, members=parts)
     model = Ensemble(config, build)
     for ours, record in zip(model.members, chosen, strict=True):
         ours.load_state_dict(record.model.state_dict())

@@ -12,6 +12,7 @@ import torch
 
 from lvm.codec.identity import require_same_codec
 from lvm.corpus.coherence import Coherence, require_sequential
+from lvm.corpus.tmd import Prototypes, coder_name
 from lvm.devices import pick_device
 from lvm.errors import InputError, OutputError
 from lvm.models import Predictor, require_known
@@ -75,6 +76,7 @@ def fit(
     device: str = "auto",
     log: Callable[[dict[str, Any]], None] | None = None,
     allow_non_sequential: str | None = None,
+    prototypes: Prototypes | None = None,
 ) -> TrainedPredictor:
     """A predictor of these vectors with the weights of its best epoch by val cosine, and its record in `models`.
 
@@ -83,8 +85,9 @@ def fit(
     context length and filters. device: auto (CUDA, then MPS, then CPU) or a torch device. log: called with the curve's
     row after each epoch (epoch, val_loss, val_cosine, seconds and, from epoch 1, train_loss). allow_non_sequential: the
     sentence that lets text without an order train; the refusal names
-    it. The alias `model` in `models` moves to the new record; a second call with the same settings trains nothing and
-    returns the record there is.
+    it. prototypes: TMD labels of the vectors' codec, for a model that reads each vector's code beside it. The alias
+    `model`, then with -tmd, moves to the new record; a second call with the same settings trains nothing and returns
+    the record there is.
 
     Raises InputError on an unknown name, on text that is not sequential and on too few articles; OutputError where
     `models` is no folder of models; IdentityError where it holds models of another codec; TrainingError where the loss
@@ -100,7 +103,7 @@ def fit(
     models = location(models).resolve()
     require_models_folder(models)
     require_codec_of_models(models, vectors)
-    this = TrainRun.of(vectors, model, windows or WindowSettings(), recipe, seed)
+    this = TrainRun.of(vectors, model, windows or WindowSettings(), recipe, seed, prototypes=prototypes)
     data = TrainingData.of(vectors, this.windows, seed, allow_non_sequential)
     folder = find_record(models, model, run=this.fingerprint)
     if folder is None:
@@ -109,8 +112,8 @@ def fit(
         progress = training.fit(network, model, data.parts["train"], data.parts["val"], recipe, seed, log=log)
         done = outcome_of(this, network, data.parts["train"], progress)
         folder, _ = save_trained(models, this, network, data, done, progress.best)
-    if read_aliases(models).get(model) != folder.name:
-        set_alias(models, model, folder)
+    if read_aliases(models).get(this.alias) != folder.name:
+        set_alias(models, this.alias, folder)
     return TrainedPredictor(load_record(models, folder.name))
 
 
@@ -167,12 +170,18 @@ def save_trained(
         "recipe": recipe.to_dict(),
         "device": done.device,
         **({} if this.reach is None else {"reach": this.reach}),
+        **({} if this.prototypes is None else {"tmd": coder_name()}),
     }
     provenance = {
         "Data source": f"{manifest.source or 'not stated'} (licence: {manifest.licence or 'not stated'})",
         "Vectors": f"{manifest.rows:,}, fingerprint {this.vectors_fingerprint}",
         "Sequences": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test windows of "
         f"{this.windows.context} vectors and the next, split by article",
+        **(
+            {}
+            if this.prototypes is None
+            else {"Codes": f"beside each vector the 16 bits of its TMD code ({coder_name()})"}
+        ),
         "Loss": loss,
         "Start": ", ".join(start) or "random",
         "Optimiser": f"{recipe.optimiser}, peak learning rate {peak:.2g}, batch {batch}, "

@@ -160,7 +160,7 @@ def load_record(models: Location, name_or_folder: str) -> Record:
                 f"{folder / CONFIG} has no {key!r}; the record was edited or is of another version"
             )
     identity = CodecIdentity.from_dict(config["codec"])
-    model = build(config["model"], config["sizes"])
+    model = build(config["model"], config["sizes"], tmd="tmd" in config)
     _load_weights(model, folder / WEIGHTS, config.get("weights_sha256"))
     ranker = None
     if (rank := config.get("rank")) is not None:

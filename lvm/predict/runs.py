@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lvm.corpus.tmd import Prototypes, coder_name
 from lvm.devices import pick_device
 from lvm.errors import InputError
 from lvm.models import CONFIGS, Architecture, build
@@ -61,6 +62,9 @@ class TrainRun:
     """Folder of a GPT-2 checkpoint that `gpt2` starts from."""
     training_seed: int | None = None
     """Of the first weights, the order of batches and the dropout; None is `seed`."""
+    prototypes: Prototypes | None = None
+    """Labels of the vectors' codec, for a model that reads each vector's TMD code beside it; None for one that reads
+    vectors alone."""
 
     @classmethod
     def of(
@@ -98,6 +102,8 @@ class TrainRun:
             parts["layers_from"] = str(self.layers_from)
         if self.training_seed is not None:
             parts["training_seed"] = self.training_seed
+        if self.prototypes is not None:
+            parts["tmd"] = coder_name()
         return fingerprint(parts)
 
     @property
@@ -106,9 +112,14 @@ class TrainRun:
         return replace(self, training_seed=None).fingerprint
 
     @property
+    def alias(self) -> str:
+        """What its records are called: the architecture, and -tmd where it reads codes."""
+        return self.model if self.prototypes is None else f"{self.model}-tmd"
+
+    @property
     def label(self) -> str:
-        """What a person reads: the architecture and, where it is not the split's, the training's seed."""
-        return self.model if self.training_seed is None else f"{self.model} seed {self.training_seed}"
+        """What a person reads: the alias and, where it is not the split's, the training's seed."""
+        return self.alias if self.training_seed is None else f"{self.alias} seed {self.training_seed}"
 
     @property
     def seed_of_training(self) -> int:
@@ -118,13 +129,13 @@ class TrainRun:
     @property
     def name(self) -> str:
         """Name of the run: the same settings go on with the same run."""
-        return f"{self.model}-{self.fingerprint}"
+        return f"{self.alias}-{self.fingerprint}"
 
     @property
     def parameters(self) -> dict[str, Any]:
         """What a person compares runs by."""
         return {
-            "model": self.model,
+            "model": self.alias,
             "recipe": self.recipe.name,
             "epochs": self.recipe.epochs,
             "learning_rate": self.recipe.learning_rates[self.model],
@@ -136,7 +147,9 @@ class TrainRun:
 
     def build(self) -> Architecture:
         """The untrained model; its first weights are torch's random ones, or of `layers_from`."""
-        model: Any = build(self.model, dict(self.sizes))
+        model: Any = build(self.model, dict(self.sizes), tmd=self.prototypes is not None)
+        if self.prototypes is not None:
+            model.tmd.prototypes.copy_(torch.from_numpy(self.prototypes.vectors))
         if self.layers_from is not None:
             model.load_layers(local_folder(self.layers_from))
         return model  # type: ignore[no-any-return]

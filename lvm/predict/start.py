@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lvm.errors import InputError
 from lvm.models import Architecture
+from lvm.models.codes import FEATURES
 from lvm.ridge import Ridge
 
 Batch = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -63,8 +64,9 @@ def solve_start(model: Architecture, windows: WindowSource) -> float | None:
     device = next(model.parameters()).device
     count, dim = model.num_directions, model.config.dim
     directions = principal_directions(spread_batches(windows, SOLVED_WINDOWS), min(count, dim))
-    # A layer wider than the vectors begins with as many of its units as there are directions.
-    model.start_from(F.pad(directions, (0, 0, 0, count - len(directions))).to(device))
+    # A layer wider than the vectors begins with as many of its units as there are directions; codes begin with nothing.
+    more = FEATURES if hasattr(model, "tmd") else 0
+    model.start_from(F.pad(directions, (0, more, 0, count - len(directions))).to(device))
     if not getattr(model, "solves_output", True):
         return None
     return solve_output(model, spread_batches(windows, SOLVED_WINDOWS))

@@ -18,8 +18,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs import train
-from jobs.train import TrainResult, ask, main, plan_resources, train_models
+from jobs.train import TrainResult, ask, main, plan_resources, prototypes_of, train_models
+from lvm.codec.zoo import load_codec
 from lvm.corpus.coherence import OVERRIDE
+from lvm.corpus.tmd import Prototypes
 from lvm.errors import IdentityError, InputError, OutputError, TrainingError
 from lvm.models import ORIGINAL, build
 from lvm.predict.fitting import check_sequential
@@ -278,6 +280,35 @@ def test_seeds_are_trained_side_by_side_and_the_best_gets_the_alias(
     main(vectors, tmp_path, model="lstm,amn", epochs=1, seeds=3)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["up_to_date"]
     assert read_aliases(tmp_path) == before
+
+
+def test_models_that_read_codes_are_trained_beside_those_that_do_not(
+    vectors: Path, tmp_path: Path, ray_cluster: str
+) -> None:
+    prototypes = Prototypes.of(lambda texts: FakeCodec().encode_chunks(texts).vectors)
+    once = replace(BRIEF, epochs=1)
+    result = train_models(vectors, tmp_path, ["amn", "lcm-quant"], once, prototypes=prototypes)
+    assert result.failed == {}
+    assert list(result.trained) == list(read_aliases(tmp_path)) == ["amn-tmd", "lcm-quant-tmd"]
+    contexts, targets = make_windows(open_vectors(vectors)).split(0)["val"].batch(slice(None))
+    for alias in result.trained:
+        record = load_record(tmp_path, alias)
+        assert record.name == alias.removesuffix("-tmd")
+        predicted = record.model(torch.from_numpy(contexts)).detach().numpy()
+        assert (predicted * targets).sum(1).mean() == pytest.approx(record.metrics["val_cosine"], abs=1e-3)
+    assert load_record(tmp_path, "amn-tmd").config["parameters"] == 1_510_912 + 16 * (256 + 256 + 2 * 512)
+    again = train_models(vectors, tmp_path, ["amn", "lcm-quant"], once, prototypes=prototypes)
+    assert all(t.up_to_date for t in again.trained.values())
+
+
+def test_labels_come_from_the_codec_of_the_vectors(tmp_path: Path) -> None:
+    codec = load_codec("mini", device="cpu")
+    write_vectors(tmp_path / "mini", fake_articles(1, 2), codec)  # type: ignore[arg-type]
+    found = prototypes_of(tmp_path / "mini", None)
+    np.testing.assert_allclose(found.vectors, Prototypes.of(codec.encode).vectors, atol=1e-3)
+    write_vectors(tmp_path / "fake", fake_articles(1, 2))
+    with pytest.raises(InputError, match="unknown codec 'fake'"):
+        prototypes_of(tmp_path / "fake", None)
 
 
 def test_the_optimized_transformer_is_a_model_of_its_own(

@@ -1,6 +1,7 @@
 """What a training run is, before any Ray: its fingerprint, its windows, and how many go at once."""
 
 import dataclasses
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 
 from jobs._training import plan_resources, runs_at_once
+from lvm.corpus.tmd import Prototypes
 from lvm.errors import InputError
 from lvm.predict.runs import TrainRun, windows_of
 from lvm.predict.team import Team
 from lvm.predict.training import FAST
 from lvm.vectors.array import open_vectors
 from lvm.vectors.sequences import WindowSettings, make_windows
-from tests.doubles import fake_articles, write_vectors
+from tests.doubles import FakeCodec, fake_articles, write_vectors
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,19 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(vectors: Path) -> TrainRun:
     return TrainRun.of(open_vectors(vectors), "lstm", WindowSettings(context=2), FAST)
+
+
+def prototypes() -> Prototypes:
+    """TMD labels of the vectors' codec."""
+    return Prototypes.of(lambda texts: FakeCodec().encode_chunks(texts).vectors)
+
+
+def test_a_run_whose_model_reads_codes_has_a_name_of_its_own(run: TrainRun) -> None:
+    coded = replace(run, prototypes=prototypes())
+    assert (run.alias, coded.alias, coded.label) == ("lstm", "lstm-tmd", "lstm-tmd")
+    assert coded.series not in (run.series, run.fingerprint)
+    model = pickle.loads(pickle.dumps(coded)).build()
+    assert np.array_equal(model.tmd.prototypes.numpy(), prototypes().vectors)
 
 
 def test_another_architectures_rate_decides_nothing(run: TrainRun) -> None:
@@ -45,6 +60,7 @@ def test_all_that_decides_the_weights_is_in_the_fingerprint(run: TrainRun) -> No
         replace(run, training_seed=1),
         replace(run, model="gpt2", layers_from=Path("somewhere")),
         replace(run, model="gpt2"),
+        replace(run, prototypes=prototypes()),
     ]
     assert len({r.fingerprint for r in [run, *others]}) == len(others) + 1
     assert replace(run, sizes={"hidden": 512}).fingerprint == run.fingerprint  # the default
@@ -153,6 +169,4 @@ def test_a_plan_counts_what_is_free_and_all_where_nothing_is(monkeypatch: pytest
 
 
 def test_a_run_is_pickled_whole(run: TrainRun) -> None:
-    import pickle
-
     assert dataclasses.asdict(pickle.loads(pickle.dumps(run))) == dataclasses.asdict(run)

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from lvm import InputError, OutputError, WindowSettings, fit, load_predictor, make_windows, open_vectors
+from lvm.corpus.tmd import Prototypes, coder_name
 from lvm.errors import IdentityError
 from lvm.models import ORIGINAL
 from lvm.predict import training
-from lvm.predict.record import read_aliases
+from lvm.predict.ensemble import make_ensemble
+from lvm.predict.record import load_record, read_aliases
 from lvm.predict.training import FAST, evaluate
 from lvm.vectors.array import VectorArray
 from tests.doubles import FakeCodec, fake_articles, write_vectors
@@ -81,6 +83,35 @@ def test_the_same_again_trains_nothing_and_another_seed_does(array: VectorArray,
     assert read_aliases(tmp_path) == {"amn": other.name}
     # Asked for again, the first is what the alias means.
     assert fit(array, tmp_path, "amn", once).name == first.name == read_aliases(tmp_path)["amn"]
+
+
+def test_a_model_that_reads_codes_is_a_record_like_any_other(array: VectorArray, tmp_path: Path) -> None:
+    once = replace(BRIEF, epochs=1)
+    prototypes = Prototypes.of(lambda texts: FakeCodec(dim=96).encode_chunks(texts).vectors)
+    plain = fit(array, tmp_path, "gru", once, device="cpu")
+    coded = fit(array, tmp_path, "gru", once, device="cpu", prototypes=prototypes)
+    assert read_aliases(tmp_path) == {"gru": plain.name, "gru-tmd": coded.name}
+    assert fit(array, tmp_path, "gru", once, prototypes=prototypes).name == coded.name
+    assert coded.record is not None
+    assert plain.record is not None
+    assert coded.record.config["tmd"] == coder_name()
+    assert coded.record.config["parameters"] == plain.record.config["parameters"] + 16 * 512
+    assert coder_name() in (coded.record.folder / "MODEL_CARD.md").read_text()
+    contexts, targets = make_windows(array).split(0)["val"].batch(slice(None))
+    loaded = load_predictor(tmp_path / "gru-tmd")
+    assert (loaded(contexts) * targets).sum(1).mean() == pytest.approx(
+        coded.record.metrics["val_cosine"], abs=1e-3
+    )
+    assert np.array_equal(loaded.search(contexts), coded.search(contexts))
+    folder, _ = make_ensemble(tmp_path, array, {"a": plain.name, "b": coded.name}, 2)
+    both = load_record(tmp_path, folder.name).model
+    chosen = sorted([plain, coded], key=lambda p: -p.record.metrics["val_cosine"])  # type: ignore[union-attr]
+    summed = sum(
+        w * p(contexts)
+        for w, p in zip(both.weights.tolist(), chosen, strict=True)  # type: ignore[union-attr, operator]
+    )
+    predicted = both(torch.from_numpy(contexts)).detach().numpy()
+    np.testing.assert_allclose(predicted, summed / np.linalg.norm(summed, axis=1)[:, None], atol=1e-5)
 
 
 def test_a_seed_gives_the_same_weights_on_one_thread(array: VectorArray, tmp_path: Path) -> None:
