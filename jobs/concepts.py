@@ -1,4 +1,4 @@
-"""The concept store in Postgres: load vector shards into it, export shards from it, search, count, clear.
+"""The concept store in Postgres: load vector shards into it, export shards and an index from it, search, count, clear.
 
     python -m jobs.concepts load --input out/vectors --dataset wiki
     ray job submit --working-dir . -- python -m jobs.concepts export --dataset wiki --output /shared/vectors
@@ -25,6 +25,7 @@ from jobs._ray import (
     DatabaseUrl,
     PathOrUrl,
     accepted,
+    address_of_cluster,
     connect,
     echo,
     finish,
@@ -34,6 +35,7 @@ from jobs._ray import (
     path_option,
     ray_data,
     run,
+    run_stage,
     versions,
 )
 from lvm.codec.identity import require_same_codec
@@ -313,6 +315,44 @@ def export(
     )
 
 
+def publish(
+    dataset: DatasetName,
+    run: Annotated[
+        PathOrUrl, path_option("Folder of the run: vectors/ and index/ in it are brought up to date.")
+    ],
+    database_url: DatabaseUrl = None,
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows a shard is aimed to have.")] = 2048,
+    overwrite: Annotated[bool, typer.Option(help="Replace vectors made with other settings.")] = False,
+    workers: Workers = None,
+    address: Address = None,
+) -> None:
+    """Export a dataset to a run and publish the search index over it; who has the old ones open keeps them."""
+    import ray
+
+    started = time.perf_counter()
+    vectors, index = run.resolve() / "vectors", run.resolve() / "index"
+    with store_at(database_url) as store:
+        manifest, made = export_dataset(store, dataset, vectors, rows_per_shard, overwrite, workers, address)
+    echo(f"publish: {manifest.rows:,} rows in {len(manifest.shards)} shards in {vectors}, {made} of them new")
+    joined = address_of_cluster() if ray.is_initialized() else address
+    options = [] if joined is None else ["--address", joined]
+    indexed = run_stage("index", ["--input", str(vectors), "--output", str(index), *options]).summary
+    seconds = time.perf_counter() - started
+    finish(
+        {
+            "stage": "concepts publish",
+            "rows": manifest.rows,
+            "seconds": round(seconds, 3),
+            "rows_per_second": round(manifest.rows / max(seconds, 1e-9), 1),
+            "paths": [str(vectors), str(index)],
+            "up_to_date": not made and indexed["up_to_date"],
+            "redone": made,
+            "version": indexed["version"],
+            "codec": manifest.codec,
+        }
+    )
+
+
 # ------------------------------------------------------------------------------------ search, stats and clear
 
 
@@ -418,7 +458,14 @@ def clear(
     finish({"stage": "concepts clear", "rows": rows, "dataset": dataset})
 
 
-COMMANDS = {"load": load, "export": export, "search": search, "stats": stats, "clear": clear}
+COMMANDS = {
+    "load": load,
+    "export": export,
+    "publish": publish,
+    "search": search,
+    "stats": stats,
+    "clear": clear,
+}
 
 if __name__ == "__main__":
     from jobs.concepts import (

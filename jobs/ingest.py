@@ -1,12 +1,13 @@
 """Ingest articles into the concept store: cut, encoded, divided into episodes, coded and stored, each exactly once.
 
-    python -m jobs.ingest --input articles.jsonl.gz --dataset notes
+    python -m jobs.ingest --input articles.jsonl.gz --dataset notes --run out/notes
     ray job submit --working-dir . -- python -m jobs.ingest --input /shared/dump.xml.bz2 --dataset wiki --tmd none
 
 One transaction an article: killed at any moment and run again, the job stores what is missing and nothing twice. An
 article that came before with the same content is left alone; one that changed takes the place of the old. A record that
 cannot be used is counted with its reason and ends nothing. Workers, one a CPU, hold codec and connection; the driver
-reads. The metrics file has the seconds of each stage, over all workers, and what one article took.
+reads. The metrics file has the seconds of each stage, over all workers, and what one article took. With --run the whole
+dataset is then a run's vectors and search index, published as `latent concepts publish` does.
 """
 
 import itertools
@@ -25,6 +26,7 @@ from jobs._ray import (
     Address,
     DatabaseUrl,
     PathOrUrl,
+    address_of_cluster,
     connect,
     echo,
     finish,
@@ -33,6 +35,7 @@ from jobs._ray import (
     nodes_with,
     path_option,
     run,
+    run_stage,
     versions,
 )
 from lvm.codec.identity import require_same_codec
@@ -189,6 +192,10 @@ def main(
         "out/ingest-metrics.json"
     ),
     workers: Annotated[int | None, typer.Option(min=1, help="Workers; none: one a CPU.")] = None,
+    run: Annotated[
+        PathOrUrl | None,
+        path_option("Folder of a run: its vectors and search index are then made of the whole dataset."),
+    ] = None,
     address: Address = None,
 ) -> None:
     """Ingest articles into the concept store, each exactly once."""
@@ -236,6 +243,13 @@ def main(
         raise InputError(
             f"none of the {num_refused:,} articles of {input} can be stored; the first: {reason}"
         )
+    published: dict[str, Any] = {}
+    if run is not None:
+        if database_url is not None:  # read from there by the child, whose arguments all can read
+            os.environ["LATENT_DATABASE_URL"] = database_url
+        options = ["--dataset", dataset, "--run", str(run.resolve()), "--address", address_of_cluster()]
+        published = run_stage("concepts", ["publish", *options]).summary
+        seconds["publish"] = published["seconds"]
     record = {
         "articles": {name: counts[name] for name in ("stored", "known", "refused")},
         "broken_records": report.num_broken,
@@ -278,7 +292,7 @@ def main(
             "rows": counts["chunks"],
             "seconds": round(total, 3),
             "rows_per_second": round(counts["chunks"] / max(total, 1e-9), 1),
-            "paths": [server_name(store.url), str(metrics)],
+            "paths": [server_name(store.url), str(metrics), *published.get("paths", [])],
             **record,
         }
     )

@@ -8,74 +8,29 @@ or joins. A stage that is complete for the same inputs and settings is left as i
 run does only what is missing. With the bundled sample on two cores: under four minutes.
 """
 
-import contextlib
-import json
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from jobs._ray import (
-    CHECKOUT,
     Address,
     PathOrUrl,
+    StageRun,
     address_of_cluster,
     connect,
     echo,
     finish,
     path_option,
     run,
+    run_stage,
 )
-from lvm.errors import InputError, LvmError
+from lvm.errors import InputError
 from lvm.storage import Location
 
 STAGES = ("chunk", "encode", "index", "train", "evaluate")
 DEMO_OUTPUT = Path("out/demo")
-
-
-class StageFailedError(LvmError):
-    """A stage ended with an exit code other than 0; its own message stands above."""
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """What one stage's child process said and how long it took."""
-
-    stage: str
-    seconds: float
-    summary: dict[str, Any]
-    answers: list[str] = field(default_factory=list)
-    """Lines on its stdout before the closing JSON."""
-
-
-def run_stage(stage: str, arguments: list[str]) -> StageRun:
-    """Run one job to its end. Its stderr is ours; raises StageFailedError when it fails."""
-    begun = time.perf_counter()
-    command = [sys.executable, "-m", f"jobs.{stage}", *arguments]
-    child = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
-    try:
-        stdout, _ = child.communicate()
-    except BaseException:
-        child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=30)
-        raise
-    # Ray's own warnings reach a driver's stdout too; they are not the job's answer.
-    lines = [line for line in stdout.splitlines() if "(raylet)" not in line]
-    if child.returncode != 0:
-        raise StageFailedError(
-            f"stage {stage} ended with exit code {child.returncode} (see above); what it had finished is kept, "
-            "run the same command again to go on"
-        )
-    try:
-        summary = json.loads(lines[-1])
-    except (IndexError, ValueError) as err:
-        raise StageFailedError(f"stage {stage} did not end with a line of JSON, got {lines[-1:]}") from err
-    return StageRun(stage, time.perf_counter() - begun, summary, lines[:-1])
 
 
 def stage_arguments(

@@ -60,6 +60,7 @@ CODEC_JOBS = {
 CONCEPT_COMMANDS = {
     "load": "Vector shards into a dataset of the store.",
     "export": "A dataset to vector shards.",
+    "publish": "A dataset to a run's vectors and search index.",
     "search": "Rows near a text or vector, by code, source or words.",
     "stats": "What the store holds.",
     "clear": "Remove one dataset; asks.",

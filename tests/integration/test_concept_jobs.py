@@ -22,6 +22,7 @@ from lvm.corpus.tmd import distribution
 from lvm.errors import OutputError
 from lvm.vectors.array import open_vectors
 from lvm.vectors.concepts import ConceptStore
+from lvm.vectors.index import load_index
 from lvm.vectors.postgres import embedded
 from tests.doubles import fake_articles, write_vectors
 from tests.integration.conftest import CHECKOUT
@@ -222,6 +223,45 @@ def test_articles_are_ingested_once_whenever_the_job_is_killed(
     code, summary, stderr = run_command("ingest", *options)
     assert code == 0, stderr
     assert summary["articles"] == {"stored": 0, "known": 148, "refused": 1}
+
+
+def test_what_is_ingested_is_published_in_a_run_and_readers_keep_what_they_opened(
+    ray_cluster: str, database: str, tmp_path: Path
+) -> None:
+    def ingest(*numbers: int) -> dict[str, Any]:
+        lines = [
+            json.dumps({"id": i, "title": f"T {i}", "text": f"There are {i} lakes.\n\nNo {i} hills."})
+            for i in numbers
+        ]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        code, summary, stderr = run_command(
+            "ingest", "--input", str(tmp_path / "a.jsonl"), "--dataset", "notes", "--database-url", database,
+            "--metrics", str(tmp_path / "metrics.json"), "--run", str(run), "--address", ray_cluster,
+        )  # fmt: skip
+        assert code == 0, stderr
+        return summary
+
+    run = tmp_path / "run"
+    summary = ingest(1, 2, 3)
+    assert summary["stage_seconds"]["publish"] > 0
+    assert summary["paths"][2:] == [str(run / "vectors"), str(run / "index")]
+    before, index = open_vectors(run / "vectors"), load_index(run / "index")
+    index.require_array(before)
+    assert len(before) == len(index) == 6
+    ingest(3, 4)
+    after, newer = open_vectors(run / "vectors"), load_index(run / "index")
+    newer.require_array(after)
+    assert len(after) == len(newer) == 8
+    (row,) = newer.search(after.vectors[6:7], 1)[1][0]
+    assert after.texts([row]) == ["There are 4 lakes."]
+    # The old index and its texts, as a service has them open, are whole.
+    assert index.search(before.vectors[5:6], 1)[1].tolist() == [[5]]
+    assert before.texts([5]) == ["No 3 hills."]
+    code, summary, stderr = run_command(
+        "concepts", "publish", "--dataset", "notes", "--run", str(run), "--database-url", database
+    )
+    assert code == 0, stderr
+    assert (summary["up_to_date"], summary["version"]) == (True, newer.directory.name)
 
 
 @pytest.mark.parametrize(

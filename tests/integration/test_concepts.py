@@ -1,6 +1,11 @@
 """The concept store against a real Postgres: round trips, idempotent loads, and what is refused."""
 
+import os
+import shutil
+import subprocess
+import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -388,6 +393,49 @@ def test_a_full_disk_is_said_and_leaves_nothing(database: str, source: Path) -> 
         assert rows(store, "wiki") == before
         with loading(store, "wiki", manifest) as under_way:
             assert len(staged(store, under_way)) == 3  # what was copied is kept
+
+
+@pytest.fixture
+def small_disk(server: str, database: str) -> Iterator[tuple[str, Path]]:
+    """URL of a store whose tables lie on a real disk of 4 MB, and where that is mounted."""
+    folder = Path(tempfile.mkdtemp(prefix="latent-postgres-small-"))
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        folder.rmdir()
+        pytest.skip("no small disk: run as root, where it may mount one (in a container with SYS_ADMIN)")
+    try:
+        with psycopg.connect(server, autocommit=True) as admin:
+            (data,) = admin.execute("SHOW data_directory").fetchone() or ("",)
+            os.chown(folder, Path(data).stat().st_uid, -1)
+            admin.execute(f"CREATE TABLESPACE small LOCATION '{folder}'")  # type: ignore[call-overload]
+            yield f"{database}%20-cdefault_tablespace%3Dsmall", folder
+            schema = database.partition("search_path%3D")[2].partition("%2C")[0]
+            admin.execute(f"DROP SCHEMA {schema} CASCADE")  # type: ignore[call-overload]
+            admin.execute("DROP TABLESPACE small")
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        folder.rmdir()
+
+
+def test_a_disk_that_is_really_full_is_said_and_the_load_goes_on_when_there_is_room(
+    small_disk: tuple[str, Path], source: Path, tmp_path: Path
+) -> None:
+    url, disk = small_disk
+    write_vectors(tmp_path / "large", fake_articles(150, 20), articles_per_shard=10)
+    with ConceptStore(url) as store:
+        load(store, "wiki", source)
+        before = rows(store, "wiki")
+        said = "No space left on device.*; make room on the server's disk"
+        with pytest.raises(DatabaseError, match=said):
+            load(store, "wiki", tmp_path / "large", replace_all=True)
+        assert rows(store, "wiki") == before
+        manifest = Manifest.load(tmp_path / "large")
+        with loading(store, "wiki", manifest) as under_way:
+            copied = len(staged(store, under_way))
+        assert 0 < copied < 15
+        subprocess.run(["mount", "-o", "remount,size=128m", str(disk)], check=True)
+        load(store, "wiki", tmp_path / "large", replace_all=True)
+        assert len(rows(store, "wiki")) == 3000
 
 
 # ------------------------------------------------------------------------------------------------ connections
