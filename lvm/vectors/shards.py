@@ -15,6 +15,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -233,17 +234,24 @@ def _damaged(path: Location, err: Exception) -> InputError:
 
 def damaged_files(directory: Location, files: Sequence[Shard], deep: bool = False) -> dict[str, str]:
     """Name to what is wrong with it; empty when all are there with their size (deep: hash)."""
-    wrong: dict[str, str] = {}
     sizes = sizes_in(directory, [f.file for f in files])
-    for file in files:
+
+    def fault(file: Shard) -> str:
         size = sizes.get(file.file)
         if size is None:
-            wrong[file.file] = "is missing"
-        elif size != file.bytes:
-            wrong[file.file] = f"has {size:,} bytes, expected {file.bytes:,}"
-        elif deep and (got := file_sha256(directory / file.file)) != file.sha256:
-            wrong[file.file] = f"has SHA-256 {got[:16]}…, expected {file.sha256[:16]}…"
-    return wrong
+            return "is missing"
+        if size != file.bytes:
+            return f"has {size:,} bytes, expected {file.bytes:,}"
+        if deep and (got := file_sha256(directory / file.file)) != file.sha256:
+            return f"has SHA-256 {got[:16]}…, expected {file.sha256[:16]}…"
+        return ""
+
+    with ThreadPoolExecutor(
+        16
+    ) as threads:  # object storage answers slowly, and hashing leaves the interpreter free
+        return {
+            file.file: wrong for file, wrong in zip(files, threads.map(fault, files), strict=True) if wrong
+        }
 
 
 # ------------------------------------------------------------------------------------------------- manifest
