@@ -8,6 +8,7 @@ before its manifest still knows what is done.
     settings.json   which settings claimed this folder (written first)
     part-*.parquet  zstd, page checksums, one row a chunk, the vector a plain fixed-size list
     manifest.json   codec identity, settings, inputs, source, licence, counts, each shard's size and SHA-256
+    shards-*.parquet   the list of shards where they are many; manifest.json then names it
 """
 
 import hashlib
@@ -256,6 +257,10 @@ def damaged_files(directory: Location, files: Sequence[Shard], deep: bool = Fals
 
 # ------------------------------------------------------------------------------------------------- manifest
 
+MOST_IN_JSON = 4096
+"""Most shards that manifest.json lists itself, where a person can read them. In Parquet a shard takes 37 bytes, there
+190."""
+
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -316,8 +321,16 @@ class Manifest:
         return CodecIdentity.from_dict(self.codec)
 
     def save(self, directory: Location) -> None:
-        """Write manifest.json into `directory` in one step."""
-        write_json(directory / "manifest.json", {**asdict(self), "fingerprint": self.fingerprint})
+        """Write manifest.json into `directory` in one step; before it, the list of many shards."""
+        listed: Any = [asdict(s) for s in self.shards]
+        if len(listed) > MOST_IN_JSON:
+            path = directory / f"shards-{self.fingerprint}.parquet"
+            listed = asdict(write_table(path, pa.Table.from_pylist(listed)))
+        fields = asdict(replace(self, shards=())) | {"shards": listed, "fingerprint": self.fingerprint}
+        write_json(directory / "manifest.json", fields)
+        for other in directory.glob("shards-*.parquet"):
+            if not isinstance(listed, dict) or other.name != listed["file"]:
+                other.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, directory: Location, kind: str | None = None) -> Self:
@@ -329,7 +342,13 @@ class Manifest:
         command = f"`{WRITERS[kind]}`" if kind in WRITERS else "the stage that writes it"
         try:
             record = json.loads(path.read_bytes())
-            shards = tuple(Shard(**s) for s in record.pop("shards"))
+            listed = record.pop("shards")
+            if isinstance(listed, dict):
+                try:
+                    listed = read_table(directory / listed["file"]).to_pylist()
+                except InputError as err:
+                    raise ValueError(f"its list of shards, {err}") from err
+            shards = tuple(Shard(**s) for s in listed)
             claimed = record.pop("fingerprint")
             manifest = cls(**record, shards=shards)
         except FileNotFoundError as err:
@@ -406,7 +425,11 @@ def begin(directory: Location, kind: str, settings: Mapping[str, Any]) -> None:
 def clear(directory: Location) -> None:
     """Remove what a stage wrote into `directory` and nothing else; the manifest goes first."""
     (directory / "manifest.json").unlink(missing_ok=True)
-    for path in [*directory.glob("part-*.parquet"), directory / "settings.json"]:
+    for path in [
+        *directory.glob("part-*.parquet"),
+        *directory.glob("shards-*.parquet"),
+        directory / "settings.json",
+    ]:
         path.unlink(missing_ok=True)
     remove_tree(directory / "_array")
     sweep_temporaries(directory)

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 
 from lvm.vectors.index import IndexSettings
+from lvm.vectors.shards import MOST_IN_JSON
 
 SIZES = {"500 k": 500_000, "50 M": 50_000_000, "350 M": 350_000_000, "5 G": 5_000_000_000}
 NODES = {"500 k": 1, "50 M": 24, "350 M": 24, "5 G": 200}
@@ -67,8 +68,8 @@ CODE_BYTES = 96 + 8
 """Of it what a search goes through, in memory. The rest is mapped: eight vectors of it are read for each answer."""
 ID_BYTES = 8
 """A chunk id while the encode job's own process makes the array: 64 bits of it, to see that none comes twice."""
-MANIFEST_BYTES = 190
-"""A shard's entry in manifest.json."""
+MANIFEST_BYTES = {True: 190, False: 37}
+"""A shard's entry in manifest.json, which lists up to MOST_IN_JSON; in Parquet."""
 
 
 def hours(size: int, rate: Rate, nodes: int) -> float:
@@ -116,7 +117,8 @@ def tables() -> str:
     parts = [IndexSettings().num_parts(n) for n in SIZES.values()]
     lines.append("| parts of the index | " + " | ".join(f"{n:,}" for n in parts) + " |")
     lines.append("| shards of 2,048 rows | " + " | ".join(f"{n:,}" for n in shards) + " |")
-    lines.append("| manifest.json | " + " | ".join(shown(MANIFEST_BYTES * n, "B") for n in shards) + " |")
+    lists = [shown(MANIFEST_BYTES[n <= MOST_IN_JSON] * n, "B") for n in shards]
+    lines.append("| list of shards | " + " | ".join(lists) + " |")
     return "\n".join(lines)
 
 
