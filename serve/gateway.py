@@ -104,8 +104,9 @@ class Gateway:
     async def reconfigure(self, wanted: Mapping[str, Any]) -> None:
         """Answer with the release of a `user_config` from now on; requests under way end with theirs.
 
-        What cannot be taken up is refused: the one before goes on, and /health says why. A replica that has none yet
-        raises InputError, IdentityError, or what its parts raise.
+        What cannot be taken up is refused: the one before goes on, /health says so, and the log why (whoever may ask
+        for health need not know where runs lie). A replica that has none yet raises InputError, IdentityError, or what
+        its parts raise.
         """
         try:
             release = await asyncio.to_thread(read_release, wanted, self._args)
@@ -114,8 +115,10 @@ class Gateway:
             if self._service is None:
                 raise
             # Raised, it would end the replica, whatever it is.
-            self._service.refused = f"{dict(wanted)} is not taken up: {_last_line(err)}"
-            logging.getLogger("ray.serve").error("%s", self._service.refused)
+            self._service.refused = (
+                f"release {str(wanted.get('release', ''))!r} is not taken up; the log says why"
+            )
+            logging.getLogger("ray.serve").error("%s is not taken up: %s", dict(wanted), _last_line(err))
         else:
             self._app, self._service = self._guarded(service), service
 

@@ -53,7 +53,7 @@ class Service:
         default model is not among the models."""
         self.args, self.limits, self.release, self.identity = args, args.limits, release, identity
         self.refused = ""
-        """Why the release asked for last is not this one."""
+        """What to say where the release asked for last is not this one."""
         self.codec = CodecRecord(**identity.to_dict())
         self.models, self.decoder, self.corpus = models, decoder, corpus
         self.default_model = args.default_model or next(

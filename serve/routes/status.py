@@ -56,7 +56,6 @@ class StatusRoutes:
             status = "degraded" if missed or lacking else "ready"
         return HealthReply(
             status=status,
-            run=self._service.release.run,
             release=self._service.release.word,
             reasons=[*(f"no replica of {name} runs" for name in lacking), *missed],
             targets=TARGETS,
