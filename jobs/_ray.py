@@ -286,17 +286,17 @@ def unseen_gpu() -> str:
     )
 
 
-def worker_device(pairs: bool = False) -> "torch.device":
+def worker_device(mini: bool = False) -> "torch.device":
     """Where this process computes: a Ray worker on the GPU it has a part of, else on the CPU; a driver on what it sees.
 
-    pairs: as `lvm.devices.device_of_pairs` has it."""
+    mini: as `lvm.devices.device_for_mini` has it."""
     import ray
 
-    from lvm.devices import device_of_pairs, pick_device
+    from lvm.devices import device_for_mini, pick_device
 
     in_worker = ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
     reserved = not in_worker or bool(ray.get_gpu_ids())  # type: ignore[no-untyped-call]
-    return (device_of_pairs if pairs else pick_device)("auto", reserved)
+    return (device_for_mini if mini else pick_device)("auto", reserved)
 
 
 def _stopped(number: int, _: object) -> None:

@@ -6,9 +6,11 @@
 Each chunk shard becomes a vector shard of the same name with the same rows in the same order, the vector as a
 plain fixed-size list. A shard is written under a temporary name and renamed; its footer names the codec and
 the SHA-256 of the chunk shard it was made from. So a job killed at any moment and run again encodes exactly
-what is missing, and the ids that come out are the ids that went in: they are compared before the manifest is
-written. Before it comes the array that readers map (lvm/vectors/array.py): a chunk takes 1.4 KB in float16 and
-2.9 KB in float32 in its shard, and as much again in the array.
+what is missing. The ids that come out are the ids that went in: each shard's are compared with its chunks' by the
+worker that made it, or side by side where an earlier run did, and that none comes twice is seen where the array is made
+that readers map (lvm/vectors/array.py), before the manifest is written. The job's own process holds a row a shard and,
+while it makes the array, 8 bytes a chunk. A chunk takes 1.4 KB in float16 and 2.9 KB in float32 in its shard, and as
+much again in the array.
 
 With --tmd a shard also has `tmd_code` and `tmd_confidence`, by nearest prototype (lvm/corpus/tmd.py), as an export of
 the concept store has; vectors that are there already stay and get codes.
@@ -19,6 +21,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal, Protocol
@@ -88,9 +91,18 @@ MAX_THREADS = 8
 MOST_WORKERS = 1000
 """Actors at once where nobody says how many: of more wishes Ray's autoscaler reads none."""
 
-SHARDS_PER_ACTOR = 2
-"""Shards handed to an actor: the one at work, and the next, so that it never waits. One at a time is encoded: against a
-loop without Ray that takes 1.08 times as long, two at once in two threads 1.25 (tests/bench/results/LOG.md)."""
+MOST_CHECKERS = 16
+"""Shards of an earlier run that are looked at side by side."""
+
+CHECKING_BYTES = 256 << 20
+"""Of memory for that, in the job's own process."""
+
+SIDE_BY_SIDE = {"CPU": 1, "GPU": 3}
+"""Shards at work at once in an actor, by what it holds, a thread each; one more is handed to it to begin with next.
+On a CPU one: against a loop without Ray that takes 1.08 times as long, two at once 1.25 (tests/bench/results/LOG.md).
+On a GPU three: while one is multiplied, the CPU reads and tokenises the next and writes the last. Tokenizer, Arrow and
+torch leave the interpreter free meanwhile, so threads do what CPU actors feeding a GPU actor would, and no text or id
+travels between processes. A shard's vectors depend on no other shard, so they are the same."""
 
 
 @dataclass(frozen=True)
@@ -206,16 +218,42 @@ def kept_vectors(
 _SHARD = [f.name for f in fields(Shard)]
 
 
+Made = tuple[Shard, int]
+"""A vector shard, and how many of its texts were cut: all that the job's own process holds of it."""
+
+
 def finished_shard(
     target: Location, source: Location, footer: dict[str, Any], known_sha256: str | None = None
-) -> Shard | None:
+) -> Made | None:
     """The vector shard at `target` when it is whole, made in this way, and holds the ids of `source`; None when it has
     to be made. known_sha256: what a manifest says of the file."""
     made = Artefact(target.parent, "vectors", {}, _tell).finished(target.name, footer, known_sha256)
     if made is None:
         return None
-    ids, found = (read_table(path, ["chunk_id"]).column("chunk_id").to_pylist() for path in (source, target))
-    return made if ids == found else None
+    try:
+        return made, require_same_ids(source, target)
+    except InputError:
+        return None
+
+
+def require_same_ids(source: Location, target: Location) -> int:
+    """The number of truncated chunks, when a vector shard holds its chunk shard's ids in order.
+
+    Raises InputError naming the shard and the first id that is missing or too many.
+    """
+    wanted = read_table(source, ["chunk_id"]).column("chunk_id")
+    table = read_table(target, ["chunk_id", "truncated"])
+    got = table.column("chunk_id")
+    if not got.equals(wanted):
+        before, after = {*wanted.to_pylist()}, {*got.to_pylist()}
+        missing, extra = sorted(before - after), sorted(after - before)
+        what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}" if extra else "has another order"
+        raise InputError(
+            f"vector shard {target} {what}: expected the {len(wanted)} ids of its chunk "
+            f"shard in order, got {len(got)} ({len(missing)} missing, {len(extra)} too many). Delete "
+            "that file and run `latent encode` again."
+        )
+    return int(np.sum(table.column("truncated").to_numpy()))
 
 
 def _tell(line: str) -> None:
@@ -223,7 +261,7 @@ def _tell(line: str) -> None:
 
 
 class ShardEncoder:
-    """Ray Data's stateful worker: holds the codec, encodes the shards it is handed."""
+    """Ray Data's stateful worker: holds the codec, encodes the shards it is handed. Several threads may call it."""
 
     def __init__(self, job: "EncodeJob") -> None:
         # How many threads PyTorch takes is Ray's doing: it sets OMP_NUM_THREADS to the actor's num_cpus. The
@@ -254,11 +292,10 @@ class ShardEncoder:
             if self.failure is not None:
                 raise self.failure
             source, target = self.job.source / chunks.file, self.job.target / chunks.file
-            return asdict(
-                encode_shard(source, target, chunks, self.codec, self.job.settings, self.prototypes)
-            )
+            made = encode_shard(source, target, chunks, self.codec, self.job.settings, self.prototypes)
+            return {**asdict(made), "truncated": require_same_ids(source, target)}
 
-        return guarded(work, **asdict(chunks), note=self.note)
+        return guarded(work, **asdict(chunks), truncated=0, note=self.note)
 
 
 # ------------------------------------------------------------------------------------------------ all shards
@@ -310,25 +347,25 @@ def encode_chunks(
         return EncodeResult(done, (), up_to_date=not made)
     known = vectors.begin()
 
-    finished: dict[str, Shard] = {}
-    pending: list[Shard] = []
-    for shard in chunks.shards:
+    def find(shard: Shard) -> Made | None:
         footer = footer_of(shard, identity, settings)
-        ready = finished_shard(target / shard.file, source / shard.file, footer, known.get(shard.file))
-        if ready is None:
-            pending.append(shard)
-        else:
-            finished[shard.file] = ready
+        return finished_shard(target / shard.file, source / shard.file, footer, known.get(shard.file))
+
+    # A thread holds a shard, as it is and unpacked.
+    largest = max((s.rows for s in chunks.shards), default=1) * identity.dim * 4
+    with ThreadPoolExecutor(max(1, min(MOST_CHECKERS, CHECKING_BYTES // largest))) as threads:
+        found = dict(zip((s.file for s in chunks.shards), threads.map(find, chunks.shards), strict=True))
+    finished = {file: made for file, made in found.items() if made is not None}
+    pending = [s for s in chunks.shards if s.file not in finished]
     if finished:
         echo(f"encode: {len(finished)} of {len(chunks.shards)} shards are finished and stay as they are")
     if pending:
         connect(address)
         job = EncodeJob(source.resolve(), target.resolve(), settings, identity, load)
         for made in _encode_with_ray(job, pending, max_workers, gpus):
-            finished[made.file] = made
+            finished[made[0].file] = made
 
-    shards = tuple(finished[s.file] for s in chunks.shards)
-    num_truncated = require_same_ids(source, target, chunks)
+    shards = tuple(finished[s.file][0] for s in chunks.shards)
     manifest = Manifest(
         kind="vectors",
         settings=vectors.settings,
@@ -338,7 +375,7 @@ def encode_chunks(
         codec=identity.to_dict(),
         source=chunks.source,
         licence=chunks.licence,
-        report={**chunks.report, "truncated": num_truncated},
+        report={**chunks.report, "truncated": sum(cut for _, cut in finished.values())},
         versions=versions(),
     )
     write_array(target, manifest)
@@ -366,39 +403,9 @@ def require_tokenizer(chunks: Manifest, identity: CodecIdentity, source: Locatio
         )
 
 
-def require_same_ids(source: Location, target: Location, chunks: Manifest) -> int:
-    """The number of truncated chunks, when every shard holds its chunk shard's ids in order and none twice.
-
-    Raises InputError naming the shard and the first id that is missing or too many.
-    """
-    seen: set[str] = set()
-    truncated = 0
-    for shard in chunks.shards:
-        wanted = read_table(source / shard.file, ["chunk_id"]).column("chunk_id").to_pylist()
-        table = read_table(target / shard.file, ["chunk_id", "truncated"])
-        got = table.column("chunk_id").to_pylist()
-        if got != wanted:
-            missing, extra = sorted({*wanted} - {*got}), sorted({*got} - {*wanted})
-            what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}" if extra else "has another order"
-            raise InputError(
-                f"vector shard {target / shard.file} {what}: expected the {len(wanted)} ids of its chunk "
-                f"shard in order, got {len(got)} ({len(missing)} missing, {len(extra)} too many). Delete "
-                "that file and run `latent encode` again."
-            )
-        before = len(seen)
-        seen.update(got)
-        if len(seen) != before + len(got):
-            raise InputError(
-                f"chunk shard {source / shard.file} holds an id twice, or one of an earlier shard; expected "
-                "each once. The input holds an article twice: remove it and run `latent chunk` again."
-            )
-        truncated += int(np.sum(table.column("truncated").to_numpy()))
-    return truncated
-
-
 def _encode_with_ray(
     job: EncodeJob, pending: list[Shard], max_workers: int | None = None, gpus: int | None = None
-) -> Iterator[Shard]:
+) -> Iterator[Made]:
     """Encode shards in parallel; each comes back as soon as it is on disk, in any order."""
     import ray
 
@@ -434,7 +441,9 @@ def _encode_with_ray(
         batch_size=1,
         compute=data.ActorPoolStrategy(
             **sizes,
-            max_tasks_in_flight_per_actor=SHARDS_PER_ACTOR,
+            max_tasks_in_flight_per_actor=SIDE_BY_SIDE[kind] + 1,
+            max_concurrent_calls_per_actor=SIDE_BY_SIDE[kind],
+            enable_true_multi_threading=SIDE_BY_SIDE[kind] > 1,
         ),
         **resources,
     )
@@ -442,7 +451,8 @@ def _encode_with_ray(
     num_chunks = sum(s.rows for s in pending)
     with closing(accepted(rows_done, "encode", len(pending), num_chunks, "chunks")) as made:
         for row in made:
-            yield Shard(**row)
+            cut = row.pop("truncated")
+            yield Shard(**row), cut
 
 
 def _or_no_workers(

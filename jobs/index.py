@@ -3,13 +3,14 @@
     python -m jobs.index --input out/vectors --output out/index
     ray job submit --working-dir . -- python -m jobs.index --input /shared/vectors --output /shared/index
 
-The index is built in one Ray task, on a node that has CPUs to spare, and appears under its name when it is
-whole and measured; the version before it stays on disk. When the published index was made from these vectors,
-the job changes nothing.
+Each part of the index (4 million vectors at most) is built in a Ray task, on a node that has CPUs to spare; one more
+measures the whole, which then appears under its name. The version before it stays on disk. When the published index was
+made from these vectors, the job changes nothing.
 """
 
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Annotated, Any
@@ -21,16 +22,31 @@ from lvm.errors import OutputError, StorageError
 from lvm.storage import Location
 from lvm.vectors.array import open_vectors, write_array
 from lvm.vectors.artefact import require_folder
-from lvm.vectors.index import IndexSettings, build_index, find_index
-from lvm.vectors.shards import Manifest
+from lvm.vectors.index import Build, IndexSettings, build_index, find_index
+from lvm.vectors.shards import Manifest, Shard
 
 
-def build(source: Location, target: Location, settings: IndexSettings, threads: int) -> None:
-    """Build and publish."""
+def build_one(part: Build, number: int, threads: int) -> Shard:
+    """Build a part, with as many threads."""
     import faiss
 
     faiss.omp_set_num_threads(threads)
-    build_index(open_vectors(source), target, settings)
+    return part(number)
+
+
+def build(source: Location, target: Location, settings: IndexSettings, threads: int) -> None:
+    """Build and publish: parts in tasks of their own where there are several."""
+    import faiss
+    import ray
+
+    def in_tasks(part: Build, numbers: range) -> Iterable[Shard]:
+        if len(numbers) == 1:
+            return [part(0)]
+        task = ray.remote(num_cpus=threads)(build_one)
+        return ray.get([task.remote(part, number, threads) for number in numbers])
+
+    faiss.omp_set_num_threads(threads)
+    build_index(open_vectors(source), target, settings, in_tasks)
 
 
 def build_with_ray(source: Location, target: Location, settings: IndexSettings, address: str | None) -> None:
@@ -38,7 +54,8 @@ def build_with_ray(source: Location, target: Location, settings: IndexSettings, 
     import ray
 
     connect(address)
-    # All CPUs of the smallest node: k-means and adding vectors use every thread there is.
+    # All CPUs of the smallest node: k-means and adding vectors use every thread there is. While it waits for the tasks
+    # of the parts, Ray gives its CPUs to them.
     threads = min(int(n["CPU"]) for n in nodes_with() if n.get("CPU", 0) >= 1)
     task = ray.remote(num_cpus=threads)(build)
     get(task.remote(source.resolve(), target.resolve(), settings, threads))

@@ -42,7 +42,7 @@ def train_loop_per_worker(loop: dict[str, Any]) -> None:
         loop["output"],
         config,
         loop["settings"],
-        str(worker_device(pairs=True)),
+        str(worker_device(mini=True)),
         on_score=train.report,
         init=None if loop["init"] is None else local_folder(loop["init"]),
     )

@@ -33,12 +33,13 @@ def seen_gpu() -> str:
     return "mps" if torch.backends.mps.is_available() else ""
 
 
-def device_of_pairs(device: "str | torch.device" = "auto", reserved: bool = True) -> "torch.device":
-    """As `pick_device`, for what turns coordinate pairs as complex numbers (`mini`'s encoder and decoder): the CPU in
-    place of MPS, where torch has complex numbers for some operations alone. Asked for by name, MPS is refused."""
+def device_for_mini(device: "str | torch.device" = "auto", reserved: bool = True) -> "torch.device":
+    """As `pick_device`, but "auto" leaves an Apple GPU alone: `mini`'s networks are small, what they take is the number
+    of their calls, and those cost less on the CPU."""
     picked = pick_device(device, reserved)
-    if picked.type != "mps":
-        return picked
-    if str(device) != "auto":
-        raise InputError("mini computes with complex numbers, which MPS has not; expected auto, cpu or cuda")
-    return pick_device("cpu")
+    return pick_device("cpu") if picked.type == "mps" and str(device) == "auto" else picked
+
+
+def has_complex(device: "torch.device") -> bool:
+    """Whether torch computes with complex numbers there: on MPS for some operations alone."""
+    return device.type != "mps"

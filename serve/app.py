@@ -8,33 +8,35 @@
 Importing this module starts nothing.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 
-from lvm.errors import InputError
-from lvm.storage import Location, location
+from lvm.storage import location
 from serve.decoder import Decoder
 from serve.encoder import Encoder
 from serve.gateway import Gateway
 from serve.predictor import Predictor
+from serve.release import ReleaseArgs, read_models
 from serve.retriever import Retriever
-from serve.settings import Scale, ServeArgs, models_of, require_run
+from serve.settings import Scale, ServeArgs, codec_name, models_of, require_run
 
 
 def build(args: ServeArgs) -> serve.Application:
     """The application. Raises InputError where the run folder is not whole or a model is not there.
 
-    Reads which folder each model alias points to now: build again to roll out a newer one.
+    Reads which folder each model alias points to now: build again, or give another `user_config` (serve/release.py), to
+    roll out a newer one.
     """
     run = args.run and str(location(args.run).absolute())
     inbox = args.inbox and str(Path(args.inbox).absolute())
     args = args.model_copy(update={"run": run, "inbox": inbox})
     if run:
         require_run(run)
-    models = _aliases(models_of(args))
+    # Named here: replicas that start when another run is served need not find this one.
+    args = args.model_copy(update={"codec": codec_name(args)})
+    release = ReleaseArgs(run=run, release=args.release, models=read_models(models_of(run))).model_dump()
 
     def scaled(deployment: Any, scale: Scale, max_ongoing: int) -> Any:
         return deployment.options(
@@ -65,31 +67,23 @@ def build(args: ServeArgs) -> serve.Application:
 
     calls = args.max_calls
 
-    def apart(name: str, deployment: Any, scale: Scale, max_ongoing: int, *given: Any) -> Any:
-        return None if name in args.inline else scaled(deployment, scale, max_ongoing).bind(args, *given)
+    def apart(name: str, deployment: Any, scale: Scale, max_ongoing: int, **options: Any) -> Any:
+        if name in args.inline:
+            return None
+        return scaled(deployment, scale, max_ongoing).options(**options).bind(args)
 
     return (
         scaled(Gateway, args.gateway, 4 * args.limits.max_pending)
         .options(
             max_queued_requests=args.limits.max_pending,
             backpressure_config={"status_code": 429, "retry_after_s": 1},
+            user_config=release,
         )
         .bind(  # type: ignore[no-any-return]
             args,
-            models,
             apart("encoder", Encoder, args.encoder, calls),
-            apart("predictor", Predictor, args.predictor, calls, models),
-            apart("retriever", Retriever, args.retriever, 3 * calls) if run else None,
+            apart("predictor", Predictor, args.predictor, calls, user_config=release),
+            apart("retriever", Retriever, args.retriever, 3 * calls, user_config=release) if run else None,
             scaled(Decoder, args.decoder, 2 * args.queue_rows).bind(args),
         )
     )
-
-
-def _aliases(models: Location) -> dict[str, str]:
-    path = models / "aliases.json"
-    if not path.is_file():
-        return {}
-    try:
-        return {str(k): str(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, AttributeError) as err:
-        raise InputError(f"{path} cannot be read ({err}); expected JSON written by `latent train`") from err

@@ -15,7 +15,7 @@ from lvm.codec.ladder import Answer, Ladder, LadderSettings
 from lvm.predict.steer import unit
 from serve.metrics import replica_metrics
 from serve.rows import Outcome, StreamQueue
-from serve.settings import ServeArgs, codec_of_run
+from serve.settings import ServeArgs, load_served
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Decoder:
         import torch
 
         torch.set_num_threads(args.decoder.num_threads)
-        self._codec = codec_of_run(args, args.decoder)
+        self._codec = load_served(args, args.decoder)
         settings = LadderSettings(candidates=args.candidates, cache_bytes=args.cache_bytes)
         self._ladder = Ladder(self._codec, self._codec.writer, settings)
         # One text that is read back, and one that no text has: both engines are warm then.

@@ -10,7 +10,7 @@ from ray import serve
 
 from serve.metrics import replica_metrics
 from serve.rows import Outcome, RowQueue
-from serve.settings import ServeArgs, codec_of_run
+from serve.settings import ServeArgs, load_served
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Encoder:
         import torch
 
         torch.set_num_threads(args.encoder.num_threads)
-        self._codec = codec_of_run(args, args.encoder)
+        self._codec = load_served(args, args.encoder)
         self._codec.encode_chunks(["warm up"])
         self._queue: RowQueue[str, EncodedText] = RowQueue(
             self._work, args.queue_rows * 5, measure=replica_metrics().measure

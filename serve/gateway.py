@@ -1,7 +1,10 @@
 """The gateway deployment: it answers HTTP and sends rows to encoder, predictor, retriever and decoder."""
 
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,9 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.codec.zoo import load_tokenizer
@@ -24,6 +29,7 @@ from serve.guard import LOOPBACK, App, Guard, read_keys
 from serve.metrics import GatewayMetrics
 from serve.pipeline import CorpusStages, Pipeline
 from serve.predictor import Predictor
+from serve.release import Release, read_release
 from serve.requests import add_error_replies
 from serve.retriever import Retriever
 from serve.routes import Errors
@@ -36,6 +42,9 @@ from serve.schema import ErrorReply, ModelRecord
 from serve.service import Service
 from serve.settings import ServeArgs, codec_name
 from serve.stage import Call, FullError, Stage, StageError
+
+ATTEMPTS = 4
+"""Times that a part is asked what it is; seven seconds, in which a replica is started again."""
 
 LOST = (RayActorError, DeploymentUnavailableError)
 """The call did not come back; every operation is a function of its input, so it may be sent again."""
@@ -56,14 +65,13 @@ class Gateway:
     async def __init__(
         self,
         args: ServeArgs,
-        models: dict[str, str],
         encoder: DeploymentHandle | None,
         predictor: DeploymentHandle | None,
         retriever: DeploymentHandle | None,
         decoder: DeploymentHandle,
     ) -> None:
-        """models: alias to record folder. What has no handle runs here, `ServeArgs.inline`. Raises InputError where the
-        service would be open to a network without a key."""
+        """What has no handle runs here, `ServeArgs.inline`. `reconfigure` says with which run. Raises InputError where
+        the service would be open to a network without a key."""
         self._args = args
         self._keys = [*args.api_keys_sha256, *(read_keys(args.api_keys_file) if args.api_keys_file else [])]
         require_key_unless_loopback(self._keys, _http_host())
@@ -72,23 +80,58 @@ class Gateway:
             import torch
 
             torch.set_num_threads(1)  # the decoder has the other core
-        parts: dict[str, Any] = {
+        self._parts: dict[str, Any] = {
             "encoder": encoder or Encoder.func_or_class(args),
-            "predictor": predictor or Predictor.func_or_class(args, models),
+            "predictor": predictor or Predictor.func_or_class(args),
             "decoder": decoder,
         }
         if args.run:
-            parts["retriever"] = retriever or Retriever.func_or_class(args)
-        described = {
-            name: await (part.describe.remote() if isinstance(part, DeploymentHandle) else part.describe())
-            for name, part in parts.items()
-        }
-        identity = CodecIdentity.from_dict(described["encoder"])
-        served = {name: described[name]["codec"] for name in ("decoder", "retriever") if name in described}
-        served |= {f"model {alias}": r["config"]["codec"] for alias, r in described["predictor"].items()}
+            self._parts["retriever"] = retriever or Retriever.func_or_class(args)
+        self._identity = CodecIdentity.from_dict(await self._describe("encoder"))
+        self._decoder = await self._describe("decoder")
+        decoders = CodecIdentity.from_dict(self._decoder["codec"])
+        require_same_codec(self._identity, decoders, "the encoder", "the decoder")
+        self._tokenizer = load_tokenizer(codec_name(args), args.codec_path)
+        self._breaker = Breaker(args.breaker)
+        self._concepts: Concepts | None = None
+        if args.dataset:
+            self._concepts = Concepts(args, self._identity, self._tokenizer)
+            with suppress(DatabaseError):  # what needs no store answers meanwhile, and requests try again
+                await self._concepts.open()
+        self._service: Service | None = None
+        self._app: App = Starlette()
+
+    async def reconfigure(self, wanted: Mapping[str, Any]) -> None:
+        """Answer with the release of a `user_config` from now on; requests under way end with theirs.
+
+        What cannot be taken up is refused: the one before goes on, /health says so, and the log why (whoever may ask
+        for health need not know where runs lie). A replica that has none yet raises InputError, IdentityError, or what
+        its parts raise.
+        """
+        try:
+            release = await asyncio.to_thread(read_release, wanted, self._args)
+            service = await self._serve(release)
+        except Exception as err:
+            if self._service is None:
+                raise
+            # Raised, it would end the replica, whatever it is.
+            self._service.refused = (
+                f"release {str(wanted.get('release', ''))!r} is not taken up; the log says why"
+            )
+            logging.getLogger("ray.serve").error("%s is not taken up: %s", dict(wanted), _last_line(err))
+        else:
+            self._app, self._service = self._guarded(service), service
+
+    async def _serve(self, release: Release) -> Service:
+        """The service with this run, once its parts have it."""
+        args = self._args
+        models = await self._describe("predictor", release)
+        corpus = await self._describe("retriever", release) if args.run else {}
+        served = {f"model {alias}": r["config"]["codec"] for alias, r in models.items()}
+        served |= {"retriever": corpus["codec"]} if corpus else {}
         for name, codec in served.items():
-            require_same_codec(identity, CodecIdentity.from_dict(codec), "the encoder", f"the {name}")
-        records = {alias: _model_record(alias, r) for alias, r in described["predictor"].items()}
+            require_same_codec(self._identity, CodecIdentity.from_dict(codec), "the encoder", f"the {name}")
+        records = {alias: _model_record(alias, r) for alias, r in models.items()}
         records[PASSTHROUGH] = ModelRecord(
             name=PASSTHROUGH,
             folder=PASSTHROUGH,
@@ -96,18 +139,19 @@ class Gateway:
             parameters=0,
             context=CONTEXT_CHUNKS,
             created="",
-            codec=identity.digest,
+            codec=self._identity.digest,
         )
         contexts = {alias: record.context for alias, record in records.items()}
-        tokenizer = load_tokenizer(codec_name(args), args.codec_path)
 
         def stage(name: str, part: str, method: str, max_rows: int, max_calls: int = args.max_calls) -> Stage:
-            where = parts[part]
+            where = self._parts[part]
             call = _call(where, method) if isinstance(where, DeploymentHandle) else getattr(where, method)
+            if part in ("predictor", "retriever"):
+                call = partial(call, release=release)
             return Stage(name, call, LOST, max_calls, max_rows, self._metrics.measure_call)
 
         pipeline = Pipeline(
-            identity,
+            self._identity,
             stage("encode", "encoder", "run", args.queue_rows * max(contexts.values())),
             stage("predict", "predictor", "run", args.queue_rows),
             stage("decode", "decoder", "run", args.queue_rows, max_calls=args.queue_rows),
@@ -118,32 +162,50 @@ class Gateway:
             )
             if args.run
             else None,
-            Breaker(args.breaker),
+            self._breaker,
             self._metrics,
             args.cache_bytes,
             args.decode_patience_s,
-            dict(models),
+            dict(release.models),
             contexts,
         )
-        concepts = None
-        if args.dataset:
-            concepts = Concepts(args, identity, tokenizer)
-            with suppress(DatabaseError):  # what needs no store answers meanwhile, and requests try again
-                await concepts.open()
-        self._service = Service(
+        return Service(
             args,
-            identity,
+            release,
+            self._identity,
             records,
-            described["decoder"],
-            described.get("retriever", {}),
-            Chunker(tokenizer),
+            self._decoder,
+            corpus,
+            Chunker(self._tokenizer),
             pipeline,
             self._metrics,
-            concepts,
+            self._concepts,
         )
 
+    async def _describe(self, name: str, *of: Release) -> dict[str, Any]:
+        """What a part says of itself; asked again where its replica was lost."""
+        part = self._parts[name]
+        for attempt in range(ATTEMPTS):
+            try:
+                if isinstance(part, DeploymentHandle):
+                    return await part.describe.remote(*of)  # type: ignore[no-any-return]
+                return await part.describe(*of)  # type: ignore[no-any-return]
+            except LOST:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                await asyncio.sleep(2**attempt)
+        raise AssertionError
+
     def __serve_build_asgi_app__(self) -> Any:
-        """The routes, behind the guard."""
+        """The application of the release that answers; Ray asks for one, and starts it before there is a release."""
+
+        async def current(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._app(scope, receive, send)
+
+        return current
+
+    def _guarded(self, service: Service) -> App:
+        """The routes of a service, behind the guard."""
         app = FastAPI(
             title="Latent vector models",
             version="1",
@@ -155,8 +217,8 @@ class Gateway:
             status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 422, 429, 503)
         }
         for kind in (GenerateRoute, VectorRoutes, CorpusRoutes, OpenAIRoutes, StatusRoutes):
-            kind(self._service).add_to(app, errors)
-        add_error_replies(app, self._service)
+            kind(service).add_to(app, errors)
+        add_error_replies(app, service)
         guarded: App = Guard(app, self._args.limits, self._keys, self._metrics)
         if self._args.cors_origins:
             # Outside the guard: a preflight has no key, and a page must be able to read a refusal.
@@ -186,16 +248,20 @@ def _http_host() -> str:
     return str(_get_global_client().http_config.host or "127.0.0.1")
 
 
+def _last_line(err: Exception) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[-1]
+
+
 def _call(handle: DeploymentHandle, method: str) -> Call:
     caller = handle.options(method_name=method)
 
-    async def call(rows: list[Any], remaining_s: list[float]) -> Any:
+    async def call(rows: list[Any], remaining_s: list[float], **of: Release) -> Any:
         try:
-            return await caller.remote(rows, remaining_s)
+            return await caller.remote(rows, remaining_s, **of)
         except BackPressureError as err:
             raise FullError(f"the queue of {method} is full; try again later") from err
         except RayTaskError as err:
-            raise StageError(str(err).strip().splitlines()[-1]) from err
+            raise StageError(_last_line(err)) from err
 
     return call
 

@@ -5,9 +5,10 @@ milliseconds, while a replica takes half a gigabyte before its first weight, and
 than every prediction it will ask for (tests/bench/results/).
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,12 @@ from ray import serve
 
 from lvm.predict.steer import PASSTHROUGH
 from serve.metrics import replica_metrics
+from serve.release import Held, Release, read_release
 from serve.rows import Outcome, RowQueue
 from serve.settings import ServeArgs, device_of, models_of, require_run
+
+if TYPE_CHECKING:
+    from lvm.predict.predictor import TrainedPredictor
 
 
 @dataclass(frozen=True)
@@ -47,45 +52,59 @@ class Predicted:
 class Predictor:
     """All predictors of a run."""
 
-    def __init__(self, args: ServeArgs, models: dict[str, str]) -> None:
-        """models: alias to folder name under the run's models/, fixed when the application was built: another
-        version of a model is another application, which Ray Serve rolls out replica by replica."""
+    def __init__(self, args: ServeArgs) -> None:
         import torch
 
-        # With torch; the gateway imports this module for its rows.
-        from lvm.predict.predictor import load_predictor
-
         torch.set_num_threads(args.predictor.num_threads)
-        self._predictors = {}
-        for alias, folder in models.items():
-            predictor = load_predictor(folder, models_of(args), device_of(args.predictor))
-            assert predictor.record is not None
-            if args.run:
-                predictor.require_codec(require_run(args.run).identity, f"{args.run}/vectors")
-            blank = np.zeros((1, predictor.context, predictor.record.identity.dim), np.float32)
-            predictor(blank), predictor.search(blank)  # the first calls allocate
-            self._predictors[alias] = predictor
-        self._queue: RowQueue[ContextRow, Predicted] = RowQueue(
+        self._args = args
+        self._held = Held(self._load)
+        self._queue: RowQueue[tuple[dict[str, TrainedPredictor], ContextRow], Predicted] = RowQueue(
             self._work,
             args.queue_rows * 2,
-            group=lambda row: (row.model, len(row.vectors), row.search),
+            group=lambda of_row: (id(of_row[0]), of_row[1].model, len(of_row[1].vectors), of_row[1].search),
             measure=replica_metrics().measure,
         )
 
-    def _work(self, rows: list[ContextRow]) -> Sequence[Predicted]:
-        contexts = np.stack([row.vectors for row in rows])
-        if rows[0].model == PASSTHROUGH:
+    async def reconfigure(self, wanted: Mapping[str, Any]) -> None:
+        """Load what a `user_config` asks for before a gateway does. What cannot be loaded the gateways refuse."""
+        try:
+            await self._held.get(read_release(wanted, self._args))
+        except Exception as err:  # raised, it would end the replica
+            logging.getLogger("ray.serve").warning("not taken up: %s", err)
+
+    def _load(self, release: Release) -> "dict[str, TrainedPredictor]":
+        # With torch; the gateway imports this module for its rows.
+        from lvm.predict.predictor import load_predictor
+
+        predictors = {}
+        for alias, folder in release.models:
+            predictor = load_predictor(folder, models_of(release.run), device_of(self._args.predictor))
+            assert predictor.record is not None
+            if release.run:
+                predictor.require_codec(require_run(release.run).identity, f"{release.run}/vectors")
+            blank = np.zeros((1, predictor.context, predictor.record.identity.dim), np.float32)
+            predictor(blank), predictor.search(blank)  # the first calls allocate
+            predictors[alias] = predictor
+        return predictors
+
+    def _work(self, rows: "list[tuple[dict[str, TrainedPredictor], ContextRow]]") -> Sequence[Predicted]:
+        contexts = np.stack([row.vectors for _, row in rows])
+        predictors, first = rows[0]
+        if first.model == PASSTHROUGH:
             return [Predicted(vector, vector, PASSTHROUGH) for vector in contexts[:, -1]]
-        predictor = self._predictors[rows[0].model]
+        predictor = predictors[first.model]
         vectors = predictor(contexts)
-        searching = predictor.search(contexts) if rows[0].search else vectors
+        searching = predictor.search(contexts) if first.search else vectors
         return [Predicted(v, s, predictor.name) for v, s in zip(vectors, searching, strict=True)]
 
-    async def run(self, rows: list[ContextRow], remaining_s: list[float]) -> list[Outcome[Predicted]]:
+    async def run(
+        self, rows: list[ContextRow], remaining_s: list[float], release: Release
+    ) -> list[Outcome[Predicted]]:
         """One outcome a context."""
-        return await self._queue.submit(rows, remaining_s)
+        predictors = await self._held.get(release)
+        return await self._queue.submit([(predictors, row) for row in rows], remaining_s)
 
-    async def describe(self) -> dict[str, dict[str, Any]]:
+    async def describe(self, release: Release) -> dict[str, dict[str, Any]]:
         """Each alias's record: folder, context length, architecture, parameters, codec, metrics, training."""
         return {
             alias: {
@@ -94,6 +113,6 @@ class Predictor:
                 "config": p.record.config,
                 "metrics": p.record.metrics,
             }
-            for alias, p in self._predictors.items()
+            for alias, p in (await self._held.get(release)).items()
             if p.record is not None
         }

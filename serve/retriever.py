@@ -1,8 +1,9 @@
 """The retriever deployment: the corpus and its FAISS index, memory-mapped, so a node's replicas share pages."""
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from lvm.predict.extract import Extractor
 from lvm.predict.steer import Context, build_context, snap
 from lvm.vectors.array import open_vectors
 from lvm.vectors.index import load_index
+from serve.release import Held, Release, read_release
 from serve.rows import EXPIRED, Outcome
 from serve.settings import ServeArgs, once_a_node, require_run
 
@@ -80,62 +82,55 @@ class CorpusChunk:
     """Where it was asked for."""
 
 
-@serve.deployment
-class Retriever:
-    """Searches the corpus of a run."""
+class _Corpus:
+    """The corpus of one run."""
 
-    def __init__(self, args: ServeArgs) -> None:
-        import faiss
-
-        faiss.omp_set_num_threads(args.retriever.num_threads)
-        manifest = require_run(args.run)
-        with once_a_node(args.run) as run:
-            self._array = open_vectors(run / "vectors")
-            self._index = load_index(run / "index")
+    def __init__(self, run: str) -> None:
+        self.identity = require_run(run).identity
+        with once_a_node(run) as folder:
+            self._array = open_vectors(folder / "vectors")
+            self._index = load_index(folder / "index")
         self._index.require_array(self._array)
         self._extractor = Extractor(self._array, self._index)
-        self._identity = manifest.identity
         self._codes: NDArray[np.int32] | None = None
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="search")
 
-    async def fill(self, rows: list[FillRow], remaining_s: list[float]) -> list[Outcome[Context]]:
+    def describe(self) -> dict[str, Any]:
+        """Codec, number of chunks, the index's kind and its measured recall."""
+        return {
+            "codec": self.identity.to_dict(),
+            "chunks": len(self._array),
+            "index": {**self._index.manifest.settings, **self._index.manifest.report},
+        }
+
+    def fill(self, rows: list[FillRow]) -> list[Context]:
         """One full context a row."""
-        return await self._each(rows, remaining_s, lambda live: [self._fill(row) for row in live])
+        return [
+            build_context(row.vectors, row.texts, row.length, "retrieve", self._index, self._array)
+            for row in rows
+        ]
 
-    def _fill(self, row: FillRow) -> Context:
-        return build_context(row.vectors, row.texts, row.length, "retrieve", self._index, self._array)
-
-    async def snap(
-        self, rows: list[SnapRow], remaining_s: list[float]
-    ) -> list[Outcome[tuple[NDArray[np.float32], bool]]]:
+    def snap(self, rows: list[SnapRow]) -> list[tuple[NDArray[np.float32], bool]]:
         """The steered unit vector (D,) of each row, and whether the drift blend was used."""
+        done = snap(
+            np.stack([r.prediction for r in rows]),
+            np.stack([r.query for r in rows]),
+            np.stack([r.context_mean for r in rows]),
+            self._index,
+            self._array.vectors,
+        )
+        return [(v, bool(d)) for v, d in zip(done.vectors, done.drifted, strict=True)]
 
-        def work(live: list[SnapRow]) -> list[tuple[NDArray[np.float32], bool]]:
-            done = snap(
-                np.stack([r.prediction for r in live]),
-                np.stack([r.query for r in live]),
-                np.stack([r.context_mean for r in live]),
-                self._index,
-                self._array.vectors,
-            )
-            return [(v, bool(d)) for v, d in zip(done.vectors, done.drifted, strict=True)]
-
-        return await self._each(rows, remaining_s, work)
-
-    async def near(self, rows: list[NearRow], remaining_s: list[float]) -> list[Outcome[list[CorpusChunk]]]:
+    def near(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
         """The k nearest chunks of each row, best first; fewer where the corpus has no more."""
-        return await self._each(rows, remaining_s, self._near)
-
-    def _near(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
         answering = [i for i, row in enumerate(rows) if row.answers]
         if answering:
             found = self._answering([rows[i] for i in answering])
             others = [i for i, row in enumerate(rows) if not row.answers]
-            rest = self._near([rows[i] for i in others]) if others else []
+            rest = self.near([rows[i] for i in others]) if others else []
             by_row = dict(zip(answering + others, [*found, *rest], strict=True))
             return [by_row[i] for i in range(len(rows))]
         if any(row.codes for row in rows):
-            return [self._passing(row, row.codes) if row.codes else self._near([row])[0] for row in rows]
+            return [self._passing(row, row.codes) if row.codes else self.near([row])[0] for row in rows]
         # A text may stand in the corpus several times; twice as many leave enough after those are taken out.
         k = min(len(self._index), max(r.k + 2 * len(r.barred) for r in rows))
         scores, found = self._index.search(np.stack([r.vector for r in rows]), k)
@@ -186,6 +181,48 @@ class Retriever:
             cosine,
         )
 
+
+@serve.deployment
+class Retriever:
+    """Searches the corpus of a run."""
+
+    def __init__(self, args: ServeArgs) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(args.retriever.num_threads)
+        self._args = args
+        self._held = Held(lambda release: _Corpus(release.run))
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="search")
+
+    async def reconfigure(self, wanted: Mapping[str, Any]) -> None:
+        """Load what a `user_config` asks for before a gateway does. What cannot be loaded the gateways refuse."""
+        try:
+            await self._held.get(read_release(wanted, self._args))
+        except Exception as err:  # raised, it would end the replica
+            logging.getLogger("ray.serve").warning("not taken up: %s", err)
+
+    async def fill(
+        self, rows: list[FillRow], remaining_s: list[float], release: Release
+    ) -> list[Outcome[Context]]:
+        """`_Corpus.fill`; one outcome a row, as of all these."""
+        return await self._each(rows, remaining_s, (await self._held.get(release)).fill)
+
+    async def snap(
+        self, rows: list[SnapRow], remaining_s: list[float], release: Release
+    ) -> list[Outcome[tuple[NDArray[np.float32], bool]]]:
+        """`_Corpus.snap`."""
+        return await self._each(rows, remaining_s, (await self._held.get(release)).snap)
+
+    async def near(
+        self, rows: list[NearRow], remaining_s: list[float], release: Release
+    ) -> list[Outcome[list[CorpusChunk]]]:
+        """`_Corpus.near`."""
+        return await self._each(rows, remaining_s, (await self._held.get(release)).near)
+
+    async def describe(self, release: Release) -> dict[str, Any]:
+        """`_Corpus.describe`."""
+        return (await self._held.get(release)).describe()
+
     async def _each(
         self, rows: list[Any], remaining_s: list[float], work: Callable[[list[Any]], Sequence[Any]]
     ) -> list[Outcome[Any]]:
@@ -205,11 +242,3 @@ class Retriever:
         for i, value in zip(live, values, strict=True):
             outcomes[i] = Outcome(value, None, queue_ms, work_ms, len(live))
         return outcomes
-
-    async def describe(self) -> dict[str, Any]:
-        """Codec, number of chunks, the index's kind and its measured recall."""
-        return {
-            "codec": self._identity.to_dict(),
-            "chunks": len(self._array),
-            "index": {**self._index.manifest.settings, **self._index.manifest.report},
-        }

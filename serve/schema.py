@@ -533,6 +533,7 @@ class HealthReply(_Reply):
     """Of /health."""
 
     status: Literal["ready", "degraded", "not ready"]
+    release: str = Field(description="Release that answers, as the configuration names it.")
     reasons: list[str] = Field(description="Which target is missed, or what is not there.")
     targets: dict[str, float]
     figures: dict[str, float | int]

@@ -20,6 +20,7 @@ from serve.concepts import Concepts
 from serve.health import Seen, Window
 from serve.metrics import GatewayMetrics
 from serve.pipeline import NO_CORPUS, CorpusStages, Pipeline
+from serve.release import Release
 from serve.schema import CodecRecord, ModelRecord, RefusedError
 from serve.settings import ServeArgs
 from serve.smoothing import Smoother
@@ -38,6 +39,7 @@ class Service:
     def __init__(
         self,
         args: ServeArgs,
+        release: Release,
         identity: CodecIdentity,
         models: dict[str, ModelRecord],
         decoder: dict[str, Any],
@@ -49,7 +51,9 @@ class Service:
     ) -> None:
         """models: by alias. decoder and corpus: what these parts say of themselves. Raises RefusedError where the
         default model is not among the models."""
-        self.args, self.limits, self.identity = args, args.limits, identity
+        self.args, self.limits, self.release, self.identity = args, args.limits, release, identity
+        self.refused = ""
+        """What to say where the release asked for last is not this one."""
         self.codec = CodecRecord(**identity.to_dict())
         self.models, self.decoder, self.corpus = models, decoder, corpus
         self.default_model = args.default_model or next(

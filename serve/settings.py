@@ -9,7 +9,6 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lvm.codec.identity import require_same_codec
 from lvm.codec.zoo import Codec, load_codec
 from lvm.devices import pick_device
 from lvm.errors import InputError
@@ -26,8 +25,8 @@ __all__ = [
     "ServeArgs",
     "SmoothingArgs",
     "codec_name",
-    "codec_of_run",
     "device_of",
+    "load_served",
     "models_of",
     "once_a_node",
     "require_run",
@@ -142,7 +141,8 @@ class ServeArgs(Strict):
     run: str = ""
     """Folder of `latent run` or `latent demo`: on storage that every node sees, or s3:// and gs://, from where each
     node fetches it once, by its checksums, into LATENT_CACHE (~/.cache/latent). Empty serves the predictors that ship,
-    without a corpus: no search, no snap, and nothing is answered from neighbours."""
+    without a corpus: no search, no snap, and nothing is answered from neighbours. A `user_config` of Gateway, Predictor
+    and Retriever names another, which replicas take up as they run (serve/release.py)."""
     codec: str | None = None
     """Codec name; by default the one the vectors were made with."""
     codec_path: str | None = None
@@ -250,10 +250,10 @@ def once_a_node(run: str) -> Iterator[Location]:
         yield folder
 
 
-def models_of(args: ServeArgs) -> Location:
-    """The folder of the model records served."""
-    if args.run:
-        return location(args.run) / "models"
+def models_of(run: str) -> Location:
+    """The folder of a run's model records; of those that ship where there is no run."""
+    if run:
+        return location(run) / "models"
     from lvm.predict.predictor import SHIPPED  # with torch, which a launcher has no use for
 
     return SHIPPED
@@ -269,17 +269,12 @@ def device_of(scale: Scale) -> str:
     return str(pick_device("auto", reserved=scale.num_gpus > 0))
 
 
-def codec_of_run(args: ServeArgs, scale: Scale) -> Codec:
-    """The codec that answers for `args.run`, loaded where a replica of `scale` may; raises IdentityError where the
-    run's vectors are another's."""
-    codec = load_codec(
+def load_served(args: ServeArgs, scale: Scale) -> Codec:
+    """The codec served, loaded where a replica of `scale` may."""
+    return load_codec(
         codec_name(args),
         args.codec_path,
         device="auto" if scale.num_gpus > 0 else "cpu",
         writer=args.writer,
         language_model=args.language_model,
     )
-    if args.run:
-        manifest = require_run(args.run)
-        require_same_codec(codec.identity, manifest.identity, "the loaded codec", f"{args.run}/vectors")
-    return codec

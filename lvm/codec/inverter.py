@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvm.codec.mini import MiniEncoder, MiniHypothesizer, flat, paired, unpaired
+from lvm.codec.mini import MiniEncoder, MiniHypothesizer, conjugate, flat, paired, times, unpaired
 from lvm.codec.runner import Matrix, Precision, StackRunner, first_largest
 from lvm.codec.vec2text import END_ID, START_ID, Corrector, Hypothesizer
+from lvm.devices import has_complex
 from lvm.errors import InputError
 
 LEAVE_SHARE = 1 / 8
@@ -124,9 +125,10 @@ class MiniHypothesizing:
         end_id: int,
         precision: Precision,
         foresee: Callable[[Tensor], Tensor] | None = None,
+        real: bool | None = None,
     ) -> None:
-        """foresee: from lexical parts (B, H) what the places after each probably hold together, (B, T, H); as complex
-        pairs (`mini.paired`)."""
+        """foresee: from lexical parts (B, H) what the places after each probably hold together, (B, T, H); as pairs
+        (`mini.paired`). real: pairs as two reals; None where the device has no complex numbers."""
         self.end_id = end_id
         self.foresee = foresee
         self.network = hypothesizer.float()
@@ -134,11 +136,13 @@ class MiniHypothesizing:
         self.table = encoder.tokens.weight.detach().float()
         # Float32 tables are shared with the encoder, others are copies in their precision.
         self.head = Matrix(self.table, precision)
-        self.binding = encoder.binding
-        back = encoder.rotation.turns.conj().resolve_conj()
+        self.real = not has_complex(self.table.device) if real is None else real
+        self.binding = encoder.binding(self.real)
+        back = conjugate(encoder.rotation.turns(self.real))
         self.back = back[:-1]
         """(T + 1, H): turns a place back."""
-        self.looks = torch.stack((back[:-1], back[1:], torch.ones_like(back[1:])), dim=1)
+        self.one = paired(self.table.new_tensor([[1.0, 0.0]]), self.real)  # (1, 1)
+        self.looks = torch.stack((back[:-1], back[1:], self.one.expand_as(back[1:])), dim=1)
         """(T + 1, 3, H): the glimpse turned back by a place, by the one after, and not."""
         # Columns as the complex numbers of a glimpse lie in memory.
         by_pairs = hypothesizer.glimpse.weight.detach().unflatten(1, (3, 2, -1)).transpose(2, 3).flatten(1)
@@ -162,7 +166,7 @@ class MiniWriter:
         self._place = 0
         memory = parts.remember(vectors).view(-1, c.memory_tokens, c.lexical_dim)
         self._cache = parts.runner.begin(memory, None, max_new_tokens)
-        lexical = paired(parts.network.unscale(vectors))  # (B, H)
+        lexical = paired(parts.network.unscale(vectors), parts.real)  # (B, H)
         self._residual = lexical
         self._after = None if parts.foresee is None else FORESEEN_SHARE * parts.foresee(lexical)
         # What the priors read: the whole, and what is left of it
@@ -172,18 +176,21 @@ class MiniWriter:
     def choose(self) -> Tensor:
         parts, t = self._parts, self._place
         network, c = parts.network, parts.network.config
-        glimpse = flat(self._residual[:, None] * parts.looks[t]).flatten(1)
+        glimpse = flat(times(self._residual[:, None], parts.looks[t])).flatten(1)
         x = parts.glimpse(glimpse).add_(self._previous, alpha=c.lexical_dim**0.5)
         state = parts.runner.step(self._cache, x)
-        gates = network.gates(state)[..., None]  # (B, 4, 1), in the order of `MiniHypothesizer.priors`
+        gates = network.gates(state)  # (B, 4), in the order of `MiniHypothesizer.priors`
+        gates = gates[..., None, None] if parts.real else gates[..., None]
         self._read[:, 1] = self._residual if self._after is None else self._residual - self._after[:, t]
-        prior = ((gates[:, :2] * parts.back[t] + gates[:, 2:]) * self._read).sum(1)
+        prior = times(gates[:, :2] * parts.back[t] + gates[:, 2:] * parts.one, self._read).sum(1)
         scores, scale = parts.head.unscaled(state + unpaired(prior))
         return first_largest(torch.addcmul(network.bias, scores, scale))
 
     def accept(self, ids: Tensor) -> None:
         self._previous = self._parts.table[ids]
-        self._residual = self._residual - paired(self._previous) * self._parts.binding[self._place]
+        self._residual = self._residual - times(
+            paired(self._previous, self._parts.real), self._parts.binding[self._place]
+        )
         self._place += 1
 
     def keep(self, rows: Tensor) -> None:

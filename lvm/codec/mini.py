@@ -85,20 +85,46 @@ class MiniConfig:
         return asdict(self)
 
 
-def paired(x: Tensor) -> Tensor:
-    """(…, L) with each coordinate and the one that `Rotation` turns it with as a complex number, (…, H)."""
+def paired(x: Tensor, real: bool = False) -> Tensor:
+    """(…, L) with each coordinate and the one that `Rotation` turns it with as a complex number, (…, H); as two reals
+    side by side, (…, H, 2), for devices without complex numbers. All of what follows takes both."""
     first, second = x.chunk(2, dim=-1)
-    return torch.complex(first, second)
+    return torch.stack((first, second), dim=-1) if real else torch.complex(first, second)
 
 
 def unpaired(z: Tensor) -> Tensor:
-    """What `paired` was given, (…, L), from (…, H) complex."""
-    return torch.cat((z.real, z.imag), dim=-1)
+    """What `paired` was given, (…, L)."""
+    return torch.cat((z.real, z.imag) if z.is_complex() else z.unbind(-1), dim=-1)
+
+
+def times(z: Tensor, factor: Tensor) -> Tensor:
+    """The complex product of pairs."""
+    if z.is_complex():
+        return z * factor
+    a, b = z.unbind(-1)
+    c, d = factor.unbind(-1)
+    return torch.stack((a * c - b * d, a * d + b * c), dim=-1)
+
+
+def conjugate(z: Tensor) -> Tensor:
+    """Pairs that turn back what `z` turns."""
+    return z.conj().resolve_conj() if z.is_complex() else torch.stack((z[..., 0], -z[..., 1]), dim=-1)
 
 
 def flat(z: Tensor) -> Tensor:
-    """The numbers of (…, H) complex as they lie in memory, (…, L) real: for inner products, in which order is free."""
-    return torch.view_as_real(z).flatten(-2)
+    """The numbers of pairs as they lie in memory, (…, L) real: for inner products, in which order is free."""
+    return (torch.view_as_real(z) if z.is_complex() else z).flatten(-2)
+
+
+def unflat(x: Tensor, real: bool = False) -> Tensor:
+    """What `flat` was given, from (…, L)."""
+    z = x.unflatten(-1, (-1, 2))
+    return z if real else torch.view_as_complex(z)
+
+
+def square(z: Tensor) -> Tensor:
+    """|z|^2, real, (…, H)."""
+    return (torch.view_as_real(z) if z.is_complex() else z).square().sum(-1)
 
 
 class Rotation(nn.Module):
@@ -114,10 +140,9 @@ class Rotation(nn.Module):
         self.register_buffer("cos", phase.cos().float(), persistent=False)
         self.register_buffer("sin", phase.sin().float(), persistent=False)
 
-    @property
-    def turns(self) -> Tensor:
-        """(num_places, H) complex: `paired` vectors at a place times its row are turned, times the conjugate back."""
-        return torch.complex(self.cos, self.sin)
+    def turns(self, real: bool = False) -> Tensor:
+        """Pairs (num_places, H): `paired` vectors at a place `times` its row are turned, times the conjugate back."""
+        return paired(torch.cat((self.cos, self.sin), dim=-1), real)
 
     def forward(self, x: Tensor, first: int = 0, back: bool = False) -> Tensor:
         """x (B, T, L) with its t-th row turned by first + t places, or turned back."""
@@ -160,11 +185,10 @@ class MiniEncoder(nn.Module):
         lexical_energy: float = c.full_tokens * (c.word_weight**2 + c.order_weight**2)
         return math.sqrt(lexical_energy * c.topic_share / (1 - c.topic_share))
 
-    @property
-    def binding(self) -> Tensor:
-        """(T + 2, H) complex: `paired` embeddings at a place times its row are what they add, as `bound` has it."""
-        out: Tensor = self.config.word_weight + self.config.order_weight * self.rotation.turns
-        return out
+    def binding(self, real: bool = False) -> Tensor:
+        """Pairs (T + 2, H): `paired` embeddings at a place `times` its row are what they add, as `bound` has it."""
+        w, o = self.config.word_weight, self.config.order_weight
+        return paired(torch.cat((w + o * self.rotation.cos, o * self.rotation.sin), dim=-1), real)
 
     def bound(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """What each token adds to the lexical part, (B, T, L) float32: w e_i + o R_i e_i."""

@@ -42,7 +42,7 @@ from lvm.codec.inverter import hypothesize
 from lvm.codec.mini import MiniConfig, MiniEncoder, MiniHypothesizer
 from lvm.codec.quality import read_back
 from lvm.codec.tokenizer import ChunkTokenizer
-from lvm.devices import device_of_pairs
+from lvm.devices import device_for_mini
 from lvm.errors import InputError, OutputError, TrainingError
 from lvm.info_nce import info_nce
 
@@ -716,7 +716,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--decoder-layers", type=int, default=MiniConfig().decoder_layers)
     parser.add_argument("--limit", type=int, help="use the first chunks only, this many")
     parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--device", default=str(device_of_pairs()))
+    parser.add_argument("--device", default=str(device_for_mini()))
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--score-every", type=float, default=1.0, help="minutes between held-out scores")
     parser.add_argument("--compile", action="store_true", help="compile the step (needs a C++ compiler)")

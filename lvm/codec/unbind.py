@@ -17,9 +17,9 @@ the vector
   can be a text's. A predicted vector is a blend of many texts, and words fitted to it place by place are no sentence.
 - Such a vector is left to a writer (`lvm.codec.writer`). Many show after one soft sweep, before anything is written.
 
-The coordinate pairs that a rotation turns are held as complex numbers here, so that turning, and all of A_t, is one
-product: A_t e is (w + o r_t) e, its transpose the conjugate's, and inner products are the real parts'. For a few rows
-the cost of a sweep is in the number of calls.
+The coordinate pairs that a rotation turns are held as complex numbers here (`lvm.codec.mini.paired`; as two reals where
+a device has none), so that turning, and all of A_t, is one product: A_t e is (w + o r_t) e, its transpose the
+conjugate's, and inner products are the real parts'. For a few rows the cost of a sweep is in the number of calls.
 
 Letters: B batch, T places, L = 512 (words and order), H = L/2 of its pairs, V vocabulary; id V stands for "no token
 here".
@@ -34,8 +34,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lvm.codec.inverter import Correction, Embed, Inversion, Inverter, MiniHypothesizing, ToIds, ToTexts
-from lvm.codec.mini import MiniEncoder, MiniHypothesizer, flat, paired
+from lvm.codec.mini import (
+    MiniEncoder,
+    MiniHypothesizer,
+    conjugate,
+    flat,
+    paired,
+    square,
+    times,
+    unflat,
+)
 from lvm.codec.runner import ARGMAX_BLOCK, Matrix, Precision, first_largest
+from lvm.devices import has_complex
 from lvm.errors import InputError
 
 HOT, COLD = 0.1, 0.01
@@ -77,11 +87,6 @@ HYPOTHESIS_SHARE = 0.5
 """Prior that the hypothesis is right at a place; the other half follows the pieces' frequencies."""
 
 
-def _square(z: Tensor) -> Tensor:
-    """|z|^2, real."""
-    return torch.view_as_real(z).square().sum(-1)
-
-
 class Unbinder:
     """Better texts for vectors from first texts, by explaining away in both directions."""
 
@@ -92,8 +97,10 @@ class Unbinder:
         log_frequencies: Sequence[float],
         end_id: int,
         precision: Precision = "float32",
+        real: bool | None = None,
     ) -> None:
-        """log_frequencies: of the V pieces in running text, nats. precision: of the large products."""
+        """log_frequencies: of the V pieces in running text, nats. precision: of the large products. real: pairs as two
+        reals and not as complex numbers; None where the device has no complex numbers."""
         c = encoder.config
         self._hypothesizer = hypothesizer
         self._end_id = end_id
@@ -101,17 +108,19 @@ class Unbinder:
         self.num_places = T = c.max_tokens
         self.nothing = c.vocabulary_size
         table = encoder.tokens.weight.detach().float()
-        self._table = paired(torch.cat((table, table.new_zeros(1, c.lexical_dim))))  # (V + 1, H)
+        self._real = not has_complex(table.device) if real is None else real
+        self._table = self._paired(torch.cat((table, table.new_zeros(1, c.lexical_dim))))  # (V + 1, H)
         # Filled up for `first_largest`; no row ever chooses what fills.
         filling = -(c.vocabulary_size + 1) % ARGMAX_BLOCK
         full = F.pad(flat(self._table), (0, 0, 0, filling))
         self._to_pieces = Matrix(full, precision)
         self._of_pieces = Matrix(full.T.contiguous(), precision)
-        self._turns = turns = encoder.rotation.turns[:T]  # (T, H)
-        self._binding = encoder.binding[:T]  # A_t, (T, H)
-        self._matching = self._binding.conj().resolve_conj()  # its transpose
+        self._turns = encoder.rotation.turns(self._real)[:T]  # (T, H)
+        self._back = conjugate(self._turns)
+        self._binding = encoder.binding(self._real)[:T]  # A_t, (T, H)
+        self._matching = conjugate(self._binding)  # its transpose
         # |A_t e|^2 of each place and piece, (T, V + 1)
-        energies = _square(self._binding) @ _square(self._table).T
+        energies = square(self._binding) @ square(self._table).T
         # A place is the emptier the later it lies; roughly what chunks cut at max_tokens show.
         empty = 0.01 + 0.9 * (torch.arange(T, device=table.device) / T) ** 2
         self._log_prior = torch.tensor([*log_frequencies, 0.0]).to(table).repeat(T, 1)  # (T, V + 1)
@@ -121,17 +130,24 @@ class Unbinder:
         self._offsets = F.pad(offsets, (0, filling), value=float("-inf"))
         usual = self._log_prior.softmax(-1) @ flat(self._table)
         # What a place holds before anything is known, (T, H)
-        self._start = torch.view_as_complex(usual.view(T, -1, 2)) * self._binding
+        self._start = times(unflat(usual, self._real), self._binding)
         # cos(d * angle) of each coordinate pair and distance d, (H, T)
-        self._cosines = turns.real.T.contiguous()
+        self._cosines = encoder.rotation.cos[:T].T.contiguous()
+
+    def _paired(self, x: Tensor) -> Tensor:
+        return paired(x, self._real)
+
+    def _starts(self, B: int) -> Tensor:
+        """(B, T, H), overwritten by a sweep."""
+        return self._start.expand(B, *self._start.shape).clone()
 
     def _left(self, x: Tensor, ids: Tensor) -> Tensor:
         """What ids (B, T) leave of x (B, H)."""
-        return x - (self._table[ids] * self._binding).sum(1)
+        return x - times(self._table[ids], self._binding).sum(1)
 
     def _share(self, x: Tensor, ids: Tensor) -> Tensor:
         """(B,) unexplained share of x's energy."""
-        share: Tensor = _square(self._left(x, ids)).sum(1) / _square(x).sum(1).clamp(min=1e-12)
+        share: Tensor = square(self._left(x, ids)).sum(1) / square(x).sum(1).clamp(min=1e-12)
         return share
 
     @torch.inference_mode()
@@ -144,7 +160,7 @@ class Unbinder:
         """As `improve`, and the rows whose vector is no text's."""
         if not rows:
             return [], []
-        x = paired(self._hypothesizer.unscale(vectors))
+        x = self._paired(self._hypothesizer.unscale(vectors))
         ids = self._pack(rows, x.device)
         share = self._share(x, ids)
         todo = torch.nonzero(share > SOLVED)[:, 0]
@@ -175,9 +191,9 @@ class Unbinder:
         settled: begin from what the hypothesis explains, not from the usual text, and sweep once, cold.
         """
         B, T = ids.shape
-        mean = self._table[ids] * self._binding if settled else self._start.repeat(B, 1, 1)
+        mean = times(self._table[ids], self._binding) if settled else self._starts(B)
         left = x - mean.sum(1)
-        energy = _square(x).sum(1).clamp(min=1e-12)
+        energy = square(x).sum(1).clamp(min=1e-12)
         found = ids.clone()
         rows = torch.arange(B, device=ids.device)
         known = ids
@@ -197,7 +213,7 @@ class Unbinder:
                 mean[:, at] = here
             found[rows] = best
             if sweep < len(HOPELESS):
-                hopeful = torch.nonzero(_square(left).sum(1) <= HOPELESS[sweep] * energy)[:, 0]
+                hopeful = torch.nonzero(square(left).sum(1) <= HOPELESS[sweep] * energy)[:, 0]
                 if len(hopeful) < len(rows):
                     rows, known, mean = rows[hopeful], known[hopeful], mean[hopeful]
                     left, energy = left[hopeful], energy[hopeful]
@@ -208,8 +224,8 @@ class Unbinder:
     def _scores(self, alone: Tensor, places: slice, sweep: int) -> Tensor:
         """Log probability of each piece at K places but for a constant, (B, K, V + 1 and what fills); alone (B, K, H)
         is x less what the others hold."""
-        B, K, _ = alone.shape
-        matched, scale = self._to_pieces.unscaled(flat(alone * self._matching[places]).flatten(0, 1))
+        B, K = alone.shape[:2]
+        matched, scale = self._to_pieces.unscaled(flat(times(alone, self._matching[places])).flatten(0, 1))
         noise = scale.div_(NOISES[sweep]).view(B, K, 1)
         return torch.addcmul(self._offsets[sweep, places], matched.view(B, K, -1), noise)
 
@@ -218,7 +234,7 @@ class Unbinder:
         # Below e^-40 is nothing, and exp is slow where its result is denormal.
         weights = scores.sub_(scores.amax(-1, keepdim=True)).clamp_min_(-40).exp_().flatten(0, 1)
         embedded = self._of_pieces.of_shares(weights).div_(weights.sum(-1, keepdim=True))
-        return torch.view_as_complex(embedded.view(*scores.shape[:2], -1, 2)) * self._binding[places]
+        return times(unflat(embedded.view(*scores.shape[:2], -1), self._real), self._binding[places])
 
     def foresee(self, x: Tensor) -> Tensor:
         """What the places after each probably hold together, (B, T, H), from lexical parts x (B, H) alone; as pairs.
@@ -231,22 +247,22 @@ class Unbinder:
     @torch.inference_mode()
     def blends(self, vectors: Tensor) -> Tensor:
         """(B,) bool: unit vectors (B, D) float32 that one soft sweep already shows to be no text's."""
-        x = paired(self._hypothesizer.unscale(vectors))
-        return self._soft_sweep(x)[1] < BLEND * _square(x).sum(1)
+        x = self._paired(self._hypothesizer.unscale(vectors))
+        return self._soft_sweep(x)[1] < BLEND * square(x).sum(1)
 
     @torch.inference_mode()
     def _soft_sweep(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the places after each hold on average, (B, T, H), and the energy of what each holds, summed, (B,): one
         sweep over x (B, H) from the last place to the first."""
-        mean = self._start.repeat(len(x), 1, 1)
+        mean = self._starts(len(x))
         left = x - mean.sum(1)
-        after, held = torch.zeros_like(mean), torch.zeros_like(left.real[:, 0])
+        after, held = torch.zeros_like(mean), torch.zeros(len(x), device=x.device)
         for t in range(self.num_places - 1, -1, -1):
             at = slice(t, t + 1)
             alone = left[:, None] + mean[:, at]
             here = self._mean(self._scores(alone, at, 0), at)
             left = (alone - here)[:, 0]
-            held += _square(here[:, 0]).sum(1)
+            held += square(here[:, 0]).sum(1)
             if t:
                 after[:, t - 1] = after[:, t] + here[:, 0]
         return after, held
@@ -263,20 +279,19 @@ class Unbinder:
         apart = (torch.arange(T)[:, None] - torch.arange(T)[None]).abs().to(ids.device).expand(B, T, T)
         for _ in range(most):
             e = self._table[ids]
-            real, turned = flat(e), e * self._turns
+            real = flat(e)
             left = self._left(x, ids)
-            places = left[:, None] * self._turns.conj()
-            seen = flat(places) @ real.transpose(1, 2)  # <R_i^T left, e_j>
+            seen = flat(times(left[:, None], self._back)) @ real.transpose(1, 2)  # <R_i^T left, e_j>
             own = seen.diagonal(dim1=1, dim2=2)
             along = self._order * (seen + seen.transpose(1, 2) - own[:, :, None] - own[:, None])
             # |d|^2 = 2 o^2 (|e_j - e_i|^2 - <R_i (e_j - e_i), R_j (e_j - e_i)>); the last term by coordinate pairs,
             # where R_i^T R_j turns by (j - i) angles.
             gram = real @ real.transpose(1, 2)
-            square = gram.diagonal(dim1=1, dim2=2)
-            apart2 = square[:, :, None] + square[:, None] - 2 * gram
-            by_distance = _square(e) @ self._cosines  # (B, T, distance)
+            norms = gram.diagonal(dim1=1, dim2=2)
+            apart2 = norms[:, :, None] + norms[:, None] - 2 * gram
+            by_distance = square(e) @ self._cosines  # (B, T, distance)
             single = by_distance.gather(2, apart) + by_distance.gather(2, apart).transpose(1, 2)
-            forth, back = flat(turned), flat(e * self._turns.conj())
+            forth, back = flat(times(e, self._turns)), flat(times(e, self._back))
             mixed = forth @ forth.transpose(1, 2) + back @ back.transpose(1, 2)
             gain = 2 * along - 2 * self._order**2 * (apart2 - (single - mixed))
             most_gain, at = gain.flatten(1).max(1)

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from lvm.codec.gtr import GTR_CODECS, hash_tensors, load_gtr, load_gtr_tokenizer
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.tokenizer import ChunkTokenizer, require_texts
-from lvm.devices import device_of_pairs, pick_device
+from lvm.devices import device_for_mini, pick_device
 from lvm.errors import InputError
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def load_codec(
 ) -> Codec:
     """A codec ready to encode and decode.
 
-    device: "auto" (CUDA, then MPS, then CPU) or a torch device. precision: "float32", "bfloat16",
+    device: "auto" (CUDA, then MPS except for `mini`, then CPU) or a torch device. precision: "float32", "bfloat16",
     "int8", or "auto" for the fastest that keeps the quality. writer: folder of a writer that `latent
     train-writer` made, else the one in the codec's own folder; language_model: what it writes with
     (`lvm.codec.language_model.load_base`). engine: what `decode` works with, "lvm" or, for comparison, "vec2text", the
@@ -305,7 +305,7 @@ def load_codec(
         return load_gtr(
             name, path, where, precision, partial(find_writer, own, writer, language_model, where)
         )
-    where = device_of_pairs(device)
+    where = device_for_mini(device)
     folder = codec_folder(name, path)
     fields = _read_config(folder)
     try:

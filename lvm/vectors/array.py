@@ -15,9 +15,10 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,12 +47,12 @@ BLOCK_ROWS = 16_384
 TEXT_BYTES = 256 << 20
 """Most bytes of texts that a reader keeps in memory, those read last; 100 to 150 are a chunk's."""
 
-_KEY_COLUMNS = ["chunk_id", "doc_id", "position", "num_tokens", "truncated", "norm"]
 _TEXT_COLUMNS = ["title", "text", "source"]
 _ARRAYS = (
     *("vectors", "doc_ids", "positions", "chunk_ids", "num_tokens", "truncated", "norms"),
     *("neighbour_cosines", "text_keys", "shard_rows"),
 )
+_STORED = tuple(name for name in _ARRAYS if name != "neighbour_cosines")
 _LAYOUT = 2
 """Raised when the files of an array change; one of another layout is as good as none."""
 
@@ -292,76 +293,98 @@ def write_array(directory: Location, manifest: Manifest) -> bool:
 
 
 def _lay_out(directory: Location, manifest: Manifest, folder: Path) -> list[Shard]:
-    """Write the array's files, synced, into `folder`."""
+    """Write the array's files, synced, into `folder`. Shard by shard: of a chunk, 8 bytes stay in memory, some 100
+    where the shards are not in order of article and position."""
     if not manifest.shards:
         raise InputError(f"{directory} holds no shard, expected one or more; run `latent chunk` on some text")
-    keys: list[pa.Table] = []
-    text_keys: list[NDArray[np.uint64]] = []
+    # Ids of `latent chunk` have 32 characters. Where others are longer, all is written once more.
+    width = 32
+    while (longest := _write_columns(directory, manifest, folder, width)) > width:
+        width = longest
 
-    def vectors() -> Iterator[NDArray[Any]]:
-        """Those of each shard, as it is stored."""
-        dtype = None
-        for shard in manifest.shards:
+    def written(name: str) -> NDArray[Any]:
+        loaded: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r" if manifest.rows else None)
+        return loaded
+
+    doc_ids, positions = written("doc_ids"), written("positions")
+    if not _ascending(doc_ids, positions):
+        order = np.lexsort((positions, doc_ids))
+        _require_own_places(doc_ids, positions, order, directory)
+        for name in _STORED:
+            given, path = written(name), folder / f"{name}.npy"
+            path.rename(folder / "unordered.npy")
+            _save(path, given.shape, (given[order[rows]] for rows in _blocks(len(order))))
+            (folder / "unordered.npy").unlink()
+    _save(folder / "neighbour_cosines.npy", (manifest.rows,), _neighbour_cosines(written("vectors")))
+    return [_listed(folder / f"{name}.npy", manifest.rows) for name in _ARRAYS]
+
+
+def _write_columns(directory: Location, manifest: Manifest, folder: Path, width: int) -> int:
+    """Write the columns of _STORED, rows as the shards have them, and return `width`; the length of a longer id as soon
+    as there is one. Raises InputError where an id comes twice."""
+    hashes = np.empty(manifest.rows, np.uint64)
+    row, dtype = 0, None
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / f"{name}.npy").open("wb")) for name in _STORED}
+        for number, shard in enumerate(manifest.shards):
             path = directory / shard.file
             table = read_table(path)
             if "codec" in (record := footer_in(table.schema)):
                 found = CodecIdentity.from_dict(record["codec"])
                 require_same_codec(manifest.identity, found, f"manifest of {directory}", f"shard {path.name}")
-            part = table_to_vectors(table, f"shard {path}")
+            vectors = table_to_vectors(table, f"shard {path}")
             ids = table.column("chunk_id").to_pylist()
-            require_unit_vectors(part, manifest.identity.dim, f"shard {path}", ids)
-            if part.dtype != (dtype := dtype or part.dtype):
-                raise InputError(f"shard {path} stores {part.dtype}, those before it {dtype}; encode again")
-            keys.append(table.select(_KEY_COLUMNS))
+            require_unit_vectors(vectors, manifest.identity.dim, f"shard {path}", ids)
+            if vectors.dtype != (dtype := dtype or vectors.dtype):
+                raise InputError(
+                    f"shard {path} stores {vectors.dtype}, those before it {dtype}; encode again"
+                )
+            if (longest := max(map(len, ids), default=0)) > width:
+                return longest
             texts = table.column("text").to_pylist()
-            text_keys.append(np.fromiter(map(_text_key, texts), np.uint64, len(texts)))
-            yield part
-
-    shape = (manifest.rows, manifest.identity.dim)
-    _save(folder / "vectors.npy", shape, vectors())
-    table = pa.concat_tables(keys)
-    if table.num_rows != manifest.rows:
+            end = row + len(ids)
+            block = {
+                "vectors": vectors,
+                "doc_ids": _numbers(table, "doc_id", np.int32, directory),
+                "positions": _numbers(table, "position", np.int32, directory),
+                "chunk_ids": np.asarray(ids, dtype=f"<U{width}"),
+                "num_tokens": _numbers(table, "num_tokens", np.int32, directory),
+                "truncated": _numbers(table, "truncated", np.bool_, directory),
+                "norms": _numbers(table, "norm", np.float32, directory),
+                "text_keys": np.fromiter(map(_text_key, texts), np.uint64, len(texts)),
+                "shard_rows": np.arange(row, end, dtype=np.int64),
+            }
+            for name, values in block.items():
+                _append(files[name], values, None if number else (manifest.rows, *values.shape[1:]))
+            if end <= manifest.rows:
+                hashes[row:end] = _hashes(block["chunk_ids"])
+            row = end
+    if row != manifest.rows:
         raise InputError(
-            f"the shards of {directory} hold {table.num_rows} rows, its manifest says {manifest.rows}; "
-            "run `latent encode` again"
+            f"the shards of {directory} hold {row} rows, its manifest says {manifest.rows}; run `latent encode` again"
         )
-    doc_ids = _numbers(table, "doc_id", np.int32, directory)
-    positions = _numbers(table, "position", np.int32, directory)
-    chunk_ids = np.asarray(table.column("chunk_id").to_pylist(), dtype=np.str_)
-    _require_unique(chunk_ids, doc_ids, positions, directory)
+    _require_unique(hashes, folder / "chunk_ids.npy", directory)
+    return width
 
-    order = np.lexsort((positions, doc_ids))
-    if (order != np.arange(len(order))).any():
-        unordered = (folder / "vectors.npy").rename(folder / "unordered.npy")
-        given = np.load(unordered, mmap_mode="r")
-        _save(folder / "vectors.npy", shape, (given[order[rows]] for rows in _blocks(len(order))))
-        unordered.unlink()
-    columns = {
-        "doc_ids": doc_ids[order],
-        "positions": positions[order],
-        "chunk_ids": chunk_ids[order],
-        "num_tokens": _numbers(table, "num_tokens", np.int32, directory)[order],
-        "truncated": _numbers(table, "truncated", np.bool_, directory)[order],
-        "norms": _numbers(table, "norm", np.float32, directory)[order],
-        "neighbour_cosines": _neighbour_cosines(folder / "vectors.npy"),
-        "text_keys": np.concatenate(text_keys)[order],
-        "shard_rows": order,
-    }
-    for name, values in columns.items():
-        _save(folder / f"{name}.npy", values.shape, [values])
-    return [_listed(folder / f"{name}.npy", manifest.rows) for name in _ARRAYS]
+
+def _append(file: IO[bytes], values: NDArray[Any], shape: tuple[int, ...] | None) -> None:
+    """Write rows of an array at the end of its file; the first ones with its shape. Not mapped: a full disk is an error
+    then, and no signal that ends the process."""
+    if shape is not None:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(values.dtype),
+            "fortran_order": False,
+            "shape": shape,
+        }
+        np.lib.format.write_array_header_1_0(file, header)
+    file.write(np.ascontiguousarray(values).data)
 
 
 def _save(path: Path, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]) -> None:
-    """Write an array of this shape whose rows come in blocks. Not mapped: a full disk is an error then, and no signal
-    that ends the process."""
+    """Write an array of this shape whose rows come in blocks."""
     with path.open("wb") as file:
         for number, block in enumerate(blocks):
-            if not number:
-                descr = np.lib.format.dtype_to_descr(block.dtype)
-                header = {"descr": descr, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(np.ascontiguousarray(block).data)
+            _append(file, block, None if number else shape)
 
 
 def _listed(path: Path, rows: int) -> Shard:
@@ -374,14 +397,13 @@ def _blocks(rows: int) -> Iterator[slice]:
     return (slice(low, low + BLOCK_ROWS) for low in range(0, rows, BLOCK_ROWS))
 
 
-def _neighbour_cosines(path: Path) -> NDArray[np.float32]:
-    vectors = np.load(path, mmap_mode="r")
-    cosines = np.zeros(len(vectors), np.float32)
-    for low in range(0, len(vectors) - 1, BLOCK_ROWS):
-        block = vectors[low : low + BLOCK_ROWS + 1].astype(np.float32)
+def _neighbour_cosines(vectors: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+    for rows in _blocks(len(vectors)):
+        block = vectors[rows.start : rows.stop + 1].astype(np.float32)
         block /= np.linalg.norm(block, axis=1, keepdims=True)  # of float16, so not quite 1
-        cosines[low : low + len(block) - 1] = np.einsum("nd,nd->n", block[:-1], block[1:])
-    return cosines
+        cosines = np.zeros(min(BLOCK_ROWS, len(vectors) - rows.start), np.float32)
+        cosines[: len(block) - 1] = np.einsum("nd,nd->n", block[:-1], block[1:])
+        yield cosines
 
 
 def _numbers(table: pa.Table, name: str, dtype: Any, directory: Location) -> NDArray[Any]:
@@ -394,21 +416,56 @@ def _numbers(table: pa.Table, name: str, dtype: Any, directory: Location) -> NDA
     return values.astype(dtype, copy=False)
 
 
-def _require_unique(
-    chunk_ids: NDArray[np.str_], doc_ids: NDArray[np.int32], positions: NDArray[np.int32], directory: Location
-) -> None:
-    names, counts = np.unique(chunk_ids, return_counts=True)
+def _hashes(ids: NDArray[np.str_]) -> NDArray[np.uint64]:
+    """64 bits of each id (N,)."""
+    hashes = np.zeros(len(ids), np.uint64)
+    for column in ids.view(np.uint32).reshape(len(ids), -1).T:
+        hashes = hashes * np.uint64(0x100000001B3) + column  # modulo 2^64; FNV's factor
+    return hashes
+
+
+def _require_unique(hashes: NDArray[np.uint64], path: Path, directory: Location) -> None:
+    """Return when no id comes twice. hashes: `_hashes` of them, (N,), which is sorted. path: where the ids are: equal
+    hashes are a reason to look, no more."""
+    hashes.sort()
+    twice = hashes[1:][hashes[1:] == hashes[:-1]]
+    if not len(twice):
+        return
+    ids = np.load(path, mmap_mode="r")
+    suspects = [ids[rows][np.isin(_hashes(np.array(ids[rows])), twice)] for rows in _blocks(len(ids))]
+    names, counts = np.unique(np.concatenate(suspects), return_counts=True)
     if (counts > 1).any():
-        twice = names[counts > 1]
+        again = names[counts > 1]
         raise InputError(
-            f"{directory}: chunk {twice[0]} comes {counts[counts > 1][0]} times ({len(twice)} chunks "
+            f"{directory}: chunk {again[0]} comes {counts[counts > 1][0]} times ({len(again)} chunks "
             "come more than once), expected each once. The input holds an article twice: remove it, "
             "then chunk and encode again."
         )
-    places = doc_ids.astype(np.int64) << 32 | positions
-    values, counts = np.unique(places, return_counts=True)
-    if (counts > 1).any():
-        place = int(values[counts > 1][0])
+
+
+def _places(doc_ids: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int64]:
+    places: NDArray[np.int64] = doc_ids.astype(np.int64) << 32 | positions
+    return places
+
+
+def _ascending(doc_ids: NDArray[np.int32], positions: NDArray[np.int32]) -> bool:
+    """True where rows are in order of article and position, and no place comes twice."""
+    last = np.empty(0, np.int64)
+    for rows in _blocks(len(doc_ids)):
+        places = np.concatenate((last, _places(doc_ids[rows], positions[rows])))
+        if (np.diff(places) <= 0).any():
+            return False
+        last = places[-1:]
+    return True
+
+
+def _require_own_places(
+    doc_ids: NDArray[np.int32], positions: NDArray[np.int32], order: NDArray[np.int64], directory: Location
+) -> None:
+    places = _places(doc_ids, positions)[order]
+    twice = np.flatnonzero(places[1:] == places[:-1])
+    if len(twice):
+        place = int(places[twice[0]])
         raise InputError(
             f"{directory}: article {place >> 32} has two chunks at position {place & 0xFFFFFFFF}, "
             "expected one; chunk and encode again"

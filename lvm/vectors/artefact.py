@@ -116,7 +116,11 @@ class Artefact:
     def _clear(self) -> None:
         """Remove what the stage wrote and nothing else; the manifest goes first."""
         (self.folder / "manifest.json").unlink(missing_ok=True)
-        for path in [*self.folder.glob("part-*.parquet"), self.folder / "settings.json"]:
+        for path in [
+            *self.folder.glob("part-*.parquet"),
+            *self.folder.glob("shards-*.parquet"),
+            self.folder / "settings.json",
+        ]:
             path.unlink(missing_ok=True)
         remove_tree(self.folder / "_array")
         sweep_temporaries(self.folder)

@@ -1,15 +1,18 @@
 """Nearest vectors by inner product: build a faiss index over an array, publish it, search it.
 
-    index/versions/<fingerprint>/index.faiss     one folder a version, made whole and then renamed
-    index/versions/<fingerprint>/manifest.json   codec, vectors it was made from, measured recall
+    index/versions/<fingerprint>/index.faiss     a folder a version; part-00000.faiss … where it has several parts
+    index/versions/<fingerprint>/manifest.json   codec, vectors it was made from, measured recall; written last
     index/CURRENT                                name of the version to load, replaced in one step
 
-A reader that opened a version keeps it: the one before CURRENT stays on disk until the next is published.
+Of many vectors each part is an index of its own, built by itself and searched with the others: what builds one holds
+that part alone, and an earlier try's parts are taken. Files are mapped: of an index with codes, these are in memory (96
+bytes a vector), the exact vectors on disk, in pages that processes share. A reader that opened a version keeps it: the
+one before CURRENT stays on disk until the next is published.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import faiss
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import InputError, OutputError
-from lvm.storage import Location, fetch, location, new_folder, publish_folder, remove_tree
+from lvm.storage import Location, fetch, local_output, location, remove_tree, temporary_name
 from lvm.vectors.array import VectorArray
 from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import (
@@ -27,6 +30,7 @@ from lvm.vectors.shards import (
     cannot_write,
     file_sha256,
     fingerprint,
+    publish,
     sweep_temporaries,
     write_bytes,
 )
@@ -57,6 +61,12 @@ class IndexSettings:
     """Vectors per list that k-means sees; faiss warns under 39."""
     seed: int = 0
     """Seed of k-means and of the sample recall is measured on."""
+    part_vectors: int = 4_000_000
+    """Most vectors of a part. To build one takes 1.7 KB of memory a vector at 768 numbers: 7 GB."""
+
+    def num_parts(self, num_vectors: int) -> int:
+        """Parts of an index of this many vectors; they differ by one vector at most."""
+        return -(-num_vectors // self.part_vectors)
 
     def coded(self, num_vectors: int) -> bool:
         """Whether an index of this many vectors holds codes."""
@@ -141,12 +151,23 @@ class Index:
             raise InputError(
                 f"rows must lie between 0 and {len(self) - 1}, got {wanted.min()} to {wanted.max()}"
             )
-        if self._num_lists and not self._coded and self.store.direct_map.no():
-            self.store.make_direct_map()
+        parts = self._parts
+        if self._num_lists and not self._coded:
+            for part in parts:
+                if part.direct_map.no():
+                    part.make_direct_map()
+        ends = np.cumsum([part.ntotal for part in parts])
         out = np.empty((len(wanted), self.store.d), np.float32)
         for i, row in enumerate(wanted):
-            self.store.reconstruct(int(row), out[i])
+            number = int(np.searchsorted(ends, row, side="right"))
+            parts[number].reconstruct(int(row - ends[number] + parts[number].ntotal), out[i])
         return out
+
+    @property
+    def _parts(self) -> list[Any]:
+        if "parts" not in self.manifest.settings:
+            return [self.store]
+        return [faiss.downcast_index(self.store.at(number)) for number in range(self.store.count())]
 
     @property
     def _num_lists(self) -> int:
@@ -175,11 +196,21 @@ class Index:
         return scores, rows
 
 
-def build_index(array: VectorArray, directory: Location, settings: IndexSettings | None = None) -> Index:
+Build = Callable[[int], Shard]
+"""Builds the part of a number."""
+
+
+def build_index(
+    array: VectorArray,
+    directory: Location,
+    settings: IndexSettings | None = None,
+    each: Callable[[Build, range], Iterable[Shard]] = map,
+) -> Index:
     """Index all vectors of `array`, measure its recall, publish it in `directory`, and return it.
 
     When the version CURRENT names was made from the same vectors with the same settings, it is returned as it
-    is. Raises InputError when there is no vector.
+    is. each: calls a function, which may be pickled, with each number, side by side if it likes, in order.
+    Raises InputError when there is no vector.
     """
     settings = settings or IndexSettings()
     if not len(array):
@@ -190,32 +221,45 @@ def build_index(array: VectorArray, directory: Location, settings: IndexSettings
     if current is not None:
         return current
 
-    store = _fill(array, settings)
     record = _settings_record(settings, len(array))
     version = directory / "versions" / _version_name(array, record)
-    with new_folder(version) as temporary:
-        file = temporary / "index.faiss"
-        try:
-            faiss.write_index(store, str(file))
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        except (OSError, RuntimeError) as err:  # faiss raises RuntimeError when a disk is full
-            raise cannot_write(file, err) from err
-        shard = Shard(file.name, len(array), file.stat().st_size, file_sha256(file))
-        manifest = Manifest(
-            kind="index",
-            settings=record,
-            inputs={"vectors": array.fingerprint},
-            shards=(shard,),
-            rows=len(array),
-            codec=array.identity.to_dict(),
-        )
-        recall = measure_recall(array, Index(temporary, manifest, store), settings.seed)
-        manifest.with_report(**recall).save(temporary)
-        publish_folder(temporary, version, last="manifest.json")
+    if (version / "manifest.json").exists():
+        remove_tree(version)  # published once, and damaged since
+    sweep_temporaries(version)
+    shards = tuple(each(partial(build_part, array, version, settings), range(settings.num_parts(len(array)))))
+    manifest = Manifest(
+        kind="index",
+        settings=record,
+        inputs={"vectors": array.fingerprint},
+        shards=shards,
+        rows=len(array),
+        codec=array.identity.to_dict(),
+    )
+    recall = measure_recall(array, Index(version, manifest, _map(version, manifest)), settings.seed)
+    manifest.with_report(**recall).save(version)
     write_bytes(directory / "CURRENT", f"{version.name}\n".encode())
     _drop_old_versions(directory)
     return load_index(directory)
+
+
+def build_part(array: VectorArray, version: Location, settings: IndexSettings, number: int) -> Shard:
+    """Put one part's file into the folder of a version, unless an earlier try did."""
+    parts = settings.num_parts(len(array))
+    path = version / ("index.faiss" if parts == 1 else f"part-{number:05d}.faiss")
+    low, high = (len(array) * n // parts for n in (number, number + 1))
+    if not path.exists():
+        store = _fill(array, range(low, high), settings)
+        with local_output(path) as file:
+            temporary = temporary_name(file)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                faiss.write_index(store, str(temporary))
+                publish(temporary, file)
+            except (OSError, RuntimeError) as err:  # faiss raises RuntimeError when a disk is full
+                raise cannot_write(path, err) from err
+            finally:
+                temporary.unlink(missing_ok=True)
+    return Shard(path.name, high - low, path.stat().st_size, file_sha256(path))
 
 
 def load_index(directory: Location | str) -> Index:
@@ -235,19 +279,35 @@ def load_index(directory: Location | str) -> Index:
     version = directory / "versions" / name
     manifest = Manifest.load(version, "index")
     manifest.verify(version)
-    file = version / manifest.shards[0].file
-    try:
-        store = faiss.read_index(str(fetch(file, manifest.shards[0].sha256)), faiss.IO_FLAG_MMAP)
-    except RuntimeError as err:
-        raise InputError(
-            f"{file} is damaged: {str(err).splitlines()[0]}. Delete {version} and run `latent index` again."
-        ) from err
-    if store.ntotal != manifest.rows or store.d != manifest.identity.dim:
-        raise InputError(
-            f"{file} holds {store.ntotal} vectors of {store.d} numbers, its manifest says {manifest.rows} of "
-            f"{manifest.identity.dim}; delete {version} and run `latent index` again"
-        )
-    return Index(version, manifest, store)
+    return Index(version, manifest, _map(version, manifest))
+
+
+def _map(version: Location, manifest: Manifest) -> Any:
+    """The faiss index of a version; of several parts one that asks them all."""
+    # One flag maps lists of whole vectors, the other exact vectors beside codes or without lists; not both at once.
+    flags = faiss.IO_FLAG_MMAP if manifest.settings["type"] == "IVF_FLAT" else faiss.IO_FLAG_MMAP_IFC
+    stores = []
+    for shard in manifest.shards:
+        file = version / shard.file
+        try:
+            store = faiss.read_index(str(fetch(file, shard.sha256)), flags)
+        except RuntimeError as err:
+            raise InputError(
+                f"{file} is damaged: {str(err).splitlines()[0]}. Delete {version} and run `latent index` again."
+            ) from err
+        if store.ntotal != shard.rows or store.d != manifest.identity.dim:
+            raise InputError(
+                f"{file} holds {store.ntotal} vectors of {store.d} numbers, its manifest says {shard.rows} of "
+                f"{manifest.identity.dim}; delete {version} and run `latent index` again"
+            )
+        stores.append(store)
+    if len(stores) == 1:
+        return stores[0]
+    # In this thread; rows of one part come after those of the part before.
+    together = faiss.IndexShards(manifest.identity.dim, False, True)  # type: ignore[call-arg]
+    for store in stores:
+        together.add_shard(store)
+    return together
 
 
 def find_index(
@@ -306,20 +366,22 @@ def _exact_search(array: VectorArray, queries: NDArray[np.float32], k: int) -> N
     return best_rows
 
 
-def _blocks(array: VectorArray, rows: int = 16_384) -> Any:
-    for low in range(0, len(array), rows):
-        yield low, np.ascontiguousarray(array.vectors[low : low + rows], dtype=np.float32)
+def _blocks(array: VectorArray, rows: range | None = None) -> Any:
+    rows = rows or range(len(array))
+    for low in rows[::16_384]:
+        yield low, np.ascontiguousarray(array.vectors[low : min(low + 16_384, rows.stop)], dtype=np.float32)
 
 
-def _fill(array: VectorArray, settings: IndexSettings) -> Any:
+def _fill(array: VectorArray, rows: range, settings: IndexSettings) -> Any:
     dim = array.identity.dim
-    num_lists = settings.num_lists(len(array))
+    smallest = len(array) // settings.num_parts(len(array))
+    num_lists = settings.num_lists(smallest)
     if not num_lists:
         store: Any = faiss.IndexFlatIP(dim)
     else:
         centres = faiss.IndexFlatIP(dim)
         product = faiss.METRIC_INNER_PRODUCT
-        if settings.coded(len(array)):
+        if settings.coded(smallest):
             # Four numbers in four bits: 96 bytes a vector at 768 numbers.
             lists: Any = faiss.IndexIVFPQFastScan(centres, dim, num_lists, dim // 4, 4, product)
             lists.pq.cp.seed = settings.seed + 2
@@ -329,22 +391,26 @@ def _fill(array: VectorArray, settings: IndexSettings) -> Any:
             store = lists = faiss.IndexIVFFlat(centres, dim, num_lists, product)
         lists.cp.seed = settings.seed + 1
         lists.cp.spherical = True  # centroids of unit norm, as the vectors: inner product ranks them rightly
-        num_training = min(len(array), num_lists * settings.training_per_list)
-        sample = np.random.default_rng(settings.seed).choice(len(array), num_training, replace=False)
+        num_training = min(len(rows), num_lists * settings.training_per_list)
+        sample = rows.start + np.random.default_rng(settings.seed).choice(
+            len(rows), num_training, replace=False
+        )
         # Hundreds of k-means of 16 centroids: two threads on two busy cores wait for each other at every step, and took
         # 76 s where one takes 4.
         threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1 if settings.coded(len(array)) else threads)
+        faiss.omp_set_num_threads(1 if settings.coded(smallest) else threads)
         try:
             store.train(np.ascontiguousarray(array.vectors[np.sort(sample)], dtype=np.float32))
         finally:
             faiss.omp_set_num_threads(threads)
-    for _, block in _blocks(array):
+    for _, block in _blocks(array, rows):
         store.add(block)
     return store
 
 
 def _settings_record(settings: IndexSettings, num_vectors: int) -> dict[str, Any]:
+    parts = settings.num_parts(num_vectors)
+    num_vectors //= parts  # of the smallest
     num_lists = settings.num_lists(num_vectors)
     record = {
         "type": "IVF_FLAT" if num_lists else "FLAT",
@@ -360,7 +426,7 @@ def _settings_record(settings: IndexSettings, num_vectors: int) -> dict[str, Any
             "probes": settings.coded_probes,
             "candidates": settings.candidates,
         }
-    return record
+    return record if parts == 1 else {**record, "parts": parts}
 
 
 def _version_name(array: VectorArray, record: dict[str, Any]) -> str:

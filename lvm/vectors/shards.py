@@ -8,6 +8,7 @@ before its manifest still knows what is done.
     settings.json   which settings claimed this folder (written first)
     part-*.parquet  zstd, page checksums, one row a chunk, the vector a plain fixed-size list
     manifest.json   codec identity, settings, inputs, source, licence, counts, each shard's size and SHA-256
+    shards-*.parquet   the list of shards where they are many; manifest.json then names it
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -232,20 +234,31 @@ def _damaged(path: Location, err: Exception) -> InputError:
 
 def damaged_files(directory: Location, files: Sequence[Shard], deep: bool = False) -> dict[str, str]:
     """Name to what is wrong with it; empty when all are there with their size (deep: hash)."""
-    wrong: dict[str, str] = {}
     sizes = sizes_in(directory, [f.file for f in files])
-    for file in files:
+
+    def fault(file: Shard) -> str:
         size = sizes.get(file.file)
         if size is None:
-            wrong[file.file] = "is missing"
-        elif size != file.bytes:
-            wrong[file.file] = f"has {size:,} bytes, expected {file.bytes:,}"
-        elif deep and (got := file_sha256(directory / file.file)) != file.sha256:
-            wrong[file.file] = f"has SHA-256 {got[:16]}…, expected {file.sha256[:16]}…"
-    return wrong
+            return "is missing"
+        if size != file.bytes:
+            return f"has {size:,} bytes, expected {file.bytes:,}"
+        if deep and (got := file_sha256(directory / file.file)) != file.sha256:
+            return f"has SHA-256 {got[:16]}…, expected {file.sha256[:16]}…"
+        return ""
+
+    with ThreadPoolExecutor(
+        16
+    ) as threads:  # object storage answers slowly, and hashing leaves the interpreter free
+        return {
+            file.file: wrong for file, wrong in zip(files, threads.map(fault, files), strict=True) if wrong
+        }
 
 
 # ------------------------------------------------------------------------------------------------- manifest
+
+MOST_IN_JSON = 4096
+"""Most shards that manifest.json lists itself, where a person can read them. In Parquet a shard takes 37 bytes, there
+190."""
 
 
 def _now() -> str:
@@ -307,8 +320,16 @@ class Manifest:
         return CodecIdentity.from_dict(self.codec)
 
     def save(self, directory: Location) -> None:
-        """Write manifest.json into `directory` in one step."""
-        write_json(directory / "manifest.json", {**asdict(self), "fingerprint": self.fingerprint})
+        """Write manifest.json into `directory` in one step; before it, the list of many shards."""
+        listed: Any = [asdict(s) for s in self.shards]
+        if len(listed) > MOST_IN_JSON:
+            path = directory / f"shards-{self.fingerprint}.parquet"
+            listed = asdict(write_table(path, pa.Table.from_pylist(listed)))
+        fields = asdict(replace(self, shards=())) | {"shards": listed, "fingerprint": self.fingerprint}
+        write_json(directory / "manifest.json", fields)
+        for other in directory.glob("shards-*.parquet"):
+            if not isinstance(listed, dict) or other.name != listed["file"]:
+                other.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, directory: Location, kind: str | None = None) -> Self:
@@ -320,7 +341,13 @@ class Manifest:
         command = f"`{WRITERS[kind]}`" if kind in WRITERS else "the stage that writes it"
         try:
             record = json.loads(path.read_bytes())
-            shards = tuple(Shard(**s) for s in record.pop("shards"))
+            listed = record.pop("shards")
+            if isinstance(listed, dict):
+                try:
+                    listed = read_table(directory / listed["file"]).to_pylist()
+                except InputError as err:
+                    raise ValueError(f"its list of shards, {err}") from err
+            shards = tuple(Shard(**s) for s in listed)
             claimed = record.pop("fingerprint")
             manifest = cls(**record, shards=shards)
         except FileNotFoundError as err:

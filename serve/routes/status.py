@@ -47,6 +47,8 @@ class StatusRoutes:
         missed = self._service.window.missed()
         if self._service.pipeline.breaker.open:
             missed.append(self._service.pipeline.breaker.reason)
+        if self._service.refused:
+            missed.append(self._service.refused)
         # Without a decoder or a predictor-less passthrough the service still answers, from the corpus.
         if [name for name in lacking if name != "Decoder"]:
             status, response.status_code = "not ready", 503
@@ -54,6 +56,7 @@ class StatusRoutes:
             status = "degraded" if missed or lacking else "ready"
         return HealthReply(
             status=status,
+            release=self._service.release.word,
             reasons=[*(f"no replica of {name} runs" for name in lacking), *missed],
             targets=TARGETS,
             figures=self._service.window.figures(),

@@ -1,24 +1,30 @@
-"""What do 500k, 50M and 5G chunks take, from the rates that were measured on two cores?
+"""What do 500k, 50M, 350M and 5G chunks take, from the rates that were measured on two cores?
 
     python -m tests.bench.scaling_model
 
 Prints the tables of docs/scaling.md; a test holds the two together. Every rate names the results file it was measured
-in; nothing here was measured at the larger sizes. What a stage does on one machine is not divided by the number of
-nodes. The last line is JSON.
+in; nothing here was measured at the larger sizes. What one node does alone is not divided by their number. The last
+line is JSON.
 """
 
 import json
 from dataclasses import dataclass
 
-SIZES = {"500 k": 500_000, "50 M": 50_000_000, "5 G": 5_000_000_000}
-NODES = {"500 k": 1, "50 M": 24, "5 G": 200}
-"""Worker nodes taken for each size: cluster.yaml's own machine type and, at 50 M, its own limit."""
+from lvm.vectors.index import IndexSettings
+from lvm.vectors.shards import MOST_IN_JSON
+
+SIZES = {"500 k": 500_000, "50 M": 50_000_000, "350 M": 350_000_000, "5 G": 5_000_000_000}
+NODES = {"500 k": 1, "50 M": 24, "350 M": 24, "5 G": 200}
+"""Worker nodes taken for each size: cluster.yaml's own machine type and, from 50 M, its own limit."""
 
 CORES_PER_NODE = 8
 """vCPUs of cluster.yaml's cpu_spot, an m7i.2xlarge."""
 
 DOLLARS_PER_NODE_HOUR = 0.40
 """About the list price of an m7i.2xlarge on demand; spot is often a third of it. Look it up before you plan on it."""
+
+SHARD_ROWS = 2_048
+"""Default of --rows-per-shard."""
 
 BACKFILL = "backfill_mini_intel-xeon-2core_2026-11.md"
 PREDICTORS = "predictors_wikipedia-recent_amd-epyc-2core_2026-11.md"
@@ -32,8 +38,8 @@ class Rate:
     """Chunks of that run."""
     seconds: int
     """Wall time of the stage, on two cores."""
-    spreads: bool
-    """True where more nodes do it faster; False for what one machine does alone."""
+    piece: int
+    """Chunks of what one node does alone."""
     source: str
     """File in tests/bench/results."""
 
@@ -44,9 +50,9 @@ class Rate:
 
 
 RATES = {
-    "chunk": Rate(505_986, 48, True, BACKFILL),
-    "encode": Rate(505_986, 154, True, BACKFILL),
-    "index": Rate(456_459, 39, False, PREDICTORS),
+    "chunk": Rate(505_986, 48, SHARD_ROWS, BACKFILL),
+    "encode": Rate(505_986, 154, SHARD_ROWS, BACKFILL),
+    "index": Rate(456_459, 39, IndexSettings().part_vectors, PREDICTORS),
 }
 
 CHUNK_BYTES = 61
@@ -58,17 +64,17 @@ ARRAY_BYTES = 2 * 768 + 4 * 32 + 37
 one mark in `lvm.vectors.array.VectorArray`. Texts are in the shards alone."""
 INDEX_BYTES = 96 + 2 * 768 + 8
 """A vector in an index that holds codes: 192 of 4 bits, float16 numbers to compare the best with, and its row."""
-ID_BYTES = 32 + 49 + 60
-"""A chunk id in the driver's check that no id is lost or doubled: CPython's text object and its place in a set."""
-SHARD_ROWS = 2_048
-"""Default of --rows-per-shard."""
-MANIFEST_BYTES = 190
-"""A shard's entry in manifest.json."""
+CODE_BYTES = 96 + 8
+"""Of it what a search goes through, in memory. The rest is mapped: eight vectors of it are read for each answer."""
+ID_BYTES = 8
+"""A chunk id while the encode job's own process makes the array: 64 bits of it, to see that none comes twice."""
+MANIFEST_BYTES = {True: 190, False: 37}
+"""A shard's entry in manifest.json, which lists up to MOST_IN_JSON; in Parquet."""
 
 
 def hours(size: int, rate: Rate, nodes: int) -> float:
     """Hours of a stage at this many chunks."""
-    cores = CORES_PER_NODE * (nodes if rate.spreads else 1)
+    cores = CORES_PER_NODE * min(nodes, -(-size // rate.piece))
     return size / (rate.per_core * cores) / 3600
 
 
@@ -90,9 +96,8 @@ def tables() -> str:
     lines = ["| | " + " | ".join(SIZES) + " |", "| --- |" + " ---: |" * len(SIZES)]
     lines.append("| worker nodes of 8 vCPUs | " + " | ".join(str(NODES[s]) for s in SIZES) + " |")
     for stage, rate in RATES.items():
-        where = "all nodes" if rate.spreads else "one node"
         cells = [time_of(hours(n, rate, NODES[s])) for s, n in SIZES.items()]
-        lines.append(f"| {stage}, {where} | " + " | ".join(cells) + " |")
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     spent = [hours(n, RATES["encode"], NODES[s]) * NODES[s] for s, n in SIZES.items()]
     lines.append("| encode, node-hours | " + " | ".join(f"{h:.2g}" for h in spent) + " |")
     lines.append(
@@ -103,13 +108,17 @@ def tables() -> str:
         "shards of vectors": VECTOR_BYTES,
         "array that training maps": ARRAY_BYTES,
         "index, 4-bit codes and float16": INDEX_BYTES,
+        "of it in each retriever's memory": CODE_BYTES,
         "ids in the encode job's own process": ID_BYTES,
     }
     for what, each in sizes.items():
         lines.append(f"| {what} | " + " | ".join(shown(each * n, "B") for n in SIZES.values()) + " |")
     shards = [-(-n // SHARD_ROWS) for n in SIZES.values()]
+    parts = [IndexSettings().num_parts(n) for n in SIZES.values()]
+    lines.append("| parts of the index | " + " | ".join(f"{n:,}" for n in parts) + " |")
     lines.append("| shards of 2,048 rows | " + " | ".join(f"{n:,}" for n in shards) + " |")
-    lines.append("| manifest.json | " + " | ".join(shown(MANIFEST_BYTES * n, "B") for n in shards) + " |")
+    lists = [shown(MANIFEST_BYTES[n <= MOST_IN_JSON] * n, "B") for n in shards]
+    lines.append("| list of shards | " + " | ".join(lists) + " |")
     return "\n".join(lines)
 
 

@@ -5,10 +5,12 @@
 A process of its own, as it is the driver of its own cluster. Its last line of stdout is one JSON object.
 """
 
+import functools
 import json
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from lvm.predict.record import load_record
 from lvm.predict.training import FAST
 from lvm.vectors.array import open_vectors
 from lvm.vectors.index import build_index
-from tests.doubles import fake_articles, fake_codec, write_chunks, write_vectors
+from tests.doubles import Encoded, FakeCodec, fake_articles, fake_codec, write_chunks, write_vectors
 from tests.integration.faults.world import World
 
 
@@ -69,11 +71,54 @@ class Watch:
                 self.resources[key] = group["bundles"][0]
 
 
+class LoggedCodec(FakeCodec):
+    """Takes as long for the tokens of a shard as for its product, and writes down when; the device does one product
+    at a time."""
+
+    log: Path
+    device: threading.Lock
+
+    def encode_chunks(self, texts: Sequence[str]) -> Encoded:
+        self._take("tokens")
+        with self.device:
+            self._take("product")
+        return super().encode_chunks(texts)
+
+    def _take(self, what: str) -> None:
+        begun = time.monotonic()
+        time.sleep(0.5)
+        line = json.dumps([what, threading.get_ident(), begun, time.monotonic()]) + "\n"
+        with self.log.open("a") as file:
+            file.write(line)
+
+
+def logged_codec(log: Path) -> LoggedCodec:
+    codec = LoggedCodec()
+    codec.log, codec.device = log, threading.Lock()
+    return codec
+
+
+def overlaps(log: Path) -> dict[str, int]:
+    """How often a shard's tokens were made while another's product was, and how many products at once there were."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    pairs = [
+        (a[0], b[0])
+        for n, a in enumerate(lines)
+        for b in lines[n + 1 :]
+        if a[1] != b[1] and a[2] < b[3] and b[2] < a[3]
+    ]
+    return {
+        "tokens and product": sum(set(p) == {"tokens", "product"} for p in pairs),
+        "products": sum(p == ("product", "product") for p in pairs),
+    }
+
+
 def main() -> None:
     """As the module's docstring has it."""
     folder = Path(sys.argv[1])
     write_chunks(folder / "chunks", fake_articles(4), 2)
     write_vectors(folder / "data", fake_articles(40))
+    write_chunks(folder / "more", fake_articles(40), 4)
     recipe = replace(FAST, epochs=1, patience=None)
     jobs._ray.START_TIMEOUT_S = 2
     world = World(num_workers=0)
@@ -91,6 +136,14 @@ def main() -> None:
         train = (folder / "data", folder / "models", list(ORIGINAL), recipe)
         report["two_gpus"] = refusal(train_models, *train, gpus=2)
         report["encoded"] = encode_chunks(*encode, gpus=1).manifest.rows
+        load = functools.partial(logged_codec, folder / "log")
+        encode_chunks(folder / "more", folder / "overlapped", load, gpus=1, max_workers=1)
+        report["overlaps"] = overlaps(folder / "log")
+        both = [open_vectors(folder / name) for name in ("overlapped", "data")]
+        report["same"] = [
+            bool((getattr(both[0], name) == getattr(both[1], name)).all())
+            for name in ("vectors", "chunk_ids", "norms", "num_tokens")
+        ]
         with Watch() as watch:
             result = train_models(*train, gpus=1)
         report["failed"] = result.failed

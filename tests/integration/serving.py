@@ -43,13 +43,16 @@ def make_run(
     num_articles: int = 24,
     models: tuple[str, ...] = ("lstm", "amn"),
     codec: Codec | None = None,
+    first: int = 0,
 ) -> Path:
     """What `latent run` leaves, of the bundled sample, in this process: the shipped codec (or another), a real index,
-    and models of the default sizes that were never trained, since no test here asks how well they predict."""
+    and models of the default sizes that were never trained, since no test here asks how well they predict.
+
+    first: number of the sample's article that it begins with."""
     import torch
 
     codec = codec or shipped_codec()
-    articles = list(read_articles(CHECKOUT / "data" / "sample"))[:num_articles]
+    articles = list(read_articles(CHECKOUT / "data" / "sample"))[first : first + num_articles]
     texts = [[c.text for c in chunks] for chunks in Chunker(codec.tokenizer).chunk(articles)]
     write_chunks(folder / "chunks", texts, tokenizer=codec.tokenizer)  # type: ignore[arg-type]
     write_vectors(folder / "vectors", texts, codec=codec)  # type: ignore[arg-type]

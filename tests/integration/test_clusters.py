@@ -94,6 +94,16 @@ def test_a_gpu_that_torch_cannot_see_is_said_and_the_cpu_does_the_work(
 
 
 @pytest.mark.slow
+def test_a_gpu_multiplies_while_the_cpu_tokenises_and_the_vectors_are_the_same(
+    placement: tuple[dict[str, Any], str],
+) -> None:
+    report, _ = placement
+    assert report["overlaps"]["tokens and product"] >= 5  # of ten shards
+    assert report["overlaps"]["products"] == 0
+    assert report["same"] == [True] * 4
+
+
+@pytest.mark.slow
 def test_what_no_node_has_is_an_error_and_not_a_wait(placement: tuple[dict[str, Any], str]) -> None:
     report, said = placement
     for key, wanted in (("no_node", "a CPU"), ("two_gpus", "2 GPUs and a CPU")):

@@ -69,6 +69,7 @@ def write_config(folder: Path, run: Path, port: int, release: str) -> Path:
         "decoder": TWICE,
         "breaker": {"max_refused_share": 1},  # untrained models: any text may be refused
     }
+    application["deployments"] = []  # the release is that of the arguments
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -73,4 +73,4 @@ def test_what_is_no_run_on_s3_is_refused_with_its_url(bucket: RemotePath) -> Non
     args = ServeArgs(run=str(bucket / "nothing"))
     with pytest.raises(InputError, match=f"{bucket}/nothing has no vectors/"):
         require_run(args.run)
-    assert models_of(args) == bucket / "nothing/models"
+    assert models_of(args.run) == bucket / "nothing/models"

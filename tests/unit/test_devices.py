@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jobs import _ray
-from lvm.devices import device_of_pairs, pick_device, seen_gpu
+from lvm.devices import device_for_mini, pick_device, seen_gpu
 from lvm.errors import InputError
 
 BACKENDS = ("cuda", "mps", "")
@@ -31,11 +31,10 @@ def test_auto_takes_what_there_is_and_without_a_reservation_the_cpu(backend: str
         pick_device("gpu")
 
 
-def test_complex_numbers_stay_off_an_apple_gpu(backend: str) -> None:
-    assert device_of_pairs().type == ("cuda" if backend == "cuda" else "cpu")
-    assert device_of_pairs("auto", reserved=False).type == "cpu"
-    with pytest.raises(InputError, match="complex numbers, which MPS has not"):
-        device_of_pairs("mps")
+def test_mini_leaves_an_apple_gpu_alone_unless_asked(backend: str) -> None:
+    assert device_for_mini().type == ("cuda" if backend == "cuda" else "cpu")
+    assert device_for_mini("auto", reserved=False).type == "cpu"
+    assert device_for_mini("mps").type == "mps"
 
 
 def test_mini_is_loaded_on_the_cpu_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +65,8 @@ def test_encoder_and_decoder_replicas_load_where_they_may(
 
     monkeypatch.setattr(settings, "load_codec", load)
     args = settings.ServeArgs(codec="mini")
-    settings.codec_of_run(args, settings.Scale(num_gpus=0))
-    settings.codec_of_run(args, settings.Scale(num_gpus=1))
+    settings.load_served(args, settings.Scale(num_gpus=0))
+    settings.load_served(args, settings.Scale(num_gpus=1))
     assert asked == ["cpu", "auto"]
 
 
@@ -85,6 +84,6 @@ def test_a_jobs_process_computes_where_ray_put_it(
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: gpus)
     free = bool(gpus) or not worker
     assert _ray.worker_device().type == (backend if free and backend else "cpu")
-    assert _ray.worker_device(pairs=True).type == ("cuda" if free and backend == "cuda" else "cpu")
+    assert _ray.worker_device(mini=True).type == ("cuda" if free and backend == "cuda" else "cpu")
     # The CPU does the work, and it is said, only where Ray gave a GPU that torch does not see: not on a Mac.
     assert ("it works on the CPU" in _ray.unseen_gpu()) == (bool(gpus) and not backend)

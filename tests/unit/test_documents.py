@@ -208,6 +208,7 @@ def test_every_rate_stands_in_its_results_file() -> None:
 
 def test_sizes_are_those_of_the_formats() -> None:
     assert scaling_model.INDEX_BYTES == 768 // 4 * 4 // 8 + 768 * 2 + 8
+    assert scaling_model.CODE_BYTES == 768 // 4 * 4 // 8 + 8
     assert scaling_model.VECTOR_BYTES > 768 * 2
-    assert scaling_model.hours(1000, scaling_model.Rate(2000, 1, True, ""), 1) == pytest.approx(1 / 8 / 3600)
-    assert scaling_model.hours(1000, scaling_model.Rate(2000, 1, False, ""), 9) == pytest.approx(1 / 8 / 3600)
+    assert scaling_model.hours(1000, scaling_model.Rate(2000, 1, 10, ""), 1) == pytest.approx(1 / 8 / 3600)
+    assert scaling_model.hours(1000, scaling_model.Rate(2000, 1, 1000, ""), 9) == pytest.approx(1 / 8 / 3600)

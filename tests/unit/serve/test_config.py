@@ -12,6 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 from lvm.errors import InputError
 from serve.gateway import require_key_unless_loopback
 from serve.launch import claim, parse, put
+from serve.release import ReleaseArgs
 from serve.settings import Scale, ServeArgs
 
 CONFIG = Path(__file__).resolve().parents[3] / "serve" / "config.yaml"
@@ -38,6 +39,20 @@ def test_another_release_and_nothing_less_makes_ray_build_again() -> None:
     assert version() == version()
     assert version(release="2") != version()
     assert ServeArgs.model_validate({**args, "release": "2"}).release == "2"
+
+
+def test_another_run_in_user_config_is_taken_up_without_a_build_or_a_restart() -> None:
+    record = yaml.safe_load(CONFIG.read_text())
+    (application,) = record["applications"]
+    asked = [d["user_config"] for d in application["deployments"]]
+    assert [d["name"] for d in application["deployments"]] == ["Gateway", "Predictor", "Retriever"]
+    assert asked[0] == asked[1] == asked[2]
+    assert ReleaseArgs.model_validate(asked[0]).run == application["args"]["run"]
+    before = ServeDeploySchema.model_validate(record).applications[0]
+    asked[0]["run"] = "s3://corpus/runs/wiki-2"
+    after = ServeDeploySchema.model_validate(record).applications[0]
+    assert before.deployments != after.deployments
+    assert get_app_code_version(before) == get_app_code_version(after)
 
 
 def test_the_shipped_config_is_open_to_a_network_only_with_keys() -> None:

@@ -5,6 +5,7 @@ import errno
 import pickle
 import shutil
 import subprocess
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -275,6 +276,42 @@ def test_a_chunk_that_comes_twice_is_refused(folder: Path) -> None:
     rewrite(folder, 1, column(table, "chunk_id", [ids[1], *ids[1:]]))
     with pytest.raises(InputError, match=f"chunk {ids[1]} comes 2 times"):
         open_vectors(folder)
+
+
+def test_ids_of_equal_hashes_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lvm.vectors.array._hashes", lambda ids: np.zeros(len(ids), np.uint64))
+    shutil.rmtree(folder / "_array")
+    assert len(open_vectors(folder)) == len(set(open_vectors(folder).chunk_ids.tolist()))
+    table = read_table(folder / "part-00001.parquet")
+    ids = table.column("chunk_id").to_pylist()
+    rewrite(folder, 1, column(table, "chunk_id", [ids[1], *ids[1:]]))
+    with pytest.raises(InputError, match=f"chunk {ids[1]} comes 2 times"):
+        open_vectors(folder)
+
+
+def test_ids_may_be_longer_than_ours(folder: Path) -> None:
+    table = read_table(folder / "part-00001.parquet")
+    ids = [f"{i}-of-another-source" for i in table.column("chunk_id").to_pylist()]
+    rewrite(folder, 1, column(table, "chunk_id", ids))
+    array = open_vectors(folder)
+    assert set(ids) <= set(array.chunk_ids.tolist())
+    assert len(array.vectors) == len(array)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_array_is_made_in_memory_that_hardly_grows_with_the_corpus(tmp_path: Path, ordered: bool) -> None:
+    peaks = []
+    for articles in (400, 800):
+        folder = tmp_path / str(articles)
+        texts = [[f"{a} {c}" for c in range(50)] for a in range(articles)]
+        made = write_vectors(folder, texts, FakeCodec(dim=8), articles_per_shard=20)
+        shards = made.shards if ordered else made.shards[::-1]
+        again = dataclasses.replace(made, shards=shards, inputs={"again": 1})
+        tracemalloc.start()
+        assert write_array(folder, again)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 20_000 < (16 if ordered else 120)  # bytes a chunk, where an id has 32
 
 
 def test_two_chunks_in_one_place_are_refused(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from lvm.errors import IdentityError, InputError
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.index import (
+    Build,
     Index,
     IndexSettings,
     build_index,
@@ -17,7 +19,7 @@ from lvm.vectors.index import (
     load_index,
     measure_recall,
 )
-from lvm.vectors.shards import Manifest
+from lvm.vectors.shards import Manifest, Shard
 from tests.doubles import FakeCodec, fake_articles, write_vectors
 
 LISTS = IndexSettings(flat_below=100)
@@ -65,6 +67,63 @@ def test_lists_of_codes_find_more_since_the_best_are_compared_exactly(
     np.testing.assert_array_equal(again.search(queries, 16)[1], rows)
     _, many = coded.search(queries[:2], 3000, probes=1)
     assert all(len(set(r)) == 3000 for r in many.tolist())
+
+
+@pytest.fixture(scope="module", params=["coded", "lists", "flat"])
+def parted(
+    request: pytest.FixtureRequest, large_array: VectorArray, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Index, Index]:
+    """An index in three parts, and the same vectors in one."""
+    kind = {"coded": {"coded_from": 1000}, "lists": {}, "flat": {"flat_below": 10_000}}[request.param]
+    folders = [tmp_path_factory.mktemp(name) for name in ("parts", "one")]
+    three, one = IndexSettings(flat_below=1000, part_vectors=1700), IndexSettings(flat_below=1000)
+    return tuple(  # type: ignore[return-value]
+        build_index(large_array, folder, dataclasses.replace(settings, **kind))
+        for folder, settings in zip(folders, (three, one), strict=True)
+    )
+
+
+def test_parts_are_searched_together(large_array: VectorArray, parted: tuple[Index, Index]) -> None:
+    three, one = parted
+    assert [s.rows for s in three.manifest.shards] == [1666, 1667, 1667]
+    assert (three.manifest.settings["parts"], len(three)) == (3, len(large_array))
+    assert "parts" not in one.manifest.settings
+    queries = large_array.vectors[::250].astype(np.float32)
+    everywhere = 10_000
+    for found, wanted in zip(
+        three.search(queries, 9, everywhere), exact(large_array, queries, 9), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, atol=2e-3)
+    assert three.manifest.report["recall_stored"] >= one.manifest.report["recall_stored"] - 0.02
+    rows = [0, 1665, 1666, 3332, 3333, 4999]
+    np.testing.assert_allclose(three.reconstruct(rows), large_array.vectors[rows], atol=1e-3)
+    _, all_rows = three.search(queries[:1], len(three))
+    assert sorted(all_rows[0].tolist()) == list(range(len(three)))
+
+
+def test_parts_that_an_earlier_try_built_are_taken(large_array: VectorArray, tmp_path: Path) -> None:
+    settings = IndexSettings(part_vectors=2500)
+
+    def one_and_no_more(build: Build, numbers: range) -> Iterable[Shard]:
+        yield build(numbers[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(large_array, tmp_path, settings, one_and_no_more)
+    assert find_index(large_array, tmp_path, settings) is None
+    (part,) = tmp_path.rglob("part-*.faiss")
+    made = part.stat().st_mtime_ns
+    built = build_index(large_array, tmp_path, settings)
+    assert part.stat().st_mtime_ns == made
+    assert len(built.manifest.shards) == 2
+    part.write_bytes(part.read_bytes()[:-1])  # published and damaged since: not taken
+    assert len(build_index(large_array, tmp_path, settings)) == len(large_array)
+
+
+def test_exact_vectors_stay_on_disk(coded: Index, lists: Index, flat: Index) -> None:
+    maps = Path("/proc/self/maps").read_text()
+    for index in (coded, lists, flat):
+        assert str(index.directory / "index.faiss") in maps
 
 
 @pytest.mark.parametrize(

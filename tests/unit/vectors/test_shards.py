@@ -233,6 +233,44 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, content: str) -> 
         Manifest.load(tmp_path, "chunks")
 
 
+def test_many_shards_are_listed_in_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = write_chunks(tmp_path, fake_articles(20), 4)
+    monkeypatch.setattr(shards, "MOST_IN_JSON", 3)
+    few.save(tmp_path)
+    (path,) = tmp_path.glob("shards-*.parquet")
+    record = json.loads((tmp_path / "manifest.json").read_bytes())
+    assert record["shards"]["file"] == path.name
+    assert record["shards"]["rows"] == len(few.shards) == 5
+    assert Manifest.load(tmp_path, "chunks") == few
+    again = dataclasses.replace(few, inputs={"another": 1})
+    again.save(tmp_path)
+    assert Manifest.load(tmp_path) == again
+    (path,) = tmp_path.glob("shards-*.parquet")  # that of before is gone
+    for content in (path.read_bytes()[:-9], None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(
+            InputError, match=r"manifest\.json is not a manifest .*its list of shards.*Delete it"
+        ):
+            Manifest.load(tmp_path)
+    monkeypatch.setattr(shards, "MOST_IN_JSON", 5)
+    few.save(tmp_path)
+    assert Manifest.load(tmp_path) == few
+    assert not [*tmp_path.glob("shards-*.parquet")]
+
+
+def test_a_list_whose_shards_are_others_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MOST_IN_JSON", 3)
+    write_chunks(tmp_path, fake_articles(20), 4)
+    (path,) = tmp_path.glob("shards-*.parquet")
+    listed = read_table(path).to_pylist()
+    listed[2]["sha256"] = "0" * 64
+    write_table(path, pa.Table.from_pylist(listed))
+    with pytest.raises(InputError, match="edited or damaged"):
+        Manifest.load(tmp_path)
+
+
 def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
     write_chunks(tmp_path, fake_articles(2, 4))
     record = json.loads((tmp_path / "manifest.json").read_text())
