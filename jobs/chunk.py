@@ -86,7 +86,7 @@ def cut_block(
 ) -> int:
     """Parse and cut one block and write its shard with local article numbers; the number of its chunks.
 
-    tokenizer: one reference to the tokenizer in Ray's store, fetched once a worker.
+    tokenizer: one reference to the tokenizer in Ray's store, fetched once per worker.
     """
     import os
 
@@ -413,7 +413,7 @@ def main(
     if report["tokens_per_letter"] > LETTER_BY_LETTER:
         echo(
             f"chunk: WARNING: {codec}'s tokenizer does not know this language: it spells the text nearly letter by "
-            f"letter ({report['tokens_per_letter']} tokens a letter, English takes 0.27), so a chunk holds "
+            f"letter ({report['tokens_per_letter']} tokens per letter, English takes 0.27), so a chunk holds "
             f"{report['words'] / report['chunks']:.0f} words. Use a codec made for the language (--codec-path)."
         )
     finish(

@@ -7,7 +7,7 @@ Contexts of as many chunks as the model was trained on are taken from each artic
 them predicted. A row holds article, title, position (of the predicted chunk), step (1 for the first of --length),
 context (texts), next (the true text, null past the article's end), text, source (exact, writer or corpus), extract
 (what the corpus has nearest, with --run), cosine (of the text's own vector to the prediction), cosine_to_next (to the
-true next vector), both about the corpus mean, and log_prob (nats a character under the language model).
+true next vector), both about the corpus mean, and log_prob (nats per character under the language model).
 
 Predictions are made in blocks by Ray Data, and a block is written whole and renamed: a job that is killed and run again
 makes what is missing. 300 predictions with four drafts each on two cores: see tests/bench/results.

@@ -41,7 +41,7 @@ RunFolder = Annotated[
 
 
 def described(models: Location) -> list[dict[str, Any]]:
-    """A row a record, newest first: name, aliases, architecture, parameters, context, val cosine, created."""
+    """A row per record, newest first: name, aliases, architecture, parameters, context, val cosine, created."""
     aliases = read_aliases(models)
     rows = []
     for folder in reversed(record_folders(models)):

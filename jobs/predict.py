@@ -113,7 +113,7 @@ def tell(prediction: Prediction, loaded_ms: float) -> None:
     """The text to stdout, the rest to stderr."""
     answer = prediction.answer
     print(answer.text, flush=True)
-    likely = "" if answer.log_prob is None else f"  language {answer.log_prob:.2f} nats a character"
+    likely = "" if answer.log_prob is None else f"  language {answer.log_prob:.2f} nats per character"
     echo(f"{WORDS[answer.source]}  (cosine to the prediction {answer.cosine:.3f}{likely})")
     echo(f"model {prediction.model}  context {prediction.context.mode}")
     for attempt in answer.attempts:

@@ -9,7 +9,7 @@ judged on the same validation targets, those that have as many vectors before th
 at once as there are processor cores, or eight to a GPU. A sweep that was killed, run again with the same settings, goes
 on where each trial was, by Tune's own restore; one whose --hours were over takes up the trials that had not begun.
 
-    trials.parquet, trials.csv   one row a trial
+    trials.parquet, trials.csv   one row per trial
     sweep.html                   leaderboard with intervals, parallel coordinates, quality against cost; no network
     sweep.json                   settings, leaderboard and intervals; written last
     models/                      a record for the best trial of each architecture, and an ensemble of the best of them
@@ -318,7 +318,7 @@ def _progress_lines(total: int) -> Any:
 def rows_of(
     results: Any, trials: Sequence[Mapping[str, Any]], runs: Sequence[TrainRun], epochs: int, over: bool
 ) -> list[Trial]:
-    """The table, a row a trial in order. over: the sweep's time was."""
+    """The table, a row per trial in order. over: the sweep's time was."""
     found = {r.config["trial"]["number"]: r for r in results if r.config}
     rows = []
     for trial, this in zip(trials, runs, strict=True):

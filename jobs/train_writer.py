@@ -6,7 +6,7 @@
 The folder is what --writer takes, and what a codec's own folder may hold as `writer/`. The loop is
 `lvm.codec.writer_training.fit_writer`; it saves every few minutes, and the same command run again goes on from
 there, also after a kill. Any codec's vectors do: `mini`, a GTR pair, or a sentence-transformers model (`latent
-encode --codec sentence-transformers --codec-path FOLDER`). Two cores see some 500 chunks a minute; an hour
+encode --codec sentence-transformers --codec-path FOLDER`). Two cores see some 500 chunks per minute; an hour
 writes readable sentences.
 """
 

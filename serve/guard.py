@@ -42,14 +42,14 @@ def hash_key(key: str) -> str:
 
 
 def read_keys(path: str | Path) -> list[str]:
-    """Hashes of the keys of a file, one a line; empty lines and those that begin with # do not count."""
+    """Hashes of the keys of a file, one per line; empty lines and those that begin with # do not count."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as err:
-        raise InputError(f"cannot read API keys from {path} ({err}); expected one key a line") from err
+        raise InputError(f"cannot read API keys from {path} ({err}); expected one key per line") from err
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not keys:
-        raise InputError(f"{path} holds no API key; expected one a line")
+        raise InputError(f"{path} holds no API key; expected one per line")
     return check_keys(keys, str(path))
 
 

@@ -196,7 +196,7 @@ class Generated(_Reply):
     refusals: list[str] = Field(description="What speaks against the text, given for want of a better one.")
     attempts: list[AttemptReply] = Field(description="Texts that were refused before it, in order.")
     log_prob: float | None = Field(
-        description="Mean natural log-probability a character under the language model; real text has about -1."
+        description="Mean natural log-probability per character under the language model; real text has about -1."
     )
     emergency: str | None = Field(None, description="Why the decoder was not asked at all.")
     cosine: float = Field(description="Of the text's vector with the prediction.")
@@ -389,7 +389,7 @@ class DecodedText(_Reply):
 
 
 class DecodeReply(_Reply):
-    """Of /v1/decode, one result a vector."""
+    """Of /v1/decode, one result per vector."""
 
     request_id: str
     codec: CodecRecord

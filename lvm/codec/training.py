@@ -3,7 +3,7 @@
     python -m lvm.codec.training --chunks CHUNKS_DIR --tokenizer tokenizer.json --output RUN_DIR --minutes 60
 
 Reads chunk shards (Parquet with `doc_id`, `position`, `text`, rows in article order). Writes into RUN_DIR:
-`checkpoint.pt` (continues by itself when run again), `curve.jsonl` (one line a minute: throughput, losses,
+`checkpoint.pt` (continues by itself when run again), `curve.jsonl` (one line per minute: throughput, losses,
 held-out score), and at the end `encoder.safetensors`, `hypothesizer.safetensors`, `config.json`.
 
 Two losses, added: cross-entropy of the text given its noised vector (reconstruction), and InfoNCE between the
@@ -56,7 +56,7 @@ class TrainingSettings:
     steps: int | None = None
     """Steps of training, all parts together, where they end before `minutes` do; None for time alone."""
     batch_pairs: int = 160
-    """Neighbour pairs a step; all take part in the contrast."""
+    """Neighbour pairs per step; all take part in the contrast."""
     batch_decoded: int = 96
     """Chunks a step that are decoded too, each the first of a pair."""
     learning_rate: float = 1e-3
@@ -66,13 +66,13 @@ class TrainingSettings:
     decay_share: float = 0.35
     """Last share of the time in which the learning rate falls linearly to zero."""
     contrast_weight: float = 0.5
-    """Weight of InfoNCE beside the cross-entropy in nats a token."""
+    """Weight of InfoNCE beside the cross-entropy in nats per token."""
     temperature: float = 0.06
     """Temperature of InfoNCE on cosines."""
     topic_steps: int = 1500
     """Steps of the first phase, topic embeddings alone; under a minute on two cores, not counted in `minutes`."""
     topic_batch_pairs: int = 1024
-    """Neighbour pairs a step of the first phase."""
+    """Neighbour pairs per step of the first phase."""
     topic_rate_share: float = 0.2
     """Step size of the topic embeddings in the main phase, as a share of `learning_rate`."""
     reach: int = 2
@@ -242,7 +242,7 @@ def fit_topics(
 ) -> float:
     """First phase: InfoNCE on the bag of topic embeddings alone, in place; returns the last loss in nats.
 
-    A bag needs no matrix product, so this sees thousands of chunks a step and soon passes what latent
+    A bag needs no matrix product, so this sees thousands of chunks per step and soon passes what latent
     semantic analysis gives (next chunk among 10,000, R@10: 0.074 before, 0.136 after 30 s on two cores).
     """
     table = encoder.topics.weight
@@ -329,7 +329,7 @@ def losses(
     mask: Tensor,
     settings: TrainingSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Reconstruction in nats a token, and InfoNCE in nats a chunk (0 with a frozen encoder); float32 scalars.
+    """Reconstruction in nats per token, and InfoNCE in nats per chunk (0 with a frozen encoder); float32 scalars.
 
     ids, mask: (2B, T); row i + B is the neighbour of row i, and the first `batch_decoded` rows are decoded. With a
     frozen encoder (B, T), all of them decoded.

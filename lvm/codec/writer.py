@@ -12,9 +12,9 @@ are ours and lie in the writer's folder:
     writer.json            sizes, codec identity, hash of the language model, training
     writer.safetensors     adapter and prefix
     evidence.safetensors   the evidence network
-    words.txt              its words, one a line
+    words.txt              its words, one per line
 
-Letters: B vectors, C candidates a vector, R = B * C rows, S positions before the text, E evidence words, V'
+Letters: B vectors, C candidates per vector, R = B * C rows, S positions before the text, E evidence words, V'
 ids that may be written, W the language model's width, D vector length.
 """
 
@@ -238,7 +238,7 @@ class Writer:
 
     @property
     def least_log_prob(self) -> float:
-        """Mean log-probability a character that 98 % of real chunks have under the language model, nats."""
+        """Mean log-probability per character that 98 % of real chunks have under the language model, nats."""
         return float(self._record.get("least_log_prob", LEAST_LOG_PROB))
 
     @property
@@ -324,7 +324,7 @@ class Writer:
         return LlamaRunner(self._base.model, self.precision, device=self.device)
 
     def log_probs(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """(N,) mean natural log-probability a character of each text under the language model without the adapter.
+        """(N,) mean natural log-probability per character of each text under the language model without the adapter.
 
         Real chunks of Wikipedia have about -1.2; a text of no language far less. An empty text has -inf.
         """

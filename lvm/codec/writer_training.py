@@ -3,8 +3,8 @@
     python -m lvm.codec.writer_training --vectors SHARDS --base FOLDER_OR_GGUF --output RUN_DIR --minutes 60
 
 Reads vector shards (Parquet with `doc_id`, `position`, `text`, `vector`). Writes into RUN_DIR `prepared/`
-(made once), `checkpoint.pt` (a run there is continued), `curve.jsonl` (a line every few minutes: nats a token
-of held-out texts, and chunks a second), `samples.txt`, and `writer.safetensors`, `evidence.safetensors`,
+(made once), `checkpoint.pt` (a run there is continued), `curve.jsonl` (a line every few minutes: nats per token
+of held-out texts, and chunks per second), `samples.txt`, and `writer.safetensors`, `evidence.safetensors`,
 `words.txt` and `writer.json` at every save, so that a run that is stopped leaves a writer.
 
 First the evidence network (`lvm.codec.evidence`), some minutes; then a low-rank adapter of the language model,
@@ -270,7 +270,7 @@ def fit_evidence(
     rows: npt.NDArray[np.int64],
     settings: WriterSettings,
 ) -> float:
-    """Train the evidence network in place; the mean loss of the last 50 steps, nats a word."""
+    """Train the evidence network in place; the mean loss of the last 50 steps, nats per word."""
     device = evidence.centre.device
     evidence.describe(drawn.pool.to(device), counts.usual().to(device))
     optimiser = torch.optim.AdamW(evidence.parameters(), lr=2e-3, weight_decay=0.01)
@@ -293,7 +293,9 @@ def fit_evidence(
         recent = [*recent[-49:], loss.item()]
         if step % 200 == 199:
             spent = time.perf_counter() - begun
-            print(f"evidence: step {step + 1}, {np.mean(recent):.3f} nats a word, {spent:.0f} s", flush=True)
+            print(
+                f"evidence: step {step + 1}, {np.mean(recent):.3f} nats per word, {spent:.0f} s", flush=True
+            )
     return float(np.mean(recent))
 
 
@@ -324,7 +326,7 @@ def token_nats(
 
 
 def usual_likelihood(base: Base, texts: Sequence[str], device: str) -> dict[str, float]:
-    """Mean log-probability a character, nats, that 98 % and 75 % of real texts have under the language model."""
+    """Mean log-probability per character, nats, that 98 % and 75 % of real texts have under the language model."""
     logs = log_probs(
         LlamaRunner(base.model, "float32", device=torch.device(device)), base.model.tokenizer, texts
     )

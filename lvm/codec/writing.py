@@ -1,6 +1,6 @@
 """Texts being written by rounds, many at once: new ones join between two tokens, finished ones leave.
 
-Letters: B vectors, C candidates a vector, R = B * C rows.
+Letters: B vectors, C candidates per vector, R = B * C rows.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Written:
 
     text: str
     log_prob: float
-    """Mean natural log-probability a character, under the writer itself."""
+    """Mean natural log-probability per character, under the writer itself."""
 
 
 @dataclass

@@ -171,7 +171,7 @@ def test_texts_are_decoded_raw_and_snapped_and_the_examples_show_them(evaluation
             assert said["text"] not in ("", example["truth"])
             assert bool(said["refused"]) == (said["form"] != "found")
             assert all(
-                text.startswith("text of ") and "encodes at cosine" in text for text in said["refused"]
+                text.startswith("text of ") and "round-trip cosine" in text for text in said["refused"]
             )
 
 

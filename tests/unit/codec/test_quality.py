@@ -25,7 +25,7 @@ def test_read_back_of_equal_texts_is_perfect() -> None:
 
 
 def test_unequal_numbers_of_texts_are_refused() -> None:
-    with pytest.raises(InputError, match="as many written texts"):
+    with pytest.raises(InputError, match="one decoded text for each source"):
         read_back(["a"], [])
 
 

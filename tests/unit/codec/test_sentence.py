@@ -105,7 +105,7 @@ def test_as_a_codec_it_encodes_and_says_that_it_reads_nothing_back(folder: Path)
     [
         ("modules.json", "has no modules.json"),
         ("model.safetensors", "has no model.safetensors"),
-        ("LSTM", "holds a module LSTM; expected Transformer, Pooling, Dense and Normalize alone"),
+        ("LSTM", "has a module LSTM; expected only Transformer, Pooling, Dense and Normalize"),
         ("max", "asks for"),
     ],
 )

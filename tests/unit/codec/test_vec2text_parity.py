@@ -315,7 +315,7 @@ def test_what_the_package_cannot_do_is_refused(package: Codec, root: Path, tmp_p
         package.reading()
     for part in ("jxm", "sentence-transformers"):
         (tmp_path / part).symlink_to(root / part)
-    with pytest.raises(InputError, match=r"needs t5-base in .* besides the codec; fetch config\.json"):
+    with pytest.raises(InputError, match=r"needs t5-base in .* besides the codec; download config\.json"):
         load_codec("gtr-jxe", tmp_path, engine="vec2text")
 
 
