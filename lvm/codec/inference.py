@@ -58,7 +58,7 @@ class Product:
 
 
 def digits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, D) quantised by row to uint8, zero point 128, 127 steps to the row's largest magnitude, and that, (M, 1)."""
+    """x (M, D) quantised by row to uint8 (zero point 128, 127 steps to the row's maximum |x|), and that, (M, 1)."""
     largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_min_(1e-30)
     return _quantised(x / largest, 1 / 127, 128), largest
 

@@ -1,4 +1,4 @@
-"""The pretrained language model that a writer adapts and that scores texts: located where installed, checked by hash."""
+"""The pretrained language model that a writer adapts and that scores texts: finding, hashing and loading it."""
 
 import hashlib
 import importlib.util

@@ -267,7 +267,9 @@ def test_models_of_different_context_lengths_meet_on_the_same_targets(
 def test_models_of_other_vectors_are_refused_when_none_is_left(tmp_path: Path, ray_cluster: str) -> None:
     paths, other = make_run(tmp_path / "one"), make_run(tmp_path / "two", seed=1)
     mixed = Paths(paths.vectors, paths.index, other.models, paths.output)
-    with pytest.raises(InputError, match=r"no model fits the vectors .* Run `latent train` on these vectors"):
+    with pytest.raises(
+        InputError, match=r"no model was trained on the vectors .* Run `latent train` on these vectors"
+    ):
         evaluate(mixed, fake_codec, SETTINGS)
     foreign_index = Paths(paths.vectors, other.index, paths.models, paths.output)
     with pytest.raises(InputError, match="was made from vectors"):
