@@ -336,8 +336,8 @@ def load_codec_at(
 # ------------------------------------------------------------------------------------- errors out of workers
 #
 # Exceptions of plain Ray tasks reach the driver, and `get` unwraps them. Ray Data, Train and Tune retry or abort
-# instead, and the message is lost. There errors are returned as values: by `guarded` on the worker, read by `refusal_in` and
-# `accepted` on the driver.
+# instead, and the message is lost. There errors are returned as values, by `guarded` on the worker, and read by
+# `refusal_in` and `accepted` on the driver.
 
 
 def get(ref: Any) -> Any:

@@ -451,7 +451,7 @@ def sweep(
     rows = rows_of(results, trials, runs, settings.epochs, over)
     if not scored(rows):
         raise InputError(
-            f"none of {len(rows)} trials has a score; the first one: {rows[0]['note'] or 'did not finish, raise --hours'}"
+            f"none of {len(rows)} trials has a score; the first: {rows[0]['note'] or 'unfinished, raise --hours'}"
         )
     models = output / "models"
     intervals = publish_best(rows, runs, results, models, array, coherence)
