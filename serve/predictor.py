@@ -1,8 +1,8 @@
-"""The predictor deployment: every model of the run in each replica, contexts to the next vector.
+"""The predictor deployment: contexts to the next vector, with every model of the run in each replica.
 
-All models in one process, not a replica each and not multiplexed: the four take 130 MB and predict in
-milliseconds, while a replica takes half a gigabyte before its first weight, and loading on demand costs a request more
-than every prediction it will ask for (tests/bench/results/).
+All models share one process, without multiplexing: four of them take 130 MB and predict in milliseconds, while a
+replica takes half a gigabyte before loading any weights, and loading on demand would cost a request more than all its
+predictions (tests/bench/results/).
 """
 
 from collections.abc import Sequence
@@ -21,25 +21,24 @@ from serve.settings import ServeArgs, device_of, models_of, require_run
 
 @dataclass(frozen=True)
 class ContextRow:
-    """What one prediction is made from."""
+    """Input of one prediction."""
 
     model: str
     """Alias, or "passthrough"."""
     vectors: NDArray[np.float32]
     """(T, D), norm 1, oldest first."""
     search: bool = False
-    """Whether the vector to search with is wanted too; it takes the predictor once more."""
+    """Whether to return the search vector too, which takes a second pass of the predictor."""
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """The next vector, and the record that gave it."""
+    """The next vector, and the record that predicted it."""
 
     vector: NDArray[np.float32]
     """(D,), norm 1."""
     search: NDArray[np.float32]
-    """(D,), norm 1: what finds the next chunk (`lvm.predict.ranking`); the prediction itself where it was not asked
-    for."""
+    """(D,), norm 1: the rank head's vector (`lvm.predict.ranking`); the prediction itself if not requested."""
     folder: str
 
 
@@ -48,11 +47,11 @@ class Predictor:
     """All predictors of a run."""
 
     def __init__(self, args: ServeArgs, models: dict[str, str]) -> None:
-        """models: alias to folder name under the run's models/, fixed when the application was built: another
-        version of a model is another application, which Ray Serve rolls out replica by replica."""
+        """models: alias to folder name under the run's models/, fixed when the application is built: a new version of a
+        model means a new application, which Ray Serve rolls out replica by replica."""
         import torch
 
-        # With torch; the gateway imports this module for its rows.
+        # Imports torch, so not at the top: the gateway imports this module for its row classes.
         from lvm.predict.predictor import load_predictor
 
         torch.set_num_threads(args.predictor.num_threads)
@@ -63,7 +62,7 @@ class Predictor:
             if args.run:
                 predictor.require_codec(require_run(args.run).identity, f"{args.run}/vectors")
             blank = np.zeros((1, predictor.context, predictor.record.identity.dim), np.float32)
-            predictor(blank), predictor.search(blank)  # the first calls allocate
+            predictor(blank), predictor.search(blank)  # warm up
             self._predictors[alias] = predictor
         self._queue: RowQueue[ContextRow, Predicted] = RowQueue(
             self._work,
@@ -82,7 +81,7 @@ class Predictor:
         return [Predicted(v, s, predictor.name) for v, s in zip(vectors, searching, strict=True)]
 
     async def run(self, rows: list[ContextRow], remaining_s: list[float]) -> list[Outcome[Predicted]]:
-        """One outcome a context."""
+        """One outcome per context."""
         return await self._queue.submit(rows, remaining_s)
 
     async def describe(self) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How the service does, for people, load balancers and Prometheus."""
+"""Health and metrics, for people, load balancers and Prometheus."""
 
 import asyncio
 import time
@@ -47,14 +47,14 @@ class StatusRoutes:
         missed = self._service.window.missed()
         if self._service.pipeline.breaker.open:
             missed.append(self._service.pipeline.breaker.reason)
-        # Without a decoder or a predictor-less passthrough the service still answers, from the corpus.
+        # Without a decoder the service still answers from the corpus.
         if [name for name in lacking if name != "Decoder"]:
             status, response.status_code = "not ready", 503
         else:
             status = "degraded" if missed or lacking else "ready"
         return HealthReply(
             status=status,
-            reasons=[*(f"no replica of {name} runs" for name in lacking), *missed],
+            reasons=[*(f"no replica of {name} is running" for name in lacking), *missed],
             targets=TARGETS,
             figures=self._service.window.figures(),
             breaker={
@@ -82,7 +82,7 @@ class StatusRoutes:
             text = await asyncio.to_thread(_node_metrics)
         except OSError as err:
             raise RefusedError(
-                503, f"Ray's metrics agent does not answer ({err}); try again later", 5
+                503, f"Ray's metrics agent does not respond ({err}); try again later", 5
             ) from err
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
