@@ -403,7 +403,7 @@ def fit_writer(
         adapter.load_state_dict(state["adapter"])
         optimiser.load_state_dict(state["optimiser"])
         step, spent_s, seen = state["step"], state["spent_s"], state["seen"]
-        print(f"going on from step {step}, {spent_s / 60:.1f} minutes spent", flush=True)
+        print(f"resuming at step {step}, after {spent_s / 60:.1f} minutes", flush=True)
     places = torch.full((base.model.config.vocab_size,), -1)
     places[prefix.kept.cpu()] = torch.arange(len(prefix.kept))
     places = places.to(device)
@@ -533,15 +533,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--vectors", type=Path, required=True, help="folder of vector shards (`latent encode`)"
     )
     parser.add_argument(
-        "--base", type=Path, help="language model: a folder, or a .gguf file; else found as in use"
+        "--base", type=Path, help="language model: a folder or .gguf file; default: as in `load_base`"
     )
-    parser.add_argument("--output", type=Path, required=True, help="run folder; a run there is continued")
+    parser.add_argument("--output", type=Path, required=True, help="run folder; an existing run is resumed")
     parser.add_argument("--init", type=Path, help="folder of a writer to start from")
-    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="time of training in all")
+    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="total training time")
     parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--evidence-steps", type=int, default=defaults.evidence_steps)
-    parser.add_argument("--limit", type=int, help="use the first shards only, up to so many chunks")
+    parser.add_argument("--limit", type=int, help="use only the first shards, up to this many chunks")
     parser.add_argument("--device", default=str(pick_device()))
     parser.add_argument("--score-every", type=float, default=3.0, help="minutes between held-out scores")
     args = parser.parse_args(arguments)

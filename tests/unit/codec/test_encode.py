@@ -100,7 +100,7 @@ def test_a_batch_size_that_is_none_is_refused(codec: Codec, batch_size: Any) -> 
 
 def test_what_is_cut_is_said(codec: Codec) -> None:
     with pytest.warns(
-        UserWarning, match=r"1 of 2 texts are longer than 32 tokens and were cut, text 1 first"
+        UserWarning, match=r"1 of 2 texts are longer than 32 tokens and were truncated, text 1 first"
     ):
         codec.encode(["short", "word " * 60])
 
