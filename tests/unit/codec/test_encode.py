@@ -94,7 +94,7 @@ def test_what_is_no_text_is_refused_with_its_place(codec: Codec, texts: Any, mes
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, "8"])
 def test_a_batch_size_that_is_none_is_refused(codec: Codec, batch_size: Any) -> None:
-    with pytest.raises(InputError, match="expected a whole number of 1 or more"):
+    with pytest.raises(InputError, match="expected an integer of 1 or more"):
         codec.encode(TEXTS, batch_size=batch_size)
 
 
