@@ -238,7 +238,7 @@ def test_a_new_model_is_evaluated_and_one_of_another_split_is_left_out_by_name(
     assert made["entries"][0]["details"]["folder"] == newer.name
     assert "lstm" in made["split"]["left_out"]
     assert "lstm is left out" in capsys.readouterr().err
-    assert "trained on another split: seed 0" in (paths.output / "report.html").read_text()
+    assert "trained with another split: seed 0" in (paths.output / "report.html").read_text()
 
 
 def test_models_of_different_context_lengths_meet_on_the_same_targets(

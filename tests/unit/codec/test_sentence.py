@@ -94,7 +94,7 @@ def test_as_a_codec_it_encodes_and_says_that_it_reads_nothing_back(folder: Path)
     assert "fit one with `latent train-writer`" in (codec.no_writer or "")
     with pytest.raises(InputError, match="has only an encoder, no decoder"):
         codec.decode(vectors)
-    with pytest.raises(InputError, match="there is no writer for it"):
+    with pytest.raises(InputError, match="neither a decoder nor a writer"):
         Ladder(codec).decode(vectors)
     with pytest.raises(InputError, match="needs --codec-path"):
         load_codec("sentence-transformers")

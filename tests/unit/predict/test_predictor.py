@@ -200,7 +200,7 @@ def test_what_does_not_belong_together_is_refused(codec: Codec, models: Path) ->
         (["a", 3], 1, "text 1 of 2 is int, expected str"),
         (["a", " \n"], 1, "text 1 of 2 has no words; leave it out"),
         (["a"], 0, "length is 0; expected an integer of 1 or more"),
-        (["a"], 1.5, "length is 1.5; expected a whole number"),
+        (["a"], 1.5, "length is 1.5; expected an integer"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(
