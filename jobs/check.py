@@ -1,6 +1,6 @@
-"""Say all that is wrong with an NPZ file of training sequences; changes nothing, starts no Ray.
+"""Check an NPZ file of training sequences and report every problem; changes nothing, does not start Ray.
 
-Reads one file block by block: seconds for a gigabyte. Exit code 1 when something is wrong.
+Reads the file block by block, in seconds per gigabyte. Exit code 1 if there are problems.
 
     python -m jobs.check sequences.npz
     ray job submit --working-dir . -- python -m jobs.check sequences.npz
@@ -25,7 +25,7 @@ def main(
             parser=location, metavar="FILE", help="NPZ file: layout sequences, documents or split."
         ),
     ],
-    dim: Annotated[int, typer.Option(help="Numbers a vector must have.")] = DIM,
+    dim: Annotated[int, typer.Option(help="Expected dimension of the vectors.")] = DIM,
 ) -> None:
     """Check an NPZ file of training sequences."""
     started = time.perf_counter()
@@ -36,8 +36,8 @@ def main(
     for note in report.notes:
         echo(f"  note: {note}")
     for problem in report.problems:
-        echo(f"  wrong: {problem}")
-    echo("nothing is wrong" if report.ok else f"{len(report.problems)} things are wrong")
+        echo(f"  problem: {problem}")
+    echo("no problems found" if report.ok else f"problems found: {len(report.problems)}")
     seconds = time.perf_counter() - started
     rows = sum(report.rows.values())
     finish(

@@ -1,10 +1,10 @@
-"""Does a codec read back what it is given? `latent codec check`. Prints a table, writes nothing.
+"""Check that a codec reads texts back: `latent codec check`. Prints a table, writes nothing.
 
     python -m jobs.check_codec
     python -m jobs.check_codec --codec gtr-jxe --codec-path /models "A text." "Another."
 
-A round trip of the texts given, of --input's, or of the bundled sample's: encode, decode, compare. Warns when the mean
-cosine is what an encoder and a decoder give that do not belong together, and then ends with exit code 1.
+A round trip (encode, decode, compare) of the given texts, of --input, or of the bundled sample. If the mean cosine is
+as low as that of a mismatched encoder and decoder, it warns and ends with exit code 1.
 """
 
 import json
@@ -21,31 +21,33 @@ from lvm.errors import InputError
 
 
 def main(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to send round; none for --input.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to check; default: --input.")] = None,
     input: Annotated[
-        str, typer.Option(help="Articles to take chunks of, where no texts are given.")
+        str, typer.Option(help="Articles to take chunks from, when no texts are given.")
     ] = "sample",
     num_chunks: Annotated[int, typer.Option(min=1, help="Chunks of --input, evenly spread.")] = 64,
     codec: Annotated[str, typer.Option(help="Codec: mini, gtr-jxe or gtr-ielab.")] = "mini",
     codec_path: Annotated[PathOrUrl | None, path_option("Folder with the codec's files.")] = None,
-    steps: Annotated[int | None, typer.Option(min=0, help="Corrector steps; 1 where there are any.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Corrector steps; default: 1 if supported.")
+    ] = None,
     engine: Engine = "lvm",
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON in place of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON, not a table.")] = False,
 ) -> None:
-    """Send texts through the codec and say what came back."""
+    """Encode and decode texts, and compare the result."""
     begun = time.perf_counter()
     loaded = load_codec_at(codec, codec_path, engine=engine)
     able = loaded.supported_steps
     number = steps if steps is not None else (1 if able is None or 1 in able else 0)
     if able is not None and number not in able:
         raise InputError(
-            f"codec {loaded.identity} takes {', '.join(map(str, able))} steps, got {number}; choose one of these"
+            f"codec {loaded.identity} supports {', '.join(map(str, able))} steps, got {number}; choose one of these"
         )
     if not texts:
         chunker = Chunker(loaded.tokenizer)
         chunks = [c.text for a in read_articles(input, None) for c in chunker.chunk([a])[0]]
         if not chunks:
-            raise InputError(f"{input} gives no chunk; expected articles with text")
+            raise InputError(f"{input} has no chunks; expected articles with text")
         texts = [chunks[i] for i in spread(len(chunks), num_chunks)]
     encoded = loaded.encode_chunks(texts)
     decoded = loaded.decode(encoded.vectors, steps=number, norms=encoded.norms)
@@ -74,13 +76,12 @@ def main(
     if encoded.truncated.any():
         echo(
             f"warning: {int(encoded.truncated.sum())} of {len(texts)} texts are longer than "
-            f"{loaded.identity.max_tokens} tokens and were cut; the rest of them cannot come back"
+            f"{loaded.identity.max_tokens} tokens and were truncated; the rest cannot be read back"
         )
     if mismatched:
         echo(
-            f"warning: mean cosine {mean:.3f} is what an encoder and a decoder give that do not belong together "
-            "(0.05 to 0.11; a matching pair gives 0.63 and more). Check that both come from one codec: "
-            f"{loaded.identity}"
+            f"warning: mean cosine {mean:.3f} suggests that encoder and decoder do not match (a mismatched pair gives "
+            f"0.05 to 0.11, a matching one 0.63 or more). Check that both belong to codec {loaded.identity}"
         )
         raise SystemExit(1)
 

@@ -3,18 +3,18 @@
     python -m jobs.chunk --input articles.jsonl.gz --output out/chunks --codec mini
     ray job submit --working-dir . -- python -m jobs.chunk --input /shared/d.xml.bz2 --output /shared/chunks
 
-Inputs are read side by side, one reader each; a reader hands on blocks of whole articles, and blocks are
-parsed and cut in parallel. Readers wait when cutting falls behind, so memory holds a few blocks a core,
-whatever the corpus weighs. On a cluster, --input and --output lie on storage all nodes see.
+Inputs are read in parallel, one reader each. A reader emits blocks of whole articles, which are parsed and cut
+in parallel. Readers wait when cutting falls behind, so memory holds a few blocks per core whatever the size of
+the corpus. On a cluster, --input and --output are on storage that all nodes can reach.
 
-    part-*.parquet   chunks, whole articles, about --rows-per-shard rows, never from two inputs
-    manifest.json    settings, inputs with their hashes, counts, what was broken; written last
-    ledger.json      which parts and article numbers each input was given
-    _work/           blocks of inputs not yet read to their end; gone when the job is done
+    part-*.parquet   chunks of whole articles, about --rows-per-shard rows, each part from one input
+    manifest.json    settings, inputs with their hashes, counts, broken records; written last
+    ledger.json      the parts and article numbers assigned to each input
+    _work/           blocks of inputs not yet fully read; removed when the job is done
 
-Killed at any moment and run again, the job cuts only the blocks that are not there and ends with the very
-same rows. When inputs were added, changed or removed, the others' parts and article numbers stay as they are,
-and new ones come after the highest, so the stages after this one redo only what is new.
+A job that is killed and run again cuts only the missing blocks and produces the same rows. When inputs are added,
+changed or removed, the parts and article numbers of the others do not change, and new ones get higher numbers, so
+later stages redo only what is new.
 """
 
 import functools
@@ -54,25 +54,25 @@ from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import Manifest, Shard, with_footer, write_table
 
 BYTES_PER_TOKEN = 2.5
-"""Text bytes a chunk holds for each token it may have: 79 of 32 with `mini` on Wikipedia. Decides how many
-articles make a block; a codec with longer tokens gets shards with fewer rows."""
+"""Text bytes of a chunk per token of its limit: 79 for 32 with `mini` on Wikipedia. Determines how many articles make
+a block; a codec with longer tokens gets shards with fewer rows."""
 
 BLOCKS_AHEAD = 4
-"""Blocks a reader may have ready that no task has taken yet."""
+"""Blocks that a reader may have ready before a task takes them."""
 
 TASKS_PER_CPU = 2
-"""Blocks in flight for each CPU: one being cut, one on its way."""
+"""Blocks in flight per CPU: one being cut, one queued."""
 
 LETTER_BY_LETTER = 0.5
-"""Tokens a letter from which a tokenizer does not fit the language: English takes 0.27 with `mini`, German 0.6."""
+"""Tokens per letter above which a tokenizer does not suit the language: with `mini` English takes 0.27, German 0.6."""
 
 FILES_PER_CHECK = 64
-"""Shards whose article ids one task reads when duplicates are looked for."""
+"""Shards per task of the search for duplicate articles."""
 
 
 @functools.lru_cache(maxsize=4)
 def _chunker(tokenizer_sha256: str, max_tokens: int, language: str) -> list[Chunker]:
-    """This worker's chunker; it remembers words from block to block. Empty until the first block fills it."""
+    """This worker's chunker, which caches words across blocks. Empty until the first block."""
     return []
 
 
@@ -84,9 +84,9 @@ def cut_block(
     footer: Mapping[str, Any],
     first_record: int,
 ) -> int:
-    """Parse and cut one block and write its shard with local article numbers; the number of its chunks.
+    """Parse and cut one block and write its shard with block-local article numbers; returns the number of chunks.
 
-    tokenizer: one reference to the tokenizer in Ray's store, fetched once a worker.
+    tokenizer: a list with one reference to the tokenizer in Ray's object store, fetched once per worker.
     """
     import os
 
@@ -101,7 +101,7 @@ def cut_block(
     return int(table.num_rows)
 
 
-# ------------------------------------------------------------------------------------------ all of it
+# ------------------------------------------------------------------------------------------ the corpus
 
 
 @dataclass
@@ -115,11 +115,11 @@ class _Reading:
     in_flight: int = 0
     """Blocks being cut."""
     end: InputEnd | None = None
-    """Once all is read."""
+    """Set when the input is fully read."""
 
 
 class BlockCutter:
-    """Reads inputs and cuts their blocks on Ray, a bounded number at a time."""
+    """Reads inputs and cuts their blocks on Ray, with a bounded number in flight."""
 
     def __init__(self, folder: ChunkFolder, tokenizer: Tokenizer, settings: ChunkSettings) -> None:
         import ray
@@ -137,15 +137,14 @@ class BlockCutter:
     def run(
         self, works: Sequence[tuple[Work, frozenset[int]]], limit: int | None, num_records: dict[str, int]
     ) -> None:
-        """Write the blocks of the works that are missing.
+        """Write the missing blocks.
 
-        works: with the numbers of blocks that need no cutting. num_records: records of each input by key,
-        where known; those of the inputs read here are added. Raises the first error of a reader or a block;
-        blocks in flight are written first.
+        works: each with the numbers of its finished blocks. num_records: records of each input by key, where known;
+        inputs read here are added. Raises the first error of a reader or a block, after blocks in flight are written.
         """
         import ray
 
-        # Under a limit, how many articles an input may give is known when those before it are read.
+        # With a limit, an input's share of articles is only known after the inputs before it are read.
         max_readers = 1 if limit is not None else max(2, self._cpus // 2)
         waiting = list(reversed(works))
         chunks = 0
@@ -174,7 +173,7 @@ class BlockCutter:
             finally:
                 for generator in self._readers:
                     ray.cancel(generator)
-                if self._tasks:  # what is being written is worth a moment
+                if self._tasks:  # let blocks in flight finish
                     ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=60)
 
     def _start(self, work: Work, ready: frozenset[int], limit: int | None) -> None:
@@ -184,7 +183,7 @@ class BlockCutter:
         self._readers[generator] = _Reading(work)
 
     def _take(self, generator: Any, reading: _Reading) -> int:
-        """Take what a reader has: a block to cut, its end, or its error; how many bytes it read for that."""
+        """Handle a reader's next item: a block to cut, its end, or its error. Returns the bytes it read for that."""
         got, before = get(next(generator)), reading.position
         if isinstance(got, InputEnd):
             reading.end = got
@@ -205,14 +204,14 @@ class BlockCutter:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What `chunk_corpus` did."""
+    """Result of `chunk_corpus`."""
 
     manifest: Manifest
-    """Of the chunks."""
+    """Manifest of the chunks."""
     redone: tuple[str, ...]
-    """Shards this run wrote."""
+    """Shards written by this run."""
     up_to_date: bool
-    """True when nothing had to be done, not even the manifest."""
+    """True if nothing had to be done, not even the manifest."""
 
 
 def chunk_corpus(
@@ -227,17 +226,17 @@ def chunk_corpus(
     address: str | None = None,
     strict: bool = False,
 ) -> ChunkResult:
-    """Bring `target` to hold the chunks of the corpus at `source`, and nothing else.
+    """Make `target` hold exactly the chunks of the corpus at `source`.
 
-    A broken file is counted, and its records before the break are taken; with `strict` it is an InputError, and
-    `target` stays as it was. Raises InputError when no article is found, OutputError when `target` was made with
-    other settings. Blocks that are finished stay in each case.
+    A broken file is counted, and its records before the break are used; with `strict` it is an InputError, and `target`
+    is unchanged. Raises InputError when there are no articles, OutputError when `target` was made with other settings.
+    Finished blocks are kept in each case.
     """
     inputs, unread = survey(source)
     for one in unread[:5]:
         echo(f"chunk: not read: {one.name}: {one.reason}")
     if len(unread) > 5:
-        echo(f"chunk: not read: {len(unread) - 5} more; all are in the manifest's report")
+        echo(f"chunk: not read: {len(unread) - 5} more, listed in the manifest's report")
     folder = ChunkFolder(target, lambda line: echo(f"chunk: {line}"))
     folder.require_ours()
     chunks = Artefact(target, "chunks", asdict(settings))
@@ -245,7 +244,7 @@ def chunk_corpus(
     old = chunks.manifest()
     before = {} if old is None else old.report.get("stamps", {})
     stamps = {i.name: stamp_input(i, before.get(i.name)) for i in inputs}
-    # Content alone: a file that was only copied or touched must not make later stages begin again.
+    # Only content counts: a file that was merely copied or touched must not make later stages start over.
     contents = {n: {"sha256": s["sha256"], "size": s["size"], "limit": limit} for n, s in stamps.items()}
     done = chunks.current(contents)
     if done is not None:
@@ -276,7 +275,7 @@ def chunk_corpus(
                 num_records[work.key] = folder.read_end(work)["num_records"]
         BlockCutter(folder, tokenizer, settings).run(todo, limit, num_records)
 
-    # The old manifest's parts keep their names until the new one is there, so that a kill leaves it whole.
+    # The old manifest's parts keep their names until the new one is written, so that a kill does not break it.
     entries = folder.assign(works, taken, () if old is None else [s.file for s in old.shards])
     broken = [file for entry in entries.values() for file in entry.read.get("broken_files", [])]
     _refuse_broken_files(broken, strict)
@@ -306,7 +305,7 @@ def _refuse_broken_files(broken: Sequence[Mapping[str, str]], strict: bool) -> N
     if strict and broken:
         more = f" (and {len(broken) - 1} more files)" if len(broken) > 1 else ""
         raise InputError(
-            f"{broken[0]['file']} is broken{more}: {broken[0]['reason']} (without --strict it is counted)"
+            f"{broken[0]['file']} is broken{more}: {broken[0]['reason']} (without --strict it is skipped and counted)"
         )
 
 
@@ -320,18 +319,17 @@ def _say_plan(
     blocks = sum(len(ready) for _, ready in todo)
     if keep or blocks:
         echo(
-            f"chunk: {keep} of {len(works)} inputs are finished and stay as they are, "
-            f"and {blocks} blocks of the others"
+            f"chunk: keeping {keep} of {len(works)} inputs that are finished, and {blocks} blocks of the others"
         )
     names = {w.input.name for w in works}
     changed = [w.input.name for w, _ in todo if w.input.name in before and w.key not in taken]
-    for what, which in (("changed", changed), ("gone", sorted(set(before) - names))):
+    for what, which in (("changed", changed), ("removed", sorted(set(before) - names))):
         if which:
             echo(f"chunk: {what} since the last run: {', '.join(which[:5])}{' …' if len(which) > 5 else ''}")
 
 
 def _publish(folder: ChunkFolder, parts: Sequence[Part]) -> list[Shard]:
-    """Write the parts that are missing, without articles that came before."""
+    """Write the missing parts, without duplicate articles."""
     import ray
 
     missing = [part for part in parts if not part.there]
@@ -368,16 +366,16 @@ def _licence_of(source: str | Location, works: Sequence[Work]) -> str:
 def main(
     output: Annotated[PathOrUrl, path_option("Folder for the chunk shards.")],
     input: Annotated[
-        str, typer.Option(help="Dump, JSON, CSV, Parquet, a folder of them or of .txt files, or sample.")
+        str, typer.Option(help="Dump, JSON, CSV, Parquet, a folder of these or of .txt files, or sample.")
     ] = "sample",
-    codec: Annotated[str, typer.Option(help="Codec whose tokenizer sets the chunks' length.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,
-    language: Annotated[str, typer.Option(help="Language of the text, ISO 639-1, for its sentences.")] = "en",
-    licence: Annotated[str | None, typer.Option(help="Licence of the text, kept in the manifest.")] = None,
-    rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows a shard is aimed to have.")] = 2048,
+    codec: Annotated[str, typer.Option(help="Codec whose tokenizer limits the chunks' length.")] = "mini",
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder of your own codec.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N articles.")] = None,
+    language: Annotated[str, typer.Option(help="Language (ISO 639-1), for sentence splitting.")] = "en",
+    licence: Annotated[str | None, typer.Option(help="Licence of the text, stored in the manifest.")] = None,
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Target number of rows per shard.")] = 2048,
     overwrite: Annotated[bool, typer.Option(help="Replace chunks made with other settings.")] = False,
-    strict: Annotated[bool, typer.Option(help="End with an error where a file is broken.")] = False,
+    strict: Annotated[bool, typer.Option(help="Fail if a file is broken.")] = False,
     address: Address = None,
 ) -> None:
     """Cut articles into chunks; a second run cuts only what is missing or changed."""
@@ -398,23 +396,21 @@ def main(
     else:
         echo(
             f"chunk: {manifest.rows:,} chunks of {report['articles']:,} articles in {len(manifest.shards)} "
-            f"shards, {len(result.redone)} of them new; {report['broken_records']:,} broken records, "
-            f"{report['duplicates']:,} duplicates left out"
+            f"shards, {len(result.redone)} of them new; skipped {report['broken_records']:,} broken records and "
+            f"{report['duplicates']:,} duplicates"
         )
         for one in report["first_duplicates"][:1]:
             echo(f"  duplicate: {one['title']} ({one['place']})")
     broken = [] if result.up_to_date else [BrokenRecord(**b) for b in report["broken"]]
     echo_broken(broken, [BrokenRecord(f["file"], f["reason"]) for f in report["broken_files"]])
     if report["long_words"]:
-        echo(
-            f"  {report['long_words']:,} words of more than {MAX_WORD:,} characters were left out (encoded data)"
-        )
-    echo(f"chunk: a word takes {report['tokens_per_word']} tokens of {codec}'s tokenizer")
+        echo(f"  skipped {report['long_words']:,} words of more than {MAX_WORD:,} characters (encoded data)")
+    echo(f"chunk: {report['tokens_per_word']} tokens per word with {codec}'s tokenizer")
     if report["tokens_per_letter"] > LETTER_BY_LETTER:
         echo(
-            f"chunk: WARNING: {codec}'s tokenizer does not know this language: it spells the text nearly letter by "
-            f"letter ({report['tokens_per_letter']} tokens a letter, English takes 0.27), so a chunk holds "
-            f"{report['words'] / report['chunks']:.0f} words. Use a codec made for the language (--codec-path)."
+            f"chunk: WARNING: {codec}'s tokenizer does not support this language: it splits the text almost letter by "
+            f"letter ({report['tokens_per_letter']} tokens per letter, English takes 0.27), so a chunk holds "
+            f"only {report['words'] / report['chunks']:.0f} words. Use a codec for the language (--codec-path)."
         )
     finish(
         {
@@ -439,7 +435,7 @@ def main(
 
 
 if __name__ == "__main__":
-    # By its own name, so that Ray's workers import it instead of unpickling a copy; their chunkers remember.
+    # Imported by name, so that Ray's workers import this module too and keep their chunkers between tasks.
     from jobs.chunk import main as command
 
     run(command)

@@ -3,11 +3,11 @@
     python -m jobs.evaluate --vectors out/vectors --index out/index --models out/models --output out/eval
     ray job submit --working-dir . -- python -m jobs.evaluate --vectors /shared/vectors …
 
-Writes evaluation.json (everything, one versioned record), leaderboard.md and report.html (one file, opens
-without network), each under a temporary name and then renamed. Prints the leaderboard and examples of decoded
-text. Scoring and decoding run as Ray tasks beside each other; latency is measured afterwards in this process,
-one model at a time, so that nothing of ours disturbs it. When all three files are there for the same inputs
-and settings, nothing is computed again.
+Writes evaluation.json (everything, one versioned record), leaderboard.md and report.html (one self-contained
+file), each under a temporary name and then renamed. Prints the leaderboard and examples of decoded text.
+Scoring and decoding run as parallel Ray tasks; latency is measured afterwards in this process, one model at a
+time, undisturbed by our own work. If all three files exist for the same inputs and settings, nothing is
+computed again.
 """
 
 import json
@@ -84,7 +84,7 @@ from lvm.vectors.sequences import WindowSettings, make_windows
 from lvm.vectors.shards import Manifest, sweep_temporaries, write_bytes, write_json
 
 MAX_THREADS = 8
-"""Most threads of one scoring task; predictors are too small to feed more."""
+"""Maximum threads of a scoring task; predictors are too small to use more."""
 
 NUM_BASELINES = 6
 
@@ -93,7 +93,7 @@ FILES = ("evaluation.json", "leaderboard.md", "report.html")
 
 @dataclass(frozen=True)
 class Paths:
-    """Folders the job reads and the one it writes."""
+    """Input folders and the output folder."""
 
     vectors: Location
     index: Location
@@ -102,7 +102,7 @@ class Paths:
     ood: tuple[Location, ...] = ()
 
 
-# ------------------------------------------------------------------------------------------ what the job does
+# ------------------------------------------------------------------------------------------------- the stage
 
 
 def evaluate(
@@ -113,13 +113,13 @@ def evaluate(
     address: str | None = None,
     context: int | None = None,
 ) -> tuple[Evaluation, bool]:
-    """The evaluation in `paths.output`, and whether it was there already.
+    """The evaluation in `paths.output`, and whether it existed before.
 
-    Models that were trained on other vectors, or on another split than the newest, are left out and named. Those of
-    different context lengths meet on the same targets: windows of `context` vectors, by default as many as the longest
-    of them reads, of which each reads the last ones.
-    Raises IdentityError when vectors, index, models and codec are not of one codec; InputError when no model
-    is left; OutputError when the folder holds an evaluation with other settings.
+    Models trained on other vectors, or on another split than the newest model's, are left out and named. Models of
+    different context lengths are scored on the same targets: windows of `context` vectors, by default the longest
+    context of any model; each model reads the last ones.
+    Raises IdentityError when vectors, index, models and codec do not match; InputError when no model is left;
+    OutputError when the folder holds an evaluation with other settings.
     """
     began = time.perf_counter()
     array = open_vectors(paths.vectors)
@@ -177,7 +177,7 @@ def evaluate(
         },
         sample=text_sample(test, settings.text_windows, settings.seed),
         settings=settings,
-        threads=threads_a_task(cpus, largest, len(records) + NUM_BASELINES),
+        threads=threads_per_task(cpus, largest, len(records) + NUM_BASELINES),
     )
     seconds = {"prepare": time.perf_counter() - began}
 
@@ -251,7 +251,7 @@ def evaluate(
     for entry in evaluation["entries"]:
         if others := trained_alike.get(entry["name"]):
             entry["seeds"] = over_seeds(entry, others)
-    # The page and the table first: the record, written last, says that all three are there.
+    # The record is written last: its presence means that all three files are there.
     write(paths.output, evaluation)
     return evaluation, False
 
@@ -259,7 +259,7 @@ def evaluate(
 def find_evaluation(
     output: Location, settings: dict[str, Any], inputs: dict[str, Any], overwrite: bool
 ) -> Evaluation | None:
-    """The evaluation in `output` when it is of these inputs and settings, else None.
+    """The evaluation in `output` if it has these inputs and settings, else None.
 
     Raises OutputError when it was made with other settings and `overwrite` is off.
     """
@@ -269,8 +269,8 @@ def find_evaluation(
 
 
 def write(output: Location, evaluation: Evaluation) -> None:
-    """Put the three files in place, evaluation.json last, and take away what a killed run left half written."""
-    from lvm.evaluate.report import html_page  # and matplotlib, which no worker needs
+    """Write the three files, evaluation.json last, after removing temporary files of a killed run."""
+    from lvm.evaluate.report import html_page  # imports matplotlib, which no worker needs
 
     output.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(output)
@@ -281,35 +281,35 @@ def write(output: Location, evaluation: Evaluation) -> None:
 
 
 def current_records(models: Location) -> dict[str, Record]:
-    """Every model an alias points to, by alias. Raises InputError when there is none."""
+    """Every model that has an alias, by alias. Raises InputError when there is none."""
     names = read_aliases(models)
     if not names:
         raise InputError(f"no trained model in {models}; expected at least one, run `latent train` first")
     once: dict[str, str] = {}
     for alias, folder in names.items():
-        once.setdefault(folder, alias)  # a promoted model has its architecture's alias besides
+        once.setdefault(folder, alias)  # a promoted model also has its architecture's alias
     return {alias: load_record(models, alias) for alias in once.values()}
 
 
 @dataclass(frozen=True)
 class Entrants:
-    """Who takes part, and on which split."""
+    """The models to evaluate, and the split."""
 
     records: dict[str, Record]
     windows: WindowSettings
-    """Filters the models' windows went through, and the context length of those they are judged on."""
+    """The models' window filters, and the context length of the test windows."""
     seed: int
-    """Of the split by article."""
+    """Seed of the split by article."""
     left_out: dict[str, str]
-    """Alias to the reason why that model takes no part."""
+    """Alias to the reason why that model is left out."""
 
 
 def choose_entrants(records: dict[str, Record], array: VectorArray, context: int | None = None) -> Entrants:
-    """The models that were trained on these vectors, with the newest one's split.
+    """The models trained on these vectors with the newest model's split.
 
-    context: of the windows; None is the longest any of the models was trained with. A model of other vectors or of
-    another split may have been trained on what are test articles here: it is left out. Raises IdentityError when a
-    model is of another codec, InputError when none is left.
+    context: of the test windows; None for the longest context of any model. A model trained on other vectors or with
+    another split may have seen these test articles, so it is left out. Raises IdentityError when a model's codec
+    differs, InputError when no model is left.
     """
     left_out: dict[str, str] = {}
     split: tuple[WindowSettings, int] | None = None
@@ -319,20 +319,22 @@ def choose_entrants(records: dict[str, Record], array: VectorArray, context: int
         config = record.config
         made_from = config.get("vectors", {}).get("fingerprint")
         if made_from != array.fingerprint:
-            left_out[name] = f"{record.folder.name} is of vectors {made_from}, these are {array.fingerprint}"
+            left_out[name] = (
+                f"{record.folder.name} was trained on vectors {made_from}, these are {array.fingerprint}"
+            )
             continue
         own = replace(WindowSettings(**config["windows"]), context=1), int(config["seed"])
         split = split or own
         if own != split:
             left_out[name] = (
-                f"{record.folder.name} was trained on another split: seed {own[1]}, "
+                f"{record.folder.name} was trained with another split: seed {own[1]}, "
                 f"{WindowSettings(**config['windows'])}"
             )
             continue
         fitting[name] = record
     if split is None:
         raise InputError(
-            f"no model fits the vectors in {array.directory}: {'; '.join(left_out.values())}. "
+            f"no model was trained on the vectors in {array.directory}: {'; '.join(left_out.values())}. "
             "Run `latent train` on these vectors."
         )
     longest = context or max(record.context for record in fitting.values())
@@ -341,7 +343,7 @@ def choose_entrants(records: dict[str, Record], array: VectorArray, context: int
 
 
 def other_seeds(models: Location, records: dict[str, Record]) -> dict[str, list[str]]:
-    """By alias, the folders of records that differ from its own in the training's seed alone; only where there are."""
+    """By alias, the folders of records that differ from its record only in the training seed; without empty lists."""
     found = {
         name: [folder.name for folder in series_of(models, record) if folder.name != record.folder.name]
         for name, record in records.items()
@@ -350,20 +352,20 @@ def other_seeds(models: Location, records: dict[str, Record]) -> dict[str, list[
 
 
 def cluster_size() -> tuple[int, int, int]:
-    """CPUs and GPUs of the Ray cluster, and the CPUs of its largest node. Raises InputError where no CPU comes."""
+    """CPUs and GPUs of the Ray cluster, and the CPUs of its largest node. Raises InputError when it gets no CPU."""
     nodes = nodes_with()
     cpus = [int(n.get("CPU", 0)) for n in nodes]
     return sum(cpus), int(sum(n.get("GPU", 0) for n in nodes)), max(cpus)
 
 
-def threads_a_task(cpus: int, largest: int, num_tasks: int) -> int:
-    """CPUs of each of so many scoring tasks: its part of the cluster's, and no more than one node has, which would have
-    it wait for ever."""
+def threads_per_task(cpus: int, largest: int, num_tasks: int) -> int:
+    """CPUs of each of `num_tasks` scoring tasks: its share of the cluster, but no more than one node has, as it would
+    never be scheduled."""
     return max(1, min(MAX_THREADS, largest, cpus // num_tasks))
 
 
 def as_they_finish(references: Sequence[Any]) -> Iterator[Any]:
-    """Results of Ray tasks, first finished first; those left when one fails are cancelled."""
+    """Results of Ray tasks in the order they finish; if one fails, the rest are cancelled."""
     import ray
 
     pending = list(references)
@@ -379,7 +381,7 @@ def as_they_finish(references: Sequence[Any]) -> Iterator[Any]:
 def score_all(
     contest: Contest, folders: dict[str, str], models: Location
 ) -> tuple[dict[str, Scored], dict[str, Predict]]:
-    """Every predictor scored, by name, and the baselines as fitted. All are in flight at once."""
+    """Scores of every predictor, by name, and the fitted baselines. All are scored in parallel."""
     import ray
 
     def task(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -388,7 +390,7 @@ def score_all(
 
     shared = ray.put(contest)
     models = models.resolve()
-    # The ridge regression takes longest, and its scoring waits for its fit: first come, first served.
+    # The ridge regression takes longest and is scored after its fit, so it is submitted first.
     fits = {
         "ridge": fit_ridge_regression,
         "nearest neighbour": fit_nearest_neighbour,
@@ -412,7 +414,7 @@ def score_all(
 def score_seeds(
     contest: Contest, seeds: dict[str, list[str]], models: Location
 ) -> dict[str, list[dict[str, float | None]]]:
-    """`score_seed` of these folders, by alias. All are in flight at once."""
+    """`score_seed` of these folders, by alias. All are scored in parallel."""
     import ray
 
     if not seeds:
@@ -434,9 +436,9 @@ def decode_all(
     gpus: int,
     candidates: int,
 ) -> list[TextAnswer]:
-    """Every vector of the plan decoded, in order: a task a GPU, or a task a CPU where there are none.
+    """Texts of the plan's vectors, in order, decoded by one task per GPU, or per CPU if there are no GPUs.
 
-    Says once what is wrong when a task was given a GPU that torch cannot see.
+    Warns once if a task was assigned a GPU that torch cannot see.
     """
     import ray
 
@@ -463,12 +465,12 @@ def decode_all(
 def decode_part(
     load: CodecLoader, index: Location, array: VectorArray, number: int, block: Block, candidates: int
 ) -> tuple[str, int, list[TextAnswer]]:
-    """`decode_block` in a task, with `unseen_gpu` before it."""
+    """`decode_block` in a task, preceded by `unseen_gpu`'s warning."""
     return unseen_gpu(), *decode_block(load, index, array, number, block, candidates)
 
 
 def machine(device: torch.device) -> str:
-    """What the latency was measured on, and how busy it was."""
+    """The machine that latency was measured on, and its load."""
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return (
@@ -478,7 +480,7 @@ def machine(device: torch.device) -> str:
 
 
 def _ood_name(folder: Location) -> str:
-    """The folder's own name, or its parent's where it is the `vectors` of a run."""
+    """The folder's name, or its parent's name for the `vectors` of a run."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "vectors" else folder.name
 
@@ -490,11 +492,11 @@ def main(
     vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
     index: Annotated[PathOrUrl, path_option("Folder that `latent index` wrote, of the same vectors.")],
     models: Annotated[PathOrUrl, path_option("Folder that `latent train` wrote, on the same vectors.")],
-    output: Annotated[PathOrUrl, path_option("Folder for the record, the table and the page.")],
+    output: Annotated[PathOrUrl, path_option("Folder for the record, leaderboard and report.")],
     ood: Annotated[
-        list[PathOrUrl] | None, path_option("Vectors of a foreign kind of text; may be given several times.")
+        list[PathOrUrl] | None, path_option("Vectors of out-of-domain text; may be given several times.")
     ] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Windows shown with all their texts.")] = 3,
+    examples: Annotated[int, typer.Option(min=0, help="Test windows shown with all their texts.")] = 3,
     codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
     codec_path: Annotated[
         PathOrUrl | None, path_option("Folder with a codec's weights, instead of the shipped ones.")
@@ -503,20 +505,20 @@ def main(
         int | None,
         typer.Option(
             min=1,
-            help="Vectors before each target; none: as many as the longest model reads. Each reads the last ones.",
+            help="Vectors before each target; default: the longest context of any model. Each reads the last ones.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an evaluation made with other settings.")] = False,
     address: Address = None,
 ) -> None:
-    """Score models and baselines on the test articles; write and print the leaderboard and examples."""
+    """Score models and baselines on the test articles; print and save the leaderboard and examples."""
     started = time.perf_counter()
     settings = EvaluateSettings(examples=examples)
     paths = Paths(vectors, index, models, output, tuple(ood or ()))
     load = partial(load_codec_at, codec, None if codec_path is None else codec_path.resolve())
     evaluation, up_to_date = evaluate(paths, load, settings, overwrite, address, context)
     if up_to_date:
-        echo(f"evaluate: {output} is up to date, nothing computed again")
+        echo(f"evaluate: {output} is up to date")
     print_result(evaluation)
     seconds = time.perf_counter() - started
     rows = evaluation["split"]["test_windows"]

@@ -1,14 +1,18 @@
-"""Measure a codec on held-out articles: `latent codec eval`. Reads articles, prints figures, writes nothing.
+"""Measure a codec on held-out articles: `latent codec eval`. Reads articles, prints metrics, writes nothing.
 
     python -m jobs.evaluate_codec --input articles.jsonl.gz --limit 100 --json
 
-Read-back of up to 2,000 chunks after 0, 1, 3 and 5 corrector steps (BLEU, token F1, exact share, round-trip cosine)
-and, among up to 10,000 chunks, how often the next chunk of the article is the nearest, beside TF-IDF + SVD vectors of
-the same length fitted on the same texts. With --cosines also read-back of vectors that far from the true ones, and
-with --ridge-windows how well a ridge regression from five vectors finds the sixth. With --run also read-back of what a
-run's predictors make of the input's own contexts: BLEU and the rest against the true next chunk, low by nature, and the
-cosine of the text to the predicted vector, which is the codec's part in it. With --beside the next chunk also by the
-vectors of a sentence-transformers model, and how far the two agree on which texts are near.
+Always: read-back of up to 2,000 chunks after 0, 1, 3 and 5 corrector steps (BLEU, token F1, exact share, round-trip
+cosine); and retrieval of the article's next chunk among up to 10,000, compared with TF-IDF + SVD vectors of the same
+dimension fitted on the same texts. Optional:
+
+    --cosines        read-back of noised vectors at these cosines to the true ones
+    --ridge-windows  how well a ridge regression on five vectors retrieves the sixth
+    --run            read-back of the vectors that a run's predictors make from the input's contexts: BLEU and the other
+                     metrics against the true next chunk (low by nature), and the cosine of the text to the predicted
+                     vector, which depends on the codec only
+    --beside         the same retrieval with a sentence-transformers model, and the rank correlation of the cosines
+
 250 articles on two cores: about four minutes.
 """
 
@@ -39,20 +43,20 @@ from lvm.storage import Location, location
 
 STEPS = (0, 1, 3, 5)
 NUM_DECODED = 2_000
-NUM_TURNED = 500
+NUM_NOISED = 500
 NUM_CANDIDATES = 10_000
 FIGURES = ("bleu", "token_f1", "exact", "cosine")
 
 
 def steps_of(codec: Codec) -> list[int]:
-    """Of STEPS those the codec can take."""
+    """Those of STEPS that the codec supports."""
     return [s for s in STEPS if codec.supported_steps is None or s in codec.supported_steps]
 
 
-def ladder(
+def read_back_by_steps(
     codec: Codec, texts: list[str], vectors: Any, steps: list[int], norms: Any = None
 ) -> dict[str, dict[str, float]]:
-    """Figure to step count (a string) to value; `vectors` (N, D) are decoded and compared with `texts`."""
+    """Metric to step count (a string) to value, of `vectors` (N, D) decoded and compared with `texts`."""
     out: dict[str, dict[str, float]] = {name: {} for name in FIGURES}
     for number in steps:
         decoded = codec.decode(vectors, steps=number, norms=norms)
@@ -63,23 +67,23 @@ def ladder(
     return out
 
 
-def predicted_ladders(
+def read_back_predictions(
     loaded: Codec,
     models: Location,
     texts: list[str],
     vectors: Any,
     doc_ids: npt.NDArray[np.int32],
-    most: int,
+    limit: int,
 ) -> dict[str, dict[str, Any]]:
-    """Read-back of each model's predictions on at most `most` contexts, by model name; `to_truth` is their mean cosine
+    """Read-back of each model's predictions on at most `limit` contexts, by model name; `to_truth` is their mean cosine
     to the true next vector.
 
-    Raises InputError where no article has a context and a next chunk, or where `models` holds no model.
+    Raises InputError when no article is long enough for a context and a next chunk, or `models` has no model.
     """
     names = sorted(read_aliases(models)) if models.is_dir() else []
     if not names:
         raise InputError(
-            f"{models} holds no model; expected the folder of `latent run` or `latent demo` for --run"
+            f"{models} has no model; expected the folder of `latent run` or `latent demo` for --run"
         )
     out: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -90,37 +94,38 @@ def predicted_ladders(
         if not len(targets):
             raise InputError(
                 f"no article of the input has {length + 1} chunks; {predictor.name} needs a context of {length} and "
-                "the next"
+                "the next chunk"
             )
-        targets = targets[spread(len(targets), most)]
+        targets = targets[spread(len(targets), limit)]
         made = predictor(vectors[contexts_of(targets, length)])
-        echo(f"{len(made)} vectors that {predictor.name} predicted")
+        echo(f"{len(made)} vectors predicted by {predictor.name}")
         out[name] = {
             "to_truth": float((made * vectors[targets]).sum(1).mean()),
-            **ladder(loaded, [texts[i] for i in targets], made, steps_of(loaded)[:3]),
+            **read_back_by_steps(loaded, [texts[i] for i in targets], made, steps_of(loaded)[:3]),
         }
     return out
 
 
 def parse_cosines(text: str | None) -> list[float]:
-    """ "1,0.9" to numbers. Raises InputError on what is none or lies outside 0 to 1."""
+    """Numbers of a text like "1,0.9". Raises InputError on anything else, or outside 0 to 1."""
     try:
         cosines = [float(part) for part in text.split(",")] if text else []
     except ValueError as err:
-        raise InputError(f"--cosines takes numbers with commas between, as 1,0.9,0.8; got {text!r}") from err
+        raise InputError(f"--cosines takes comma-separated numbers, such as 1,0.9,0.8; got {text!r}") from err
     if any(not 0 < c <= 1 for c in cosines):
-        raise InputError(f"--cosines must lie above 0 and be at most 1, got {text!r}")
+        raise InputError(f"--cosines must be above 0 and at most 1, got {text!r}")
     return cosines
 
 
 def main(
     input: Annotated[str, typer.Option(help="Articles the codec was not trained on; or sample.")],
     codec: Annotated[str, typer.Option(help="Codec: mini, gtr-jxe or gtr-ielab.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder of your own codec.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N articles.")] = None,
     decoded: Annotated[int, typer.Option(min=1, help="Chunks to decode, evenly spread.")] = NUM_DECODED,
     cosines: Annotated[
-        str | None, typer.Option(help="Also read back vectors this far from the true ones: 1,0.9,0.8.")
+        str | None,
+        typer.Option(help="Also read back noised vectors at these cosines to the true ones: 1,0.9,0.8."),
     ] = None,
     ridge_windows: Annotated[
         int, typer.Option(min=0, help="Also fit a ridge regression on this many windows; 0 for none.")
@@ -131,19 +136,19 @@ def main(
             "--run",
             parser=location,
             metavar="PATH",
-            help="Also read back what the predictors of this run make of the input.",
+            help="Also read back the predictions of this run's models.",
         ),
     ] = None,
     beside: Annotated[
         PathOrUrl | None, path_option("Folder of a sentence-transformers model to compare retrieval with.")
     ] = None,
     candidates: Annotated[
-        int, typer.Option(min=10, help="Chunks among which the next one is looked for.")
+        int, typer.Option(min=10, help="Chunks among which the next one is searched.")
     ] = NUM_CANDIDATES,
     engine: Engine = "lvm",
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON in place of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON, not a table.")] = False,
 ) -> None:
-    """Print the figures."""
+    """Print a codec's metrics on held-out articles."""
     begun = time.perf_counter()
     distances = parse_cosines(cosines)
     loaded = load_codec_at(codec, codec_path, engine=engine)
@@ -156,7 +161,7 @@ def main(
         docs += [docs[-1] + 1 if docs else 0] * len(chunks)
         texts += [c.text for c in chunks]
     if not texts:
-        raise InputError(f"{input} gives no chunk; expected articles with text")
+        raise InputError(f"{input} has no chunks; expected articles with text")
     doc_ids = np.asarray(docs, np.int32)
     num_articles = int(doc_ids[-1]) + 1
     echo(f"{num_articles} articles, {len(texts)} chunks")
@@ -164,7 +169,7 @@ def main(
     vectors = encoded.vectors
     picked = spread(len(texts), decoded)
     sources = [texts[i] for i in picked]
-    figures = ladder(loaded, sources, vectors[picked], steps, encoded.norms[picked])
+    figures = read_back_by_steps(loaded, sources, vectors[picked], steps, encoded.norms[picked])
     summary: dict[str, Any] = {
         "codec": str(loaded.identity),
         "engine": engine,
@@ -175,16 +180,16 @@ def main(
         **figures,
     }
     if distances:
-        few = spread(len(picked), NUM_TURNED)
+        few = spread(len(picked), NUM_NOISED)
         some = [sources[i] for i in few]
         summary["at_cosine"] = {}
         for distance in distances:
-            echo(f"{len(few)} vectors at cosine {distance:g} from the true ones")
+            echo(f"{len(few)} vectors at cosine {distance:g} to the true ones")
             off = rotated(vectors[picked[few]], distance)
-            summary["at_cosine"][f"{distance:g}"] = ladder(loaded, some, off, steps[:3])
+            summary["at_cosine"][f"{distance:g}"] = read_back_by_steps(loaded, some, off, steps[:3])
     if run_folder is not None:
-        summary["predicted"] = predicted_ladders(
-            loaded, run_folder / "models", texts, vectors, doc_ids, min(NUM_TURNED, len(picked))
+        summary["predicted"] = read_back_predictions(
+            loaded, run_folder / "models", texts, vectors, doc_ids, min(NUM_NOISED, len(picked))
         )
     head = slice(0, candidates)
     dim = loaded.identity.dim
@@ -196,7 +201,7 @@ def main(
         "tfidf_next_r10": baseline["next_r10"],
     }
     if beside is not None:
-        echo(f"the same chunks by {beside}")
+        echo(f"encoding the same chunks with {beside}")
         other = load_codec_at(SENTENCE, beside).encode_chunks(texts[head]).vectors
         found = next_chunk_retrieval(other, doc_ids[head])
         summary |= {

@@ -1,10 +1,10 @@
-"""Export training sequences as one NPZ file: reads vectors, writes windows in a layout others know.
+"""Export training sequences as one NPZ file: reads vectors, writes windows in a layout other tools read.
 
     python -m jobs.export --vectors out/vectors --output sequences.npz --layout sequences
     ray job submit --working-dir . -- python -m jobs.export --vectors /shared/vectors --output /shared/s.npz
 
-The file holds every vector about six times, as such files do: 18 KB a sequence. It is written block by block
-and starts no Ray; `latent check FILE` says whether such a file is sound.
+Such files hold every vector about six times: 18 KB per sequence. Written block by block, without Ray;
+`latent check FILE` validates the file.
 """
 
 import time
@@ -26,14 +26,14 @@ def main(
     layout: Annotated[
         Literal["sequences", "documents", "split"], typer.Option(help="Which arrays the file holds.")
     ] = "sequences",
-    context: Annotated[int, typer.Option(min=1, help="Context vectors of a sequence.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the article split, for layout split.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    context: Annotated[int, typer.Option(min=1, help="Context vectors per sequence.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split by article, for layout split.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write training sequences as an NPZ file."""
     started = time.perf_counter()
     if output.is_dir() or (output.exists() and not overwrite):
-        raise OutputError(f"--output {output} is there already; choose another name or pass --overwrite")
+        raise OutputError(f"--output {output} already exists; choose another name or pass --overwrite")
     windows = make_windows(open_vectors(vectors), WindowSettings(context=context))
     with local_output(output) as file:
         export_npz(windows, file, layout, seed)

@@ -1,16 +1,16 @@
-"""Predict what follows in articles: reads articles, writes a row a prediction, as shards or one file of JSON lines.
+"""Predict the next chunks in articles: reads articles, writes one row per prediction, as shards or one JSON lines file.
 
     python -m jobs.generate --input articles.jsonl.gz --model gru --limit 300 --output predictions.jsonl
     ray job submit --working-dir . -- python -m jobs.generate --input s3://corpus --run /shared/run --output /shared/out
 
-Contexts of as many chunks as the model was trained on are taken from each article, evenly spread, and the chunks after
-them predicted. A row holds article, title, position (of the predicted chunk), step (1 for the first of --length),
-context (texts), next (the true text, null past the article's end), text, source (exact, writer or corpus), extract
-(what the corpus has nearest, with --run), cosine (of the text's own vector to the prediction), cosine_to_next (to the
-true next vector), both about the corpus mean, and log_prob (nats a character under the language model).
+Contexts of the model's length are taken from each article, evenly spread, and the chunks after them are predicted. A
+row holds article, title, position (of the predicted chunk), step (1 for the first of --length), context (texts), next
+(the true text, null past the article's end), text, source (exact, writer or corpus), extract (the nearest corpus chunk,
+with --run), cosine (of the text's vector to the prediction) and cosine_to_next (to the true next vector), both after
+subtracting the corpus mean, and log_prob (nats per character under the language model).
 
-Predictions are made in blocks by Ray Data, and a block is written whole and renamed: a job that is killed and run again
-makes what is missing. 300 predictions with four drafts each on two cores: see tests/bench/results.
+Ray Data makes predictions in blocks, each written to a temporary file and renamed: a job that is killed and run again
+makes only what is missing. 300 predictions with four drafts each on two cores: see tests/bench/results.
 """
 
 import json
@@ -86,27 +86,27 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What decides the predictions, beside the articles."""
+    """Everything that determines the predictions, except the articles."""
 
     model: str
     """Folder name of the model record."""
     decoder: str
     """Digest of codec, decoder and writer (`lvm.codec.ladder.decoder_digest`)."""
     corpus: str
-    """Fingerprint of the vectors that answer where nothing reads; empty without --run."""
+    """Fingerprint of the vectors for corpus answers; empty without --run."""
     length: int
     """Chunks predicted from each context."""
     per_article: int
-    """Most contexts of one article."""
+    """Maximum contexts per article."""
     limit: int | None
-    """Most contexts in all."""
+    """Maximum contexts in all."""
     ladder: dict[str, Any]
-    """How texts are drafted and chosen."""
+    """How texts are drafted and chosen (`LadderSettings`)."""
 
 
 @dataclass(frozen=True)
 class Loader:
-    """How a worker makes its generator."""
+    """Loads a worker's generator."""
 
     codec: str
     codec_path: Location | None
@@ -123,7 +123,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class Task:
-    """One context and what is known to follow it."""
+    """One context and the true chunks after it."""
 
     article: str
     title: str
@@ -139,7 +139,7 @@ class Task:
 def tasks_of(
     source: str, generator: Generator, per_article: int, length: int, limit: int | None
 ) -> Iterator[Task]:
-    """Contexts of the articles, in order; those with too few chunks have none."""
+    """Contexts of the articles, in order; articles with too few chunks are skipped."""
     chunker, num_context = Chunker(generator.codec.tokenizer), generator.predictor.context
     left = limit
     for article in articles_of(source):
@@ -158,7 +158,7 @@ def tasks_of(
 
 
 def predict_block(generator: Generator, tasks: Sequence[Task], length: int) -> pa.Table:
-    """The rows of these contexts: all first chunks, then all second ones, and so on."""
+    """Prediction rows of these contexts: all first chunks, then all second ones, and so on."""
     rows: list[dict[str, Any]] = []
     centre = generator.centre
     for step, predictions in enumerate(generator.continue_all([task.context for task in tasks], length)):
@@ -198,7 +198,7 @@ def _cosine(a: Any, b: Any) -> float:
 
 
 class BlockWriter:
-    """Ray Data's stateful worker: holds codec, model and corpus, predicts the blocks it is handed."""
+    """Ray Data's stateful worker: holds codec, model and corpus, and predicts blocks."""
 
     def __init__(self, load: Loader, target: Location, length: int) -> None:
         self.target, self.length = target, length
@@ -234,7 +234,7 @@ def generate(
     overwrite: bool = False,
     address: str | None = None,
 ) -> tuple[Manifest, int]:
-    """Bring `target` to hold the predictions, and nothing else; the manifest, and how many this run made."""
+    """Make `target` hold exactly the predictions; returns the manifest, and how many this run made."""
 
     generator = load()
     if generator.codec.no_writer is not None:
@@ -259,7 +259,7 @@ def generate(
     close()
     if not blocks:
         raise InputError(
-            f"{source} has no article with {generator.predictor.context + 1} chunks or more; expected longer articles"
+            f"no article of {source} has {generator.predictor.context + 1} chunks or more; expected longer articles"
         )
     del generator
     inputs = {"contexts": fingerprint([b["footer"] for b in blocks])}
@@ -270,9 +270,7 @@ def generate(
     shards = {b["file"]: predictions.finished(b["file"], b["footer"]) for b in blocks}
     pending = [b for b in blocks if shards[b["file"]] is None]
     if len(pending) < len(blocks):
-        echo(
-            f"generate: {len(blocks) - len(pending)} of {len(blocks)} blocks are finished and stay as they are"
-        )
+        echo(f"generate: keeping {len(blocks) - len(pending)} of {len(blocks)} blocks that are finished")
     made = 0
     if pending:
         connect(address)
@@ -280,7 +278,7 @@ def generate(
         nodes = nodes_with()
         gpus = int(sum(n.get("GPU", 0) for n in nodes))
         cpus = int(sum(n.get("CPU", 0) for n in nodes))
-        # A writer's weights take 0.6 GB, and two threads write faster together than apart.
+        # A writer's weights take 0.6 GB, and one actor with two threads is faster than two with one each.
         threads = min(max(1, cpus // max(1, gpus)), max(int(n.get("CPU", 1)) for n in nodes), 8)
         actors = max(1, min(len(pending), gpus or cpus // threads))
         resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": threads}
@@ -324,7 +322,7 @@ def rows_of(target: Location, manifest: Manifest) -> Iterator[dict[str, Any]]:
 def settings_for(
     generator: Generator, length: int, per_article: int, limit: int | None, ladder: LadderSettings
 ) -> GenerateSettings:
-    """The settings of a job with this generator."""
+    """The job's settings with this generator."""
     corpus = "" if generator.array is None else generator.array.fingerprint
     return GenerateSettings(
         generator.predictor.name, generator.ladder.digest, corpus, length, per_article, limit, asdict(ladder)
@@ -332,28 +330,25 @@ def settings_for(
 
 
 def main(
-    input: Annotated[str, typer.Option(help="Articles, as `latent chunk` takes them; or sample.")],
+    input: Annotated[str, typer.Option(help="Articles in any format of `latent chunk`, or sample.")],
     output: Annotated[PathOrUrl, path_option("Folder of shards to write, or one file ending in .jsonl.")],
     model: Annotated[str, typer.Option(help="Alias or folder of a trained model, or passthrough.")] = "gru",
     run: Annotated[
-        PathOrUrl | None, path_option("Folder of `latent run`: its models and corpus; none: what ships.")
+        PathOrUrl | None,
+        path_option("Folder of `latent run`, for its models and corpus; default: the shipped models."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Contexts to predict from, from the first.")
-    ] = None,
-    per_article: Annotated[int, typer.Option(min=1, help="Contexts of one article, evenly spread.")] = 4,
-    length: Annotated[int, typer.Option(min=1, help="Chunks predicted from each, one after the other.")] = 1,
-    candidates: Annotated[
-        int, typer.Option(min=1, help="Texts drafted for a vector; the best is given.")
-    ] = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of contexts.")] = None,
+    per_article: Annotated[int, typer.Option(min=1, help="Contexts per article, evenly spread.")] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Chunks to predict after each context.")] = 1,
+    candidates: Annotated[int, typer.Option(min=1, help="Drafts per vector; the best is returned.")] = 4,
     codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder of your own codec.")] = None,
     writer: WriterFolder = None,
     language_model: LanguageModel = None,
     overwrite: Annotated[bool, typer.Option(help="Replace predictions made with other settings.")] = False,
     address: Address = None,
 ) -> None:
-    """Predict; a second run makes only what is missing."""
+    """Predict the next chunks in articles; a second run makes only what is missing."""
     began = time.perf_counter()
     ladder = LadderSettings(candidates=candidates)
     one_file = str(output).endswith(".jsonl")

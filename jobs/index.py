@@ -1,11 +1,11 @@
-"""Index vectors for search: reads the shards of `latent encode`, publishes a faiss index and its recall.
+"""Index vectors for search: reads the shards of `latent encode`, publishes a FAISS index with its recall.
 
     python -m jobs.index --input out/vectors --output out/index
     ray job submit --working-dir . -- python -m jobs.index --input /shared/vectors --output /shared/index
 
-Each part of the index (4 million vectors at most) is built in a Ray task, on a node that has CPUs to spare; one more
-measures the whole, which then appears under its name. The version before it stays on disk. When the published index was
-made from these vectors, the job changes nothing.
+Each part of the index (at most 4 million vectors) is built in a Ray task on a node with free CPUs; another measures the
+whole index, which is then published. The previous version stays on disk. If the published index was made from these
+vectors, the job changes nothing.
 """
 
 import sys
@@ -54,8 +54,8 @@ def build_with_ray(source: Location, target: Location, settings: IndexSettings, 
     import ray
 
     connect(address)
-    # All CPUs of the smallest node: k-means and adding vectors use every thread there is. While it waits for the tasks
-    # of the parts, Ray gives its CPUs to them.
+    # All CPUs of the smallest node: k-means and adding vectors are multi-threaded. While this task waits for those of
+    # the parts, Ray lends them its CPUs.
     threads = min(int(n["CPU"]) for n in nodes_with() if n.get("CPU", 0) >= 1)
     task = ray.remote(num_cpus=threads)(build)
     get(task.remote(source.resolve(), target.resolve(), settings, threads))
@@ -66,14 +66,14 @@ def main(
     output: Annotated[PathOrUrl, path_option("Folder for the index and its versions.")],
     probes: Annotated[
         int | None,
-        typer.Option(min=1, help="Lists a search looks into; by default 16, or 64 where they hold codes."),
+        typer.Option(min=1, help="Lists that a search probes; default: 16, or 64 with --codes."),
     ] = None,
     codes: Annotated[
         bool | None,
         typer.Option(
             "--codes/--no-codes",
-            help="Lists of 4-bit codes whose best are compared exactly, or of whole vectors (IVF_FLAT, larger and, "
-            "looking into as many lists, slower); by default codes from 100,000 vectors on.",
+            help="4-bit codes with exact re-ranking of the best, or whole vectors (IVF_FLAT: larger, and slower at the "
+            "same number of probes); default: codes from 100,000 vectors.",
         ),
     ] = None,
     address: Address = None,
@@ -89,14 +89,14 @@ def main(
     settings = IndexSettings() if probes is None else IndexSettings(probes=probes, coded_probes=probes)
     if codes is not None:
         settings = replace(settings, coded_from=0 if codes else sys.maxsize)
-    with suppress(OutputError, StorageError):  # a folder that only the job that wrote it may write into
+    with suppress(OutputError, StorageError):  # the input may be read-only
         if write_array(input, Manifest.load(input, "vectors")):
-            echo(f"index: {input} had no array that readers can map; it is made from the shards")
+            echo(f"index: wrote the missing memory-mapped array of {input} from its shards")
     array = open_vectors(input)
     index = find_index(array, output, settings)
     up_to_date = index is not None
     if index is None:
-        echo(f"index: building over {len(array):,} vectors of {array.identity}")
+        echo(f"index: indexing {len(array):,} vectors of {array.identity}")
         build_with_ray(input, output, settings, address)
         index = find_index(array, output, settings)
         if index is None:

@@ -1,12 +1,12 @@
-"""List a run's model records, or promote one: an alias points to it once its evaluation says that it may.
+"""List a run's model records, or promote one: point an alias to it if its evaluation passed the gate.
 
     python -m jobs.models list --run out/mine
     python -m jobs.models promote --run out/mine gru --alias best
 
-A promotion asks for what the report calls the gate: validation cosine, out-of-domain cosine where it was measured,
-speed, and a lead over every baseline, in RUN/evaluation/evaluation.json, on the very record. `--force` with a reason
-promotes without. Each promotion is a line of promotions.jsonl. Aliases move in one rename: readers see the old
-table or the new one. Other aliases, and the record the alias pointed to, stay. Starts no Ray.
+A promotion requires that exactly this record passed the gate in RUN/evaluation/evaluation.json: validation cosine,
+out-of-domain cosine if measured, speed, and a lead over every baseline. `--force REASON` skips the check. Each
+promotion is logged as a line of promotions.jsonl. Aliases are replaced atomically. Other aliases and the record the
+alias pointed to before are kept. Does not start Ray.
 """
 
 import json
@@ -33,7 +33,7 @@ from lvm.predict.record import (
 from lvm.storage import Location, location
 
 PROMOTIONS = "promotions.jsonl"
-"""Beside the aliases: a line for each promotion."""
+"""Log of promotions, one per line, next to the aliases."""
 
 RunFolder = Annotated[
     PathOrUrl, typer.Option("--run", parser=location, metavar="PATH", help="Folder of the run.")
@@ -41,7 +41,7 @@ RunFolder = Annotated[
 
 
 def described(models: Location) -> list[dict[str, Any]]:
-    """A row a record, newest first: name, aliases, architecture, parameters, context, val cosine, created."""
+    """A row per record, newest first: name, aliases, architecture, parameters, context, val cosine, created."""
     aliases = read_aliases(models)
     rows = []
     for folder in reversed(record_folders(models)):
@@ -63,11 +63,13 @@ def described(models: Location) -> list[dict[str, Any]]:
 
 
 def gate_of(evaluation: Location, folder: str) -> str:
-    """The gate in words, "pass" first where it passed, of this record in this evaluation. Raises InputError where the
-    record was not evaluated."""
+    """The gate's result in words for this record in this evaluation; starts with "pass" if it passed. Raises InputError
+    if the record was not evaluated."""
     path = evaluation / "evaluation.json"
     if not path.is_file():
-        raise InputError(f"{path} is not there; run `latent evaluate` first, or promote with --force REASON")
+        raise InputError(
+            f"{path} does not exist; run `latent evaluate` first, or promote with --force REASON"
+        )
     found = json.loads(path.read_text())
     if found.get("schema") != SCHEMA:
         raise InputError(
@@ -78,7 +80,7 @@ def gate_of(evaluation: Location, folder: str) -> str:
             return gate_word(entry["gate"])
     known = ", ".join(e["details"]["folder"] for e in found["entries"] if e["kind"] == "model")
     raise InputError(
-        f"{path} is of {known}, not of {folder}; run `latent evaluate` again, or promote with --force REASON"
+        f"{path} evaluated {known}, not {folder}; run `latent evaluate` again, or promote with --force REASON"
     )
 
 
@@ -101,7 +103,7 @@ def list_models(run_folder: RunFolder) -> None:
     if rows:
         Console(stderr=True, width=max(120, Console(stderr=True).width)).print(table)
     else:
-        echo(f"{run_folder}/models holds no model yet; `latent train` makes some")
+        echo(f"{run_folder}/models has no model yet; run `latent train`")
     seconds = round(time.perf_counter() - started, 3)
     finish({"stage": "models", "rows": len(rows), "seconds": seconds, "models": rows})
 
@@ -109,29 +111,29 @@ def list_models(run_folder: RunFolder) -> None:
 def promote(
     model: Annotated[str, typer.Argument(help="Alias or record to promote.")],
     run_folder: RunFolder,
-    alias: Annotated[str, typer.Option(help="Alias that is to point to it.")] = "best",
+    alias: Annotated[str, typer.Option(help="Alias to point to it.")] = "best",
     evaluation: Annotated[
-        PathOrUrl | None, path_option("Evaluation to go by; RUN/evaluation unless given.")
+        PathOrUrl | None, path_option("Evaluation to check; default: RUN/evaluation.")
     ] = None,
-    force: Annotated[str | None, typer.Option(help="Promote whatever the gate says; the reason why.")] = None,
+    force: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Promote without the gate, for this reason.")
+    ] = None,
 ) -> None:
-    """Let an alias point to a record that passed its evaluation's gate."""
+    """Point an alias to a record that passed its evaluation's gate."""
     started = time.perf_counter()
     models = (run_folder / "models").resolve()
     if not alias or "/" in alias or alias.startswith("."):
         raise InputError(f"--alias is {alias!r}, expected a plain name such as best")
     folder = resolve(models, model)
-    load_record(models, folder.name)  # whole and undamaged, or refused here and not by the service
+    load_record(models, folder.name)  # a damaged record must fail here, not in the service
     before = read_aliases(models).get(alias)
     if force is None:
         gate = gate_of(evaluation or run_folder / "evaluation", folder.name)
         if not gate.startswith("pass"):
-            raise InputError(
-                f"{folder.name} is not promoted, {gate}; --force REASON promotes it all the same"
-            )
+            raise InputError(f"{folder.name} is not promoted: {gate}; --force REASON promotes it anyway")
     else:
         if not force.strip():
-            raise InputError("--force is empty, expected the reason why")
+            raise InputError("--force is empty, expected a reason")
         gate = f"forced: {force.strip()}"
     set_alias(models, alias, folder)
     entry = {
@@ -144,7 +146,7 @@ def promote(
     path = models / PROMOTIONS
     held = path.read_text() if path.exists() else ""
     path.write_text(held + json.dumps(entry, ensure_ascii=False) + "\n")
-    echo(f"{alias} is {folder.name} ({gate}); before: {before or 'nothing'}")
+    echo(f"{alias} now points to {folder.name} ({gate}); before: {before or 'nothing'}")
     finish({"stage": "promote", "seconds": round(time.perf_counter() - started, 3), **entry})
 
 

@@ -3,9 +3,9 @@
     python -m jobs.pipeline --input articles.jsonl.gz --output out/mine
     ray job submit --working-dir . -- python -m jobs.pipeline --input s3://… --output /shared/out
 
-Each stage is a child process of its own (`python -m jobs.NAME`) on one Ray cluster, which this process starts
-or joins. A stage that is complete for the same inputs and settings is left as it is and says so, so a second
-run does only what is missing. With the bundled sample on two cores: under four minutes.
+Each stage is a child process (`python -m jobs.NAME`) on one Ray cluster, which this process starts or joins. A
+stage that is complete for the same inputs and settings is skipped, so a second run does only what is missing.
+The bundled sample takes under four minutes on two cores.
 """
 
 import time
@@ -57,25 +57,29 @@ def main(
     input: Annotated[
         str | None,
         typer.Option(
-            help="Wikipedia dump (.xml.bz2), JSON lines, Parquet, folder of them or of text; or sample."
+            help="Wikipedia dump (.xml.bz2), JSON lines, Parquet, a folder of these or of text files, or sample."
         ),
     ] = None,
-    output: Annotated[PathOrUrl | None, path_option("Folder to write; made if it is not there.")] = None,
+    output: Annotated[PathOrUrl | None, path_option("Output folder; created if missing.")] = None,
     codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,
-    model: Annotated[str, typer.Option(help="Architectures, by comma, all, or original.")] = "original",
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder of your own codec.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N articles.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Architectures, comma-separated; or all, or original.")
+    ] = "original",
     recipe: Annotated[str, typer.Option(help="Training recipe: fast, classic or long.")] = "fast",
-    max_minutes: Annotated[float | None, typer.Option(help="Longest training, in minutes.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the article split and of training.")] = 0,
+    max_minutes: Annotated[float | None, typer.Option(help="Maximum training time, minutes.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split by article and of training.")] = 0,
     allow_non_sequential: Annotated[
         str | None,
-        typer.Option(help="The sentence that lets text without an order train; the refusal names it."),
+        typer.Option(
+            help="Confirmation sentence to train on non-sequential text; the error message states it."
+        ),
     ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="The bundled sample into out/demo.")] = False,
+    demo: Annotated[bool, typer.Option("--demo", help="Run the bundled sample into out/demo.")] = False,
     address: Address = None,
 ) -> None:
-    """Run every stage, then print the leaderboard, the examples and where the report lies."""
+    """Run every stage, then print the leaderboard, examples and the path of the report."""
     if demo:
         source, output = input or "sample", output or DEMO_OUTPUT
     elif input is None or output is None:
@@ -106,7 +110,7 @@ def main(
         arguments = stage_arguments(stage, source, output, codec_options, limit, training)
         done = runs[stage] = run_stage(stage, [*arguments, "--address", cluster])
         seconds[stage] = round(done.seconds, 1)
-        state = "up to date, nothing redone" if done.summary.get("up_to_date") else "done"
+        state = "up to date" if done.summary.get("up_to_date") else "done"
         echo(
             f"[{number}/{len(STAGES)}] {stage}: {state}, {done.summary.get('rows', 0):,} rows, {done.seconds:.1f} s"
         )

@@ -1,11 +1,11 @@
-"""Predict the text after five texts: reads model and corpus, prints the text, writes nothing.
+"""Predict the text that follows: reads a model and optionally a corpus, prints the text, writes nothing.
 
     python -m jobs.predict "one" "two" "three" "four" "five"
     python -m jobs.predict --model lstm --run out/mine < article.txt
 
-Texts as arguments are one chunk each; standard input is one text, cut into chunks of which the last five count. Without
---run the predictors that ship with the package answer. The text goes to stdout, what it cost and how it came about to
-stderr.
+Each argument is one chunk; standard input is one text, which is cut into chunks. The predictor reads the last chunks,
+as many as it was trained on. Without --run, the predictors shipped with the package are used. The text goes to stdout;
+its source and timings go to stderr.
 """
 
 import json
@@ -28,30 +28,31 @@ from lvm.predict.steer import PASSTHROUGH
 WORDS = {
     "exact": "read back: the vector is this text's own",
     "writer": "written by a language model from the predicted vector",
-    "corpus": "found: the corpus chunk nearest to the prediction",
+    "corpus": "from the corpus: the chunk nearest to the prediction",
 }
-"""What a text's source means to a reader."""
+"""A text's source in words."""
 
 
 def main(
     texts: Annotated[list[str] | None, typer.Argument(help="Chunks in order, the latest last.")] = None,
     model: Annotated[str, typer.Option(help="Alias or folder of a trained model, or passthrough.")] = "gru",
     run: Annotated[
-        PathOrUrl | None, path_option("Folder of `latent run` or `latent demo`; none: what ships.")
+        PathOrUrl | None,
+        path_option(
+            "Folder of `latent run` or `latent demo`; default: the shipped models, without a corpus."
+        ),
     ] = None,
-    length: Annotated[int, typer.Option(min=1, help="Chunks to predict, each from all before it.")] = 1,
-    candidates: Annotated[
-        int, typer.Option(min=1, help="Texts drafted for a vector; the best is given.")
-    ] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Number of chunks to predict.")] = 1,
+    candidates: Annotated[int, typer.Option(min=1, help="Drafts per vector; the best is returned.")] = 4,
     codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder of a codec of your own.")] = None,
+    codec_path: Annotated[PathOrUrl | None, path_option("Folder of your own codec.")] = None,
     writer: WriterFolder = None,
     language_model: LanguageModel = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Everything as a line of JSON a chunk on stdout.")
+        bool, typer.Option("--json", help="Print one line of JSON per chunk, with all details.")
     ] = False,
 ) -> None:
-    """Print the predicted text."""
+    """Predict and print the next text."""
     if run is not None and not run.is_dir():
         raise InputError(
             f"no folder {run}; expected the output of `latent run` (--run DIR). Try `latent demo` first"
@@ -65,7 +66,7 @@ def main(
         text = _standard_input()
         chunks = [c.text for c in chunk_article(Article("stdin", "", text, "stdin"), loaded.tokenizer)]
     if not any(c.strip() for c in chunks):
-        raise InputError("expected texts as arguments or one text on standard input, got only white space")
+        raise InputError("expected texts as arguments or a text on standard input, got only white space")
     if loaded.no_writer is not None:
         echo(f"note: {loaded.no_writer}")
     loaded_ms = (time.perf_counter() - begun) * 1000
@@ -73,14 +74,14 @@ def main(
         if prediction.truncated and not number:
             limit = loaded.tokenizer.max_tokens
             echo(
-                f"warning: {prediction.truncated} of the texts read were longer than {limit} tokens and were cut"
+                f"warning: {prediction.truncated} of the texts read were longer than {limit} tokens and were truncated"
             )
         if as_json:
             print(
                 json.dumps(record(prediction, loaded.identity.to_dict(), generator.ladder.digest, loaded_ms))
             )
         else:
-            tell(prediction, loaded_ms)
+            print_prediction(prediction, loaded_ms)
         loaded_ms = 0.0
 
 
@@ -109,26 +110,26 @@ def record(
     }
 
 
-def tell(prediction: Prediction, loaded_ms: float) -> None:
-    """The text to stdout, the rest to stderr."""
+def print_prediction(prediction: Prediction, loaded_ms: float) -> None:
+    """Print the text to stdout, details to stderr."""
     answer = prediction.answer
     print(answer.text, flush=True)
-    likely = "" if answer.log_prob is None else f"  language {answer.log_prob:.2f} nats a character"
+    likely = "" if answer.log_prob is None else f", log-probability {answer.log_prob:.2f} nats per character"
     echo(f"{WORDS[answer.source]}  (cosine to the prediction {answer.cosine:.3f}{likely})")
     echo(f"model {prediction.model}  context {prediction.context.mode}")
     for attempt in answer.attempts:
         echo(f"  refused, {attempt.source}: {attempt.text!r} ({'; '.join(attempt.refusals)})")
     for refusal in answer.refusals:
-        echo(f"  given for want of a better one: {refusal}")
+        echo(f"  refused, but returned for lack of a better one: {refusal}")
     shown = "  ".join(f"{stage} {ms:.1f} ms" for stage, ms in prediction.milliseconds.items())
     echo(f"load {loaded_ms:.0f} ms  {shown}")
     if prediction.model == PASSTHROUGH:
-        echo("passthrough predicts nothing: this is the last chunk, read back")
+        echo("passthrough makes no prediction: this is the last chunk, read back")
 
 
 def _standard_input() -> str:
     if sys.stdin.isatty():
-        raise InputError("expected texts as arguments or one text on standard input, got neither")
+        raise InputError("expected texts as arguments or a text on standard input, got neither")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as err:

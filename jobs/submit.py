@@ -4,12 +4,12 @@
     latent submit --address http://127.0.0.1:8265 --no-wait train --vectors s3://corpus/vectors --output s3://corpus/models
     latent submit --cancel raysubmit_1a2b3c
 
-What travels is the code, the bundled sample and the weights of `mini` (PARTS, 35 MB); no corpus, no output, no
-trained model. So the paths in the job's options are the cluster's: a disk that every node sees, or s3:// and gs://.
-The job's log goes to stdout as it comes, its closing line of JSON last; what this command says itself goes to stderr.
+The upload holds the code, the bundled sample and the weights of `mini` (PARTS, 35 MB), but no corpus, output or
+trained model. So paths in the job's options are the cluster's: a shared disk, s3:// or gs://. The job's log is
+streamed to stdout, ending in its closing line of JSON; this command's own messages go to stderr.
 
-Ctrl-C stops the job, as --cancel does: it gets SIGTERM, and what it had finished is kept. The same command then
-goes on from there. A lost connection stops nothing: --follow takes the log up again.
+Ctrl-C stops the job, as --cancel does: it gets SIGTERM, and finished work is kept. The same command resumes it. A lost
+connection does not stop the job: --follow resumes the log.
 """
 
 import asyncio
@@ -34,27 +34,27 @@ from lvm.cli import CODEC_JOBS, CONCEPT_COMMANDS, JOBS
 from lvm.errors import InputError, LvmError
 
 PARTS = ("jobs", "lvm", "serve", "data/sample", "pyproject.toml", "README.md", "LICENSE")
-"""What travels to the cluster, of the checkout."""
+"""Files and folders of the checkout that are uploaded."""
 
 MAX_UPLOAD_BYTES = 100 * 2**20
-"""Most the parts may weigh. Ray keeps the package in the head's memory and refuses 512 MiB."""
+"""Maximum size of the upload. Ray keeps the package in the head's memory and rejects 512 MiB."""
 
 STOPPED = 130
 """Exit code of a job that was stopped: the shell's code for Ctrl-C."""
 
 STOP_TIMEOUT_S = 60
-"""How long a stopped job may take to end. Ray sends SIGKILL RAY_JOB_STOP_WAIT_TIME_S (3 s) after SIGTERM."""
+"""How long to wait for a stopped job to end. Ray sends SIGKILL RAY_JOB_STOP_WAIT_TIME_S (3 s) after SIGTERM."""
 
 RECONNECT_S = 60
-"""How long a cluster may be silent before following its log is given up."""
+"""How long to keep reconnecting to an unresponsive cluster."""
 
 
 class ClusterError(LvmError):
-    """The cluster does not answer, or refuses the token."""
+    """The cluster does not respond, or rejects the token."""
 
 
 def entrypoint(command: list[str]) -> str:
-    """The shell line that runs a command of `latent` on the cluster. Raises InputError on an unknown one."""
+    """The shell command that runs a `latent` command on the cluster. Raises InputError on an unknown one."""
     jobs = {name: job for name, (job, _) in JOBS.items()}
     jobs |= {f"codec {name}": job for name, (job, _) in CODEC_JOBS.items()}
     jobs |= {f"concepts {name}": f"concepts {name}" for name in CONCEPT_COMMANDS}
@@ -67,8 +67,8 @@ def entrypoint(command: list[str]) -> str:
 
 
 @contextmanager
-def working_directory(checkout: Path = CHECKOUT, most_bytes: int = MAX_UPLOAD_BYTES) -> Iterator[Path]:
-    """A copy of what travels; gone afterwards. Raises InputError when it weighs more than `most_bytes`."""
+def working_directory(checkout: Path = CHECKOUT, max_bytes: int = MAX_UPLOAD_BYTES) -> Iterator[Path]:
+    """A temporary copy of the files to upload. Raises InputError when it is larger than `max_bytes`."""
     with tempfile.TemporaryDirectory(prefix="latent-submit-") as folder:
         copy = Path(folder)
         for part in PARTS:
@@ -79,27 +79,27 @@ def working_directory(checkout: Path = CHECKOUT, most_bytes: int = MAX_UPLOAD_BY
             elif source.is_file():
                 shutil.copy2(source, copy / part)
         sizes = {p.relative_to(copy): p.stat().st_size for p in copy.rglob("*") if p.is_file()}
-        if sum(sizes.values()) > most_bytes:
+        if sum(sizes.values()) > max_bytes:
             largest = ", ".join(
                 f"{name} ({sizes[name] / 1e6:,.0f} MB)"
                 for name in sorted(sizes, key=lambda n: sizes[n], reverse=True)[:3]
             )
             raise InputError(
-                f"{checkout} would send {sum(sizes.values()) / 1e6:,.0f} MB, expected at most "
-                f"{most_bytes / 1e6:,.0f}: {largest}. Move data and models out of {', '.join(PARTS[:3])}."
+                f"{checkout} would upload {sum(sizes.values()) / 1e6:,.0f} MB, expected at most "
+                f"{max_bytes / 1e6:,.0f}: {largest}. Move data and models out of {', '.join(PARTS[:3])}."
             )
         yield copy
 
 
 def connect_to(address: str | None) -> Any:
-    """A `JobSubmissionClient`. Raises ClusterError when no cluster answers there, or it refuses the token."""
+    """A `JobSubmissionClient`. Raises ClusterError when no cluster responds there, or it rejects the token."""
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env"):
-        logging.getLogger(f"ray.{module}").setLevel(logging.ERROR)  # the few lines that matter are ours
+        logging.getLogger(f"ray.{module}").setLevel(logging.ERROR)  # we print our own messages
     if address is not None:
-        # Ray's client lets this variable win over its own argument; what was typed is to win here.
+        # Ray's client prefers this variable to its own argument; here the option takes precedence.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
     where = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
     try:
@@ -109,29 +109,29 @@ def connect_to(address: str | None) -> Any:
             f"the cluster at {where} asks for its token ({_reason(err)}). Put that token into ~/.ray/auth_token "
             "or RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token."
         ) from err
-    # Ray exits where it finds no cluster by itself.
+    # Ray exits when it finds no cluster.
     except (ConnectionError, RuntimeError, ValueError, OSError, SystemExit) as err:
         raise ClusterError(
-            f"no Ray cluster answers at {where} ({_reason(err)}). Give the head's dashboard as --address or in "
+            f"no Ray cluster responds at {where} ({_reason(err)}). Give the head's dashboard as --address or in "
             "RAY_API_SERVER_ADDRESS, e.g. http://127.0.0.1:8265 with the tunnel of `ray dashboard cluster.yaml`."
         ) from err
 
 
 def _reason(err: BaseException) -> str:
-    """The first sentence of an error of Ray, whose messages are pages."""
+    """The first sentence of one of Ray's long error messages."""
     return (str(err).strip() or type(err).__name__).splitlines()[0].split(". ")[0].rstrip(".")
 
 
 async def follow(client: Any, job: str, out: Any = None) -> None:
-    """Write the job's log to `out` (stdout) as it comes; returns when the job has ended.
+    """Stream the job's log to `out` (stdout) until the job has ended.
 
-    Raises ClusterError when the cluster is silent for RECONNECT_S.
+    Raises ClusterError when the cluster does not respond for RECONNECT_S.
     """
     out = out or sys.stdout
     shown = 0
     heard = time.monotonic()
     while True:
-        skip = shown  # a new connection begins with the log's first line again
+        skip = shown  # a new connection restarts at the log's first line
         try:
             async for text in client.tail_job_logs(job):
                 heard = time.monotonic()
@@ -142,34 +142,34 @@ async def follow(client: Any, job: str, out: Any = None) -> None:
             if client.get_job_status(job).is_terminal():
                 return
         except Exception as err:
-            # Whatever the HTTP client under Ray's own raises when a proxy or the head goes away.
+            # Ray's HTTP client raises various errors when a proxy or the head goes away.
             if time.monotonic() - heard > RECONNECT_S:
                 raise ClusterError(
-                    f"lost the cluster ({err}); the job may go on without us. When the cluster answers again: "
-                    f"latent submit --follow {job}"
+                    f"lost the connection to the cluster ({err}); the job may still be running. When the cluster is "
+                    f"back: latent submit --follow {job}"
                 ) from err
         await asyncio.sleep(1)
 
 
 def stop(client: Any, job: str) -> int:
-    """Stop a job and wait until it has ended; the exit code. Raises ClusterError when it does not end."""
-    echo(f"submit: stopping {job}; what it has finished is kept")
+    """Stop a job, wait until it has ended, and return its exit code. Raises ClusterError when it does not end."""
+    echo(f"submit: stopping {job}; finished work is kept")
     client.stop_job(job)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while not client.get_job_status(job).is_terminal():
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"{job} has not ended {STOP_TIMEOUT_S} s after it was told to; see the dashboard"
+                f"{job} has not ended {STOP_TIMEOUT_S} s after it was stopped; see the dashboard"
             )
         time.sleep(0.2)
     code = exit_code(client, job)
     if code == STOPPED:
-        echo("submit: stopped; the same command goes on from what is finished")
+        echo("submit: stopped; run the same command to resume")
     return code
 
 
 def exit_code(client: Any, job: str) -> int:
-    """Exit code of an ended job: its own, STOPPED where it was stopped, 1 where it never started."""
+    """Exit code of an ended job: its own, STOPPED if it was stopped, 1 if it never started."""
     from ray.job_submission import JobStatus
 
     info = client.get_job_info(job)
@@ -184,8 +184,10 @@ def exit_code(client: Any, job: str) -> int:
 
 
 def watch(client: Any, job: str) -> int:
-    """Follow a job to its end; its exit code. Ctrl-C and SIGTERM stop the job first."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without it
+    """Follow a job to its end and return its exit code. Ctrl-C and SIGTERM stop the job first."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # shells start background jobs with SIGINT ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         asyncio.run(follow(client, job))
@@ -195,7 +197,7 @@ def watch(client: Any, job: str) -> int:
 
 
 def submit(client: Any, command: list[str], driver_cpus: float = 0) -> str:
-    """Send the code and start the job; its id."""
+    """Upload the code and start the job; returns its id."""
     line = entrypoint(command)
     with working_directory() as folder:
         job: str = client.submit_job(
@@ -214,29 +216,29 @@ def main(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Dashboard of the head (http://host:8265); else RAY_API_SERVER_ADDRESS, RAY_ADDRESS."
+            help="The head's dashboard (http://host:8265); default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS."
         ),
     ] = None,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Print the job's id and return at once.")
     ] = False,
     driver_cpus: Annotated[
-        float, typer.Option(min=0, help="CPUs of the job's own process; above 0 it leaves the head.")
+        float, typer.Option(min=0, help="CPUs of the job's driver; above 0 it runs on a worker node.")
     ] = 0,
-    follow: Annotated[str | None, typer.Option(metavar="ID", help="Follow a job submitted before.")] = None,
-    cancel: Annotated[str | None, typer.Option(metavar="ID", help="Stop a job submitted before.")] = None,
+    follow: Annotated[str | None, typer.Option(metavar="ID", help="Follow a submitted job.")] = None,
+    cancel: Annotated[str | None, typer.Option(metavar="ID", help="Stop a submitted job.")] = None,
 ) -> None:
-    """Run a command of `latent` on a Ray cluster; its log, then its exit code, are this command's."""
+    """Run a `latent` command on a Ray cluster, stream its log and return its exit code."""
     if sum([bool(command), follow is not None, cancel is not None]) != 1:
-        raise InputError("expected a command to submit, or one of --follow ID and --cancel ID")
+        raise InputError("expected a command to submit, --follow ID or --cancel ID")
     if command:
-        entrypoint(command)  # refused before any connection
+        entrypoint(command)  # an unknown command fails before connecting
     client = connect_to(address)
     with known_job(follow or cancel):
         if cancel is not None:
             if client.get_job_status(cancel).is_terminal():
                 raise InputError(
-                    f"{cancel} has ended already ({client.get_job_status(cancel).value.lower()})"
+                    f"{cancel} has already ended ({client.get_job_status(cancel).value.lower()})"
                 )
             stop(client, cancel)
             return
@@ -253,14 +255,14 @@ def main(
 
 @contextmanager
 def known_job(job: str | None) -> Iterator[None]:
-    """Turn Ray's answer to an unknown id into an InputError."""
+    """Raise an InputError in place of Ray's error for an unknown id."""
     try:
         yield
     except RuntimeError as err:
         if "404" not in str(err) and "does not exist" not in str(err):
             raise
         raise InputError(
-            f"the cluster knows no job {job!r}; expected an id that `latent submit` printed"
+            f"the cluster has no job {job!r}; expected an id printed by `latent submit`"
         ) from err
 
 

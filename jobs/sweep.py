@@ -1,19 +1,19 @@
-"""Search architectures and settings with Ray Tune: reads vectors, writes a table of trials, a page and the best models.
+"""Search architectures and settings with Ray Tune: reads vectors; writes a table of trials, a report, the best models.
 
     python -m jobs.sweep --vectors out/vectors --output out/sweep --trials 100 --hours 4
     ray job submit --working-dir . -- python -m jobs.sweep --vectors /shared/vectors --output /shared/sweep
 
-A trial is a training run as `latent train` makes it, with sizes, learning rate, objective and context length drawn from
-the seed; architectures take turns. ASHA ends the trials that fall behind (Li et al. 2018, arXiv 1810.05934). All are
-judged on the same validation targets, those that have as many vectors before them as the longest context. As many run
-at once as there are processor cores, or eight to a GPU. A sweep that was killed, run again with the same settings, goes
-on where each trial was, by Tune's own restore; one whose --hours were over takes up the trials that had not begun.
+A trial is a training run as in `latent train`, with sizes, learning rate, objective and context length sampled with
+the seed; architectures alternate. ASHA stops trials that fall behind (Li et al. 2018, arXiv 1810.05934). All trials
+are scored on the same validation targets: those with enough vectors before them for the longest context. One trial
+runs per CPU core, or eight per GPU. A killed sweep, run again with the same settings, resumes every trial with Tune's
+own restore; one that ran out of --hours runs the trials that had not started.
 
-    trials.parquet, trials.csv   one row a trial
-    sweep.html                   leaderboard with intervals, parallel coordinates, quality against cost; no network
+    trials.parquet, trials.csv   one row per trial
+    sweep.html                   leaderboard with intervals, parallel coordinates, quality by cost; self-contained
     sweep.json                   settings, leaderboard and intervals; written last
     models/                      a record for the best trial of each architecture, and an ensemble of the best of them
-    tune/<settings>/             Tune's own: `tensorboard --logdir` shows curves and HParams
+    tune/<settings>/             Tune's files: `tensorboard --logdir` shows curves and HParams
 """
 
 import json
@@ -67,22 +67,22 @@ from lvm.vectors.sequences import WindowSettings
 from lvm.vectors.shards import Manifest, fingerprint, write_bytes, write_json
 
 SWEEP_VERSION = 1
-"""Raised when the same settings draw other trials than before."""
+"""Incremented when the same settings sample different trials than before."""
 
 RATES = (1e-4, 2e-3)
-"""Range of the peak learning rate, log-uniform: a third to six times what the recipes take."""
+"""Range of the peak learning rate, log-uniform: a third to six times that of the recipes."""
 
 INFO_NCE_SHARES = (0.0, 0.1, 0.3)
-"""Objectives: squared distance alone, or with InfoNCE at this share of its gradient."""
+"""Objectives: squared error only, or plus InfoNCE at this share of its gradient."""
 
 SEARCHED = tuple(name for name in MODELS if name not in OWN_RECIPES)
-"""Architectures; a name that stands for a recipe has nothing to be searched."""
+"""Architectures to search; names that stand for a recipe are excluded."""
 
 GRACE_EPOCHS, REDUCTION = 1, 3
-"""ASHA: no trial ends before so many epochs; of each rung a third goes on."""
+"""ASHA's grace period in epochs, and reduction factor: a third of each rung continues."""
 
 ENSEMBLE_MEMBERS = 3
-"""Of the ensemble that is made of the best trials."""
+"""Number of models in the ensemble of the best trials."""
 
 SCHEMA = pa.schema(
     [
@@ -100,12 +100,12 @@ SCHEMA = pa.schema(
         ("note", pa.string()),
     ]
 )
-"""Of the table of trials."""
+"""Schema of the table of trials."""
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What is tried; the same settings are the same sweep."""
+    """The search; equal settings mean the same sweep."""
 
     trials: int
     """Number of trials."""
@@ -114,19 +114,19 @@ class SweepSettings:
     contexts: tuple[int, ...]
     """Context lengths."""
     recipe: str
-    """All that is not searched for."""
+    """Recipe for everything that is not searched."""
     epochs: int
-    """Most epochs of a trial."""
+    """Maximum epochs per trial."""
     windows_per_epoch: int
-    """Most training windows of an epoch."""
+    """Maximum training windows per epoch."""
     seed: int
-    """Of the draws, the split and the training."""
+    """Seed of the sampling, the split and the training."""
 
 
 def draw_trials(settings: SweepSettings) -> list[dict[str, Any]]:
-    """The settings of every trial, by the seed alone: number, model, sizes, context, learning_rate, info_nce_share.
+    """The settings of every trial, from the seed: number, model, sizes, context, learning_rate, info_nce_share.
 
-    Architectures take turns, so that a sweep cut short has seen them all.
+    Architectures alternate, so that a sweep that is cut short has tried them all.
     """
     rng = np.random.default_rng(settings.seed)
     low, high = np.log(RATES)
@@ -154,7 +154,7 @@ def _one_of(rng: np.random.Generator, values: Sequence[Any]) -> Any:
 
 
 def run_of(trial: Mapping[str, Any], settings: SweepSettings, array: VectorArray) -> TrainRun:
-    """A trial as the training run it is."""
+    """The training run of a trial."""
     base = recipe_named(settings.recipe)
     recipe: Recipe = replace(
         base,
@@ -162,9 +162,9 @@ def run_of(trial: Mapping[str, Any], settings: SweepSettings, array: VectorArray
         learning_rates={**base.learning_rates, trial["model"]: trial["learning_rate"]},
         epochs=settings.epochs,
         max_windows_per_epoch=settings.windows_per_epoch,
-        patience=None,  # ASHA's part
+        patience=None,  # ASHA stops trials
         loss=LossSettings(info_nce_share=trial["info_nce_share"]),
-        rank=None,  # trials are judged by cosine
+        rank=None,  # trials are compared by cosine
     )
     return TrainRun.of(
         array,
@@ -181,7 +181,7 @@ def run_of(trial: Mapping[str, Any], settings: SweepSettings, array: VectorArray
 
 
 def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) -> None:
-    """One trial, as Tune calls it: reports each epoch with a checkpoint, and a refusal in words."""
+    """One trial, called by Tune: reports each epoch with a checkpoint, and an LvmError as text."""
     from ray import tune
 
     this = runs[config["trial"]["number"]]
@@ -228,7 +228,7 @@ def tune_trials(
     hours: float | None,
     gpus: int | None,
 ) -> Any:
-    """Run all trials, or those that are missing; Tune's ResultGrid."""
+    """Run all trials, or the missing ones; returns Tune's ResultGrid."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -240,15 +240,15 @@ def tune_trials(
         tune.with_parameters(run_trial, runs=list(runs), threads=threads), resources
     )
     echo(f"sweep: {len(trials)} trials, {at_once} at a time")
-    # Of a killed sweep at most so much is done again; Tune's own choice grows with the number of trials.
+    # A killed sweep loses at most this many seconds of state; Tune's default grows with the number of trials.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "10")
-    # Every trial keeps its best checkpoint alone, and Tune warns that it writes its own state as often.
+    # Trials keep only their best checkpoint, and Tune would warn that it saves its own state just as often.
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     where = for_ray(folder.parent)
     path = where["storage_path"] + "/" + folder.name
     space = {"trial": tune.grid_search(list(trials))}
     if tune.Tuner.can_restore(path, storage_filesystem=where["storage_filesystem"]):
-        echo("sweep: goes on where it was")
+        echo("sweep: resuming")
         tuner = tune.Tuner.restore(
             path,
             trainable=trainable,
@@ -256,7 +256,7 @@ def tune_trials(
             resume_unfinished=True,
             storage_filesystem=where["storage_filesystem"],
         )
-        with redirect_stdout(sys.stderr):  # where Tune says where things are
+        with redirect_stdout(sys.stderr):  # Tune prints its paths to stdout
             return tuner.fit()
     tuner = tune.Tuner(
         trainable,
@@ -296,7 +296,7 @@ def _name_of(trial: Any) -> str:
 
 
 def _progress_lines(total: int) -> Any:
-    """A line on stderr for every trial that ends."""
+    """A Tune callback that prints a line to stderr for every finished trial."""
     from ray import tune
 
     class Lines(tune.Callback):  # type: ignore[misc]
@@ -318,7 +318,7 @@ def _progress_lines(total: int) -> Any:
 def rows_of(
     results: Any, trials: Sequence[Mapping[str, Any]], runs: Sequence[TrainRun], epochs: int, over: bool
 ) -> list[Trial]:
-    """The table, a row a trial in order. over: the sweep's time was."""
+    """The table of trials, in order. over: whether the sweep ran out of time."""
     found = {r.config["trial"]["number"]: r for r in results if r.config}
     rows = []
     for trial, this in zip(trials, runs, strict=True):
@@ -363,8 +363,8 @@ def publish_best(
     array: VectorArray,
     coherence: Coherence,
 ) -> dict[int, Interval]:
-    """A record for the best trial of each architecture, with the alias of its name; the intervals of their val cosines,
-    by trial number."""
+    """Make a record for the best trial of each architecture, under the architecture's name as alias; returns the
+    intervals of their val cosines, by trial number."""
     found = {r.config["trial"]["number"]: r for r in results if r.config}
     intervals = {}
     for best in best_of_each(rows).values():
@@ -387,7 +387,7 @@ def publish_best(
 
 
 def interval_of(folder: Location, this: TrainRun) -> Interval:
-    """Val cosine of a record on the validation windows its run was judged on, with its interval over articles."""
+    """Val cosine of a record on its run's validation windows, with an interval clustered by article."""
     val = windows_of(this)["val"]
     rows = np.linspace(0, len(val) - 1, min(this.recipe.max_val_windows, len(val))).astype(np.int64)
     val = val.subset(rows)
@@ -400,7 +400,7 @@ def interval_of(folder: Location, this: TrainRun) -> Interval:
 
 
 def ensemble_of_best(rows: Sequence[Trial], models: Location, array: VectorArray) -> dict[str, Any] | None:
-    """What an ensemble of the best records gains; None with fewer than two."""
+    """Make an ensemble of the best records; its metrics, or None with fewer than two records."""
     aliases = read_aliases(models)
     members = {t["model"]: aliases[t["model"]] for t in best_of_each(rows).values()}
     if len(members) < 2:
@@ -421,7 +421,7 @@ def sweep(
     address: str | None = None,
     overwrite: bool = False,
 ) -> tuple[list[Trial], dict[str, Any], bool]:
-    """All trials, what sweep.json says, and whether it was there before.
+    """All trials, the contents of sweep.json, and whether the sweep was already complete.
 
     Raises InputError for settings that do not fit the vectors, OutputError when `output` holds another sweep.
     """
@@ -440,7 +440,7 @@ def sweep(
     coherence = check_sequential(array, manifest.source, allow_non_sequential)
     trials = draw_trials(settings)
     runs = [run_of(trial, settings, array) for trial in trials]
-    windows_of(runs[0])  # too few windows for the longest context are said before Ray starts
+    windows_of(runs[0])  # raises if there are too few windows for the longest context, before Ray starts
 
     connect(address)
     begun = time.monotonic()
@@ -451,7 +451,7 @@ def sweep(
     rows = rows_of(results, trials, runs, settings.epochs, over)
     if not scored(rows):
         raise InputError(
-            f"none of {len(rows)} trials has a score; the first says: {rows[0]['note'] or 'nothing yet, give it hours'}"
+            f"none of {len(rows)} trials has a score; the first: {rows[0]['note'] or 'unfinished, raise --hours'}"
         )
     models = output / "models"
     intervals = publish_best(rows, runs, results, models, array, coherence)
@@ -478,7 +478,7 @@ def write_results(
     record: Mapping[str, Any],
     manifest: Manifest,
 ) -> None:
-    """The tables, the page, and sweep.json last."""
+    """Write the tables, the report, and sweep.json last."""
     table = pa.Table.from_pylist([dict(r) for r in rows], schema=SCHEMA)
     buffer = pa.BufferOutputStream()
     pa.parquet.write_table(table, buffer)
@@ -490,13 +490,13 @@ def write_results(
         **{k: str(v) for k, v in record["settings"].items()},
         "learning rate": f"log-uniform, {RATES[0]:g} to {RATES[1]:g}",
         "InfoNCE shares": ", ".join(map(str, INFO_NCE_SHARES)),
-        "early stops": f"ASHA, from epoch {GRACE_EPOCHS}, one in {REDUCTION} goes on",
+        "early stopping": f"ASHA, from epoch {GRACE_EPOCHS}, one in {REDUCTION} continues",
         "vectors": f"{manifest.rows:,} of {manifest.source or 'a source not stated'}, {manifest.identity}",
     }
     if record["ensemble"]:
         made = record["ensemble"]
         lines["ensemble"] = (
-            f"{', '.join(made['members'])}: val cosine {made['val_cosine']:.4f}, the best of them alone "
+            f"{', '.join(made['members'])}: val cosine {made['val_cosine']:.4f}, best single model "
             f"{made['best_member_val_cosine']:.4f}"
         )
     page = html_page(rows, intervals, "A sweep of next-vector models", lines)
@@ -512,10 +512,10 @@ def read_trials(output: Location) -> list[Trial]:
 
 
 def discard_checkpoints(folder: Location) -> None:
-    """Take the trials' checkpoints away: the best are records now, of the others a row is left."""
+    """Delete the trials' checkpoints: the best are records now, and the others keep their row in the table."""
     for checkpoint in folder.glob("*/checkpoint_*"):
         if isinstance(checkpoint, RemotePath):
-            continue  # a bucket's own rules let old objects expire
+            continue  # left to the bucket's expiry rules
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
@@ -524,22 +524,24 @@ def discard_checkpoints(folder: Location) -> None:
 
 def main(
     vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
-    output: Annotated[PathOrUrl, path_option("Folder for the tables, the page and the best models.")],
+    output: Annotated[PathOrUrl, path_option("Folder for the tables, the report and the best models.")],
     trials: Annotated[int, typer.Option(min=1, help="Number of trials.")] = 100,
-    hours: Annotated[
-        float | None, typer.Option(help="Longest time, in hours; none: until all are done.")
-    ] = None,
-    model: Annotated[str, typer.Option(help=f"Of {', '.join(SEARCHED)}: several by comma, or all.")] = "all",
-    contexts: Annotated[str, typer.Option(help="Context lengths to try, by comma.")] = "5,10,20",
-    recipe: Annotated[str, typer.Option(help="Recipe that gives what is not searched for.")] = "fast",
-    epochs: Annotated[int, typer.Option(min=1, help="Most epochs of a trial.")] = 8,
+    hours: Annotated[float | None, typer.Option(help="Time limit in hours; default: no limit.")] = None,
+    model: Annotated[
+        str, typer.Option(help=f"Architectures, comma-separated, of {', '.join(SEARCHED)}; or all.")
+    ] = "all",
+    contexts: Annotated[str, typer.Option(help="Context lengths to try, comma-separated.")] = "5,10,20",
+    recipe: Annotated[str, typer.Option(help="Recipe for everything that is not searched.")] = "fast",
+    epochs: Annotated[int, typer.Option(min=1, help="Maximum epochs per trial.")] = 8,
     windows_per_epoch: Annotated[
-        int, typer.Option(min=1, help="Most training windows of an epoch.")
+        int, typer.Option(min=1, help="Maximum training windows per epoch.")
     ] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws, the split and the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, the split and the training.")] = 0,
     allow_non_sequential: Annotated[
         str | None,
-        typer.Option(help="The sentence that lets text without an order train; the refusal names it."),
+        typer.Option(
+            help="Confirmation sentence to train on non-sequential text; the error message states it."
+        ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
     overwrite: Annotated[
@@ -547,14 +549,14 @@ def main(
     ] = False,
     address: Address = None,
 ) -> None:
-    """Try architectures and settings; a second run with the same settings goes on, or says that all is done."""
+    """Search architectures and settings; a second run with the same settings resumes."""
     started = time.perf_counter()
     if hours is not None and not hours > 0:
         raise InputError(f"--hours must be above 0, got {hours}")
     recipe_named(recipe)
     if model != "all" and (named := [n.strip() for n in model.split(",") if n.strip() in OWN_RECIPES]):
         raise InputError(
-            f"{named[0]} is an architecture with its own recipe; a sweep takes {', '.join(SEARCHED)}"
+            f"{named[0]} has a fixed recipe, nothing to search; expected some of {', '.join(SEARCHED)}"
         )
     settings = SweepSettings(
         trials,
@@ -569,7 +571,7 @@ def main(
         vectors, output, settings, hours, allow_non_sequential, gpus, address, overwrite
     )
     if up_to_date:
-        echo(f"sweep: {output} is complete, nothing trained again")
+        echo(f"sweep: {output} is up to date")
     intervals = {int(n): Interval(**i) for n, i in record["intervals"].items()}
     print(as_text(leaderboard(rows, intervals)))
     seconds = time.perf_counter() - started
@@ -591,11 +593,11 @@ def main(
 
 
 def parse_contexts(given: str) -> tuple[int, ...]:
-    """Context lengths, ascending, from numbers by comma. Raises InputError for anything else."""
+    """Context lengths, ascending, from a comma-separated text. Raises InputError for anything else."""
     try:
         values = tuple(sorted({int(part) for part in given.split(",")}))
     except ValueError as err:
-        raise InputError(f"--contexts {given!r}: expected whole numbers by comma, such as 5,10,20") from err
+        raise InputError(f"--contexts {given!r}: expected comma-separated integers, such as 5,10,20") from err
     if values[0] < 1:
         raise InputError(f"--contexts must be 1 or more, got {values[0]}")
     return values

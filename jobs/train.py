@@ -3,18 +3,17 @@
     python -m jobs.train --vectors out/vectors --output out/models --model all --ensemble 3
     ray job submit --working-dir . -- python -m jobs.train --vectors /shared/vectors --output /shared/models
 
-One Ray Train run an architecture, as many in flight at once as the cluster has room for, each with its part of the
-CPUs or GPUs; the others in their turn. A worker maps the vectors from disk; nothing but settings travels. After each
-epoch it saves a checkpoint (the best three are kept, and the last one to go on from) and a line appears here. A job
-killed at any moment and run again goes on where each run was; one that has trained these vectors with these settings
-before trains nothing. A run whose loss is no longer a number ends with a message while the others go on, and the exit
-code says so at the end.
+One Ray Train run per architecture, as many in parallel as the cluster has room for, each with its share of the CPUs or
+GPUs; the others queue. Workers memory-map the vectors from disk; only settings are sent to them. After each epoch a
+checkpoint is saved (the best three and the latest are kept) and a line is printed. A killed job, run again, resumes
+every run; if these vectors were already trained with these settings, it does nothing. If a run's loss becomes NaN, that
+run ends with a message, the others continue, and the job's exit code is 1.
 
     models/runs/<architecture>-<settings>/   Ray Train's storage: checkpoints, tensorboard/ with the curves
     models/<architecture>-<time>-<hash>/     the record; models/aliases.json points to it
 
-Bundled sample, the four original architectures, two cores: about a minute. See `lvm/predict/training.py` for the
-recipes.
+The bundled sample with the four original architectures takes about a minute on two cores. Recipes are in
+`lvm/predict/training.py`.
 """
 
 import os
@@ -70,71 +69,71 @@ from lvm.vectors.sequences import WindowSettings, make_windows
 from lvm.vectors.shards import Manifest
 
 CHECKPOINTS_KEPT = 3
-"""By val cosine; Ray Train keeps the latest one besides."""
+"""Best checkpoints kept, by val cosine; Ray Train also keeps the latest."""
 
 RESTARTS = 2
-"""Times a run goes on from its last checkpoint after its worker died (out of memory, lost node)."""
+"""How often a run is resumed from its last checkpoint after its worker died (out of memory, lost node)."""
 
 STARTS = 10
-"""Times Ray Train tries for a minute to get a run's CPUs and GPUs; then they are not there, and the run fails."""
+"""How many times, a minute each, Ray Train waits for a run's CPUs and GPUs before the run fails."""
 
 MAX_CONTEXT = 64
-"""Longest context of the command: articles of more chunks are rare."""
+"""Maximum --context: articles with more chunks are rare."""
 
 MONITOR_WAIT_S = 5.0
-"""Longest wait for the monitor's answer."""
+"""Timeout of a call to the monitor."""
 
 POLL_S = 0.25
-"""How often Ray Train's controllers and this process look for news, in seconds; Ray's own 2 s are longer than
-an epoch on the sample."""
+"""Polling interval of Ray Train's controllers and of this process, seconds; Ray's default of 2 s is longer than an
+epoch on the sample."""
 
 
 @dataclass
 class TrainResult:
-    """What `train_models` did."""
+    """Result of `train_models`."""
 
     windows: dict[str, int]
-    """Windows of train, val and test."""
+    """Number of windows in train, val and test."""
     trained: dict[str, Trained] = field(default_factory=dict)
-    """By architecture, in the order asked for: the one that its alias points to."""
+    """The record under each architecture's alias, in the order requested."""
     failed: dict[str, str] = field(default_factory=dict)
-    """By a run's label, why it has no new record."""
+    """Error of each failed run, by the run's label."""
     seeds: dict[str, list[Trained]] = field(default_factory=dict)
-    """By architecture, all of this call's seeds, by seed."""
+    """Records of all seeds of this call, by architecture, in order of seed."""
 
 
 # ------------------------------------------------------------------------------------------------ on a worker
 
 
 class Monitor:
-    """What the runs have to say, and how many are training. A Ray actor; it uses no CPU.
+    """Ray actor that collects the runs' progress lines and counts the runs that are training. It uses no CPU.
 
-    Runs do without it: when its process or node dies, Ray starts it anew, elsewhere if need be, with nothing but the
-    names, and until then `ask` gives None.
+    Runs do not depend on it: when its process or node dies, Ray restarts it, possibly elsewhere, and until then `ask`
+    returns None.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        """names: of the runs that begin at once."""
+        """names: of the runs that start at once."""
         import ray
 
-        # Started anew it does not know which of these have ended; those that go on post.
-        anew = ray.get_runtime_context().was_current_actor_reconstructed
-        self.training = set() if anew else set(names)
+        # After a restart it does not know which of these have ended; those still running will post.
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self.training = set() if restarted else set(names)
         self.lines: list[tuple[str, dict[str, Any]]] = []
 
     def post(self, model: str, row: dict[str, Any]) -> int:
-        """Keep a line for the driver; the number of runs that train comes back, this one among them."""
+        """Store a line for the driver; returns the number of runs that are training, this one included."""
         self.training.add(model)
         self.lines.append((model, row))
         return len(self.training)
 
     def enter(self, model: str) -> int:
-        """This run trains now; the number of runs that do comes back."""
+        """Count this run as training; returns the number of runs that are."""
         self.training.add(model)
         return len(self.training)
 
     def leave(self, model: str) -> None:
-        """This run trains no longer."""
+        """Count this run as ended."""
         self.training.discard(model)
 
     def take(self) -> list[tuple[str, dict[str, Any]]]:
@@ -144,7 +143,7 @@ class Monitor:
 
 
 def ask(monitor: Any, method: str, *arguments: Any) -> Any:
-    """What the monitor answers; None when it does not within MONITOR_WAIT_S, as while its node is gone."""
+    """The monitor's answer, or None if there is none within MONITOR_WAIT_S, as when its node is lost."""
     import ray
 
     try:
@@ -154,8 +153,8 @@ def ask(monitor: Any, method: str, *arguments: Any) -> Any:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Train one architecture; what `guarded` makes of the run's `done`, an `Outcome`: an exception would have Ray start
-    the run again, and it would fail again."""
+    """Train one architecture; returns a `guarded` row with the run's `Outcome` as `done`. An LvmError is returned, as
+    Ray would restart the run on an exception, only to fail again."""
     this: TrainRun = config["run"]
     try:
         return guarded(lambda: {"done": _train(this, config)})
@@ -172,7 +171,7 @@ def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
     team = Team.joined()
 
     def share_cores(num_training: int | None) -> None:
-        """On one machine, threads of runs that have ended go to those still training; None: nobody knows of them."""
+        """On a single node, give the threads of ended runs to those still training. None: the number is unknown."""
         alone = cores is None or num_training is None
         torch.set_num_threads(threads if alone else max(threads, cores // (max(1, num_training) * team.size)))
 
@@ -200,10 +199,10 @@ def _train(this: TrainRun, config: dict[str, Any]) -> Outcome:
 
 
 def set_aside_if_broken(this: TrainRun, storage: Location) -> None:
-    """Move a run's folder away when Ray Train could not go on from it.
+    """Move a run's folder aside if Ray Train could not resume from it.
 
-    Ray Train writes its list of checkpoints in place, so a kill in that very moment leaves half a file; and a
-    checkpoint itself may have been damaged. The run then starts anew; what it had is kept beside it.
+    Ray Train writes its list of checkpoints in place, so a kill at that moment leaves a partial file; and a checkpoint
+    may be damaged. The run then starts over; the old folder is kept next to it.
     """
     import ray.train
     from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
@@ -213,17 +212,17 @@ def set_aside_if_broken(this: TrainRun, storage: Location) -> None:
         return
     try:
         found = ray.train.Result.from_path(*for_ray(folder).values())
-        # The latest is as a rule among the best: each folder is read once.
+        # The latest is usually among the best: read each folder once.
         kept = (found.checkpoint, *(c for c, _ in found.best_checkpoints))
         for checkpoint in {c.path: c for c in kept}.values():
             require_whole(checkpoint)
     except Exception as err:
-        # Whatever it is, Ray Train would fail with the same on the way in, and say less about what to do.
+        # Whatever the error, Ray Train would fail with it too, with a less helpful message.
         aside = folder.with_name(f"{folder.name}.broken-{time.time_ns()}")
         move_tree(folder, aside)
         echo(
-            f"train: {this.label}: its checkpoints cannot be read ({str(err).splitlines()[0]}); it starts "
-            f"anew, what there was is in {aside}"
+            f"train: {this.label}: cannot read its checkpoints ({str(err).splitlines()[0]}); starting over, "
+            f"the old folder is kept as {aside}"
         )
 
 
@@ -234,12 +233,11 @@ def train_with_ray(
     workers: int = 1,
     mlflow: str | None = None,
 ) -> Iterator[tuple[TrainRun, Any]]:
-    """Train as many at once as there is room for, the rest in turns; each comes back as soon as it ends, with its
-    `ray.train.Result` or its exception. storage: Ray Train's folder for the runs. workers: of each run. mlflow: URI
-    for its curves. Raises InputError when `gpus` GPUs do not come.
+    """Train as many runs in parallel as there is room for and queue the rest; yields each as soon as it ends, with its
+    `ray.train.Result` or its exception. storage: Ray Train's folder for the runs. workers: per run. mlflow: URI for
+    curves. Raises InputError when `gpus` GPUs do not become available.
 
-    Each `TrainTrainer.fit` blocks, so each has a thread of its own in this process; the work is done by the
-    workers Ray starts for it.
+    Each `TorchTrainer.fit` blocks, so each runs in its own thread here; the work is done by Ray's workers.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -249,15 +247,15 @@ def train_with_ray(
     nodes = nodes_with(gpus)
     at_once = runs_at_once(nodes, len(runs), workers=workers)
     resources, threads, cores = plan_resources(nodes, at_once * workers)
-    # NCCL takes a whole GPU a worker, and does not start where torch sees none; one worker has nobody to talk to.
+    # NCCL needs a whole GPU per worker that torch can see; a single worker needs no communication.
     backend = "nccl" if workers > 1 and resources.get("GPU", 0.0) >= 1 else "gloo"
     if at_once < len(runs):
-        echo(f"train: {at_once} at a time, the rest as they end")
+        echo(f"train: {at_once} runs at a time, the rest queue")
     turns = threading.Semaphore(at_once)
     # Read by Ray Train's controllers, which inherit them from this process.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     if len(nodes) == 1:
-        # It watches for nodes that are about to be taken away; one process for each run less.
+        # It watches for nodes about to be preempted; without it there is one process less per run.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     monitor: Any = ray.remote(num_cpus=0, max_restarts=-1)(Monitor).remote([r.label for r in runs[:at_once]])
     shared = {"monitor": monitor, "threads": threads, "cores": cores, "storage": storage, "mlflow": mlflow}
@@ -288,7 +286,7 @@ def train_with_ray(
             )
             ended.append((this, trainer.fit()))
         except Exception as err:
-            # What a worker or Ray itself dies of ends this run alone; the caller says so.
+            # Whatever kills a worker or Ray ends only this run; the caller reports it.
             ended.append((this, err))
             ask(monitor, "leave", this.label)
 
@@ -298,7 +296,7 @@ def train_with_ray(
     waiting = len(runs)
     while waiting:
         time.sleep(POLL_S)
-        # Taken before the lines are: a run posts its last line before it ends.
+        # Before taking the lines: a run posts its last line before it ends.
         done, ended[:] = ended[:], []
         for label, row in ask(monitor, "take") or ():
             _echo_row(label, row)
@@ -317,7 +315,7 @@ def _echo_row(label: str, row: Mapping[str, Any]) -> None:
             echo(f"train: {label:<13} rank head, {step}, loss {row['rank_loss']:.4f}")
         return
     if "resumed" in row:
-        echo(f"train: {label:<13} goes on after epoch {row['resumed']}")
+        echo(f"train: {label:<13} resuming after epoch {row['resumed']}")
         return
     trained = f"train loss {row['train_loss']:.4f}" if "train_loss" in row else "start            "
     echo(
@@ -343,16 +341,16 @@ def train_models(
     mlflow: str | None = None,
     prototypes: Prototypes | None = None,
 ) -> TrainResult:
-    """Bring `models` to hold a record of each architecture, trained on `vectors` in this way.
+    """Make `models` hold a record of each architecture, trained on `vectors` with these settings.
 
-    A run that fails is listed in `failed`; the others are trained and saved. seeds: trainings of each architecture on
-    the same split, with `seed` and the numbers after it; the alias points to the best by val cosine. workers: that
-    train one model together, which is the model that one of them would make. own_recipes: by architecture, in place of
-    `recipe`. gpus: how many to wait for; None for those there are. gpt2_layers: folder of a checkpoint in GPT-2's
-    layout, from which `gpt2` starts. Raises InputError before any training when the vectors are not finished, not
-    sequential, or too few to split, or when the cluster does not come to have what is asked for, and IdentityError when
-    `models` holds models of another codec. mlflow: URI of `prepare_mlflow`, for the curves there too. prototypes: TMD
-    labels of the vectors' codec, for models that read each vector's code beside it; their aliases end in -tmd.
+    A failed run is listed in `failed`; the others are trained and saved. seeds: runs of each architecture on the same
+    split, with seeds from `seed` up; the alias points to the best by val cosine. workers: per model; the result is the
+    same model as with one. own_recipes: by architecture, in place of `recipe`. gpus: how many to wait for; None for
+    those available. gpt2_layers: folder of a checkpoint in GPT-2's layout to initialise `gpt2` from. mlflow: URI from
+    `prepare_mlflow`, to log the curves there too. prototypes: TMD labels in the vectors' codec, for models that also
+    read each vector's code; their aliases end in -tmd. Raises InputError before any training when the vectors are
+    unfinished, not sequential or too few to split, or when the cluster does not get the requested resources;
+    IdentityError when `models` holds models of another codec.
     """
     for name in names:
         require_known(name)
@@ -376,7 +374,7 @@ def train_models(
     ready: dict[str, Trained] = {}
 
     def take(this: TrainRun, made: Trained) -> None:
-        """Another run has its record: the alias of its architecture goes to the best of those there are."""
+        """Add a run's record, and point its architecture's alias to the best record so far."""
         ready[this.label] = made
         alike = [ready[r.label] for r in runs if r.alias == this.alias and r.label in ready]
         best = max(alike, key=lambda t: float(t.metrics["val_cosine"]))
@@ -411,7 +409,7 @@ def train_models(
                 if (refusal := refusal_in(returned)) is not None:
                     raise refusal
                 made = publish_run(this, returned["done"], outcome.best_checkpoints, models, data)
-                # What only going on needs is two thirds of a checkpoint; the best three weights stay.
+                # The optimiser's state, two thirds of a checkpoint, is only needed to resume; the weights are kept.
                 for optimiser in (storage / this.name).glob("*/optimiser.pt"):
                     optimiser.unlink()
             except LvmError as err:
@@ -437,13 +435,13 @@ def prototypes_of(vectors: Location, codec_path: Location | None) -> Prototypes:
 
 
 def over_seeds(made: Sequence[Trained]) -> dict[str, Any]:
-    """`Spread.to_dict` of the val cosine of trainings with different seeds, and their folders."""
+    """`Spread.to_dict` of the val cosine over seeds, and the records' folders."""
     spread = Spread.of([float(t.metrics["val_cosine"]) for t in made])
     return {"val_cosine": spread.to_dict(), "folders": [t.folder.name for t in made]}
 
 
 def seeds_table(result: TrainResult) -> Table:
-    """Val cosine of each architecture over its seeds."""
+    """Table of each architecture's val cosine over its seeds."""
     rows = []
     for name, made in result.seeds.items():
         many = len(made) > 1
@@ -458,15 +456,15 @@ def seeds_table(result: TrainResult) -> Table:
                 best.folder.name,
             )
         )
-    headers = ("model", "seeds", "val cosine", "best", "context mean", "record of the best, under the alias")
+    headers = ("model", "seeds", "val cosine", "best", "context mean", "best record (alias)")
     return Table("Over seeds: mean and standard deviation", headers, tuple(rows))
 
 
-def ensemble_of(vectors: Location, models: Location, members: Mapping[str, str], most: int) -> Trained:
-    """The record of an ensemble of the best `most` of these members (name to folder), and its alias; the one there is
-    when it is of the same members."""
+def ensemble_of(vectors: Location, models: Location, members: Mapping[str, str], count: int) -> Trained:
+    """Make a record of an ensemble of the best `count` members (name to folder), and its alias; an existing record of
+    the same members is reused."""
     vectors, models = vectors.resolve(), models.resolve()
-    folder, up_to_date = make_ensemble(models, open_vectors(vectors), members, most)
+    folder, up_to_date = make_ensemble(models, open_vectors(vectors), members, count)
     if read_aliases(models).get(ENSEMBLE) != folder.name:
         set_alias(models, ENSEMBLE, folder)
     metrics = load_record(models, folder.name).metrics
@@ -474,14 +472,14 @@ def ensemble_of(vectors: Location, models: Location, members: Mapping[str, str],
         echo(f"train: ensemble is up to date ({folder.name})")
     else:
         echo(
-            f"train: ensemble of {', '.join(metrics['members'])}: val cosine {metrics['val_cosine']:.4f}, the best "
-            f"of them alone {metrics['best_member_val_cosine']:.4f}; {folder.name}"
+            f"train: ensemble of {', '.join(metrics['members'])}: val cosine {metrics['val_cosine']:.4f}, best "
+            f"single model {metrics['best_member_val_cosine']:.4f}; {folder.name}"
         )
     return Trained(folder, metrics, up_to_date)
 
 
 def _first_line(error: BaseException) -> str:
-    """The cause of a failed run in one line: the worker's own exception where Ray hands it on."""
+    """The cause of a failed run in one line: the worker's own exception if Ray passes it on."""
     failures = getattr(error, "worker_failures", None) or {}
     cause = next(iter(failures.values()), error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
@@ -489,7 +487,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def import_model(checkpoint: Location, vectors: Location, models: Location, seed: int) -> tuple[str, Trained]:
-    """Make a record of a checkpoint of the original system, scored on `vectors`, whose codec it gets."""
+    """Make a record of a checkpoint of the original system, scored on `vectors` and assigned their codec."""
     vectors, models = vectors.resolve(), models.resolve()
     require_models_folder(models)
     manifest = Manifest.load(vectors, "vectors")
@@ -518,11 +516,12 @@ def import_model(checkpoint: Location, vectors: Location, models: Location, seed
 
 def main(
     vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
-    output: Annotated[PathOrUrl, path_option("Folder for the model records; those in it stay.")],
+    output: Annotated[PathOrUrl, path_option("Folder for the model records; existing ones are kept.")],
     model: Annotated[
         str,
         typer.Option(
-            help=f"Of {', '.join(MODELS)}: one, several by comma, all, or original ({', '.join(ORIGINAL)})."
+            help=f"Architectures, comma-separated, of {', '.join(MODELS)}; or all, or original "
+            f"({', '.join(ORIGINAL)})."
         ),
     ] = "original",
     context: Annotated[
@@ -531,7 +530,7 @@ def main(
     ensemble: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Make an ensemble of so many of the trained models, the best by val cosine."
+            min=2, help="Make an ensemble of this many of the trained models, the best by val cosine."
         ),
     ] = None,
     recipe: Annotated[
@@ -539,34 +538,39 @@ def main(
     ] = "fast",
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs, instead of the recipe's.")] = None,
     max_minutes: Annotated[
-        float | None, typer.Option(help="Longest training, in minutes, instead of the recipe's.")
+        float | None, typer.Option(help="Maximum training time in minutes, instead of the recipe's.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split by article and of training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split by article and of training.")] = 0,
     seeds: Annotated[
         int,
         typer.Option(
-            min=1, help="Trainings of each architecture, each with its seed; the alias takes the best."
+            min=1, help="Number of seeds to train each architecture with; the alias points to the best."
         ),
     ] = 1,
     allow_non_sequential: Annotated[
         str | None,
-        typer.Option(help="The sentence that lets text without an order train; the refusal names it."),
+        typer.Option(
+            help="Confirmation sentence to train on non-sequential text; the error message states it."
+        ),
     ] = None,
     import_checkpoint: Annotated[
         PathOrUrl | None,
-        path_option('Train nothing; make a record of this original checkpoint {"model_state_dict": …}.'),
+        path_option(
+            'Instead of training, import this checkpoint of the original system, {"model_state_dict": …}.'
+        ),
     ] = None,
     gpt2_layers: Annotated[
         PathOrUrl | None,
-        path_option("Folder of a checkpoint in GPT-2's layout; gpt2 starts from its layers."),
+        path_option("Folder of a checkpoint in GPT-2's layout to initialise gpt2 from."),
     ] = None,
     workers_per_model: Annotated[
         int,
-        typer.Option(min=1, help="Workers that train one model together, each on its part of every batch."),
+        typer.Option(min=1, help="Data-parallel workers per model; each takes its share of every batch."),
     ] = 1,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
     mlflow: Annotated[
-        str | None, typer.Option(help="Curves in MLflow too: its URI, or a folder; needs the extra mlflow.")
+        str | None,
+        typer.Option(help="Also log curves to MLflow: its URI, or a folder; needs the extra mlflow."),
     ] = None,
     tmd: Annotated[
         bool,
@@ -580,7 +584,7 @@ def main(
     ] = None,
     address: Address = None,
 ) -> None:
-    """Train predictors, all at once; a second run on the same vectors trains nothing."""
+    """Train predictors in parallel; a second run on the same vectors trains nothing."""
     started = time.perf_counter()
     if import_checkpoint is not None:
         name, made = import_model(import_checkpoint, vectors, output, seed)

@@ -4,11 +4,11 @@
     python -m jobs.train_codec --chunks out/mine/chunks --output out/codec --init lvm/codec/weights/mini
     ray job submit --working-dir . -- python -m jobs.train_codec --chunks /shared/chunks --output /shared/codec
 
-The folder holds encoder, hypothesizer, tokenizer and config.json and is what --codec-path takes. The loop is
-`lvm.codec.training.fit`; it saves every five minutes, and the same command run again goes on from there, also
-after a kill. With --init it starts from a codec's weights, which a small corpus needs; with --freeze-encoder too the
-vectors stay that codec's, and only what is written from them changes. A minute on two cores sees about 1,500 chunks,
-4,000 with a frozen encoder.
+The folder holds encoder, hypothesizer, tokenizer and config.json, and is what --codec-path takes. The training loop
+is `lvm.codec.training.fit`; it saves every five minutes, and the same command run again resumes, also after a kill.
+With --init it starts from a codec's weights, which a small corpus needs. With --freeze-encoder as well, vectors stay
+as they were and only the decoder changes. Two cores process about 1,500 chunks per minute, 4,000 with a frozen
+encoder.
 """
 
 import json
@@ -32,7 +32,7 @@ from lvm.storage import RemotePath, local_folder
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
-    """One worker's whole training; reports each held-out score."""
+    """The training on one worker; reports each held-out score."""
     from ray import train
 
     config = MiniConfig()
@@ -49,9 +49,9 @@ def train_loop_per_worker(loop: dict[str, Any]) -> None:
 
 
 def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
-    """Chunks of all articles as one shard with `doc_id`, `position` and `text`, as the training reads them.
+    """Write the chunks of all articles as one shard with `doc_id`, `position` and `text`, as training reads them.
 
-    Cut once: a second run finds them there. Raises InputError when the folder's chunks are of another source.
+    Done once: a second run reuses them. Raises InputError when the folder's chunks have another source or tokenizer.
     """
     wanted = {"source": source, "tokenizer_sha256": tokenizer.sha256}
     made = folder / "made_from.json"
@@ -74,7 +74,7 @@ def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
         for position, chunk in enumerate(chunker.chunk([article])[0])
     ]
     if not rows:
-        raise InputError(f"{source} gives no chunk; expected articles with text")
+        raise InputError(f"{source} has no chunks; expected articles with text")
     folder.mkdir(parents=True, exist_ok=True)
     schema = pa.schema([("doc_id", pa.int32()), ("position", pa.int32()), ("text", pa.string())])
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / "part-00000.parquet")
@@ -83,35 +83,37 @@ def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
 
 
 def main(
-    output: Annotated[PathOrUrl, path_option("Folder of the codec, on a disk; a run there is continued.")],
+    output: Annotated[
+        PathOrUrl, path_option("Folder of the codec, on a disk; an unfinished run is resumed.")
+    ],
     input: Annotated[
         str | None, typer.Option(help="Articles: JSON lines, Parquet, a dump, a folder, or sample.")
     ] = None,
     chunks: Annotated[
-        PathOrUrl | None, path_option("In place of --input: chunk shards made by `latent chunk`.")
+        PathOrUrl | None, path_option("Instead of --input: chunk shards made by `latent chunk`.")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Time of training, all parts together.")] = 60.0,
-    tokenizer: Annotated[PathOrUrl, path_option("tokenizer.json the chunks were cut with.")] = CODECS["mini"]
+    minutes: Annotated[float, typer.Option(help="Total training time, resumed runs included.")] = 60.0,
+    tokenizer: Annotated[PathOrUrl, path_option("tokenizer.json of the chunks.")] = CODECS["mini"]
     / "tokenizer.json",
     init: Annotated[
         PathOrUrl | None, path_option("Folder of a codec whose weights a new run starts from.")
     ] = None,
     freeze_encoder: Annotated[
-        bool, typer.Option("--freeze-encoder", help="Fit the hypothesizer alone; needs --init.")
+        bool, typer.Option("--freeze-encoder", help="Fit only the hypothesizer; needs --init.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 7,
     address: Address = None,
 ) -> None:
-    """Train until the minutes are spent, then write the weights."""
+    """Fit a codec for the given time, then write its weights."""
     settings = TrainingSettings(minutes=minutes, seed=seed, freeze_encoder=freeze_encoder)
     if (input is None) == (chunks is None):
-        raise InputError("expected one of --input (articles) and --chunks (made by `latent chunk`)")
+        raise InputError("expected either --input (articles) or --chunks (made by `latent chunk`)")
     tokenizer = local_folder(tokenizer.parent) / tokenizer.name
     cut_with = ChunkTokenizer.load(tokenizer, MiniConfig().max_tokens)
     if isinstance(output, RemotePath):
         raise OutputError(
-            f"--output {output} is on object storage, expected a folder on a disk: training writes into its files all "
-            "the time. Choose a disk that the workers see, and copy the folder when it is done."
+            f"--output {output} is on object storage, expected a folder on a disk: training updates its files "
+            "continually. Choose a disk that the workers share, and copy the folder when it is done."
         )
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
@@ -122,9 +124,7 @@ def main(
     if not list(chunks.glob("*.parquet")):
         raise InputError(f"no *.parquet in {chunks}; expected a folder made by `latent chunk`")
     if init is not None:
-        load_weights(
-            local_folder(init), MiniConfig(), cut_with
-        )  # refused here, and not by a worker minutes later
+        load_weights(local_folder(init), MiniConfig(), cut_with)  # fail here, not in a worker minutes later
     require_same_run(output, local_folder(chunks), cut_with, MiniConfig(), settings)
     shutil.copyfile(tokenizer, output / "tokenizer.json")
     begun = time.perf_counter()
@@ -146,13 +146,13 @@ def main(
             "init": None if init is None else init.absolute(),
         },
         scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu),
-        # The worker's own checkpoint lies in `output`; a lost worker starts again and goes on from it.
+        # The checkpoint is in `output`; a restarted worker resumes from it.
         run_config=RunConfig(
             name="codec", storage_path=str(output / "ray"), failure_config=FailureConfig(max_failures=2)
         ),
     )
     trainer.fit()
-    # Ray keeps the metrics of reports with a checkpoint alone, and this loop's lies in `output`.
+    # Ray keeps metrics only of reports with a checkpoint, and this loop's checkpoint is in `output`.
     score = json.loads((output / "config.json").read_text())["held_out"]
     finish(
         {

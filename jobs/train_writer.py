@@ -3,11 +3,11 @@
     python -m jobs.train_writer --vectors out/mine/vectors --output out/writer --minutes 60
     ray job submit --working-dir . -- python -m jobs.train_writer --vectors /shared/vectors --output /shared/writer
 
-The folder is what --writer takes, and what a codec's own folder may hold as `writer/`. The loop is
-`lvm.codec.writer_training.fit_writer`; it saves every few minutes, and the same command run again goes on from
-there, also after a kill. Any codec's vectors do: `mini`, a GTR pair, or a sentence-transformers model (`latent
-encode --codec sentence-transformers --codec-path FOLDER`). Two cores see some 500 chunks a minute; an hour
-writes readable sentences.
+The folder is what --writer takes; it may also be placed in a codec's folder as `writer/`. The training loop is
+`lvm.codec.writer_training.fit_writer`; it saves every few minutes, and the same command run again resumes, also
+after a kill. Any codec's vectors will do: `mini`, a GTR pair, or a sentence-transformers model (`latent encode
+--codec sentence-transformers --codec-path FOLDER`). Two cores process some 500 chunks per minute; after an hour the
+writer's sentences are readable.
 """
 
 import json
@@ -32,7 +32,7 @@ from lvm.storage import RemotePath, local_folder
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
-    """One worker's whole training; reports each held-out score."""
+    """The training on one worker; reports each held-out score."""
     from ray import train
 
     from lvm.codec.writer_training import fit_writer
@@ -54,31 +54,33 @@ def train_loop_per_worker(loop: dict[str, Any]) -> None:
 
 def main(
     vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
-    output: Annotated[PathOrUrl, path_option("Folder of the writer, on a disk; a run there is continued.")],
-    minutes: Annotated[float, typer.Option(help="Time of training, all parts together.")] = 60.0,
+    output: Annotated[
+        PathOrUrl, path_option("Folder of the writer, on a disk; an unfinished run is resumed.")
+    ],
+    minutes: Annotated[float, typer.Option(help="Total training time, resumed runs included.")] = 60.0,
     init: Annotated[
         PathOrUrl | None, path_option("Folder of a writer whose weights a new run starts from.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use the first shards only, up to so many chunks.")
+        int | None, typer.Option(min=1, help="Use only the first shards, up to this many chunks.")
     ] = None,
     language_model: LanguageModel = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 5,
     address: Address = None,
 ) -> None:
-    """Train until the minutes are spent; what was saved last is the writer."""
+    """Fit a writer for the given time."""
     from lvm.codec.language_model import base_file, missing_base
     from lvm.codec.writer_training import WriterSettings
 
     settings = WriterSettings(minutes=minutes, seed=seed)
     if isinstance(output, RemotePath):
         raise OutputError(
-            f"--output {output} is on object storage, expected a folder on a disk: training writes into its files all "
-            "the time. Choose a disk that the workers see, and copy the folder when it is done."
+            f"--output {output} is on object storage, expected a folder on a disk: training updates its files "
+            "continually. Choose a disk that the workers share, and copy the folder when it is done."
         )
     if not (vectors / "manifest.json").exists():
         raise InputError(f"no manifest.json in {vectors}; expected the folder of a finished `latent encode`")
-    if language_model is None and base_file() is None:  # refused here, and not by a worker minutes later
+    if language_model is None and base_file() is None:  # fail here, not in a worker minutes later
         raise InputError(missing_base())
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def main(
         scaling_config=ScalingConfig(
             num_workers=1, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": cpus}
         ),
-        # The worker's own checkpoint lies in `output`; a lost worker starts again and goes on from it.
+        # The checkpoint is in `output`; a restarted worker resumes from it.
         run_config=RunConfig(
             name="writer", storage_path=str(output / "ray"), failure_config=FailureConfig(max_failures=2)
         ),

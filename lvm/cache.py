@@ -1,4 +1,4 @@
-"""A cache bounded in bytes, the least recently used entry first out."""
+"""An LRU cache bounded in bytes."""
 
 import dataclasses
 import sys
@@ -10,12 +10,12 @@ from cachetools import LRUCache
 V = TypeVar("V")
 
 ENTRY_BYTES = 300
-"""Of an entry beside its value: its key, and its places in the cache's three tables."""
+"""Overhead per entry: its key, and its slots in the cache's three tables."""
 
 
 def size_of(value: Any) -> int:
-    """Bytes of a value and what it holds: text, numbers, arrays, and tuples, lists, sets, dictionaries, dataclasses of
-    them. What is held twice counts twice."""
+    """Bytes of a value with its contents: text, numbers, arrays, and tuples, lists, sets, dicts and dataclasses.
+    Shared objects count once per reference."""
     if isinstance(value, np.ndarray):
         return int(value.nbytes) + 128
     size = sys.getsizeof(value)
@@ -29,10 +29,10 @@ def size_of(value: Any) -> int:
 
 
 class Cache(LRUCache[bytes, V]):
-    """From a key to a value. One thread uses it."""
+    """LRU cache with hit statistics. Not thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
-        """max_bytes: of all entries together; 0 keeps none."""
+        """max_bytes: total size of all entries; 0 disables the cache."""
         super().__init__(max_bytes, getsizeof=lambda value: size_of(value) + ENTRY_BYTES)
         self.hits = self.misses = 0
 
@@ -44,12 +44,12 @@ class Cache(LRUCache[bytes, V]):
         return found
 
     def put(self, key: bytes, value: V) -> None:
-        """Keep a value, unless it is larger than the whole cache."""
+        """Store a value, unless it is larger than the whole cache."""
         if self.getsizeof(value) <= self.maxsize:
             self[key] = value
 
     @property
     def hit_rate(self) -> float:
-        """Hits over all look-ups, 0 before the first."""
+        """Share of look-ups that were hits; 0 before the first."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 0.0

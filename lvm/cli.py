@@ -1,7 +1,7 @@
 """The command `latent`: starts jobs as child processes, and imports none of them.
 
-Each stage is a job of its own (`python -m jobs.NAME`), which declares its options; what this command does not
-know it passes on unchanged, so `latent encode --help` is the job's own help.
+Each stage is a separate job (`python -m jobs.NAME`), which declares its own options. Options are passed on unchanged,
+so `latent encode --help` shows the job's help.
 """
 
 import os
@@ -27,61 +27,55 @@ app = typer.Typer(
 )
 
 JOBS = {
-    "demo": ("pipeline", "The whole flow on the bundled sample, to predicted text and a report."),
-    "run": ("pipeline", "The whole flow on your corpus: --input PATH --output DIR."),
-    "chunk": ("chunk", "Articles to chunks within the codec's token limit."),
-    "encode": ("encode", "Chunks to vectors."),
-    "index": ("index", "Vectors to a FAISS index."),
-    "train": ("train", "Vectors to predictors, all architectures at the same time."),
-    "sweep": (
-        "sweep",
-        "Search architectures and settings with Ray Tune: a table of trials, a page, the best models.",
-    ),
-    "evaluate": ("evaluate", "Predictors against baselines: leaderboard, examples, report."),
-    "predict": ("predict", "Five texts, or one text on standard input, to the predicted next text."),
-    "generate": ("generate", "Articles to predicted texts: Parquet shards or one file of JSON lines."),
-    "export": ("export", "Vectors to training sequences in one NPZ file."),
-    "check": ("check", "Say what is wrong with an NPZ file of sequences."),
-    "ingest": ("ingest", "Articles to coded, encoded rows of the concept store, once each."),
-    "train-writer": ("train_writer", "Fit a writer: any codec's vectors to fluent text."),
-    "train-codec": ("train_codec", "Fit a codec (encoder and hypothesizer) on chunks."),
+    "demo": ("pipeline", "Run all stages on the bundled sample."),
+    "run": ("pipeline", "Run all stages on your corpus: --input PATH --output DIR."),
+    "chunk": ("chunk", "Cut articles into chunks within the codec's token limit."),
+    "encode": ("encode", "Encode chunks as vectors."),
+    "index": ("index", "Build a FAISS index of vectors."),
+    "train": ("train", "Train predictors in parallel."),
+    "sweep": ("sweep", "Search architectures and settings with Ray Tune."),
+    "evaluate": ("evaluate", "Compare predictors with baselines: leaderboard, examples, report."),
+    "predict": ("predict", "Predict the text that follows some chunks, or a text on standard input."),
+    "generate": ("generate", "Predict the next chunks in articles, to Parquet shards or a JSON lines file."),
+    "export": ("export", "Export training sequences as an NPZ file."),
+    "check": ("check", "Validate an NPZ file of training sequences."),
+    "ingest": ("ingest", "Add articles to the concept store."),
+    "train-writer": ("train_writer", "Fit a writer for a codec's vectors."),
+    "train-codec": ("train_codec", "Fit a codec (encoder and hypothesizer)."),
 }
-"""Command to the job it runs and its line of help."""
+"""Command to its job and help text."""
 
 CODEC_JOBS = {
-    "eval": ("evaluate_codec", "Read-back and neighbour retrieval of a codec on held-out text."),
-    "check": (
-        "check_codec",
-        "A round trip of your texts or the sample's; warns of a pair that does not match.",
-    ),
+    "eval": ("evaluate_codec", "Measure a codec's read-back and retrieval on held-out text."),
+    "check": ("check_codec", "Encode and decode some texts; warn if encoder and decoder do not match."),
 }
 """The same for `latent codec COMMAND`."""
 
 CONCEPT_COMMANDS = {
-    "load": "Vector shards into a dataset of the store.",
-    "export": "A dataset to vector shards.",
-    "publish": "A dataset to a run's vectors and search index.",
-    "search": "Rows near a text or vector, by code, source or words.",
-    "stats": "What the store holds.",
-    "clear": "Remove one dataset; asks.",
+    "load": "Load vector shards into a dataset.",
+    "export": "Export a dataset as vector shards.",
+    "publish": "Publish a dataset as a run's vectors and search index.",
+    "search": "Search by text or vector, with filters.",
+    "stats": "Show the datasets in the store.",
+    "clear": "Remove a dataset, after confirmation.",
 }
-"""Commands of `latent concepts COMMAND`, all of one job, to their line of help."""
+"""Help text of each `latent concepts COMMAND`; all belong to one job."""
 
-SUBMIT = "Run a command on a Ray cluster: submit --address URL encode --input … ; follows its log."
+SUBMIT = "Run a command on a Ray cluster and follow its log: submit --address URL encode --input …"
 
-SERVE = "Text to text over HTTP: --run DIR --port 8000; a page to try it at /."
+SERVE = "Serve a run over HTTP, with a demo page at /: --run DIR --port 8000."
 
 SERVE_NEEDS = ("fastapi", "starlette", "uvicorn", "pydantic")
-"""Packages of the extra `serve`, beside Ray Serve's own part of Ray."""
+"""Packages of the extra `serve`, in addition to Ray Serve."""
 
 FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
 def run_job(job: str, arguments: list[str], folder: str = "jobs") -> int:
-    """Run `python -m FOLDER.JOB` from the checkout, with its output as ours; its exit code."""
+    """Run `python -m FOLDER.JOB` from the checkout, its output passed through; returns its exit code."""
     if not (CHECKOUT / folder / f"{job}.py").is_file():
         print(
-            f"error: no {folder}/{job}.py beside {CHECKOUT / 'lvm'}; jobs run from a checkout of the repository: "
+            f"error: no {folder}/{job}.py next to {CHECKOUT / 'lvm'}; jobs run from a checkout of the repository: "
             "clone it and install it with `pip install -e .`",
             file=sys.stderr,
         )
@@ -90,7 +84,7 @@ def run_job(job: str, arguments: list[str], folder: str = "jobs") -> int:
     print("+ " + shlex.join(["python", *command[1:]]), file=sys.stderr, flush=True)
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": python_path})
-    # Ctrl-C reaches the child by itself (same process group); what is sent to us alone is passed on.
+    # Ctrl-C also reaches the child (same process group); SIGTERM has to be passed on.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     return child.wait()
@@ -106,10 +100,10 @@ def _add(command: str, job: str, line: str, to: typer.Typer = app, *extra: str) 
 for _command, (_job, _line) in JOBS.items():
     _add(_command, _job, _line, app, *(["--demo"] if _command == "demo" else []))
 
-_add("models", "models", "A run's model records: list them.", app, "list")
-_add("promote", "models", "Let an alias point to a model that passed its evaluation.", app, "promote")
+_add("models", "models", "List a run's model records.", app, "list")
+_add("promote", "models", "Point an alias to a model that passed its evaluation.", app, "promote")
 
-codec_app = typer.Typer(no_args_is_help=True, help="Measure or try out a codec.")
+codec_app = typer.Typer(no_args_is_help=True, help="Measure or check a codec.")
 for _command, (_job, _line) in CODEC_JOBS.items():
     _add(_command, _job, _line, codec_app)
 app.add_typer(codec_app, name="codec")

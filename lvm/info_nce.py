@@ -1,4 +1,4 @@
-"""InfoNCE: the loss of finding what belongs together among all of a batch."""
+"""InfoNCE: a contrastive loss with in-batch negatives."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def info_nce(predicted: Tensor, targets: Tensor, temperature: float, both_ways: bool = False) -> Tensor:
-    """Cross-entropy in nats of finding the own target among the batch's B targets, a float32 scalar.
+    """Cross-entropy, nats, of identifying each row's target among the batch's B targets; a float32 scalar.
 
-    predicted, targets: (B, D) unit vectors. both_ways: the mean with finding the own prediction among the batch's.
+    predicted, targets: (B, D) unit vectors. both_ways: symmetric, averaged with identifying each target's prediction.
     Source: van den Oord et al. 2018.
     """
     scores = predicted.float() @ targets.float().T / temperature

@@ -1,4 +1,4 @@
-"""When the decoder falls behind, answer from the corpus and say so, instead of queueing to death."""
+"""Circuit breaker for the decoder: while it is overloaded or failing, answers come from the corpus."""
 
 import time
 from collections import deque
@@ -8,7 +8,8 @@ from serve.settings import BreakerArgs
 
 
 class Breaker:
-    """Closed: decode. Open: do not. After `open_s` one decode is let through; when it does well, closed."""
+    """Closed: decode. Open: do not. After `open_s` one trial decode is let through; if it succeeds, the breaker
+    closes."""
 
     def __init__(self, args: BreakerArgs, clock: Callable[[], float] = time.monotonic) -> None:
         self._args, self._clock = args, clock
@@ -23,20 +24,20 @@ class Breaker:
 
     @property
     def open(self) -> bool:
-        """True while the corpus answers."""
+        """True while answers come from the corpus."""
         return self._opened is not None
 
     def refuses(self, waiting: int) -> str | None:
-        """Why a decode should not be started now, or None. waiting: vectors before it.
+        """Why a decode should not be started now, or None. waiting: vectors queued before it.
 
-        A None while the breaker is open is the one trial; its outcome must be told by `done` or `unknown`.
+        None while the breaker is open means the trial decode; report its outcome with `done` or `unknown`.
         """
         if not self._args.enabled:
             return None
         if self._opened is None:
             if waiting <= self._args.max_waiting:
                 return None
-            self._open(f"{waiting} vectors wait for the decoder, more than {self._args.max_waiting}")
+            self._open(f"{waiting} vectors are waiting for the decoder, more than {self._args.max_waiting}")
         elif (
             not self._trying
             and waiting <= self._args.max_waiting // 2
@@ -51,13 +52,14 @@ class Breaker:
         return seconds > self._args.max_decode_s
 
     def unknown(self) -> None:
-        """A decode ended without a word on the decoder: its client left, or had set too short a deadline."""
+        """A decode ended without evidence for or against the decoder: the client left, or its deadline was short."""
         self._trying = False
 
     def done(self, seconds: float | None, refused: bool | None) -> None:
-        """A decode came back after `seconds`, queue included, or None: the decoder failed, or was too slow.
+        """Record a decode that took `seconds`, queue included; None if the decoder failed or was too slow.
 
-        refused: whether all its texts were; None where that was for the client to answer, whose vectors they were.
+        refused: whether all its texts were refused; None for vectors sent by a client, which say nothing of the
+        decoder.
         """
         bad = seconds is None or self.too_slow(seconds)
         if self._opened is not None:

@@ -1,7 +1,7 @@
-"""The concept store as a gateway sees it: connections of its own, in threads, so that the event loop never waits.
+"""The gateway's client of the concept store: each thread has its own connection, so the event loop never blocks.
 
-Every operation may be done twice: a search changes nothing, and an article is stored once however often it comes. So
-what met a connection that had died meanwhile is done again on a new one.
+All operations are idempotent: a search changes nothing, and an article is stored only once. So an operation on a dead
+connection is retried on a new one.
 """
 
 import asyncio
@@ -31,10 +31,10 @@ from serve.settings import ServeArgs
 from serve.stage import DeadlineError
 
 CONNECTIONS = 4
-"""Of one gateway: as many searches and ingestions go on side by side."""
+"""Connections per gateway: how many searches and ingestions can run in parallel."""
 
 CONNECT_WAIT_S = 2.0
-"""How long a full server is asked again: somebody waits."""
+"""How long to retry when the server has no free connection: a client is waiting."""
 
 Encode = Callable[[Sequence[str]], Awaitable[Sequence[EncodedText]]]
 Value = TypeVar("Value")
@@ -42,7 +42,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class _Encoder:
-    """The service's encoder as an `Ingester` takes one, called from a thread."""
+    """Adapts the service's async encoder for an `Ingester`, which calls it from a thread."""
 
     identity: CodecIdentity
     tokenizer: Tokenizer
@@ -63,7 +63,7 @@ class _Encoder:
 
 
 class _Own(threading.local):
-    """What a thread keeps for itself."""
+    """Thread-local state."""
 
     opened: tuple[ConceptStore, Dataset] | None = None
     chunker: Chunker | None = None
@@ -73,12 +73,12 @@ class Concepts:
     """One dataset of a store."""
 
     def __init__(self, args: ServeArgs, identity: CodecIdentity, tokenizer: Tokenizer) -> None:
-        """Opens nothing yet. Raises InputError where no server is named."""
+        """Does not connect yet. Raises InputError when no database is configured."""
         self._url = args.database_url or os.environ.get("LATENT_DATABASE_URL", "")
         if not self._url:
             raise InputError(
-                f"dataset {args.dataset!r} is to be served and no database is named; set database_url, or "
-                "LATENT_DATABASE_URL where the gateways run"
+                f"no database is configured for dataset {args.dataset!r}; set database_url, or LATENT_DATABASE_URL "
+                "where the gateways run"
             )
         self.name = args.dataset
         self._identity, self._tokenizer = identity, tokenizer
@@ -118,7 +118,7 @@ class Concepts:
         raise AssertionError("not reached")
 
     def _stale(self, store: ConceptStore, dataset: Dataset) -> bool:
-        """Whether the connection is gone, or the dataset was cleared meanwhile."""
+        """Whether the connection was lost, or the dataset was cleared in the meantime."""
         if store.connection.closed:
             return True
         found = store.find(self.name)
@@ -135,9 +135,9 @@ class Concepts:
             raise DeadlineError("the deadline passed in the concept store") from err
 
     async def open(self) -> None:
-        """Connect, and make the dataset where there is none.
+        """Connect, and create the dataset if it does not exist.
 
-        Raises IdentityError where it holds another codec's vectors, DatabaseError where the server does not answer.
+        Raises IdentityError when it holds another codec's vectors, DatabaseError when the server does not respond.
         """
         await self._run(lambda store, dataset: None)
 
@@ -152,14 +152,14 @@ class Concepts:
     async def ingest(
         self, articles: Sequence[Article], encode: Encode, prototypes: Prototypes, deadline: float
     ) -> list[Outcome]:
-        """What became of each article; those stored are found from now on."""
+        """Store articles; returns an outcome for each. Stored articles can be searched from then on."""
         loop = asyncio.get_running_loop()
         encoder = _Encoder(self._identity, self._tokenizer, encode, loop)
 
         def work(store: ConceptStore, dataset: Dataset) -> list[Outcome]:
             self._own.chunker = self._own.chunker or Chunker(self._tokenizer)
             coder = lambda _, v: prototypes.nearest(v)  # noqa: E731
-            # Named as `latent ingest` names it: an article that came by the one is known to the other.
+            # The same coder name as `latent ingest`, so that each recognises articles stored by the other.
             ingester = Ingester(store, dataset, encoder, coder, coder_name(), chunker=self._own.chunker)
             return ingester.ingest(articles)
 
@@ -169,10 +169,10 @@ class Concepts:
         return outcomes
 
     async def _index(self) -> None:
-        """Have an index where the dataset wants one; the server keeps it up to date from then on."""
+        """Create a vector index once the dataset is large enough; Postgres keeps it up to date from then on."""
         try:
             self._indexed = not await self._run(lambda store, dataset: ensure_index(store, dataset, "hnsw"))
         except LvmError:
-            pass  # a search scans meanwhile, and the next article tries again
+            pass  # searches scan until the next article triggers another attempt
         finally:
             self._indexing = None

@@ -1,7 +1,7 @@
-"""The decoder deployment: vectors to text by the ladder, behind a queue that keeps its batch full.
+"""The decoder deployment: vectors to text by the ladder, with continuous batching.
 
-The engine goes by rounds: one step for every row, whatever its attempt. A row that arrives during a round
-joins the next.
+The engine works in rounds: one step for every row, whatever its attempt. A row that arrives during a round joins
+the next.
 """
 
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ from serve.settings import ServeArgs, load_served
 
 @dataclass(frozen=True)
 class VectorRow:
-    """One vector to read."""
+    """One vector to decode."""
 
     vector: NDArray[np.float32]
     """(D,), norm 1."""
     context: NDArray[np.float32] | None = None
-    """(T, D) what was just read, which the text should not repeat."""
+    """(T, D), the preceding chunks, which the text should not repeat."""
     steps: int | None = None
-    """Exactly this many corrector steps of the codec's own decoder; None goes down the ladder."""
+    """Exactly this many corrector steps of the codec's decoder; None for the whole ladder."""
     cache: bool = True
     coming: int = 0
-    """Other requests of the same gateway on their way to the decoder when this one was sent."""
+    """Other requests of the same gateway that were about to reach the decoder when this one was sent."""
 
 
 class _Rows:
-    """The ladder as the queue wants it."""
+    """The ladder as a `Stream`."""
 
     def __init__(self, ladder: Ladder) -> None:
         self._ladder = ladder
@@ -46,8 +46,7 @@ class _Rows:
 
 @serve.deployment
 class Decoder:
-    """A codec's decoder and its writer. What is refused the gateway answers from the corpus: it holds the
-    neighbours."""
+    """A codec's decoder and its writer. The gateway replaces refused texts by corpus chunks."""
 
     def __init__(self, args: ServeArgs) -> None:
         import torch
@@ -56,7 +55,7 @@ class Decoder:
         self._codec = load_served(args, args.decoder)
         settings = LadderSettings(candidates=args.candidates, cache_bytes=args.cache_bytes)
         self._ladder = Ladder(self._codec, self._codec.writer, settings)
-        # One text that is read back, and one that no text has: both engines are warm then.
+        # Warm up both engines: a text's own vector is read back, a blend is written.
         own = self._codec.encode_chunks(["warm up", "a second text"]).vectors
         for vector in (own[0], unit(own.sum(0))):
             self._ladder.add(vector, cache=False)
@@ -67,7 +66,7 @@ class Decoder:
         )
 
     async def run(self, rows: list[VectorRow], remaining_s: list[float]) -> list[Outcome[Answer]]:
-        """One outcome a vector. An answer that is not accepted was refused."""
+        """One outcome per vector. An answer that is not accepted was refused."""
         return await self._queue.submit(rows, remaining_s, rows[-1].coming if rows else 0)
 
     async def describe(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The encoder deployment: texts to unit vectors, many callers' texts in one batch."""
+"""The encoder deployment: texts to unit vectors, batched across callers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class EncodedText:
     num_tokens: int
     truncated: bool
     cached: bool = False
-    """Whether it was held from an earlier request."""
+    """Whether it came from the cache."""
 
 
 @serve.deployment
@@ -50,7 +50,7 @@ class Encoder:
         ]
 
     async def run(self, texts: list[str], remaining_s: list[float]) -> list[Outcome[EncodedText]]:
-        """One outcome a text."""
+        """One outcome per text."""
         return await self._queue.submit(texts, remaining_s)
 
     async def describe(self) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""What Ray Serve's HTTP proxies do for this service before and after a gateway: bound what is read, and say so where no
-answer came.
+"""Middleware for Ray Serve's HTTP proxies: limits what is read, and replies when a gateway is lost.
 
-The proxy reads a body as fast as it comes and keeps it for the replica. Here it reads none for which there is no key or
-no room; the gateway then refuses by the headers alone. A request whose gateway died gets 503 with `Retry-After`, since
-the proxy does not send it again.
+A plain proxy reads every body completely before it passes the request on. With this middleware it does not read
+bodies of requests without a valid key or above the limits; the gateway then refuses them by their headers. A request
+whose gateway died gets 503 with `Retry-After`, since the proxy does not resend it.
 
-Ray calls `middlewares` in each proxy where the environment of its nodes has
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.front:middlewares; LATENT_FRONT has the settings (`FrontArgs`) as JSON.
-`latent serve` sets both on one machine, deploy/base/serve on a cluster.
+Ray calls `middlewares` in each proxy if its node's environment has
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.front:middlewares; LATENT_FRONT holds the settings (`FrontArgs`) as
+JSON. `latent serve` sets both on one machine, deploy/base/serve on a cluster.
 """
 
 import asyncio
@@ -27,10 +26,10 @@ from serve.settings import Limits, Strict
 VARIABLE = "LATENT_FRONT"
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 RETRY_AFTER_S = 3
-"""Told with a 503; a new gateway takes five to ten seconds, and others may be there at once."""
+"""`Retry-After` of a 503. A new gateway takes five to ten seconds to start, but another may be available at once."""
 
 Count = Callable[[int, str], None]
-"""Told of each request that no gateway answered: the status of its answer, and why."""
+"""Called for each request that no gateway answered, with the status and the reason."""
 
 
 class FrontArgs(Strict):
@@ -38,27 +37,27 @@ class FrontArgs(Strict):
 
     api_keys_sha256: tuple[str, ...] = ()
     api_keys_file: str | None = None
-    """As of the application; without either the gateway alone asks for keys, after the proxy has read the body."""
+    """As in the application's settings. Without either, only the gateway checks keys, after the proxy read the body."""
     max_body_bytes: int = Field(Limits().max_body_bytes, ge=1024)
-    """As of the application's limits."""
+    """As in the application's limits."""
     max_requests: int = Field(1024, ge=1)
-    """Requests at once; beyond it one gets 503."""
+    """Maximum concurrent requests; further ones get 503."""
     max_total_bytes: int = Field(256 * 2**20, ge=1024)
-    """Bytes of the bodies of all requests at once; beyond it one gets 503."""
+    """Maximum bytes of all concurrent requests' bodies; a request that exceeds it gets 503."""
 
 
 class Front:
-    """Wraps a proxy."""
+    """ASGI middleware around a proxy."""
 
     def __init__(self, app: App, args: FrontArgs, count: Count) -> None:
         self.app, self.args, self.count = app, args, count
         file = args.api_keys_file
         self.hashes = [*args.api_keys_sha256, *(read_keys(file) if file else [])]
         self.requests = self.bytes = 0
-        """Under way: requests, and what was read of their bodies."""
+        """Requests in flight, and the bytes read of their bodies."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "websocket":  # the service has none
             await send({"type": "websocket.close"})
         elif scope["type"] != "http" or scope["path"].startswith("/-/"):  # Ray's own
@@ -79,36 +78,36 @@ class _Request:
         self._full = self._gone = self._started = self._ended = False
         self._size = 0
         self._foreign: tuple[int, list[tuple[bytes, bytes]]] | None = None
-        """Status and headers of a refusal that Ray wrote, until its words come."""
+        """Status and headers of an error reply from Ray, until its body arrives."""
 
     def _may_send(self, headers: dict[bytes, bytes]) -> bool:
         hashes, length = self._front.hashes, headers.get(b"content-length", b"0")
         if len(length) > 19 or int(length) > self._front.args.max_body_bytes:
             return False
         key = headers.get(b"authorization", b"").decode("latin-1")
-        return not hashes or accepts(key, hashes)  # what is open to all has no body
+        return not hashes or accepts(key, hashes)  # paths open without a key have no body
 
     async def run(self) -> None:
-        """Through the proxy to a gateway, or refused here."""
+        """Pass the request through the proxy to a gateway, or refuse it."""
         front = self._front
         if front.requests >= front.args.max_requests:
-            await self._refuse(503, "requests", "too many requests are under way; send it again later")
+            await self._refuse(503, "requests", "too many concurrent requests; try again later")
             return
         front.requests += 1
         try:
             await front.app(self._scope, self._read, self._write)
             if self._full:
-                await self._refuse(503, "bytes", "too many bytes are under way; send it again later")
+                await self._refuse(503, "bytes", "too many bytes in concurrent requests; try again later")
             elif not self._started and not self._gone:
-                await self._refuse(503, "lost", "the gateway that had the request is gone; send it again")
+                await self._refuse(503, "lost", "the gateway handling the request died; send it again")
         finally:
             front.requests -= 1
             front.bytes -= self._size
 
     async def _read(self) -> Message:
-        if not self._readable:  # the gateway refuses by the headers, or by what it got
+        if not self._readable:  # the gateway refuses by the headers, or by the part it received
             if self._ended or self._size:
-                await asyncio.Event().wait()  # until the answer is given, and the proxy stops reading
+                await asyncio.Event().wait()  # until the reply is sent and the proxy stops reading
             self._ended = True
             return {"type": "http.request", "body": b"", "more_body": False}
         message = await self._receive()
@@ -119,10 +118,10 @@ class _Request:
         self._size += size
         front.bytes += size
         if front.bytes > front.args.max_total_bytes:
-            front.bytes -= self._size  # at once: not every other request is to be refused with this one
+            front.bytes -= self._size  # at once, or other requests would be refused too
             self._full, self._size = True, 0
             return {"type": "http.disconnect"}
-        if self._size > front.args.max_body_bytes:  # the gateway sees by this piece that it is too large
+        if self._size > front.args.max_body_bytes:  # with this part the gateway knows that it is too large
             self._readable = False
             return {**message, "more_body": True}
         return message
@@ -162,13 +161,13 @@ class _Request:
 
 
 def middlewares() -> list[Middleware]:
-    """For Ray Serve, which calls it in a proxy before that listens. Raises ValueError on settings that are none."""
+    """Called by Ray Serve in each proxy before it listens. Raises ValueError on invalid settings."""
     args = FrontArgs.model_validate_json(os.environ.get(VARIABLE, "{}"))
-    # Its HTTP reader by default takes headers without end; this one no more than 64 KB.
+    # uvicorn's default HTTP parser does not limit the size of headers; h11 limits it to 64 KB.
     uvicorn.config.HTTP_PROTOCOLS["auto"] = uvicorn.config.HTTP_PROTOCOLS["h11"]
     return [Middleware(Front, args, FrontMetrics().count)]
 
 
 def environment(args: FrontArgs) -> dict[str, str]:
-    """What Ray's nodes need in their environment."""
+    """The environment variables that Ray's nodes need."""
     return {CALLBACK: "serve.front:middlewares", VARIABLE: args.model_dump_json()}

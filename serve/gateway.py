@@ -1,4 +1,4 @@
-"""The gateway deployment: it answers HTTP and sends rows to encoder, predictor, retriever and decoder."""
+"""The gateway deployment: handles HTTP requests and sends rows to encoder, predictor, retriever and decoder."""
 
 import asyncio
 import logging
@@ -47,11 +47,11 @@ ATTEMPTS = 4
 """Times that a part is asked what it is; seven seconds, in which a replica is started again."""
 
 LOST = (RayActorError, DeploymentUnavailableError)
-"""The call did not come back; every operation is a function of its input, so it may be sent again."""
+"""Errors of calls that were lost. Every operation is a pure function of its input, so they are resent."""
 
 DESCRIPTION = """Documents to vectors, a model that predicts the next vector, and the vector back to text.
 
-`POST /v1/generate` does all of it; the others are its stages. Errors have the form
+`POST /v1/generate` runs all stages; the other routes are single stages. Errors have the form
 `{"error": {"message", "type", "param", "code", "request_id"}}`; the message says what was expected, what came and
 what to do.
 """
@@ -60,7 +60,7 @@ what to do.
 @serve.deployment
 @serve.ingress()
 class Gateway:
-    """Answers HTTP."""
+    """Handles HTTP requests."""
 
     async def __init__(
         self,
@@ -70,8 +70,8 @@ class Gateway:
         retriever: DeploymentHandle | None,
         decoder: DeploymentHandle,
     ) -> None:
-        """What has no handle runs here, `ServeArgs.inline`. `reconfigure` says with which run. Raises InputError where
-        the service would be open to a network without a key."""
+        """Parts without a handle run in this process (`ServeArgs.inline`); `reconfigure` says with which run. Raises
+        InputError when the service would be reachable from a network without an API key."""
         self._args = args
         self._keys = [*args.api_keys_sha256, *(read_keys(args.api_keys_file) if args.api_keys_file else [])]
         require_key_unless_loopback(self._keys, _http_host())
@@ -79,7 +79,7 @@ class Gateway:
         if args.inline:
             import torch
 
-            torch.set_num_threads(1)  # the decoder has the other core
+            torch.set_num_threads(1)  # leave the other core to the decoder
         self._parts: dict[str, Any] = {
             "encoder": encoder or Encoder.func_or_class(args),
             "predictor": predictor or Predictor.func_or_class(args),
@@ -210,7 +210,7 @@ class Gateway:
             title="Latent vector models",
             version="1",
             description=DESCRIPTION,
-            docs_url=None,  # its page loads scripts from a CDN; /openapi.json serves any viewer
+            docs_url=None,  # its page loads scripts from a CDN; use any viewer with /openapi.json
             redoc_url=None,
         )
         errors: Errors = {
@@ -221,7 +221,7 @@ class Gateway:
         add_error_replies(app, service)
         guarded: App = Guard(app, self._args.limits, self._keys, self._metrics)
         if self._args.cors_origins:
-            # Outside the guard: a preflight has no key, and a page must be able to read a refusal.
+            # Outside the guard: preflight requests have no key, and pages must be able to read error replies.
             guarded = CORSMiddleware(
                 guarded,
                 allow_origins=self._args.cors_origins,
@@ -233,7 +233,7 @@ class Gateway:
 
 
 def require_key_unless_loopback(key_hashes: Sequence[str], host: str) -> None:
-    """Return where `host` is loopback or there is a key; else raise InputError."""
+    """Raise InputError unless `host` is loopback or there is an API key."""
     if host not in LOOPBACK and not key_hashes:
         raise InputError(
             f"the service would listen on {host} without an API key; set LATENT_API_KEYS or --api-keys-file, or "
@@ -242,7 +242,7 @@ def require_key_unless_loopback(key_hashes: Sequence[str], host: str) -> None:
 
 
 def _http_host() -> str:
-    """Address the HTTP proxies of this cluster listen on."""
+    """Address on which this cluster's HTTP proxies listen."""
     from ray.serve.context import _get_global_client
 
     return str(_get_global_client().http_config.host or "127.0.0.1")

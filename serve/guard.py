@@ -1,6 +1,6 @@
-"""What every request passes before its route: keys, body size, depth, and a request id on each reply.
+"""ASGI middleware before the routes: API keys, body size, JSON depth, and a request id on each reply.
 
-Plain ASGI. Anything refused here is a reply with a message in the form of every other error.
+Requests refused here get an error reply in the same format as all others.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/health", "/openapi.json", "/style.css", "/page.js", "/favicon.ico"})
-"""Answered without a key: page and document hold no data, and a load balancer must be able to ask for health."""
+"""Paths open without a key: page and OpenAPI document hold no data, and load balancers must be able to check health."""
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -42,19 +42,19 @@ def hash_key(key: str) -> str:
 
 
 def read_keys(path: str | Path) -> list[str]:
-    """Hashes of the keys of a file, one a line; empty lines and those that begin with # do not count."""
+    """Hashes of the keys in a file, one per line; empty lines and lines that begin with # are ignored."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as err:
-        raise InputError(f"cannot read API keys from {path} ({err}); expected one key a line") from err
+        raise InputError(f"cannot read API keys from {path} ({err}); expected one key per line") from err
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not keys:
-        raise InputError(f"{path} holds no API key; expected one a line")
+        raise InputError(f"{path} holds no API key; expected one per line")
     return check_keys(keys, str(path))
 
 
 def check_keys(keys: Iterable[str], source: str) -> list[str]:
-    """Their hashes. Raises InputError on a key too short to withstand guessing."""
+    """Hashes of the keys. Raises InputError on a key that is too short or has invalid characters."""
     hashes = []
     for number, key in enumerate(keys, 1):
         if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
@@ -67,7 +67,7 @@ def check_keys(keys: Iterable[str], source: str) -> list[str]:
 
 
 def accepts(header: str, hashes: Sequence[str]) -> bool:
-    """True where an Authorization header carries one of these keys, in a time that says nothing of which."""
+    """Whether an Authorization header carries one of these keys, compared in constant time."""
     scheme, _, key = header.partition(" ")
     given = hash_key(key.strip())
     found = False
@@ -77,9 +77,9 @@ def accepts(header: str, hashes: Sequence[str]) -> bool:
 
 
 def depth_of(body: bytes) -> int:
-    """Deepest level of brackets of a JSON text; of any other bytes, a number that says nothing."""
+    """Maximum nesting depth of a JSON text; meaningless for other bytes."""
     depth = deepest = 0
-    # Strings are taken out first, their brackets are text; then all but brackets: vectors are megabytes of digits.
+    # Remove strings, whose brackets are text, then everything but brackets: vectors are megabytes of digits.
     for byte in _STRING.sub(b"", body).translate(None, _NO_BRACKETS):
         if byte in b"[{":
             depth += 1
@@ -92,10 +92,10 @@ def depth_of(body: bytes) -> int:
 def error_body(
     status: int, message: str, request_id: str, path: str = "", param: str | None = None
 ) -> dict[str, Any]:
-    """The form of every error, which is OpenAI's.
+    """The body of every error reply, in OpenAI's format.
 
-    path: of the request. On OpenAI's routes `code` is a word or null as there, since typed clients refuse a number;
-    on the others it is the status. param: the field that is wrong.
+    path: of the request. On OpenAI's routes `code` is a string or null, since typed clients reject a number; on the
+    others it is the status. param: the invalid field.
     """
     return {
         "error": {
@@ -118,13 +118,13 @@ _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_excee
 
 
 class Guard:
-    """Wraps the application."""
+    """ASGI middleware around the application."""
 
     def __init__(self, app: App, limits: Limits, key_hashes: Sequence[str], metrics: GatewayMetrics) -> None:
         self._app, self._limits, self._hashes, self._metrics = app, limits, tuple(key_hashes), metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -142,7 +142,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                # X-Request-ID is added by Ray Serve, which also gives each request one where the client gave none.
+                # X-Request-ID is added by Ray Serve, which also generates one if the client sent none.
                 kept = [
                     *message.get("headers", []),
                     (b"x-content-type-options", b"nosniff"),
@@ -165,7 +165,7 @@ class Guard:
                 await self._app(inner, _again(body, receive), send_named)
         finally:
             took = time.perf_counter() - begun
-            # The route's pattern, not the path: a path is the client's to choose, and would fill the metrics.
+            # The route's pattern, not the path: clients choose paths, which would flood the metrics.
             matched = inner.get("route")
             route = getattr(matched, "path", "none")
             self._metrics.requests.inc(1, {"route": route, "status": str(status)})
@@ -188,11 +188,11 @@ class Guard:
     async def _check(
         self, scope: Scope, headers: dict[str, str], receive: Receive
     ) -> tuple[tuple[int, str, str] | None, bytes]:
-        """What is wrong, as status, one word and message; and the whole body."""
+        """An error as (status, reason, message), or None; and the whole body."""
         if self._hashes and scope["path"] not in OPEN_PATHS:
             header = headers.get("authorization", "")
             if not accepts(header, self._hashes):
-                got = "none" if not header else "one that is not known"
+                got = "none" if not header else "an unknown key"
                 return (401, "key", f"expected the header 'Authorization: Bearer <API key>', got {got}"), b""
         limit = self._limits.max_body_bytes
         length = headers.get("content-length", "0")
@@ -207,7 +207,7 @@ class Guard:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return (400, "http", "the body ended before it was whole; send it again"), b""
+                return (400, "http", "the body is incomplete; send it again"), b""
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > limit:
@@ -240,7 +240,7 @@ class Guard:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the body that was read, and then what the server says of the connection."""
+    """A receive function that returns the body already read, then the server's further messages."""
     given = False
 
     async def read() -> Message:

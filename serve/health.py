@@ -15,9 +15,9 @@ TARGETS = {
 """Targets of the original system. All but keyword_share are upper bounds."""
 
 WINDOW = 1000
-"""Requests looked at."""
-FEWEST = 20
-"""Requests below which nothing is judged: one slow first request is no trend."""
+"""Number of recent requests considered."""
+MIN_REQUESTS = 20
+"""Below this many requests no target counts as missed: one slow first request is not a trend."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Window:
         self._seen: deque[Seen] = deque(maxlen=size)
 
     def add(self, seen: Seen) -> None:
-        """One more."""
+        """Add a finished request."""
         self._seen.append(seen)
 
     def figures(self) -> dict[str, float | int]:
-        """Of the window: number of requests, and what TARGETS names; {"requests": 0} when it is empty."""
+        """Number of requests in the window, and a value for each of TARGETS; {"requests": 0} when empty."""
         if not self._seen:
             return {"requests": 0}
         good = [s for s in self._seen if not s.failed]
@@ -61,9 +61,9 @@ class Window:
         return figures
 
     def missed(self) -> list[str]:
-        """Targets the window misses, each as a sentence; empty while there is too little to judge."""
+        """Missed targets, each as a sentence; empty while there are too few requests."""
         figures = self.figures()
-        if figures["requests"] < FEWEST:
+        if figures["requests"] < MIN_REQUESTS:
             return []
         found = []
         for name, target in TARGETS.items():

@@ -1,7 +1,7 @@
-"""What Prometheus sees. Through Ray's metrics, so every replica on every node counts in.
+"""Prometheus metrics, exported through Ray's agents, so every replica on every node is included.
 
-Ray puts `ray_` before each name and adds the labels `application`, `deployment` and `replica`. Scrape Ray's agents, or
-`/metrics` of the service for those of one node; deploy/grafana/latent.json draws them.
+Ray prefixes each name with `ray_` and adds the labels `application`, `deployment` and `replica`. Scrape Ray's
+agents, or the service's `/metrics` for one node's; deploy/grafana/latent.json is a dashboard.
 """
 
 from functools import cache
@@ -20,7 +20,7 @@ REFUSED = ("latent_refused_total", "Requests refused at once, by reason.", ("rea
 
 
 class FrontMetrics:
-    """Of requests that no gateway answered. In a proxy, which is no replica: without the labels of one."""
+    """Metrics of requests that no gateway answered. A proxy is not a replica, so they lack a replica's labels."""
 
     def __init__(self) -> None:
         """Needs a connected Ray."""
@@ -33,7 +33,7 @@ class FrontMetrics:
 
 
 class GatewayMetrics:
-    """Of requests and answers. One in each gateway replica."""
+    """Metrics of requests and answers. One instance per gateway replica."""
 
     def __init__(self) -> None:
         self.requests = Counter(*REQUESTS)
@@ -50,14 +50,16 @@ class GatewayMetrics:
             "latent_stage_call_rows", "Rows in one call to a deployment.", ROWS, ("stage",)
         )
         self.waiting = Gauge("latent_stage_waiting_rows", "Rows waiting in the gateway.", ("stage",))
-        self.retries = Counter("latent_stage_retries_total", "Calls sent again after a loss.", ("stage",))
-        self.pending = Gauge("latent_pending_inputs", "Inputs at work in the gateway.")
+        self.retries = Counter(
+            "latent_stage_retries_total", "Calls resent after a replica was lost.", ("stage",)
+        )
+        self.pending = Gauge("latent_pending_inputs", "Inputs being processed in the gateway.")
         self.refused = Counter(*REFUSED)
         self.cache = Counter("latent_cache_lookups_total", "Cache look-ups.", ("cache", "result"))
         self.answers = Counter("latent_answers_total", "Answers by model and source.", ("model", "source"))
         self.gibberish = Counter(
             "latent_gibberish_total",
-            "Answers that are no language, repeat or hold too few letters.",
+            "Answers that are not language, repeat themselves or use too few different characters.",
             ("model",),
         )
         self.keyword_hits = Counter(
@@ -69,11 +71,11 @@ class GatewayMetrics:
             ("model",),
         )
         self.cosine = Histogram(
-            "latent_answer_cosine", "Cosine of an answer's text with the prediction.", COSINES, ("model",)
+            "latent_answer_cosine", "Cosine of an answer's text to the prediction.", COSINES, ("model",)
         )
-        self.breaker = Gauge("latent_breaker_open", "1 while the corpus answers.")
+        self.breaker = Gauge("latent_breaker_open", "1 while the breaker is open and the corpus answers.")
         self.deadline = Counter(
-            "latent_deadline_exceeded_total", "Requests that ran out of time.", ("route",)
+            "latent_deadline_exceeded_total", "Requests that exceeded their deadline.", ("route",)
         )
 
     def measure_call(self, stage: str, *, rows: int, waiting: int, work_ms: float, retries: int) -> None:
@@ -86,12 +88,12 @@ class GatewayMetrics:
 
 
 class ReplicaMetrics:
-    """Of the batches in one replica of encoder, predictor or decoder."""
+    """Metrics of the batches in one replica of encoder, predictor or decoder."""
 
     def __init__(self) -> None:
         self.rows = Histogram("latent_batch_rows", "Rows in one batch.", ROWS)
         self.waiting = Gauge("latent_queue_depth_rows", "Rows waiting in the replica after a batch.")
-        self.dropped = Counter("latent_dropped_rows_total", "Rows dropped since nobody waited for them.")
+        self.dropped = Counter("latent_dropped_rows_total", "Rows dropped: deadline passed or caller gone.")
 
     def measure(self, rows: int, waiting: int, dropped: int) -> None:
         """Of `RowQueue`."""
@@ -104,5 +106,5 @@ class ReplicaMetrics:
 
 @cache
 def replica_metrics() -> ReplicaMetrics:
-    """Those of this process."""
+    """The metrics of this process."""
     return ReplicaMetrics()

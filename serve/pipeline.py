@@ -1,7 +1,7 @@
-"""Text to text over the deployments: encode, fill the context, predict, snap, decode; and where the time went.
+"""Text to text across the deployments: encode, complete the context, predict, snap, decode; with timings.
 
-What each step does is lvm's; here is the order, the caches, the breaker and the clock. Numbers agree with `latent
-predict` on the same run.
+The steps themselves are lvm's; this module adds their order, caches, circuit breaker and timing. Results equal those of
+`latent predict` on the same run.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ from serve.retriever import CorpusChunk, FillRow, NearRow, SnapRow
 from serve.stage import DeadlineError, Stage, StageError, Timing, UnavailableError
 
 STAGES = ("queue", "encode", "context", "predict", "snap", "decode")
-"""Keys of an answer's milliseconds."""
+"""Keys of `PredictedChunk.milliseconds`."""
 
 
 @dataclass(frozen=True)
 class ChunkOptions:
-    """What a request wants of each answer."""
+    """A request's options for each chunk."""
 
     model: str
     deadline: float
@@ -40,14 +40,14 @@ class ChunkOptions:
     fill: Fill = "retrieve"
     snap: bool = True
     steps: int | None = None
-    """Exactly this many corrector steps of the codec's own decoder; None goes down the ladder."""
+    """Exactly this many corrector steps of the codec's decoder; None for the whole ladder."""
     neighbours: int = 0
     cache: bool = True
 
 
 @dataclass(frozen=True)
 class ReadContext:
-    """What the predictor read, without its vectors: answers are kept, and these would be most of their bytes."""
+    """The predictor's context without its vectors, which would be most of a cached answer's bytes."""
 
     mode: Mode
     texts: tuple[str, ...]
@@ -56,27 +56,27 @@ class ReadContext:
 
 @dataclass(frozen=True)
 class PredictedChunk:
-    """One predicted chunk and how it came about."""
+    """One predicted chunk, with its context and timings."""
 
     answer: Answer
     folder: str
     """Record of the model, or "passthrough"."""
     context: ReadContext
     truncated: int
-    """Texts of the context that were longer than the codec's limit."""
+    """Number of context texts that exceeded the codec's limit."""
     prediction_cosine: float
-    """Cosine of the raw prediction with what was decoded after the snap; 1 without a snap."""
+    """Cosine of the raw prediction to the snapped vector; 1 without a snap."""
     drifted: bool
     neighbours: tuple[CorpusChunk, ...]
     milliseconds: dict[str, float] = field(compare=False)
     cached: str | None = None
-    """None, "answer" (the whole of it), or "vector" (the decoded text)."""
+    """None, "answer" (the whole answer was cached), or "vector" (the decoded text was)."""
     retries: int = 0
 
 
 @dataclass(frozen=True)
 class _Steered:
-    """A request as the decoder meets it."""
+    """A request ready for the decoder."""
 
     folder: str
     context: Context
@@ -84,13 +84,13 @@ class _Steered:
     raw: NDArray[np.float32]
     """(D,), the prediction."""
     steered: NDArray[np.float32]
-    """(D,), what is decoded."""
+    """(D,), the vector to decode."""
     drifted: bool
     near: list[CorpusChunk]
 
 
 class Clock:
-    """Milliseconds by stage; what a stage did not work counts as queue."""
+    """Milliseconds by stage; time in a stage without work counts as queue."""
 
     def __init__(self) -> None:
         self.ms = dict.fromkeys(STAGES, 0.0)
@@ -98,13 +98,13 @@ class Clock:
         self._begun = time.perf_counter()
 
     def add(self, stage: str, timing: Timing) -> None:
-        """Time of a call."""
+        """Add a call's timing."""
         self.ms[stage] += timing.work_ms
         self.ms["queue"] += timing.queue_ms
         self.retries += timing.retries
 
     def finish(self) -> dict[str, float]:
-        """Rounded, with "total"."""
+        """Rounded milliseconds, with "total"."""
         total = (time.perf_counter() - self._begun) * 1000
         return {**{k: round(v, 3) for k, v in self.ms.items()}, "total": round(total, 3)}
 
@@ -122,7 +122,7 @@ NO_CORPUS = "no corpus is loaded; start the service with --run, the folder of a 
 
 
 class Pipeline:
-    """All stages of one application, as one gateway sees them."""
+    """All stages of the application, used by one gateway."""
 
     def __init__(
         self,
@@ -138,9 +138,8 @@ class Pipeline:
         folders: dict[str, str],
         contexts: dict[str, int],
     ) -> None:
-        """corpus: None where none is loaded; then nothing snaps, and what the decoder refuses is answered for want of
-        a better text. folders: alias to record folder. contexts: alias to the vectors that model reads; CONTEXT_CHUNKS
-        for others."""
+        """corpus: None if no corpus is loaded; then there is no snap, and refused texts are returned for lack of better
+        ones. folders: alias to record folder. contexts: alias to context length; CONTEXT_CHUNKS for others."""
         self.identity, self.breaker = identity, breaker
         self.encoder, self.predictor, self.decoder, self.corpus = encoder, predictor, decoder, corpus
         self._metrics, self._patience_s = metrics, decode_patience_s
@@ -153,7 +152,7 @@ class Pipeline:
     async def encode(
         self, texts: Sequence[str], deadline: float, cache: bool = True
     ) -> tuple[list[EncodedText], Timing]:
-        """One EncodedText a text; texts met before come from memory, equal ones are encoded once."""
+        """One EncodedText per text; cached texts are reused, and equal ones are encoded once."""
         found: dict[str, EncodedText] = {}
         if cache:
             for text in texts:
@@ -167,15 +166,15 @@ class Pipeline:
         for text, value in zip(missing, values, strict=True):
             found[text] = value
             if cache:
-                # Its own array: the row of a batch would keep the whole batch.
+                # A copy: a view of a row would keep the whole batch in memory.
                 self._vectors.put(_digest(text), replace(value, vector=value.vector.copy()))
         return [found[t] for t in texts], timing
 
     async def predict_next(self, texts: Sequence[str], options: ChunkOptions) -> PredictedChunk:
-        """The chunk after these, at least one of them.
+        """The chunk that follows these (at least one).
 
-        Raises DeadlineError, StageError or UnavailableError; for want of a decoder only without a corpus, which
-        answers then.
+        Raises DeadlineError, StageError or UnavailableError; if only the decoder fails, the corpus answers where one is
+        loaded.
         """
         key = self._key(texts, options)
         if options.cache:
@@ -216,7 +215,7 @@ class Pipeline:
             and answer.emergency is None
             and steered.folder == self._folders.get(options.model, PASSTHROUGH)
         ):
-            # Not kept: what was answered in an emergency, and answers of a version that is being replaced.
+            # Do not cache emergency answers, or answers of a model version that is being replaced.
             self._answers.put(key, predicted)
         self._count(predicted, options)
         return predicted
@@ -224,8 +223,8 @@ class Pipeline:
     async def continue_(
         self, texts: Sequence[str], options: ChunkOptions, length: int
     ) -> AsyncIterator[PredictedChunk]:
-        """`length` chunks, each predicted from all before it. What was written is read again as text, so a
-        continuation of n is the same as n requests that each append the last answer."""
+        """`length` chunks, each predicted from all before it. Generated text is re-encoded, so a continuation of n
+        chunks equals n requests that each append the last answer."""
         chunks = list(texts)
         for _ in range(length):
             predicted = await self.predict_next(chunks, options)
@@ -235,7 +234,7 @@ class Pipeline:
     async def predict(
         self, contexts: Sequence[NDArray[np.float32]], model: str, deadline: float, search: bool = False
     ) -> tuple[list[Predicted], Timing]:
-        """One Predicted a context (T, D) of unit vectors. search: whether to search with it."""
+        """One Predicted per context (T, D) of unit vectors. search: whether to compute the search vector too."""
         if model == PASSTHROUGH:
             return [Predicted(c[-1], c[-1], PASSTHROUGH) for c in contexts], Timing()
         return await self.predictor.run([ContextRow(model, c, search) for c in contexts], deadline)
@@ -248,7 +247,7 @@ class Pipeline:
         cache: bool = True,
         corpus: bool = True,
     ) -> tuple[list[Answer], Timing]:
-        """One Answer a unit vector (B, D). corpus: whether it may answer for what was refused, where one is loaded."""
+        """One Answer per unit vector of (B, D). corpus: whether corpus chunks may replace refused texts."""
         corpus = corpus and self.corpus is not None
         rows = [VectorRow(v, None, steps, cache) for v in vectors]
         refusal = self.breaker.refuses(self.decoder.depth) if corpus else None
@@ -277,12 +276,12 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------- the stages
 
     async def _steer(self, texts: Sequence[str], options: ChunkOptions, clock: Clock) -> "_Steered":
-        """All that comes before the decoder."""
+        """All stages before the decoder."""
         encoded, timing = await self.encode(texts, options.deadline, options.cache)
         clock.add("encode", timing)
         vectors = np.stack([e.vector for e in encoded])
         context = await self._context(vectors, texts, options, clock)
-        # Passthrough shows the codec alone.
+        # Passthrough tests the codec only.
         snaps = options.snap and options.model != PASSTHROUGH and self.corpus is not None
         (predicted,), timing = await self.predict([context.vectors], options.model, options.deadline, snaps)
         clock.add("predict", timing)
@@ -333,7 +332,7 @@ class Pipeline:
     async def _decode(self, steered: "_Steered", options: ChunkOptions, clock: Clock) -> Answer:
         refusal = self.breaker.refuses(self.decoder.depth)
         if refusal is not None and self.corpus is None:
-            raise UnavailableError(f"{refusal}; {NO_CORPUS}, and it answers meanwhile")
+            raise UnavailableError(f"{refusal}; {NO_CORPUS}, to answer from it meanwhile")
         answer: Answer | None = None
         if refusal is None:
             row = VectorRow(
@@ -360,14 +359,14 @@ class Pipeline:
     async def _decode_rows(
         self, rows: Sequence[VectorRow], deadline: float, patient: bool, ours: bool
     ) -> tuple[list[Answer], Timing]:
-        """Answers of the decoder, and the breaker told of them, whatever happens.
+        """Answers of the decoder; reports every outcome to the breaker.
 
-        patient: whether to wait for `decode_patience_s` at most. ours: whether the vectors are predictions, so that
-        a refused text is no fault of what a client sent.
+        patient: wait at most `decode_patience_s`. ours: whether the vectors are predictions, so that a refused text is
+        not due to the client's input.
         """
         begun = time.monotonic()
         limit = min(deadline, begun + self._patience_s) if patient else deadline
-        # What was asked for may take long by itself; measured is what one vector and the ladder's steps would take.
+        # A large request may rightly take long, so its time is scaled to one vector and the ladder's steps.
         share = len(rows) * max(1.0, *((r.steps or 0) / _SETTINGS.steps[-1] for r in rows))
         try:
             answers, timing = await self.decoder.run(rows, limit)
@@ -428,17 +427,17 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Quality:
-    """How an answer reads beside its context."""
+    """Quality of an answer, given its context."""
 
     gibberish: bool
-    """Something speaks against it: it is no language, repeats itself or holds too few different characters."""
+    """It is not language, repeats itself or uses too few different characters."""
     keyword_hit: bool
     entity_hit: bool
-    """It shares a capitalised word that opens no sentence; true where the context has none."""
+    """It shares a capitalised word that is not at the start of a sentence; True if the context has none."""
 
 
 def _digest(text: str) -> bytes:
-    """A cache's key of a text: 16 bytes, however long the text is."""
+    """16-byte cache key of a text."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -447,7 +446,7 @@ _SETTINGS = LadderSettings()
 
 
 def judge(text: str, refusals: Sequence[str], context: Sequence[str]) -> Quality:
-    """Quality of an answer to this context; refusals: what the ladder says against it."""
+    """Quality of an answer in this context. refusals: the ladder's reasons against it."""
     source = " ".join(context)
     wanted, names = keywords(source), set(_NAME.findall(source))
     return Quality(

@@ -1,8 +1,8 @@
-"""The predictor deployment: every model of the run in each replica, contexts to the next vector.
+"""The predictor deployment: contexts to the next vector, with every model of the run in each replica.
 
-All models in one process, not a replica each and not multiplexed: the four take 130 MB and predict in
-milliseconds, while a replica takes half a gigabyte before its first weight, and loading on demand costs a request more
-than every prediction it will ask for (tests/bench/results/).
+All models share one process, without multiplexing: four of them take 130 MB and predict in milliseconds, while a
+replica takes half a gigabyte before loading any weights, and loading on demand would cost a request more than all its
+predictions (tests/bench/results/).
 """
 
 import logging
@@ -26,25 +26,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ContextRow:
-    """What one prediction is made from."""
+    """Input of one prediction."""
 
     model: str
     """Alias, or "passthrough"."""
     vectors: NDArray[np.float32]
     """(T, D), norm 1, oldest first."""
     search: bool = False
-    """Whether the vector to search with is wanted too; it takes the predictor once more."""
+    """Whether to return the search vector too, which takes a second pass of the predictor."""
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """The next vector, and the record that gave it."""
+    """The next vector, and the record that predicted it."""
 
     vector: NDArray[np.float32]
     """(D,), norm 1."""
     search: NDArray[np.float32]
-    """(D,), norm 1: what finds the next chunk (`lvm.predict.ranking`); the prediction itself where it was not asked
-    for."""
+    """(D,), norm 1: the rank head's vector (`lvm.predict.ranking`); the prediction itself if not requested."""
     folder: str
 
 
@@ -100,7 +99,7 @@ class Predictor:
     async def run(
         self, rows: list[ContextRow], remaining_s: list[float], release: Release
     ) -> list[Outcome[Predicted]]:
-        """One outcome a context."""
+        """One outcome per context."""
         predictors = await self._held.get(release)
         return await self._queue.submit([(predictors, row) for row in rows], remaining_s)
 

@@ -1,4 +1,4 @@
-"""What every route does with a request: its id, its line of the log, its time; and how a failure becomes a reply."""
+"""Common to all routes: a request's id, log fields and duration, and error replies."""
 
 import time
 from typing import Any
@@ -14,26 +14,26 @@ from serve.schema import RefusedError
 from serve.service import Service, field_of
 from serve.stage import DeadlineError, FullError, StageError, UnavailableError
 
-OUR_FAULT = "the service failed, which is its fault; its log has request {}"
+OUR_FAULT = "internal error in the service; see its log for request {}"
 
 
 def request_id(request: Request) -> str:
-    """The id the guard gave it."""
+    """The id that the guard assigned."""
     return str(getattr(request.state, "request_id", ""))
 
 
 def log(request: Request, **fields: Any) -> None:
-    """More fields for the line the guard writes of this request."""
+    """Add fields to the guard's log line of this request."""
     request.scope["state"].setdefault("log", {}).update(fields)
 
 
 def ms_since(since: float) -> float:
-    """Milliseconds since a `time.perf_counter`."""
+    """Milliseconds since a `time.perf_counter` value."""
     return round((time.perf_counter() - since) * 1000, 3)
 
 
 def add_error_replies(app: FastAPI, service: Service) -> None:
-    """Each kind of failure gets its status and the form of every error."""
+    """Map each kind of exception to its status and the common error format."""
 
     async def refused(request: Request, err: Exception) -> Response:
         assert isinstance(err, RefusedError)
@@ -42,7 +42,7 @@ def add_error_replies(app: FastAPI, service: Service) -> None:
     async def invalid(request: Request, err: Exception) -> Response:
         assert isinstance(err, RequestValidationError)
         first = err.errors()[0]
-        # Not the input itself: it may be large, secret, or hold a NaN that no JSON can say.
+        # Without the input itself: it may be large, secret, or hold a NaN that JSON cannot encode.
         place = [str(p) for p in first["loc"] if p != "body"]
         message = f"{'.'.join(place) or 'body'}: {first['msg']} ({len(err.errors())} such); see /openapi.json"
         return error_reply(request, 422, message, param=field_of(place[0]) if place else None)
@@ -52,8 +52,8 @@ def add_error_replies(app: FastAPI, service: Service) -> None:
         message = str(err.detail)
         if err.status_code == 404:
             message = f"no route {request.method} {request.url.path[:100]}; /openapi.json lists them"
-        elif err.status_code == 400:  # FastAPI's word for a body that Python's JSON reader gave up on
-            message = "the body is no JSON this service can read; send an object as /openapi.json shows"
+        elif err.status_code == 400:  # FastAPI's status for a body that Python's JSON parser rejects
+            message = "the body is not valid JSON; send an object as described in /openapi.json"
         return error_reply(request, err.status_code, message)
 
     async def input_error(request: Request, err: Exception) -> Response:
@@ -61,7 +61,7 @@ def add_error_replies(app: FastAPI, service: Service) -> None:
 
     async def late(request: Request, err: Exception) -> Response:
         service.note(err, request)
-        return error_reply(request, 408, f"{err}; ask for less at once, or name a longer deadline_s")
+        return error_reply(request, 408, f"{err}; ask for less at once, or set a longer deadline_s")
 
     async def full(request: Request, err: Exception) -> Response:
         assert isinstance(err, FullError)
@@ -97,8 +97,8 @@ def error_reply(
     retry_after_s: int | None = None,
     param: str | None = None,
 ) -> JSONResponse:
-    """An error's reply. param: the field that is wrong."""
+    """An error reply. param: the invalid field."""
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    message = message.encode("utf-8", "replace").decode()  # it may quote what no UTF-8 can say
+    message = message.encode("utf-8", "replace").decode()  # it may quote half a surrogate pair
     error = error_body(status, message, request_id(request), request.url.path, param)
     return JSONResponse(error, status, headers)

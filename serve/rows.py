@@ -1,8 +1,8 @@
-"""The queue inside a replica: rows of many callers share a batch, and rows nobody waits for are dropped.
+"""The batching queue inside a replica: rows of many callers share a batch; abandoned rows are dropped.
 
-No timer holds a batch back. While one is at work the next gathers; when the replica is idle a lone row starts
-at once. Rounds wait for rows that callers say are on their way, while these are more than are here. A row whose
-deadline has passed before its batch starts is dropped without work.
+No timer delays a batch: while one is running, the next one fills; when the replica is idle, a single row starts at
+once. A round waits briefly for rows that callers have announced, while more are announced than present. A row whose
+deadline passes before its batch starts is dropped unprocessed.
 """
 
 import asyncio
@@ -24,17 +24,17 @@ EXPIRED = "expired"
 
 @dataclass
 class Outcome(Generic[Value]):
-    """What became of one row."""
+    """Result of one row."""
 
     value: Value | None = None
     error: str | None = None
-    """None, "expired", or what went wrong with this row alone."""
+    """None, "expired", or this row's error."""
     queue_ms: float = 0.0
-    """Waited in the replica before its batch started."""
+    """Time in the replica before its batch started."""
     work_ms: float = 0.0
-    """What its batch took; the rows of a batch wait together."""
+    """Processing time of its batch."""
     batch_rows: int = 0
-    """Rows of that batch."""
+    """Number of rows in its batch."""
 
 
 @dataclass
@@ -47,20 +47,20 @@ class _Waiting(Generic[Item, Value]):
 
 
 class Stream(Protocol[Item_contra, Value_co]):
-    """Work that goes by rounds: rows join between two, and leave when they are done."""
+    """Work done in rounds: rows join between rounds and leave when they are done."""
 
     def add(self, item: Item_contra) -> int:
-        """Join at the next round; returns a ticket."""
+        """Add a row to the next round; returns its ticket."""
 
     def drop(self, ticket: int) -> None:
-        """Forget a row."""
+        """Cancel a row."""
 
     def run(self) -> Mapping[int, Value_co]:
-        """One round; what left, by ticket."""
+        """Run one round; values of the finished rows, by ticket."""
 
 
 class _Queue(Generic[Item, Value]):
-    """Rows that wait, and the task that takes them for as long as there are any."""
+    """Waiting rows, and the task that processes them while there are any."""
 
     def __init__(
         self, max_rows: int, measure: Callable[[int, int, int], None] | None, thread_name: str
@@ -73,7 +73,7 @@ class _Queue(Generic[Item, Value]):
         """Rows dropped so far."""
 
     async def submit(self, items: Sequence[Item], remaining_s: Sequence[float]) -> list[Outcome[Value]]:
-        """An Outcome for each row, in order. remaining_s: what each row's caller will still wait."""
+        """An Outcome for each row, in order. remaining_s: seconds until each row's deadline."""
         now = time.monotonic()
         rows: list[_Waiting[Item, Value]] = [
             _Waiting(item, now + left) for item, left in zip(items, remaining_s, strict=True)
@@ -84,16 +84,16 @@ class _Queue(Generic[Item, Value]):
         try:
             return [await row.done for row in rows]
         except asyncio.CancelledError:
-            for row in rows:  # the caller is gone: their rows are taken out by `_live` or the rounds
+            for row in rows:  # the caller is gone: `_live` or the next sweep removes its rows
                 row.done.cancel()
             raise
 
     async def _run(self) -> None:
-        """Take rows until none is left."""
+        """Process rows until none is left."""
         raise NotImplementedError
 
     def _live(self) -> _Waiting[Item, Value] | None:
-        """The oldest row if somebody still waits for it; else None, and the row is dropped."""
+        """The oldest row, or None if it was dropped because its caller is gone or its deadline passed."""
         row = self._waiting.popleft()
         if row.done.done():
             self.dropped += 1
@@ -106,7 +106,7 @@ class _Queue(Generic[Item, Value]):
 
 
 class StreamQueue(_Queue[Item, Value]):
-    """Rows for a `Stream`, one round after another in a thread of its own while there are any."""
+    """Runs a `Stream` round after round in its own thread, while there are rows."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class StreamQueue(_Queue[Item, Value]):
         max_rows: int,
         measure: Callable[[int, int, int], None] | None = None,
     ) -> None:
-        """max_rows: most in the rounds at once. measure: as of `RowQueue`, called after each round."""
+        """max_rows: maximum rows per round. measure: as in `RowQueue`, called after each round."""
         super().__init__(max_rows, measure, "rounds")
         self._stream = stream
         self._inside: dict[int, tuple[_Waiting[Item, Value], float]] = {}
@@ -125,7 +125,7 @@ class StreamQueue(_Queue[Item, Value]):
     async def submit(
         self, items: Sequence[Item], remaining_s: Sequence[float], coming: int = 0
     ) -> list[Outcome[Value]]:
-        """As of any queue. coming: rows the caller has on their way here besides these."""
+        """As in the base class. coming: further rows that the caller is about to send."""
         self._coming = coming
         self._arrived.set()
         return await super().submit(items, remaining_s)
@@ -155,10 +155,10 @@ class StreamQueue(_Queue[Item, Value]):
                 self._measure(rows, len(self._waiting), self.dropped - dropped_before)
 
     async def _gather(self) -> None:
-        """Let rows arrive while more are on their way than are here, for at most half of what the last round took.
+        """Wait for announced rows while they outnumber those present, for at most half of the last round's duration.
 
-        A round of two rows takes half the time of one of thirty (tests/bench/results/LOG.md), and who comes just too
-        late waits for all of it.
+        A round of two rows takes half as long as one of thirty (tests/bench/results/LOG.md), and a row that just misses
+        it has to wait for all of it.
         """
         until = time.perf_counter() + self._round_s / 2
         while self._coming > len(self._inside) + len(self._waiting):
@@ -167,11 +167,11 @@ class StreamQueue(_Queue[Item, Value]):
                 async with asyncio.timeout(max(0.0, until - time.perf_counter())):
                     await self._arrived.wait()
             except TimeoutError:
-                self._coming = 0  # they went elsewhere, or are slow: not waited for again
+                self._coming = 0  # they went elsewhere or are slow: do not wait again
                 break
 
     def _sweep(self) -> None:
-        """Take out of the rounds what nobody waits for any more."""
+        """Cancel rows whose caller is gone or whose deadline passed."""
         now = time.monotonic()
         for ticket, (row, begun) in list(self._inside.items()):
             if row.done.done() or row.expires <= now:
@@ -193,7 +193,7 @@ class StreamQueue(_Queue[Item, Value]):
                 self._inside[ticket] = (row, time.perf_counter())
 
     def _fail(self, err: Exception) -> None:
-        """A round that failed ends every row in it: which of them was the cause, it does not say."""
+        """Fail every row of a failed round: which row caused it is unknown."""
         for ticket, (row, _) in self._inside.items():
             self._stream.drop(ticket)
             if not row.done.done():
@@ -202,7 +202,7 @@ class StreamQueue(_Queue[Item, Value]):
 
 
 class RowQueue(_Queue[Item, Value]):
-    """Batches rows for one `work` function, which runs in a thread of its own, one batch at a time."""
+    """Batches rows for a `work` function, which runs in its own thread, one batch at a time."""
 
     def __init__(
         self,
@@ -211,8 +211,8 @@ class RowQueue(_Queue[Item, Value]):
         group: Callable[[Item], Any] | None = None,
         measure: Callable[[int, int, int], None] | None = None,
     ) -> None:
-        """work: rows to as many values, in order. group: rows of one batch have one group (as many steps).
-        measure: called after each batch with its rows, the rows still waiting, and rows dropped before it."""
+        """work: rows to one value each, in order. group: key that all rows of a batch share.
+        measure: called after each batch with its rows, the rows still waiting, and the rows dropped before it."""
         super().__init__(max_rows, measure, "rows")
         self._work, self._group = work, group
 
@@ -254,7 +254,7 @@ class RowQueue(_Queue[Item, Value]):
         try:
             values = await loop.run_in_executor(self._thread, self._work, [row.item for row in batch])
         except Exception as err:
-            # One bad row must not take the others with it: each is tried alone.
+            # One bad row must not fail the others: retry each by itself.
             values, errors = [None] * len(batch), [_words(err)] * len(batch)
             if len(batch) > 1:
                 singles: list[Value | None] = []

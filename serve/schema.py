@@ -1,7 +1,7 @@
-"""Requests and replies, as the OpenAPI document at /docs shows them.
+"""Requests and replies, as in the OpenAPI document at /openapi.json.
 
-A field that is not known is refused, since a mistyped one would silently do nothing. A vector is a list of
-numbers, or base64 of little-endian float32, which is a quarter of the bytes.
+Unknown fields are refused, since a mistyped one would silently do nothing. A vector is a list of numbers, or base64 of
+little-endian float32, which takes a quarter of the bytes.
 """
 
 import base64
@@ -27,22 +27,22 @@ STORY = [
 
 
 PIECE = 32
-"""Vectors in one piece of a reply of many."""
+"""Vectors per piece of a streamed reply."""
 
 LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
 """Next line, line separator and paragraph separator as JSON escapes."""
 
 VECTOR = base64.b64encode(np.full(768, 768**-0.5, "<f4").tobytes()).decode()
-"""An example: a unit vector of `mini` or GTR as base64."""
+"""Example of a unit vector of `mini` or GTR as base64."""
 
 
 class RefusedError(Exception):
-    """A request that cannot be answered, with the status and the message of the reply."""
+    """A request that is refused, with the status and message of the reply."""
 
     def __init__(
         self, status: int, message: str, retry_after_s: int | None = None, param: str | None = None
     ) -> None:
-        """param: the field that is wrong."""
+        """param: the invalid field."""
         super().__init__(message)
         self.status, self.retry_after_s, self.param = status, retry_after_s, param
 
@@ -64,25 +64,25 @@ Deadline = Annotated[
     float | None,
     Field(
         gt=0,
-        description="Seconds the whole request may take; afterwards it is dropped everywhere, status 408.",
+        description="Seconds the whole request may take; then it is cancelled in all stages, status 408.",
     ),
 ]
-UseCache = Annotated[bool, Field(description="False computes everything anew.")]
+UseCache = Annotated[bool, Field(description="False bypasses the caches.")]
 Steps = Annotated[
     int | None,
-    Field(ge=0, description="Exactly this many corrector steps; none climbs the ladder 1, 3, 5."),
+    Field(ge=0, description="Exactly this many corrector steps; by default 1, 3, 5 are tried in turn."),
 ]
 OneOrMany = Annotated[str | list[str], Field(description="One text, or several in one call.")]
 
 
 class Milliseconds(_Reply):
-    """Where the time went."""
+    """Milliseconds by stage."""
 
-    queue: float = Field(0, description="Waiting and travelling.")
+    queue: float = Field(0, description="Waiting and in transit.")
     encode: float = 0
     context: float = 0
     predict: float = 0
-    snap: float = Field(0, description="The search for neighbours included.")
+    snap: float = Field(0, description="Includes the search for neighbours.")
     decode: float = 0
     total: float = 0
 
@@ -90,13 +90,11 @@ class Milliseconds(_Reply):
 class ModelRecord(_Reply):
     """A loaded model."""
 
-    name: str = Field(description="What a request calls it.")
-    folder: str = Field(description="Its record, which names the very weights.")
+    name: str = Field(description="The name to use in requests.")
+    folder: str = Field(description="Folder of its record, which identifies the weights.")
     architecture: str
     parameters: int
-    context: int = Field(
-        description="Chunks it reads before the one it predicts; more are left out, oldest first."
-    )
+    context: int = Field(description="Number of chunks it reads; of longer inputs only the last ones.")
     created: str
     val_cosine: float | None = None
     codec: str = Field(description="Digest of the codec its vectors come from.")
@@ -125,7 +123,7 @@ class Neighbour(_Reply):
     chunk_id: str
     position: int
     cosine: float
-    tmd: list[str] | None = Field(None, description="Domain, task and modifier, where they are known.")
+    tmd: list[str] | None = Field(None, description="Domain, task and modifier, if known.")
 
 
 # ----------------------------------------------------------------------------------------------------- generate
@@ -141,30 +139,32 @@ class GenerateRequest(_Request):
     )
 
     text: OneOrMany | None = Field(
-        None, description="Cut into chunks here; of several, each is an input of its own."
+        None, description="A text, to be cut into chunks; or several, each a separate input."
     )
     chunks: list[str] | list[list[str]] | None = Field(
         None, description="Chunks in order, the latest last; or several such lists."
     )
     model: Name | None = Field(None, description="A name of /v1/models.")
-    length: int = Field(1, ge=1, description="Chunks to write, each predicted from all before it.")
-    stream: bool = Field(False, description="Server-sent events, one for each chunk as it is ready.")
+    length: int = Field(1, ge=1, description="Number of chunks to generate, one after another.")
+    stream: bool = Field(False, description="Server-sent events, one per chunk as it is ready.")
     steps: Steps = None
     snap: bool = Field(
         False,
-        description="Move the prediction onto the corpus before it is written. The writer needs it not.",
+        description="Move the prediction towards its nearest corpus vectors before decoding. Not needed with a writer.",
     )
     fill: Literal["retrieve", "repeat", "none"] = Field(
-        "retrieve", description="How fewer than five chunks are completed."
+        "retrieve", description="How to complete a context that is shorter than the model's."
     )
-    neighbours: int = Field(0, ge=0, description="Nearest corpus chunks of each prediction to reply with.")
-    smooth: bool = Field(False, description="Reword by the configured chat endpoint.")
+    neighbours: int = Field(
+        0, ge=0, description="Number of nearest corpus chunks to return for each prediction."
+    )
+    smooth: bool = Field(False, description="Reword the text with the configured chat endpoint.")
     cache: UseCache = True
     deadline_s: Deadline = None
 
 
 class ContextReply(_Reply):
-    """What the predictor read."""
+    """The predictor's context."""
 
     mode: Literal["seq", "ann", "mixed", "repeat_pad", "passthrough"]
     texts: list[str]
@@ -172,18 +172,18 @@ class ContextReply(_Reply):
 
 
 class AttemptReply(_Reply):
-    """A text that was refused."""
+    """A refused text."""
 
     text: str
     source: Literal["exact", "writer", "corpus"]
     steps: int
     cosine: float
-    refusals: list[str] = Field(description="What speaks against it.")
+    refusals: list[str] = Field(description="Why it was refused.")
 
 
 SOURCE = Field(
-    description="exact: read back, the vector is this text's own. writer: written by a language model from the vector. "
-    "corpus: the nearest corpus chunk's own words."
+    description="exact: read back, the vector encodes this text. writer: written by a language model from the vector. "
+    "corpus: the text of the nearest corpus chunk."
 )
 
 
@@ -193,37 +193,39 @@ class Generated(_Reply):
     text: str
     source: Literal["exact", "writer", "corpus"] = SOURCE
     steps: int = Field(description="Corrector steps of an exact text.")
-    refusals: list[str] = Field(description="What speaks against the text, given for want of a better one.")
-    attempts: list[AttemptReply] = Field(description="Texts that were refused before it, in order.")
-    log_prob: float | None = Field(
-        description="Mean natural log-probability a character under the language model; real text has about -1."
+    refusals: list[str] = Field(
+        description="Why the text was refused, if it is returned for lack of a better one."
     )
-    emergency: str | None = Field(None, description="Why the decoder was not asked at all.")
-    cosine: float = Field(description="Of the text's vector with the prediction.")
-    snapped_cosine: float = Field(description="Of the raw prediction with what was decoded after the snap.")
-    drifted: bool = Field(description="Whether the snap used the blend for drift.")
+    attempts: list[AttemptReply] = Field(description="Texts refused before this one, in order.")
+    log_prob: float | None = Field(
+        description="Mean natural log-probability per character under the language model; real text has about -1."
+    )
+    emergency: str | None = Field(None, description="Why the decoder was bypassed, if it was.")
+    cosine: float = Field(description="Cosine of the text's vector to the prediction.")
+    snapped_cosine: float = Field(description="Cosine of the raw prediction to the snapped vector.")
+    drifted: bool = Field(description="Whether the snap used the weights for drifted predictions.")
     context: ContextReply
     cached: Literal["answer", "vector"] | None
     neighbours: list[Neighbour]
     smoothed_from: str | None = Field(None, description="The text before smoothing.")
     smoothing_error: str | None = None
-    retries: int = Field(0, description="Calls sent again since a replica was lost.")
+    retries: int = Field(0, description="Calls resent because a replica was lost.")
     milliseconds: Milliseconds
 
 
 class GeneratedInput(_Reply):
-    """All of one input."""
+    """Everything generated for one input."""
 
-    chunks: list[str] = Field(description="The input as it was cut.")
+    chunks: list[str] = Field(description="The input's chunks.")
     truncated: int = Field(
-        description="Chunks of the context that were longer than the codec's limit, and were cut."
+        description="Number of context chunks that exceeded the codec's limit and were truncated."
     )
     generated: list[Generated]
     text: str = Field(description="The generated chunks, joined.")
 
 
 class GenerateReply(_Reply):
-    """Of /v1/generate, one result an input, in order."""
+    """Reply of /v1/generate, one result per input, in order."""
 
     request_id: str
     model: ModelRecord
@@ -250,7 +252,7 @@ class ChunkItem(_Reply):
 
 
 class ChunkReply(_Reply):
-    """Of /v1/chunk, one list a text."""
+    """Reply of /v1/chunk, one list per text."""
 
     request_id: str
     codec: CodecRecord
@@ -268,35 +270,35 @@ class EncodeRequest(_Request):
 
 
 class EncodeReply(_Reply):
-    """Of /v1/encode."""
+    """Reply of /v1/encode."""
 
     request_id: str
     codec: CodecRecord
     vectors: list[list[float]] | list[str]
     num_tokens: list[int]
     truncated: list[bool] = Field(
-        description="True where a text was longer than the codec's limit, and was cut."
+        description="True for texts that exceeded the codec's limit and were truncated."
     )
-    cached: list[bool] = Field(description="True where the vector was held from an earlier request.")
+    cached: list[bool] = Field(description="True for vectors from the cache.")
     milliseconds: Milliseconds
 
 
 def _require_texts(given: Any) -> Any:
-    """The input as it is. Raises PydanticCustomError, which says what to do, where it holds token ids."""
+    """The input, unchanged. Raises PydanticCustomError, with advice, if it holds token ids."""
     first = given
     while isinstance(first, list) and first:
         first = first[0]
     if isinstance(first, int) and not isinstance(first, bool):
         raise PydanticCustomError(
             "token_ids",
-            "token ids are not taken, since they are another tokenizer's; send texts. "
+            "token ids are not supported, since they are of another tokenizer; send texts. "
             "In LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)",
         )
     return given
 
 
 class EmbeddingsRequest(_Request):
-    """OpenAI's form. Fields that are not known are passed over and null is the default, as there."""
+    """OpenAI's format: unknown fields are ignored, and null means the default."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -306,7 +308,7 @@ class EmbeddingsRequest(_Request):
     )
     encoding_format: Literal["float", "base64"] | None = Field(None, description="By default float.")
     dimensions: int | None = Field(
-        None, description="The codec's own, or left out: vectors are never shortened."
+        None, description="The codec's dimension, or left out: vectors are never shortened."
     )
 
 
@@ -326,15 +328,15 @@ class Usage(_Reply):
 
 
 class EmbeddingsReply(_Reply):
-    """OpenAI's form, and what every reply here says beside it."""
+    """OpenAI's format, plus fields common to all replies of this service."""
 
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
-    usage: Usage = Field(description="Tokens of the whole texts, those that were cut off included.")
+    usage: Usage = Field(description="Tokens of the whole texts, truncated ones included.")
     truncated: list[bool] = Field(
-        description="One for each of `data`: true where the text was longer than the codec's limit "
-        "(`codec.max_tokens`) and only its beginning is in the vector."
+        description="One value per entry of `data`: true if the text exceeded the codec's limit (`codec.max_tokens`) "
+        "and only its beginning was encoded."
     )
     request_id: str
     codec: CodecRecord
@@ -354,7 +356,7 @@ class PredictRequest(_Request):
 
 
 class PredictReply(_Reply):
-    """Of /v1/predict, one vector a context."""
+    """Reply of /v1/predict, one vector per context."""
 
     request_id: str
     model: ModelRecord
@@ -366,10 +368,14 @@ class PredictReply(_Reply):
 class DecodeRequest(_Request):
     """Vectors to text."""
 
-    vectors: list[Vector] = Field(description="Of the loaded codec; scaled to norm 1.", examples=[[VECTOR]])
+    vectors: list[Vector] = Field(
+        description="Vectors of the loaded codec; scaled to norm 1.", examples=[[VECTOR]]
+    )
     steps: Steps = None
-    codec: Name | None = Field(None, description="Refused where another codec is loaded.")
-    subscribers: OneOrMany | None = Field(None, description="The original's name for codecs: jxe, ielab.")
+    codec: Name | None = Field(None, description="The vectors' codec; refused if another one is loaded.")
+    subscribers: OneOrMany | None = Field(
+        None, description="Codec names of the original system's API: jxe, ielab."
+    )
     cache: UseCache = True
     deadline_s: Deadline = None
 
@@ -389,7 +395,7 @@ class DecodedText(_Reply):
 
 
 class DecodeReply(_Reply):
-    """Of /v1/decode, one result a vector."""
+    """Reply of /v1/decode, one result per vector."""
 
     request_id: str
     codec: CodecRecord
@@ -398,26 +404,29 @@ class DecodeReply(_Reply):
 
 
 class SearchRequest(_Request):
-    """Texts or vectors to the nearest chunks, of those that pass every filter."""
+    """Texts or vectors to the nearest chunks that pass all filters."""
 
     query: OneOrMany | None = Field(None, examples=["steam engines in mines"])
     vectors: list[Vector] | None = None
     k: int = Field(10, ge=1)
     corpus: Literal["run", "store"] | None = Field(
-        None, description="Chunks of --run, or of --dataset; by default of the dataset, where there is one."
+        None,
+        description="run: chunks of --run; store: chunks of --dataset; by default the dataset, if there is one.",
     )
     domain: str | None = Field(
-        None, description="Of the chunk's TMD code, by name.", examples=["Engineering"]
+        None, description="Filter by the domain of the chunk's TMD code.", examples=["Engineering"]
     )
     task: str | None = None
     modifier: str | None = None
-    source: Name | None = Field(None, description="Equal to the chunk's source; of a dataset only.")
-    contains: Name | None = Field(None, description="Somewhere in its text, in any case; of a dataset only.")
+    source: Name | None = Field(None, description="Filter by the chunk's source; datasets only.")
+    contains: Name | None = Field(
+        None, description="Filter by a substring of the text, case-insensitive; datasets only."
+    )
     deadline_s: Deadline = None
 
 
 class SearchReply(_Reply):
-    """Of /v1/search, one list a query, best first."""
+    """Reply of /v1/search, one list per query, best first."""
 
     request_id: str
     codec: CodecRecord
@@ -439,13 +448,13 @@ class TmdCode(_Reply):
     domain: str
     task: str
     modifier: str
-    cosines: list[float] = Field(description="Of the text with each label's prototype.")
+    cosines: list[float] = Field(description="Cosine of the text to each label's prototype.")
     confidence: float = Field(description="0 to 1: geometric mean of the three labels' shares in their axes.")
-    features: list[int] = Field(description="The 16 bits, the highest first.")
+    features: list[int] = Field(description="The 16 bits, highest first.")
 
 
 class TmdReply(_Reply):
-    """Of /v1/tmd, one code a text."""
+    """Reply of /v1/tmd, one code per text."""
 
     request_id: str
     codec: CodecRecord
@@ -472,7 +481,7 @@ class IngestRequest(_Request):
 
 
 class IngestChunk(_Reply):
-    """A chunk, named as the chunk job will name it."""
+    """A chunk, with the id that the chunk job will give it."""
 
     chunk_id: str
     position: int
@@ -482,24 +491,24 @@ class IngestChunk(_Reply):
 
 
 class IngestedArticle(_Reply):
-    """What became of an article in the store."""
+    """Result for one article in the store."""
 
     id: str
     source: str
     status: Literal["stored", "known", "refused"] = Field(
-        description="Stored now; there already with this content; or not storable, and `reason` says why."
+        description="Newly stored; already stored with this content; or not storable, see `reason`."
     )
-    chunks: int = Field(description="Stored now.")
+    chunks: int = Field(description="Newly stored chunks.")
     episodes: int = Field(description="Coherent runs of paragraphs among them.")
     reason: str = ""
 
 
 class IngestReply(_Reply):
-    """Of /v1/ingest: what became of each article in the dataset, or its chunks where they went to the inbox."""
+    """Reply of /v1/ingest: a result for each article in the dataset, or its chunks if it went to the inbox."""
 
     request_id: str
     codec: CodecRecord
-    dataset: str | None = Field(None, description="Dataset of the concept store, where there is one.")
+    dataset: str | None = Field(None, description="Dataset of the concept store, if there is one.")
     articles: list[IngestedArticle] = []
     file: str | None = Field(None, description="File in the inbox; the same articles give the same file.")
     results: list[list[IngestChunk]] = []
@@ -507,16 +516,16 @@ class IngestReply(_Reply):
 
 
 class ModelReply(_Reply):
-    """Of /v1/models/{id}, OpenAI's form: a predictor, or the codec, whose name /v1/embeddings takes."""
+    """Reply of /v1/models/{id} in OpenAI's format: a predictor, or the codec, which is the model of /v1/embeddings."""
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="Unix time, seconds; 0 where it is not known.")
+    created: int = Field(description="Unix time, seconds; 0 if unknown.")
     owned_by: str = "latent"
 
 
 class ModelsReply(_Reply):
-    """Of /v1/models; `data` has OpenAI's form too."""
+    """Reply of /v1/models; `data` is in OpenAI's format."""
 
     object: Literal["list"] = "list"
     data: list[ModelReply]
@@ -530,11 +539,11 @@ class ModelsReply(_Reply):
 
 
 class HealthReply(_Reply):
-    """Of /health."""
+    """Reply of /health."""
 
     status: Literal["ready", "degraded", "not ready"]
     release: str = Field(description="Release that answers, as the configuration names it.")
-    reasons: list[str] = Field(description="Which target is missed, or what is not there.")
+    reasons: list[str] = Field(description="Missed targets and missing replicas.")
     targets: dict[str, float]
     figures: dict[str, float | int]
     breaker: dict[str, Any]
@@ -547,13 +556,13 @@ class ErrorDetail(_Reply):
 
     message: str
     type: str
-    param: str | None = Field(None, description="The field that is wrong.")
-    code: int | str | None = Field(description="The status; on OpenAI's routes a word or null, as there.")
+    param: str | None = Field(None, description="The invalid field.")
+    code: int | str | None = Field(description="The status; on OpenAI's routes a string or null.")
     request_id: str
 
 
 class ErrorReply(_Reply):
-    """Of every status from 400."""
+    """Reply of every status from 400."""
 
     error: ErrorDetail
 
@@ -571,8 +580,8 @@ def pack(vector: NDArray[np.float32], form: str) -> Any:
 def embeddings_json(
     reply: EmbeddingsReply, vectors: Sequence[NDArray[np.float32]], form: str
 ) -> Iterator[str]:
-    """The JSON of `reply` with these vectors as its data, piece by piece: 2,048 lists of numbers at once would take a
-    hundred megabytes."""
+    """The JSON of `reply` with these vectors as its data, in pieces: 2,048 lists of numbers at once would take 100
+    MB."""
     rest = reply.model_dump_json(exclude={"object", "data"})
     for start in range(0, len(vectors), PIECE):
         part = [
@@ -585,13 +594,13 @@ def embeddings_json(
 
 
 def event(name: str, data: dict[str, Any]) -> str:
-    """A server-sent event. JSON escapes the line ends of ASCII; those of Unicode are escaped here, since clients that
-    read by `str.splitlines` would cut an event in two."""
+    """A server-sent event. JSON escapes ASCII line ends; Unicode's are escaped here, since clients that use
+    `str.splitlines` would split the event."""
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False).translate(LINE_ENDS)}\n\n"
 
 
 def unpack(vectors: list[list[float] | str], dim: int, what: str) -> NDArray[np.float32]:
-    """Unit vectors (N, dim) of a request. Raises RefusedError naming the first that is none."""
+    """A request's vectors, normalised, (N, dim). Raises RefusedError naming the first invalid one."""
     rows = np.empty((len(vectors), dim), np.float32)
     for i, vector in enumerate(vectors):
         if isinstance(vector, str):
@@ -599,7 +608,7 @@ def unpack(vectors: list[list[float] | str], dim: int, what: str) -> NDArray[np.
                 raw = base64.b64decode(vector, validate=True)
             except (binascii.Error, ValueError) as err:
                 raise RefusedError(
-                    422, f"{what}[{i}] is no base64 ({err}); send 768 numbers or base64 float32"
+                    422, f"{what}[{i}] is not base64 ({err}); send {dim} numbers or base64 float32"
                 ) from err
             if len(raw) != 4 * dim:
                 raise RefusedError(
@@ -628,12 +637,12 @@ def decoded_text(answer: Answer) -> DecodedText:
         text=answer.text,
         cosine=round(answer.cosine, 6),
         cached=answer.cached,
-        **came_about(answer),
+        **provenance(answer),
     )
 
 
-def came_about(answer: Answer) -> dict[str, Any]:
-    """The fields of a reply that say where a text comes from."""
+def provenance(answer: Answer) -> dict[str, Any]:
+    """The reply fields that say where a text comes from."""
     return {
         "source": answer.source,
         "steps": answer.steps,

@@ -1,4 +1,4 @@
-"""What the routes share: the loaded models, the limits of a request, and the room for one more.
+"""Shared by the routes: the loaded models, request validation and admission control.
 
 Each check raises RefusedError, which says what was expected, what came and what to do.
 """
@@ -27,14 +27,14 @@ from serve.smoothing import Smoother
 from serve.stage import DeadlineError, FullError
 
 SUBSCRIBERS = {"jxe": "gtr-jxe", "ielab": "gtr-ielab"}
-"""The original's names of codecs."""
+"""Codec names of the original system's API."""
 
 
 NO_STORE = "none is open; start the service with --dataset, the name of a dataset in Postgres"
 
 
 class Service:
-    """One application, as one gateway sees it."""
+    """The application's state in one gateway."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class Service:
         metrics: GatewayMetrics,
         concepts: Concepts | None = None,
     ) -> None:
-        """models: by alias. decoder and corpus: what these parts say of themselves. Raises RefusedError where the
-        default model is not among the models."""
+        """models: by alias. decoder and corpus: results of their `describe`. Raises RefusedError when the default model
+        is not among the models."""
         self.args, self.limits, self.release, self.identity = args, args.limits, release, identity
         self.refused = ""
         """What to say where the release asked for last is not this one."""
@@ -63,7 +63,7 @@ class Service:
         self.pipeline, self.metrics, self.concepts = pipeline, metrics, concepts
         self.smoother, self.window = Smoother(args.smoothing), Window()
         self.pending = 0
-        """Inputs at work."""
+        """Inputs being processed."""
         self._prototypes: Prototypes | None = None
         self._chunker, self._chunking = chunker, asyncio.Lock()
 
@@ -73,41 +73,41 @@ class Service:
             if name in (alias, record.folder):
                 return self.models[alias]
         raise RefusedError(
-            404, f"no model {name!r} is loaded; there are: {', '.join(self.models)}", param="model"
+            404, f"no model {name!r} is loaded; available: {', '.join(self.models)}", param="model"
         )
 
     def require_codec(self, name: str, what: str) -> None:
-        """Refuse a codec that is not the loaded one; what: the field that named it."""
+        """Refuse a codec other than the loaded one. what: the field that named it."""
         loaded = {self.identity.name, self.identity.digest}
         if SUBSCRIBERS.get(name, name) not in loaded:
             raise RefusedError(
                 404,
-                f"{what} {name!r} is not loaded; there is: {self.identity}. Vectors of one codec cannot be read "
-                "by another's decoder",
+                f"{what} {name!r} is not loaded; available: {self.identity}. Vectors of one codec cannot be decoded "
+                "by another",
                 param=what,
             )
 
     def require_corpus(self, what: str) -> CorpusStages:
-        """The corpus' operations, or a refusal where none is loaded; what: that asks for it."""
+        """The corpus operations. Raises RefusedError if no corpus is loaded. what: the feature that needs it."""
         if self.pipeline.corpus is None:
             raise RefusedError(422, f"{what} needs a corpus, and {NO_CORPUS}", param=what)
         return self.pipeline.corpus
 
     def require_concepts(self, what: str) -> Concepts:
-        """The concept store, or a refusal where none is open; what: that asks for it."""
+        """The concept store. Raises RefusedError if none is open. what: the feature that needs it."""
         if self.concepts is None:
             raise RefusedError(422, f"{what} needs the concept store, and {NO_STORE}", param=what)
         return self.concepts
 
     async def prototypes(self, deadline: float) -> Prototypes:
-        """The labels of TMD codes in the codec's space."""
+        """Prototype vectors of the TMD labels, encoded on first use."""
         if self._prototypes is None:
             encoded, _ = await self.pipeline.encode([phrase for phrase, _ in phrases()], deadline)
             self._prototypes = Prototypes(np.stack([e.vector for e in encoded]))
         return self._prototypes
 
     def require_steps(self, steps: int | None) -> None:
-        """Refuse corrector steps that the limits or the codec do not have."""
+        """Refuse corrector steps beyond the limit, or that the codec does not support."""
         if steps is None:
             return
         self.require_at_most("steps", steps, "max_steps")
@@ -115,34 +115,35 @@ class Service:
         if able is not None and steps not in able:
             raise RefusedError(
                 422,
-                f"codec {self.identity.name} takes steps {', '.join(map(str, able))}, got {steps}; or leave it out",
+                f"codec {self.identity.name} supports steps {', '.join(map(str, able))}, got {steps}; choose one of "
+                "these or leave steps out",
             )
 
     def deadline(self, seconds: float | None) -> float:
-        """When a request ends, on `time.monotonic`. seconds: what it asked for."""
+        """A request's deadline on `time.monotonic`. seconds: the deadline it asked for."""
         if seconds is not None:
             self.require_at_most("deadline_s", seconds, "max_deadline_s")
         return time.monotonic() + (seconds or self.limits.default_deadline_s)
 
     def require_at_most(self, what: str, value: float, limit: str, unit: str = "") -> None:
-        """Refuse a value above its limit. what: the field. limit: name of one of `Limits`."""
-        most = getattr(self.limits, limit)
-        if not value <= most:
+        """Refuse a value above its limit. what: the field. limit: a field of `Limits`."""
+        maximum = getattr(self.limits, limit)
+        if not value <= maximum:
             raise RefusedError(
                 422,
-                f"{what} is {value:g}{' ' + unit if unit else ''}, limit {limit} is {most:g}; ask for less",
+                f"{what} is {value:g}{' ' + unit if unit else ''}, limit {limit} is {maximum:g}; ask for less",
                 param=field_of(what),
             )
 
     def require_one(self, **given: Any) -> None:
-        """Refuse none or several of these fields where exactly one is to be there."""
+        """Refuse a request unless exactly one of these fields is given."""
         there = sum(value is not None for value in given.values())
         if there != 1:
             names, got = " or ".join(given), "both" if there else "neither"
             raise RefusedError(422, f"expected either {names}, got {got}")
 
     def texts(self, texts: str | list[str], what: str, limit: str = "max_texts") -> list[str]:
-        """One text or several as a list, each with words and within the limits."""
+        """One text or several, as a list; refuses empty ones and those above the limits."""
         listed = [texts] if isinstance(texts, str) else list(texts)
         if not listed:
             raise RefusedError(422, f"{what} is empty; expected at least one text", param=what)
@@ -151,12 +152,12 @@ class Service:
         return listed
 
     def require_words(self, texts: Sequence[str], what: str, empty: bool = False) -> None:
-        """Refuse texts that are too long or cannot be written as UTF-8; and, unless `empty`, without words."""
+        """Refuse texts that are too long or not valid UTF-8 and, unless `empty`, those without words."""
         for i, text in enumerate(texts):
             self.require_at_most(f"{what}[{i}]", len(text), "max_characters", "characters")
             try:
                 text.encode()
-            except UnicodeEncodeError as err:  # JSON can say half a surrogate pair; UTF-8 cannot
+            except UnicodeEncodeError as err:  # JSON can escape half a surrogate pair; UTF-8 cannot encode it
                 raise RefusedError(
                     422,
                     f"{what}[{i}] holds half a surrogate pair at character {err.start}; send whole characters",
@@ -170,22 +171,22 @@ class Service:
     async def cut(self, texts: Sequence[str]) -> list[list[Chunk]]:
         """The chunks of each text."""
         articles = [Article(str(i), "", text, "request") for i, text in enumerate(texts)]
-        async with self._chunking:  # the chunker's memory of words is not made for two threads
+        async with self._chunking:  # the chunker's word cache is not thread-safe
             if sum(map(len, texts)) < 4000:
-                return self._chunker.chunk(articles)  # under a millisecond: a thread would cost more
+                return self._chunker.chunk(articles)  # under a millisecond: cheaper than a thread
             return await asyncio.to_thread(self._chunker.chunk, articles)
 
     def require_room(self, inputs: int) -> None:
-        """Raise FullError where so many more inputs would be too many."""
+        """Raise FullError if this many more inputs would exceed limit max_pending."""
         if self.pending + inputs > self.limits.max_pending:
             raise FullError(
-                f"{self.pending} inputs are at work and {inputs} more would pass limit max_pending, "
+                f"{self.pending} inputs are being processed and {inputs} more would exceed limit max_pending, "
                 f"{self.limits.max_pending}; try again after the time in Retry-After"
             )
 
     @contextmanager
     def admitted(self, inputs: int) -> Iterator[None]:
-        """Counts inputs as at work; raises FullError where they are too many."""
+        """Count inputs as pending while the block runs; raises FullError if there are too many."""
         self.require_room(inputs)
         self.pending += inputs
         self.metrics.pending.set(self.pending)
@@ -196,7 +197,7 @@ class Service:
             self.metrics.pending.set(self.pending)
 
     def note(self, err: Exception, request: Request, seconds: float | None = None) -> None:
-        """Count a request that got no answer. seconds: where it asked for text, what it took."""
+        """Count a failed request. seconds: its duration, if it asked for text."""
         if isinstance(err, DeadlineError):
             self.metrics.deadline.inc(1, {"route": request.scope["route"].path})
         elif isinstance(err, FullError):

@@ -1,4 +1,4 @@
-"""Rewording by an OpenAI-compatible chat endpoint. Off by default; what it fails to do is left as it was."""
+"""Optional rewording by an OpenAI-compatible chat endpoint. Off by default; on an error the text is left unchanged."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ class SmoothingError(Exception):
 
 
 class Smoother:
-    """Asks one endpoint."""
+    """Client of one endpoint."""
 
     def __init__(self, args: SmoothingArgs) -> None:
         self._args = args
@@ -34,7 +34,7 @@ class Smoother:
         return bool(self._args.url)
 
     async def smooth(self, context: Sequence[str], text: str, timeout_s: float) -> str:
-        """The text reworded to follow its context. Raises SmoothingError with what the endpoint did."""
+        """The text reworded to follow its context. Raises SmoothingError with the endpoint's failure."""
         wait_s = max(0.05, min(timeout_s, self._args.timeout_s))
         return await asyncio.to_thread(self._ask, list(context), text, wait_s)
 

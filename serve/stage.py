@@ -1,9 +1,8 @@
-"""A deployment as the gateway sees it: rows of concurrent requests share calls, and lost calls are sent again.
+"""The gateway's client of a deployment: rows of concurrent requests share calls, and lost calls are resent.
 
-A call through Ray costs about as much CPU as a prediction, whatever it carries. So a row is sent at once while
-few calls are under way, and joins the next call when many are: alone it waits for nothing, in a crowd it pays a
-fraction. Every operation here is a pure function of its row, so a call that a replica took to its grave is
-simply sent again.
+A Ray call costs about as much CPU as a prediction, whatever its size. So a row is sent at once while few calls are in
+flight, and joins the next call when many are: no delay at low load, shared calls at high load. Every operation is a
+pure function of its row, so a call lost with a dead replica is simply resent.
 """
 
 import asyncio
@@ -17,19 +16,19 @@ from serve.rows import EXPIRED, Outcome
 
 
 class DeadlineError(Exception):
-    """The request's time was over before this stage had answered."""
+    """The request's deadline passed before this stage answered."""
 
 
 class StageError(Exception):
-    """A row failed in its replica: our fault, not the request's."""
+    """A row failed in its replica: a server error."""
 
 
 class UnavailableError(Exception):
-    """No replica took the call, again and again."""
+    """No replica handled the call, after repeated attempts."""
 
 
 class FullError(Exception):
-    """As much is under way as may be; come back later."""
+    """The service is at capacity; the client should retry later."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -37,7 +36,7 @@ class FullError(Exception):
 
 
 Call = Callable[[list[Any], list[float]], Awaitable[list[Outcome[Any]]]]
-"""Rows, and the seconds each has left, to as many outcomes."""
+"""Rows, and the seconds each has left, to one outcome per row."""
 
 
 @dataclass
@@ -45,9 +44,9 @@ class Timing:
     """Where the time of one request's rows in one stage went, milliseconds."""
 
     queue_ms: float = 0.0
-    """Waiting in the gateway, on the way and in the replica."""
+    """Waiting in the gateway, in transit and in the replica."""
     work_ms: float = 0.0
-    """The batch at work."""
+    """Processing time of the batch."""
     retries: int = 0
 
 
@@ -61,7 +60,7 @@ class _Row:
 
 
 class Measure(Protocol):
-    """Told of each finished call."""
+    """Callback for each finished call."""
 
     def __call__(self, stage: str, *, rows: int, waiting: int, work_ms: float, retries: int) -> None: ...
 
@@ -79,7 +78,7 @@ class Stage:
         measure: Measure | None = None,
         attempts: int = 8,
     ) -> None:
-        """lost: errors that mean the call never came back, so that it may be sent again."""
+        """lost: errors that mean the call was lost, so that it may be resent."""
         self.name, self._call, self._lost = name, call, lost
         self._max_calls, self._max_rows, self._attempts, self._measure = (
             max_calls,
@@ -94,14 +93,14 @@ class Stage:
 
     @property
     def depth(self) -> int:
-        """Rows that are waiting or under way."""
+        """Rows waiting or in flight."""
         return len(self._waiting) + self.under_way
 
     async def run(self, items: Sequence[Any], deadline: float) -> tuple[list[Any], Timing]:
-        """The value of each row, in order, and the time of the slowest.
+        """The value of each row, in order, and the timing of the slowest.
 
         deadline: on `time.monotonic`. Raises DeadlineError when it passes, StageError when a row failed,
-        UnavailableError when no replica is there. A caller that is cancelled takes back what is not yet sent.
+        UnavailableError when there is no replica. Cancelling the caller removes rows that are not yet sent.
         """
         if not items:
             return [], Timing()
@@ -164,8 +163,8 @@ class Stage:
                             f"stage {self.name} lost {self._attempts} calls in a row ({type(err).__name__}); "
                             "its replicas are being restarted, try again in a few seconds"
                         ) from err
-                    # A dead replica stays in the router's list for a moment; doubling from 50 ms, 8 attempts
-                    # span 6 s, which is what a new replica takes to load.
+                    # A dead replica stays in the router's list for a moment. Doubling from 50 ms, 8 attempts span
+                    # 6 s, about the time a new replica takes to load.
                     await asyncio.sleep(0.05 * 2**attempt)
                     continue
                 work_ms = max((o.work_ms for o in outcomes), default=0.0)

@@ -1,4 +1,4 @@
-"""Texts to vectors, in three stages that can overlap: tokenise (pre), multiply (core), finish (post)."""
+"""Texts to vectors in three stages that can overlap: tokenise (pre), forward pass (core), normalise (post)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,16 +17,18 @@ from lvm.codec.tokenizer import ChunkTokenizer, require_texts
 from lvm.errors import InputError
 
 BATCH_TOKENS = {"cpu": 2048}
-"""Tokens a batch, padding included, by device type: on a CPU more leave the cache (tests/bench/results/LOG.md)."""
+"""Tokens per batch, padding included, by device type: a larger batch does not fit a CPU's cache
+(tests/bench/results/LOG.md)."""
 
-MORE_BATCH_TOKENS = 32_768
-"""Tokens a batch on any other device: enough rows to fill it."""
+DEFAULT_BATCH_TOKENS = 32_768
+"""Tokens per batch on any other device: enough rows to keep it busy."""
 
 MAX_PADDING = 128
-"""Padding a batch may hold: about what one batch more costs. Texts come sorted by length, so most hold none."""
+"""Padding tokens allowed in a batch: about the cost of one extra batch. Texts are sorted by length, so most batches
+have none."""
 
 MIN_COSINE = 0.9995
-"""Least cosine to float32 that a lower precision must keep on every one of GATE_TEXTS to be taken."""
+"""A lower precision is used only if its vector for every one of GATE_TEXTS has at least this cosine to float32's."""
 
 GATE_TEXTS = (
     "Yes.",
@@ -38,7 +40,7 @@ GATE_TEXTS = (
     "Lech Wałęsa, né à Popowo, čtyřicet, 東京, Αθήνα",
     "She studied law in Vienna, but gave it up after two years and turned to painting.",
 )
-"""Short and long, plain and odd texts that a lower precision is judged on when a codec loads."""
+"""Short, long, plain and unusual texts on which a lower precision is checked when a codec loads."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +50,25 @@ class Encoded:
     vectors: npt.NDArray[np.float32]
     """(N, 768), unit norm."""
     norms: npt.NDArray[np.float32]
-    """(N,) norm of what the network gave before it was scaled to 1."""
+    """(N,) norm of the network's output before normalisation."""
     num_tokens: npt.NDArray[np.int32]
-    """(N,) tokens of the whole text, end of sequence included, before any cut."""
+    """(N,) tokens of the whole text before truncation, end of sequence included."""
     truncated: npt.NDArray[np.bool_]
-    """(N,) True where the text was longer than the codec's limit and was cut."""
+    """(N,) True where the text exceeded the codec's limit and was truncated."""
 
 
 @dataclass(frozen=True)
 class GtrSizes:
-    """What callers ask of an encoder's configuration."""
+    """The part of an encoder's configuration that callers need."""
 
     dim: int
     """Length of a vector, D."""
 
 
 class GtrEncoder(nn.Module):
-    """GTR's T5 encoder with mean pooling, and Dense and L2 normalisation where the contract has them.
+    """GTR's T5 encoder with mean pooling, and optionally Dense and L2 normalisation.
 
-    Without both it is what vec2text calls `gtr_base`, with both sentence-transformers' own model (`lvm.codec.gtr`).
+    Without both it is vec2text's `gtr_base`; with both it is sentence-transformers' own model (`lvm.codec.gtr`).
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class GtrEncoder(nn.Module):
         return F.normalize(pooled, dim=-1) if self.normalised else pooled
 
     def prepared(self, precision: Precision) -> "GtrEncoder":
-        """The same encoder with its products in another precision; itself for float32."""
+        """This encoder with matrix products in `precision`; the encoder itself for float32."""
         if precision == "float32":
             return self
         dense = None if self.weight is None else (self.weight, self.bias)
@@ -109,7 +111,7 @@ class GtrEncoder(nn.Module):
 
 
 class Sizes(Protocol):
-    """What is asked of an encoder's configuration."""
+    """The part of an encoder's configuration that callers need."""
 
     @property
     def dim(self) -> int: ...
@@ -134,11 +136,11 @@ class TextEncoder:
         device: torch.device,
         precision: Precision | Literal["auto"] = "auto",
     ) -> None:
-        """precision: of the matrix products; "auto" for the fastest the device has, where it keeps MIN_COSINE."""
+        """precision: of the matrix products; "auto" picks the device's fastest that keeps MIN_COSINE."""
         self.network: Any = network.to(device).eval()
         self.tokenizer = tokenizer
         self.device = device
-        self.batch_tokens = BATCH_TOKENS.get(device.type, MORE_BATCH_TOKENS)
+        self.batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS)
         self.use("float32")
         if precision == "auto":
             self.use_fastest()
@@ -146,7 +148,7 @@ class TextEncoder:
             self.use(precision)
 
     def use(self, precision: Precision) -> None:
-        """Multiply in this precision from now on."""
+        """Switch matrix products to this precision."""
         self.precision = precision
         self._forward: Callable[[Tensor, Tensor | None], Tensor] = self.network
         with torch.inference_mode():
@@ -156,9 +158,9 @@ class TextEncoder:
                 self._forward = Int8MiniEncoder(self.network)
 
     def use_fastest(self) -> None:
-        """The device's best precision, or float32 where a text's vector would turn too far from float32's.
+        """Switch to the device's fastest precision, or to float32 if any GATE_TEXTS vector falls below MIN_COSINE.
 
-        Which weights bear int8 cannot be told from their sizes, so it is measured.
+        Whether weights tolerate int8 cannot be known from their shapes, so it is measured.
         """
         self.use("float32")
         best = best_precision(self.device)
@@ -172,7 +174,7 @@ class TextEncoder:
     def pre(
         self, texts: Sequence[str]
     ) -> tuple[list[list[int]], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        """Token ids of each text (cut to the limit), whole lengths (N,), and whether each was cut (N,)."""
+        """Token ids of each text (truncated to the limit), full lengths (N,), and whether each was truncated (N,)."""
         ids, lengths = self.tokenizer.encode(require_texts(texts))
         counts = np.asarray(lengths, np.int32)
         return ids, counts, counts > self.tokenizer.max_tokens
@@ -180,18 +182,18 @@ class TextEncoder:
     def batches(
         self, ids: Sequence[Sequence[int]], batch_size: int | None = None
     ) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor | None]]:
-        """Row numbers, padded ids (B, T) and mask (B, T), longest texts first, under the token budget.
+        """Row numbers, padded ids (B, T) and mask (B, T), longest texts first, within the token budget.
 
-        batch_size: most texts of a batch; None for the token budget alone. The mask is None for a batch without
-        padding, which most are.
+        batch_size: maximum texts per batch; None for the token budget only. The mask is None for a batch without
+        padding, as most are.
         """
-        most = len(ids) if batch_size is None else batch_size
+        max_rows = len(ids) if batch_size is None else batch_size
         lengths = np.fromiter((len(r) for r in ids), np.int64, len(ids))
         order = np.argsort(-lengths, kind="stable")
         start = 0
         while start < len(order):
             T = int(lengths[order[start]])
-            rows = order[start : start + max(1, min(most, self.batch_tokens // T))]
+            rows = order[start : start + max(1, min(max_rows, self.batch_tokens // T))]
             padding = np.cumsum(T - lengths[rows])
             rows = rows[: int(np.searchsorted(padding, MAX_PADDING, side="right"))]
             padded = np.full((len(rows), T), self.tokenizer.pad_id, np.int64)
@@ -205,22 +207,23 @@ class TextEncoder:
 
     @torch.inference_mode()
     def core(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Padded ids (B, T) and mask (B, T), None when all places are real, to (B, D) float32; the heavy part."""
-        # A prepared encoder holds its precision itself.
-        automatic = self.precision == "bfloat16" and self._forward is self.network
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=automatic):
+        """Padded ids (B, T) and mask (B, T), None without padding, to (B, D) float32: the forward pass."""
+        # A prepared encoder applies its precision itself.
+        autocast = self.precision == "bfloat16" and self._forward is self.network
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             vectors: Tensor = self._forward(ids, mask)
         return vectors
 
     def post(
         self, vectors: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Unit vectors and their norms before. Raises InputError on a value that is no number."""
+        """Unit vectors and their original norms. Raises InputError on NaN, infinity or a zero vector."""
         norms = np.linalg.norm(vectors, axis=1)
         bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
         if bad.size:
             raise InputError(
-                f"the encoder gave no finite vector for text {bad[0]} ({bad.size} such); check the weights"
+                f"the encoder returned a zero or non-finite vector for text {bad[0]} ({bad.size} in all); "
+                "check the weights"
             )
         return vectors / norms[:, None], norms.astype(np.float32)
 
@@ -230,10 +233,10 @@ class TextEncoder:
         batch_size: int | None = None,
         advance: Callable[[int], object] = lambda rows: None,
     ) -> Encoded:
-        """Vectors of texts in their order; batching by length changes nothing but the speed.
+        """Vectors of texts, in order; batching by length affects speed only.
 
-        batch_size: most texts multiplied at once, None for as many as suit the device. advance: called with the number
-        of texts of each batch when it is done.
+        batch_size: maximum texts per batch, None to suit the device. advance: called after each batch with its number
+        of texts.
         """
         ids, lengths, cut = self.pre(texts)
         vectors = np.empty((len(texts), self.network.config.dim), np.float32)

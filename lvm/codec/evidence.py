@@ -1,11 +1,11 @@
-"""What a vector says in words: the content words that a text behind it probably holds.
+"""Predicts the content words of the text behind a vector.
 
-A vector that no text has (a prediction, a blend, a snap) is no text's sum of words, but it still says what the text
-would be about. A small network, trained on vectors of every kind, gives each of some thousand words its
-probability; the words that stand out most from how common they are anyway are the evidence. A writer reads
-them beside the vector.
+A vector that encodes no actual text (a prediction, a blend, a snap) is not a sum of one text's words, but it still
+shows what the text would be about. A small network, trained on vectors of every kind, gives a probability to each of
+several thousand words; the words most above their base rate are the evidence. The writer reads them along with the
+vector.
 
-Letters: B vectors, D vector length, E evidence words a vector, N words in the list.
+Letters: B vectors, D vector length, E evidence words per vector, N words in the list.
 """
 
 import re
@@ -22,7 +22,7 @@ WORD = re.compile(r"\w+")
 
 
 def choose_words(texts: Iterable[str], count: int) -> list[str]:
-    """The `count` content words that most texts hold, each in its commonest spelling, commonest first."""
+    """The `count` content words found in the most texts, each in its commonest spelling, commonest first."""
     texts_with: Counter[str] = Counter()
     spellings: dict[str, Counter[str]] = {}
     for text in texts:
@@ -31,7 +31,7 @@ def choose_words(texts: Iterable[str], count: int) -> list[str]:
         for spelling in WORD.findall(text):
             if (folded := spelling.casefold()) in wanted:
                 spellings.setdefault(folded, Counter())[spelling] += 1
-    # Case folding splits a rare letter in two, and then no word of the text spells it.
+    # Case folding turns a few letters into two; no spelling in the text then matches.
     return [
         spellings.get(word, Counter([word])).most_common(1)[0][0] for word, _ in texts_with.most_common(count)
     ]
@@ -55,15 +55,14 @@ class Evidence(nn.Module):
 
     @torch.no_grad()
     def describe(self, vectors: Tensor, usual: Tensor) -> None:
-        """Take mean and spread of vectors (M, D), and the words' shares of all words (N,), from the training data."""
+        """Set the mean and spread from training vectors (M, D), and the base rates from the words' shares (N,)."""
         self.centre.copy_(vectors.mean(0))
         self.spread.copy_((vectors - self.centre).norm(dim=1).mean())
         self.usual.copy_(usual.clamp_min(1e-9).log())
         self.outward.bias.copy_(self.usual)
 
     def centred(self, vectors: Tensor) -> Tensor:
-        """(B, D + 1) float32: the direction away from the corpus mean, at the scale of a network's input, and
-        how far."""
+        """(B, D + 1) float32: the direction from the corpus mean, scaled for a network's input, and the distance."""
         away = vectors.float() - self.centre
         length = away.norm(dim=1, keepdim=True)
         return torch.cat((F.normalize(away, dim=1) * away.shape[1] ** 0.5, length / self.spread - 1), dim=1)
@@ -75,8 +74,8 @@ class Evidence(nn.Module):
 
     @torch.no_grad()
     def words(self, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` words with most evidence: ids (B, E) int64, and strengths (B, E) in nats over the usual,
-        both in descending order of p log(p / usual), a word's part of the divergence from the usual."""
+        """The `count` words with most evidence: ids (B, E) int64, and strengths (B, E) in nats above the base rate,
+        in descending order of p log(p / base rate), a word's contribution to the KL divergence from the base rates."""
         logs = self(vectors)
         gain = logs - self.usual
         top = (logs.exp() * gain).topk(min(count, logs.shape[1]))
@@ -84,7 +83,7 @@ class Evidence(nn.Module):
 
 
 class WordCounts:
-    """Which of the words each text holds, as flat ids."""
+    """Which of the words each text contains, as flat ids."""
 
     def __init__(self, texts: Sequence[str], words: Sequence[str]) -> None:
         place = {word.casefold(): i for i, word in enumerate(words)}

@@ -1,14 +1,14 @@
-"""The two public GTR codecs: one T5 encoder, two contracts, and the decoders trained on each.
+"""The two public GTR codecs: one T5 encoder, two ways to pool it, and the decoders trained on each.
 
 - `gtr-jxe`: the T5 encoder of sentence-transformers/gtr-t5-base, mean-pooled, no Dense, no normalisation: what
   vec2text's own API embeds with. Decoders jxm/gtr__nq__32 and jxm/gtr__nq__32__correct.
 - `gtr-ielab`: the whole sentence-transformers model: mean pooling, Dense, L2 normalisation. Decoders of ielabgroup.
 
-The same model name, and vectors that have nothing to do with each other: hence two codecs with two identities.
+The two share a model name, but their vectors are unrelated: hence two codecs with two identities.
 
-Files are read in their published layout. With `--codec-path DIR` they lie in DIR under their repository's name
-(DIR/sentence-transformers/gtr-t5-base/config.json and so on); without, they are fetched from the Hugging Face hub
-into its own cache. Weights are read from safetensors alone, never from pickles.
+Files are read in their published layout. With `--codec-path DIR` they are in DIR under their repository's name
+(DIR/sentence-transformers/gtr-t5-base/config.json and so on); without it, they are downloaded from the Hugging Face
+hub into its cache. Weights are read from safetensors only, never from pickles.
 
 Letters: B batch, T tokens, D = 768.
 """
@@ -35,18 +35,18 @@ EMBEDDER = "sentence-transformers/gtr-t5-base"
 
 @dataclass(frozen=True)
 class GtrContract:
-    """Which repositories make a codec, and what follows the pooling."""
+    """Which repositories make up a codec, and whether Dense and normalisation follow the pooling."""
 
     hypothesizer: str
     """Repository of vec2text's InversionModel."""
     corrector: str
     """Repository of vec2text's CorrectorEncoderModel."""
     whole: bool
-    """True for Dense and normalisation after the pooling, as sentence-transformers applies them."""
+    """True to apply Dense and normalisation after the pooling, as sentence-transformers does."""
 
     @property
     def files(self) -> dict[str, tuple[str, ...]]:
-        """Repository to the files needed of it."""
+        """Repository to the files needed from it."""
         tail = ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors")
         weights = ("config.json", "model.safetensors")
         return {
@@ -77,14 +77,14 @@ SCALE_TEXTS = (
     "Critics praised the songs for their simple melodies, although the album did not sell well.",
     "Heat the oil, add the onions, and stir for five minutes until they are soft and golden.",
 )
-"""Texts whose vectors' mean norm is the scale of a decoder that was trained on unnormalised vectors."""
+"""The mean norm of these texts' vectors is the scale of a decoder trained on unnormalised vectors."""
 
 
 def repository_folders(name: str, path: str | Path | None, only: str | None = None) -> dict[str, Path]:
     """Repository to the local folder with its files, from `path` or else the hub.
 
-    only: one repository, where the others are not needed. Raises InputError naming every repository and file to fetch
-    and where to put it, when one is missing and cannot be fetched.
+    only: the one repository needed. Raises InputError naming every missing repository and file, and where to put it,
+    when one cannot be downloaded.
     """
     wanted = {
         repository: files
@@ -107,7 +107,7 @@ def repository_folders(name: str, path: str | Path | None, only: str | None = No
 
 
 def _present(folder: Path, file: str) -> bool:
-    # Large checkpoints come in several files and an index.
+    # Large checkpoints are split into several files with an index.
     return (folder / file).is_file() or (folder / f"{file}.index.json").is_file()
 
 
@@ -117,11 +117,11 @@ def _what_to_fetch(missing: dict[str, list[str]], root: str) -> str:
         for repository, files in missing.items()
         if files
     ]
-    return "fetch " + "; ".join(parts)
+    return "download " + "; ".join(parts)
 
 
 def _pickles(root: Path, missing: dict[str, list[str]]) -> str:
-    """A word on weights that are there in the one form that is not read."""
+    """How to convert weights that exist only as a pickle."""
     found = [
         str(pickle)
         for repository, files in missing.items()
@@ -164,9 +164,9 @@ def _shards(file: str) -> tuple[str, ...]:
 
 
 def load_gtr_tokenizer(name: str, path: str | Path | None = None) -> ChunkTokenizer:
-    """The tokenizer of a GTR codec with the decoders' token limit; reads no weights.
+    """The tokenizer of a GTR codec with the decoders' token limit, without loading weights.
 
-    Raises InputError when it is missing, or when the tokenizer does not end texts as T5 does.
+    Raises InputError when it is missing or does not end texts as T5's does.
     """
     if path is not None:
         folder = Path(path) / EMBEDDER
@@ -194,12 +194,14 @@ def _read_json(path: Path) -> Any:
 
 
 def _require_contract(folder: Path) -> None:
-    """Refuse a sentence-transformers folder that is not mean pooling, Dense and normalisation, in this order."""
+    """Raise InputError unless the folder is mean pooling, Dense and normalisation, in this order."""
     modules = _read_json(folder / "modules.json")
     try:
         kinds = [str(m["type"]).rsplit(".", 1)[-1] for m in modules]
     except (TypeError, KeyError) as err:
-        raise InputError(f"{folder / 'modules.json'} is no list of modules; copy the folder again") from err
+        raise InputError(
+            f"{folder / 'modules.json'} is not a list of modules; copy the folder again"
+        ) from err
     expected = ["Transformer", "Pooling", "Dense", "Normalize"]
     if kinds != expected:
         raise InputError(
@@ -207,14 +209,14 @@ def _require_contract(folder: Path) -> None:
             f"as {EMBEDDER} has"
         )
     pooling = _read_json(folder / "1_Pooling" / "config.json")
-    # Files of sentence-transformers before 5 hold one flag a mode, later ones may name the mode.
+    # Before version 5, sentence-transformers wrote one flag per mode; later versions may name the mode.
     flags = {
         key.removeprefix("pooling_mode_") for key, on in pooling.items() if on is True and "mode_" in key
     }
     modes = flags or {str(pooling.get("pooling_mode"))}
     if modes not in ({"mean_tokens"}, {"mean"}):
         raise InputError(
-            f"{folder / '1_Pooling' / 'config.json'} pools by {', '.join(sorted(modes))}; expected mean_tokens alone"
+            f"{folder / '1_Pooling' / 'config.json'} pools by {', '.join(sorted(modes))}; expected mean_tokens only"
         )
     activation = str(_read_json(folder / "2_Dense" / "config.json").get("activation_function", ""))
     if not activation.endswith("Identity"):
@@ -228,9 +230,9 @@ def load_gtr_encoder(
 ) -> tuple["TextEncoder", CodecIdentity]:
     """Encoder of a GTR codec and its identity.
 
-    precision: as `TextEncoder` has it. Its `encode` gives unit vectors (N, 768) and the norms the network's own had:
-    about 1 for `gtr-ielab`, what the pooling left for `gtr-jxe`. Raises InputError on missing or damaged files and on
-    another contract than the name's.
+    precision: as in `TextEncoder`. Its `encode` returns unit vectors (N, 768) and their norms before normalisation:
+    about 1 for `gtr-ielab`, those of the mean-pooled states for `gtr-jxe`. Raises InputError on missing or damaged
+    files and on modules that do not match the codec's name.
     """
     from lvm.codec.encoder import GtrEncoder, TextEncoder
     from lvm.codec.vec2text import read_stack, read_weights
@@ -242,7 +244,7 @@ def load_gtr_encoder(
     if not tables:
         raise InputError(f"{folder} holds no token table (shared.weight); expected the files of {EMBEDDER}")
     stack = read_stack(tensors, "encoder.", False, folder)
-    # The table may be saved under either name or both; a decoder beside the encoder takes no part.
+    # The table may be saved under either name or both. A decoder in the same file is not part of the hash.
     used = {n: t for n, t in tensors.items() if n.startswith("encoder.") and n not in tables}
     used["table"] = tensors[tables[0]]
     dense = None
@@ -277,11 +279,11 @@ def load_gtr_encoder(
     return TextEncoder(network, tokenizer, device, precision), identity
 
 
-def hash_tensors(tensors: dict[str, Any], before: bytes = b"") -> str:
-    """Hash over `before` and the tensors' names, shapes, dtypes and bytes, 64 hex digits."""
+def hash_tensors(tensors: dict[str, Any], prefix: bytes = b"") -> str:
+    """SHA-256 over `prefix` and the tensors' names, shapes, dtypes and bytes, 64 hex digits."""
     import torch
 
-    digest = hashlib.sha256(before)
+    digest = hashlib.sha256(prefix)
     for key in sorted(tensors):
         digest.update(f"{key} {tuple(tensors[key].shape)} {tensors[key].dtype}".encode())
         digest.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -297,10 +299,9 @@ def load_gtr(
 ) -> "Codec":
     """A GTR codec ready to encode and decode: encoder, hypothesizer, corrector.
 
-    device: a torch device, the CPU by default. precision: as `load_codec` has it. The decoder gets vectors on the
-    encoder's own scale: 1 for `gtr-ielab`; for `gtr-jxe` the mean norm of a few texts, since stored and predicted
-    vectors are of unit norm. Raises InputError as `repository_folders` does, and when the limits of decoder and codec
-    differ.
+    device: a torch device, the CPU by default. precision: as in `load_codec`. Stored and predicted vectors have unit
+    norm, so they are rescaled for the decoder: by 1 for `gtr-ielab`, by the mean norm of a few texts for `gtr-jxe`.
+    Raises InputError as `repository_folders` does, and when the decoder's token limit is not the codec's.
     """
     import torch
 
@@ -332,12 +333,14 @@ def load_gtr(
                 "load a pair that belongs together"
             )
 
-    # The loop looks at each text again in the decoder's precision; `encode` itself only in one that keeps its vectors.
+    # The decode loop re-encodes each text in the decoder's precision; `encode` uses one that keeps its vectors.
     network = cast(GtrEncoder, encoder.network)
-    look = encoder if encoder.precision == how else TextEncoder(network, encoder.tokenizer, where, how)
+    loop_encoder = (
+        encoder if encoder.precision == how else TextEncoder(network, encoder.tokenizer, where, how)
+    )
 
     def embed(texts: Any) -> Any:
-        encoded = look.encode(texts)
+        encoded = loop_encoder.encode(texts)
         return encoded.vectors * encoded.norms[:, None]
 
     inverter = Inverter(
@@ -361,5 +364,5 @@ def load_gtr(
         inverter,
         scale,
         decoder_digest=digest.hexdigest(),
-        find_writer=lambda: "no writer was asked for" if find_writer is None else find_writer(identity),
+        find_writer=lambda: "no writer was requested" if find_writer is None else find_writer(identity),
     )

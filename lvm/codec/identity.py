@@ -1,8 +1,8 @@
-"""What makes two vectors comparable, and the check that refuses the rest.
+"""What makes two vectors comparable, and the check that rejects those that are not.
 
 The same model name in two libraries gave vectors with cosine 0.05 to each other, and every model trained
-on the wrong ones was useless. So a codec's identity is computed from what decides its numbers, and each
-artefact (shard, manifest, index, model record, reply) carries it.
+on the wrong ones was useless. So a codec's identity is computed from everything that determines its vectors,
+and each artefact (shard, manifest, index, model record, reply) carries it.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ from lvm.errors import IdentityError, InputError
 
 @dataclass(frozen=True)
 class CodecIdentity:
-    """All that decides which number a text's vector holds in each place."""
+    """Everything that determines a text's vector."""
 
     name: str
-    """Codec name as given to --codec; for people, it takes no part in the comparison."""
+    """Codec name as given to --codec; for display, not compared."""
     encoder_sha256: str
     """Hash over the encoder's tensors (names, shapes, dtypes, bytes), 64 hex digits."""
     tokenizer_sha256: str
@@ -31,13 +31,13 @@ class CodecIdentity:
     normalized: bool
     """True where the encoder itself ends in an L2 normalisation (its norms are all 1)."""
     max_tokens: int
-    """Tokens a text may have, end of sequence included; the rest is cut and counted."""
+    """Maximum tokens of a text, end of sequence included; the rest is truncated and counted."""
     dim: int
     """Length of a vector."""
 
     @property
     def digest(self) -> str:
-        """16 hex digits over every field but the name: equal digest, comparable vectors."""
+        """16 hex digits over every field but the name; vectors are comparable if their digests are equal."""
         decisive = {k: v for k, v in asdict(self).items() if k != "name"}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -45,12 +45,12 @@ class CodecIdentity:
         return f"{self.name} ({self.digest})"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form, with the digest beside the fields."""
+        """JSON-ready fields, plus the digest."""
         return {**asdict(self), "digest": self.digest}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "CodecIdentity":
-        """The identity a manifest or record holds. Raises InputError where a field is missing."""
+        """The identity stored in a manifest or record. Raises InputError when a field is missing or altered."""
         names = [f.name for f in fields(cls)]
         missing = [n for n in names if n not in record]
         if missing:
@@ -70,7 +70,7 @@ class CodecIdentity:
 def require_same_codec(
     first: CodecIdentity, second: CodecIdentity, first_what: str, second_what: str
 ) -> None:
-    """Return if both carry one identity, else raise IdentityError naming both and what differs."""
+    """Return if both identities are equal, else raise IdentityError naming both and what differs."""
     if first.digest == second.digest:
         return
     differs = [
@@ -80,6 +80,6 @@ def require_same_codec(
     ]
     raise IdentityError(
         f"{first_what} holds vectors of codec {first}, {second_what} of codec {second}; "
-        f"they differ in {', '.join(differs)} and cannot be joined. "
+        f"they differ in {', '.join(differs)} and cannot be combined. "
         f"Encode both with one codec."
     )

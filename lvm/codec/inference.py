@@ -1,14 +1,15 @@
-"""Encoders prepared for a backfill: the networks' vectors, with matrix products in int8 on a CPU.
+"""Encoders for backfills on a CPU: the same networks with int8 matrix products.
 
-Weights are symmetric per output channel, inputs per row (a token), sums exact in int32: so a text's vector does not
-depend on its batch. oneDNN multiplies at the full rate of VNNI or AMX instructions, on two cores without AMX about
-1.0 TOP/s against 0.5 for FBGEMM's products (`lvm.codec.runner`, better for the few rows of a decoder) and 0.25
-TFLOP/s in float32 (tests/bench/results/LOG.md). What is left is passes over memory, so there are few of them:
+Weights are quantised symmetrically per output channel, inputs per row (a token), and sums are exact in int32: so a
+text's vector does not depend on its batch. oneDNN multiplies at the full rate of VNNI or AMX instructions, on two
+cores without AMX about 1.0 TOP/s against 0.5 for FBGEMM's products (`lvm.codec.runner`, better for the few rows of a
+decoder) and 0.25 TFLOP/s in float32 (tests/bench/results/LOG.md). The remaining cost is passes over memory, which are
+kept few:
 
-- T5's layer norm scales a row and weighs its columns. The row's scale leaves its int8 digits as they are and is
-  applied after the product; the columns' weights go into the matrix.
-- After a relu no number is negative, and all 255 steps are used.
-- What `mini` computes of a token before tokens mix (embedding, first projections) is a table, made once.
+- T5's layer norm scales rows and columns. A row's scale does not change its int8 values and is applied after the
+  product; the column weights are folded into the matrix.
+- After a relu no value is negative, so all 255 levels are used.
+- Everything `mini` computes per token before tokens mix (embedding, first projections) is precomputed as a table.
 
 Letters: B rows, T positions, M = B*T, D model width, L width of `mini`'s networks, H heads, K width of a head.
 """
@@ -25,10 +26,10 @@ from lvm.codec.t5 import Block, RMSNorm, T5Stack
 
 
 class Product:
-    """Digits (M, D) uint8 times one fixed weight (out, D), to (M, out) float32 that still lacks each row's scale."""
+    """Quantised rows (M, D) uint8 times one fixed weight (out, D), to (M, out) float32 before each row's scale."""
 
     def __init__(self, weight: Tensor, positive_input: bool = False, relu: bool = False) -> None:
-        """positive_input: the digits are `positive_digits`, else `digits`. relu: applied to the result."""
+        """positive_input: rows come from `positive_digits`, else from `digits`. relu: applied to the result."""
         weight = weight.detach().float()
         self.scales = weight.abs().amax(1).clamp_min(1e-30) / 127
         rounded = torch.round(weight / self.scales[:, None]).to(torch.int8)
@@ -57,37 +58,37 @@ class Product:
 
 
 def digits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x (M, D) as uint8 around 128, 127 steps to each row's largest entry; and that entry, (M, 1)."""
+    """x (M, D) quantised by row to uint8 (zero point 128, 127 steps to the row's maximum |x|), and that, (M, 1)."""
     largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_min_(1e-30)
     return _quantised(x / largest, 1 / 127, 128), largest
 
 
 def positive_digits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x (M, D), none negative and overwritten, as uint8 of 255 steps; and each row's largest, (M, 1)."""
+    """x (M, D), not negative, quantised by row to uint8 in 255 steps, and each row's maximum, (M, 1). Overwrites x."""
     largest = x.amax(-1, keepdim=True).clamp_min_(1e-30)
     return _quantised(x.div_(largest), 1 / 255, 0), largest
 
 
 def _quantised(x: Tensor, step: float, zero: int) -> Tensor:
     with warnings.catch_warnings():
-        # Quantized tensor types are to go from some release after 2.13, which pyproject.toml pins.
+        # torch will drop quantized tensor types some time after 2.13, the release pyproject.toml pins.
         warnings.simplefilter("ignore")
         quantised = torch.quantize_per_tensor(x, step, zero, torch.quint8)
-    # Its bytes under another type, not copied: `int_repr` takes several times as long as the rounding.
+    # A uint8 view without a copy: `int_repr` takes several times as long as the rounding.
     return torch.empty(0, dtype=torch.uint8).set_(
         quantised.untyped_storage(), 0, quantised.shape, quantised.stride()
     )
 
 
 def _norm_scale(norm: RMSNorm, x: Tensor) -> Tensor:
-    """What T5's layer norm multiplies each row of x (M, D) with before its columns' weights, (M, 1)."""
+    """T5's layer norm's factor for each row of x (M, D), without the column weights, (M, 1)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.rsqrt(length.square_().div_(x.shape[-1]).add_(norm.epsilon))
 
 
 class _Layer:
     def __init__(self, block: Block) -> None:
-        own, feed = block.attends_itself, block.feeds_forward
+        own, feed = block.self_attention, block.feed_forward
         attention, inside = own.SelfAttention, feed.DenseReluDense
         self.own_norm, self.feed_norm = own.layer_norm, feed.layer_norm
         heads = torch.cat([attention.q.weight, attention.k.weight, attention.v.weight])
@@ -102,19 +103,19 @@ class _Layer:
         return self.heads(bytes_).mul_(largest.mul_(_norm_scale(self.own_norm, x)))
 
     def add_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """x (M, D) and what its tokens gathered, (M, H*K), put through the output projection."""
+        """x (M, D) plus the output projection of the attention's result (M, H*K)."""
         bytes_, largest = digits(mixed)
         return torch.addcmul(x, self.out(bytes_), largest)
 
     def add_feed_forward(self, x: Tensor) -> Tensor:
-        """x (M, D) and its feed-forward; relu(s*y) is s*relu(y) for a scale above 0, so all scales come last."""
+        """x (M, D) plus its feed-forward; relu(s*y) = s*relu(y) for s > 0, so all scales are applied last."""
         bytes_, largest = digits(x)
         inner, second = positive_digits(self.inner(bytes_))
         return x.addcmul_(self.outer(inner), largest.mul_(_norm_scale(self.feed_norm, x)).mul_(second))
 
 
 class Int8Encoder:
-    """A T5 encoder stack to run on a CPU, never to train. Its own copy of the weights."""
+    """A T5 encoder stack for CPU inference, with its own copy of the weights."""
 
     def __init__(self, stack: T5Stack) -> None:
         self.config = stack.config
@@ -126,8 +127,8 @@ class Int8Encoder:
     def encode(self, x: Tensor, mask: Tensor | None = None, first: Tensor | None = None) -> Tensor:
         """States (B, T, D) float32 of x (B, T, D) float32.
 
-        mask: (B, T) bool, True on real places; None when all are. first: queries, keys and values (B, T, 3*H*K) of
-        the first layer where the caller has them.
+        mask: (B, T) bool, True on real tokens; None without padding. first: queries, keys and values (B, T, 3*H*K) of
+        the first layer, if the caller has them.
         """
         B, T, D = x.shape
         if T not in self._biases:
@@ -147,24 +148,24 @@ class Int8Encoder:
 
 
 class Int8MiniEncoder:
-    """`mini`'s encoder to run on a CPU: `MiniEncoder`'s vectors."""
+    """`MiniEncoder` for CPU inference."""
 
     def __init__(self, network: MiniEncoder) -> None:
         self.config = c = network.config
         self.topic_norm, self.centre, self.outward = network.topic_norm, network.centre, network.outward
         table = network.tokens.weight.detach().float()
         inward = network.inward(table) * c.lexical_dim**0.5
-        block = network.contextual.blocks[0].attends_itself
+        block = network.contextual.blocks[0].self_attention
         attention = block.SelfAttention
         normed = block.layer_norm(inward)
-        # What a token is before tokens mix, in float32: the residual stream's start and the first projections.
+        # Per token, before tokens mix, in float32: the residual stream's start and the first projections.
         self.starts = inward.detach()
         self.heads = torch.cat([p(normed) for p in (attention.q, attention.k, attention.v)], -1).detach()
-        # A row of zeros for padding, so that sums over places need no mask.
+        # A zero row for padding, so that sums over positions need no mask.
         self.topics = F.pad(network.topics.weight.detach().float(), (0, 0, 0, 1))
         a, b = F.pad(table, (0, 0, 0, 1)).chunk(2, dim=-1)
         self.tokens = torch.complex(a.contiguous(), b.contiguous())
-        # Turning coordinate pairs is a complex product; the place-free part goes into the same factor.
+        # Rotating coordinate pairs is a complex product; the position-free part is added to the same factor.
         rotation = network.rotation
         self.places = c.word_weight + c.order_weight * torch.complex(rotation.cos, rotation.sin)
         self.stack = Int8Encoder(network.contextual)

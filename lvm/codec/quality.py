@@ -1,4 +1,4 @@
-"""How well a codec reads back, and how near its vectors put what belongs together."""
+"""Measures of a codec: how well it reads texts back, and how well its vectors place neighbouring chunks together."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,29 +9,29 @@ from numpy.typing import NDArray
 from lvm.errors import InputError
 
 MISMATCHED_COSINE = 0.3
-"""Mean round-trip cosine under which encoder and decoder do not belong together. Decoding vectors of the wrong encoder
-gave 0.05 to 0.11, of the right one 0.63 and more (the original system's measurements)."""
+"""Mean round-trip cosine below which encoder and decoder do not match. Vectors of the wrong encoder gave 0.05 to 0.11,
+of the right one 0.63 or more (the original system's measurements)."""
 
 
-def spread(count: int, most: int) -> NDArray[np.int64]:
-    """At most `most` of the places 0 to count - 1, evenly over all of them, each once and in order."""
-    return np.unique(np.linspace(0, count - 1, most).astype(np.int64)) if count else np.empty(0, np.int64)
+def spread(count: int, limit: int) -> NDArray[np.int64]:
+    """At most `limit` of the indices 0 to count - 1, evenly spaced, ascending, without repeats."""
+    return np.unique(np.linspace(0, count - 1, limit).astype(np.int64)) if count else np.empty(0, np.int64)
 
 
 def token_f1(source: str, written: str) -> float:
-    """F1 of the words (split at white space) of two texts, counted with multiplicity, 0 to 1."""
+    """F1 of two texts' words (split at white space, counted with multiplicity), 0 to 1."""
     wanted, got = Counter(source.split()), Counter(written.split())
     total = wanted.total() + got.total()
     return 2 * (wanted & got).total() / total if total else 1.0
 
 
 def read_back(sources: Sequence[str], written: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU (sacrebleu's default, 0 to 100), mean token F1 and share of exact texts (0 to 1)."""
+    """Corpus BLEU (sacrebleu's default, 0 to 100), mean token F1 and share of exact matches (0 to 1)."""
     import sacrebleu
 
     if len(sources) != len(written) or not sources:
         raise InputError(
-            f"expected as many written texts as sources, at least 1, got {len(written)} for {len(sources)}"
+            f"expected one decoded text for each source, at least 1, got {len(written)} for {len(sources)}"
         )
     pairs = list(zip(sources, written, strict=True))
     return {
@@ -42,12 +42,12 @@ def read_back(sources: Sequence[str], written: Sequence[str]) -> dict[str, float
 
 
 def rotated(vectors: NDArray[np.float32], cosine: float, seed: int = 0) -> NDArray[np.float32]:
-    """Unit vectors at exactly this cosine from each unit row of (N, D), in random directions; float32.
+    """Unit vectors at exactly this cosine to each unit row of (N, D), in random directions; float32.
 
-    What a predictor's error is not (that one has structure), but the same for every codec.
+    A predictor's error is not random, but this noise is the same for every codec.
     """
     if not 0 < cosine <= 1:
-        raise InputError(f"cosine must lie above 0 and be at most 1, got {cosine}")
+        raise InputError(f"cosine must be above 0 and at most 1, got {cosine}")
     away = np.random.default_rng(seed).standard_normal(vectors.shape, dtype=np.float32)
     away -= (away * vectors).sum(1, keepdims=True) * vectors
     away /= np.linalg.norm(away, axis=1, keepdims=True)
@@ -57,16 +57,16 @@ def rotated(vectors: NDArray[np.float32], cosine: float, seed: int = 0) -> NDArr
 def next_chunk_retrieval(
     vectors: NDArray[np.float32], doc_ids: NDArray[np.int32], seed: int = 0
 ) -> dict[str, float]:
-    """R@1 and R@10 of the next chunk of the same article among all N, the chunk itself left out.
+    """R@1 and R@10 of the next chunk of the same article among all N, the chunk itself excluded; and the mean cosine
+    of neighbours and of strangers (a sample of pairs from different articles).
 
-    vectors: (N, D) unit rows in article order; doc_ids: (N,). Also the mean cosine of neighbours, and of
-    strangers (chunks of different articles, a sample). Ties count against the next chunk.
-    Raises InputError when no chunk has a next one.
+    vectors: (N, D) unit rows in article order; doc_ids: (N,). Ties count against the next chunk.
+    Raises InputError when no chunk is followed by one of its article.
     """
     has_next = np.flatnonzero(doc_ids[:-1] == doc_ids[1:])
     if not has_next.size:
         raise InputError(
-            f"no chunk of {len(doc_ids)} is followed by one of its article; expected whole articles"
+            f"none of {len(doc_ids)} chunks is followed by one of its article; expected whole articles"
         )
     ranks = np.empty(len(has_next), np.int64)
     nearness = np.empty(len(has_next), np.float32)
@@ -94,8 +94,8 @@ def next_chunk_retrieval(
 def rank_correlation(
     vectors: NDArray[np.float32], others: NDArray[np.float32], doc_ids: NDArray[np.int32], seed: int = 0
 ) -> float:
-    """Spearman's correlation of the cosines that two codecs give the same pairs: half within seven chunks,
-    half strangers; at most 40,000 pairs.
+    """Spearman correlation between two codecs' cosines of the same pairs: half at most seven chunks apart, half
+    strangers; at most 40,000 pairs.
 
     vectors, others: (N, D) and (N, E) unit rows in article order; doc_ids: (N,). NaN where no article has two chunks.
     """

@@ -1,11 +1,11 @@
-"""T5 stacks prepared for inference: fused weights in a chosen precision, caches in fixed buffers.
+"""T5 stacks for inference: fused weights in a chosen precision, caches in fixed buffers.
 
 Precisions, all with float32 sums and a float32 residual stream:
 
-- "float32": as trained; the form in which ours and vec2text's token ids are equal.
+- "float32": as trained; our token ids equal vec2text's only in this precision.
 - "bfloat16": weights and the inputs of matrix products.
-- "int8": weights symmetric per output channel, inputs symmetric per row, exact int32 sums. A scale per row
-  and not per batch, so that a batch gives what its singles give, bit for bit in the products.
+- "int8": weights symmetric per output channel, inputs symmetric per row, exact int32 sums. The scale is per row,
+  not per batch, so that a row's product does not depend on its batch.
 
 Letters: B rows, T positions, S memory positions, P places of a cache, D model width, H heads, K width of a
 head, N = B*H, V vocabulary.
@@ -24,25 +24,24 @@ from lvm.codec.t5 import RMSNorm, T5Stack
 from lvm.errors import InputError
 
 Precision = Literal["float32", "bfloat16", "int8"]
-"""How weights and the inputs of matrix products are held."""
+"""Precision of weights and of the inputs of matrix products."""
 
 INT8_ROWS = 256
-"""Rows of one int8 product. With 1,024, FBGEMM reached 300 GOP/s on two cores in place of 500 to 600."""
+"""Rows per int8 product. With 1,024, FBGEMM reached 300 GOP/s on two cores instead of 500 to 600."""
 
 ARGMAX_BLOCK = 128
-"""Numbers of a block in `first_largest`; T5's and mini's vocabularies are multiples of it."""
+"""Block size in `first_largest`; T5's and mini's vocabulary sizes are multiples of it."""
 
 LONG_MEMORY = 48
-"""Memory positions from which bfloat16 keys and values beat float32 ones in the one-row products: reading them
-is the cost there, while below it is the call (measured; tests/bench/results/LOG.md)."""
-
+"""Memory positions from which bfloat16 keys and values are faster than float32 in one-row products: reading memory
+dominates there, call overhead below (measured; tests/bench/results/LOG.md)."""
 
 FEW_KEYS = 8
-"""Keys below which a query row's attention is sums of products: of so few, batched products take twice as long."""
+"""Below this many keys, attention is computed as sums of products: batched products would take twice as long."""
 
 
 def best_precision(device: torch.device) -> Precision:
-    """The fastest precision that keeps the quality gate: what the processor has instructions for."""
+    """The fastest precision that the device has instructions for."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     if device.type == "cpu":
@@ -54,7 +53,7 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def require_precision(name: str) -> Precision:
-    """The name itself. Raises InputError when it is none of the three."""
+    """`name` as a Precision. Raises InputError on an unknown one."""
     known: tuple[Precision, ...] = get_args(Precision)
     for precision in known:
         if name == precision:
@@ -84,26 +83,26 @@ class Matrix:
         """argmax over the outputs, (B, D) to (B,) int64."""
         if self.precision != "int8":
             return first_largest(self(x))
-        # The row's own scale is positive and changes no argmax.
+        # A row's scale is positive, so it does not change the argmax.
         return torch.cat([first_largest(self.unscaled(part)[0]) for part in x.split(INT8_ROWS)])
 
     def unscaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A product (M, out) and the scale (M, 1) it still lacks, for M rows of x (M, D); 1 where it is not in int8."""
+        """The product (M, out) of x (M, D) before scaling, and each row's scale (M, 1): 1 unless in int8."""
         if self.precision != "int8":
             return self(x), x.new_ones(len(x), 1)
-        # In two passes, since vector_norm(inf) and aminmax over the last axis take ten times as long on a CPU.
+        # Two passes: vector_norm(inf) and aminmax over the last axis take ten times as long on a CPU.
         largest = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
-        # Each row now spans -1 to 1, so one scale and zero point serve all of them.
+        # Each row now spans -1 to 1, so all rows share one scale and zero point.
         return self._int8(x / largest, 1 / 127, 128), largest
 
     def of_shares(self, x: Tensor) -> Tensor:
-        """The product for rows (M, D) of numbers from 0 to 1 with a 1 among them: in int8 with 255 steps, no scale."""
+        """The product for rows (M, D) in 0..1 with maximum 1: in int8, 255 steps and no row scale."""
         if self.precision != "int8":
             return self(x)
         return self._int8(x, 1 / 255, 0)
 
     def _int8(self, x: Tensor, step: float, zero: int) -> Tensor:
-        """The product for x in digits of `step` around `zero`."""
+        """The product for x quantised with this step and zero point."""
         out: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x, step, zero, self.packed
         )
@@ -115,10 +114,10 @@ class Matrix:
 
 
 def first_largest(values: Tensor) -> Tensor:
-    """argmax over the last axis, (B, V) to (B,) int64, the first of equals.
+    """argmax over the last axis, (B, V) to (B,) int64; the first on ties.
 
-    By blocks where V has them: the largest of each, then the place in the best block. On a CPU argmax itself is not
-    vectorised, and took nine times as long for 64 rows of 32,128.
+    On a CPU, where V is a multiple of ARGMAX_BLOCK: each block's maximum, then the index in the best block. torch's
+    argmax is not vectorised there, and took nine times as long for 64 rows of 32,128.
     """
     B, V = values.shape
     if V % ARGMAX_BLOCK or values.device.type != "cpu":
@@ -130,21 +129,21 @@ def first_largest(values: Tensor) -> Tensor:
 
 
 def _pack(weight: Tensor) -> Any:
-    """A weight (out, D) in int8 as FBGEMM wants it, symmetric for each output."""
-    # 127 and not 128: symmetric, so that no sum needs a correction for the weight's zero point.
+    """A weight (out, D) packed in int8 for FBGEMM, symmetric per output."""
+    # 127, not 128: a symmetric range needs no correction for the weight's zero point.
     scale = weight.abs().amax(1).clamp_min(1e-30) / 127
     rounded = torch.round(weight / scale[:, None]).to(torch.int8)
     zero = torch.zeros(len(scale), dtype=torch.int64)
     with warnings.catch_warnings():
-        # Quantized tensor types are to go from some release after 2.13, which pyproject.toml pins.
+        # torch will drop quantized tensor types some time after 2.13, the release pyproject.toml pins.
         warnings.simplefilter("ignore")
         quantized = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zero, 0)
         return torch.ops.quantized.linear_prepack(quantized, None)
 
 
 def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function over (…, D), INT8_ROWS rows at a time."""
-    if x.dim() == 2 and len(x) <= INT8_ROWS:  # a decoder's step, whose cost is in the number of calls
+    """Apply function to x (…, D), INT8_ROWS rows at a time."""
+    if x.dim() == 2 and len(x) <= INT8_ROWS:  # a decoder step, where call overhead dominates
         return function(x)
     rows = x.reshape(-1, x.shape[-1])
     parts = [function(part) for part in rows.split(INT8_ROWS)]
@@ -153,17 +152,17 @@ def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class _Layer:
-    """One block's weights, those that share an input fused into one product."""
+    """One block's weights; those with the same input are fused into one product."""
 
     def __init__(self, stack: T5Stack, number: int, precision: Precision) -> None:
         block = stack.blocks[number]
-        own, feed = block.attends_itself, block.feeds_forward
+        own, feed = block.self_attention, block.feed_forward
         attention = own.SelfAttention
         self.own_norm = own.layer_norm
         self.qkv = Matrix(torch.cat([attention.q.weight, attention.k.weight, attention.v.weight]), precision)
         self.own_out = Matrix(attention.o.weight, precision)
         if stack.config.is_decoder:
-            cross = block.attends_memory
+            cross = block.cross_attention
             self.cross_norm = cross.layer_norm
             self.cross_q = Matrix(cross.EncDecAttention.q.weight, precision)
             self.cross_kv = Matrix(
@@ -181,7 +180,7 @@ class _Layer:
         return self.outer(self.inner(_norm(self.feed_norm, x)).relu_())
 
     def _feed_forward_int8(self, x: Tensor) -> Tensor:
-        # relu(s * y) is s * relu(y) for a scale above 0, so both products' scales are applied once, at the end.
+        # relu(s * y) = s * relu(y) for s > 0, so both products' scales are applied once, at the end.
         inner, first = self.inner.unscaled(_norm(self.feed_norm, x))
         out, second = self.outer.unscaled(inner.relu_())
         return out.mul_(first.mul_(second))
@@ -192,23 +191,23 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of B rows being written: their own so far, and those of the memory."""
+    """Keys and values of B rows being decoded: their own so far, and those of the memory."""
 
     def __init__(
         self, own: Tensor, memory: list[tuple[Tensor, Tensor]], memory_bias: Tensor | None, num_rows: int
     ) -> None:
         self.own = own
-        """(layers, 2, B, H, P, K) float32: keys and values at the places written."""
+        """(layers, 2, B, H, P, K) float32: keys and values of the positions decoded so far."""
         self.memory = memory
         """Per layer keys and values (B, H, S, K), bfloat16 where the memory is long."""
         self.memory_bias = memory_bias
-        """(B, 1, S) float32, -inf where the memory is padding; None when all is real."""
+        """(B, 1, S) float32, -inf where the memory is padding; None without padding."""
         self.num_rows = num_rows
         self.place = 0
-        """Places written so far."""
+        """Positions decoded so far."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, (B',) int64, in this order; a row may come twice (beams)."""
+        """Keep only these rows, (B',) int64, in this order; a row may be repeated (beams)."""
         t = self.place
         kept = self.own.new_empty((*self.own.shape[:2], len(rows), *self.own.shape[3:]))
         kept[:, :, :, :, :t] = self.own[:, :, rows, :, :t]
@@ -219,18 +218,18 @@ class Cache:
         self.num_rows = len(rows)
 
     def keep_own(self, rows: Tensor) -> None:
-        """As `keep`, for rows that only change places within one memory (the beams of a vector)."""
+        """As `keep`, for rows that share one memory (a vector's beams)."""
         t = self.place
         self.own[:, :, :, :, :t] = self.own[:, :, rows, :, :t]
 
 
 class StackRunner:
-    """A T5 stack to run, never to train. Its own copy of the weights; the stack is left as it is."""
+    """A T5 stack for inference, with its own copy of the weights."""
 
     def __init__(self, stack: T5Stack, precision: Precision) -> None:
         self.config = stack.config
         self.precision = precision
-        # An encoder's many rows at once are twice as fast in oneDNN's int8 products, a decoder's few in FBGEMM's.
+        # int8 products: oneDNN is twice as fast for an encoder's many rows, FBGEMM for a decoder's few.
         wide = precision == "int8" and not stack.config.is_decoder
         self._wide = Int8Encoder(stack) if wide else None
         self.layers = [] if wide else [_Layer(stack, i, precision) for i in range(stack.config.num_layers)]
@@ -245,7 +244,7 @@ class StackRunner:
         return self._biases[T]
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """An encoder's states: x (B, T, D) float32 and mask (B, T) bool, True on real places, to (B, T, D)."""
+        """An encoder's states: x (B, T, D) float32 and mask (B, T) bool, True on real tokens, to (B, T, D)."""
         if self._wide is not None:
             return self._wide.encode(x, mask)
         c = self.config
@@ -264,7 +263,7 @@ class StackRunner:
         return _norm(self.final_norm, x)
 
     def begin(self, memory: Tensor, mask: Tensor | None, max_places: int) -> Cache:
-        """A decoder's cache over a memory (B, S, D) float32, of which `mask` (B, S) bool is real."""
+        """A decoder's cache over a memory (B, S, D) float32; mask (B, S) bool is True on real positions."""
         c = self.config
         B, S, _ = memory.shape
         dtype = torch.bfloat16 if self.precision != "float32" and S >= LONG_MEMORY else torch.float32
@@ -280,7 +279,7 @@ class StackRunner:
         return Cache(own, pairs, bias, B)
 
     def step(self, cache: Cache, x: Tensor) -> Tensor:
-        """A decoder's state at the next place, (B, D) float32, from its input there."""
+        """A decoder's state at the next position, (B, D) float32, from its input there."""
         c = self.config
         B, t = x.shape[0], cache.place
         bias = self._bias(cache.own.shape[4])[:, :, t, : t + 1]  # (1, H, t + 1)
@@ -298,9 +297,9 @@ class StackRunner:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """One query row: q (B, H, K) over k and v (B, H, S, K), to (B, H*K) float32; bias is (1 or B, 1 or H, S).
+    """Attention of one query row: q (B, H, K) over k and v (B, H, S, K), to (B, H*K) float32; bias (1 or B, 1 or H, S).
 
-    Two batched products: with a single row, fused attention kernels were 1.5 to 8 times slower.
+    Two batched products: fused attention kernels were 1.5 to 8 times slower for a single row.
     """
     if k.shape[2] < FEW_KEYS and k.dtype == torch.float32:
         few = (q[:, :, None] * k).sum(-1)  # (B, H, S)

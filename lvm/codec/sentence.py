@@ -1,8 +1,8 @@
-"""Encoders of the sentence-transformers family, from a folder in that library's layout.
+"""sentence-transformers encoders, loaded from a folder in that library's layout.
 
-Reads `modules.json`, `config.json`, `tokenizer.json`, `model.safetensors` and the folders that `modules.json` names; a
-transformer, mean or [CLS] pooling, Dense layers and normalisation, which is what nearly all published models are.
-Loaded by transformers and safetensors, never from a pickle.
+Reads `modules.json`, `config.json`, `tokenizer.json`, `model.safetensors` and the folders that `modules.json` names.
+Supports a transformer, mean or [CLS] pooling, Dense layers and normalisation, which covers nearly all published
+models. Loaded with transformers and safetensors, never from a pickle.
 
 Letters: B texts, T tokens, D vector length.
 """
@@ -27,19 +27,19 @@ ACTIVATIONS = {
     "torch.nn.modules.activation.Tanh": torch.tanh,
     "torch.nn.modules.linear.Identity": lambda x: x,
 }
-"""What a Dense layer may end in, by the name that sentence-transformers writes."""
+"""Supported activations of a Dense layer, by the name that sentence-transformers writes."""
 
 
 @dataclass(frozen=True)
 class SentenceSizes:
-    """What callers ask of an encoder's configuration."""
+    """The part of an encoder's configuration that callers need."""
 
     dim: int
     """Length of a vector, D."""
 
 
 class SentenceNetwork(nn.Module):
-    """Token ids to vectors: a transformer, its pooling, and what follows."""
+    """Token ids to vectors: a transformer, pooling, and the layers after it."""
 
     def __init__(
         self, transformer: nn.Module, pooling: str, dense: list[tuple[nn.Linear, str]], normalised: bool
@@ -54,7 +54,7 @@ class SentenceNetwork(nn.Module):
         self.config = SentenceSizes(dense[-1][0].out_features if dense else width)
 
     def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """ids (B, T) int64 and mask (B, T) bool, None when all places are real, to (B, D) float32."""
+        """ids (B, T) int64 and mask (B, T) bool, None without padding, to (B, D) float32."""
         real = torch.ones_like(ids) if mask is None else mask.long()
         states: Tensor = self.transformer(input_ids=ids, attention_mask=real).last_hidden_state.float()
         if self.pooling == "cls":
@@ -67,9 +67,9 @@ class SentenceNetwork(nn.Module):
 
 
 def load_sentence_network(folder: Path) -> SentenceNetwork:
-    """The network of a model's folder, float32, on the CPU.
+    """The network in a model's folder, float32, on the CPU.
 
-    Raises InputError where a file is missing or a module is of a kind that is not read here.
+    Raises InputError when a file is missing or a module is of an unsupported kind.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -86,7 +86,7 @@ def load_sentence_network(folder: Path) -> SentenceNetwork:
         kinds = [(str(m["type"]).rsplit(".", 1)[-1], folder / m["path"]) for m in modules]
     except (ValueError, KeyError, TypeError) as err:
         raise InputError(
-            f"{folder / 'modules.json'} is no list of modules ({err}); copy the folder again"
+            f"{folder / 'modules.json'} is not a list of modules ({err}); copy the folder again"
         ) from err
     pooling, dense, normalised = "mean", [], False
     for kind, path in kinds:
@@ -110,7 +110,7 @@ def load_sentence_network(folder: Path) -> SentenceNetwork:
             normalised = True
         elif kind != "Transformer":
             raise InputError(
-                f"{folder} holds a module {kind}; expected Transformer, Pooling, Dense and Normalize alone"
+                f"{folder} has a module {kind}; expected only Transformer, Pooling, Dense and Normalize"
             )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -118,17 +118,17 @@ def load_sentence_network(folder: Path) -> SentenceNetwork:
             folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError) as err:
-        raise InputError(f"{folder} is no model that transformers can load: {err}") from err
+        raise InputError(f"transformers cannot load a model from {folder}: {err}") from err
     return SentenceNetwork(transformer.eval(), pooling, dense, normalised)
 
 
 CHUNK_TOKENS = 40
-"""Most tokens of a chunk, special ones included, where the model takes as many: what a writer writes at once."""
+"""Maximum tokens of a chunk, special ones included, unless the model takes fewer: what a writer can write at once."""
 
 
 def load_sentence_tokenizer(folder: Path, max_tokens: int | None = CHUNK_TOKENS) -> ChunkTokenizer:
-    """Its tokenizer with the smaller of `max_tokens` and the model's own limit: `max_seq_length`, or the positions the
-    transformer has."""
+    """The model's tokenizer, limited to the smaller of `max_tokens` and the model's own limit: `max_seq_length`, or
+    the transformer's number of positions."""
     settings = folder / "sentence_bert_config.json"
     own = _read(settings).get("max_seq_length") if settings.is_file() else None
     own = int(own or _read(folder / "config.json").get("max_position_embeddings") or 512)
@@ -138,7 +138,7 @@ def load_sentence_tokenizer(folder: Path, max_tokens: int | None = CHUNK_TOKENS)
 def load_sentence_encoder(
     folder: Path, device: torch.device, precision: Precision | Literal["auto"] = "auto"
 ) -> tuple[TextEncoder, CodecIdentity]:
-    """The encoder of a model's folder and its identity. Raises InputError as `load_sentence_network` does."""
+    """The encoder in a model's folder and its identity. Raises InputError as `load_sentence_network` does."""
     network = load_sentence_network(folder)
     tokenizer = load_sentence_tokenizer(folder)
     identity = CodecIdentity(
@@ -151,7 +151,7 @@ def load_sentence_encoder(
         max_tokens=tokenizer.max_tokens,
         dim=network.config.dim,
     )
-    # The int8 products are made for our own networks.
+    # int8 is implemented for our own networks only.
     how: Precision = "bfloat16" if precision == "bfloat16" else "float32"
     encoder = TextEncoder(network, tokenizer, device, how)
     if precision == "auto" and (device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16")):

@@ -1,7 +1,7 @@
 """T5 blocks in plain torch, with the parameter names of transformers' T5Stack.
 
 Why our own: the decode loop keeps its caches in fixed buffers and computes one position at a time, which
-the general-purpose classes do not offer. Equality with transformers is a test.
+the general-purpose classes do not offer. A test checks equality with transformers.
 
 Letters: B batch, T positions, S memory positions, D model width, H heads, K width of a head.
 Source: Raffel et al. 2020 (arXiv:1910.10683) and the T5 v1.0/1.1 checkpoints.
@@ -37,7 +37,7 @@ class T5Config:
     num_buckets: int = 32
     """Buckets of relative distance (T5's relative_attention_num_buckets)."""
     max_distance: int = 128
-    """Distance from which all share the last bucket (T5's relative_attention_max_distance)."""
+    """Distances from here on share the last bucket (T5's relative_attention_max_distance)."""
     epsilon: float = 1e-6
     """Added to the mean square in the layer norm (T5's layer_norm_epsilon)."""
 
@@ -151,7 +151,7 @@ class _FeedForwardLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the memory (decoders), feed-forward; each before a residual sum."""
+    """Self-attention, cross-attention (decoders only) and feed-forward, each with a residual connection."""
 
     def __init__(self, config: T5Config, has_bias: bool) -> None:
         super().__init__()
@@ -162,27 +162,27 @@ class Block(nn.Module):
         self.layer = nn.ModuleList(layers)
 
     @property
-    def attends_itself(self) -> _SelfAttentionLayer:
+    def self_attention(self) -> _SelfAttentionLayer:
         """The self-attention layer."""
         return cast(_SelfAttentionLayer, self.layer[0])
 
     @property
-    def attends_memory(self) -> _CrossAttentionLayer:
-        """The layer that attends to the memory; decoders alone have one."""
+    def cross_attention(self) -> _CrossAttentionLayer:
+        """The cross-attention layer; decoders only."""
         return cast(_CrossAttentionLayer, self.layer[1])
 
     @property
-    def feeds_forward(self) -> _FeedForwardLayer:
+    def feed_forward(self) -> _FeedForwardLayer:
         """The feed-forward layer."""
         return cast(_FeedForwardLayer, self.layer[-1])
 
     def forward(self, x: Tensor, bias: Tensor, memory: Tensor | None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        first, last = self.attends_itself, self.feeds_forward
+        first, last = self.self_attention, self.feed_forward
         normed = first.layer_norm(x)
         x = x + first.SelfAttention(normed, normed, bias)
         if memory is not None:
-            cross = self.attends_memory
+            cross = self.cross_attention
             x = x + cross.EncDecAttention(cross.layer_norm(x), memory, None)
         out: Tensor = x + last.DenseReluDense(last.layer_norm(x))
         return out
@@ -206,7 +206,7 @@ class T5Stack(nn.Module):
         """Bias of the self-attention scores, (1, H, T, T); a decoder's is -inf above the diagonal."""
         c = self.config
         buckets = relative_buckets(T, T, not c.is_decoder, c.num_buckets, c.max_distance)
-        table = self.blocks[0].attends_itself.SelfAttention.relative_attention_bias
+        table = self.blocks[0].self_attention.SelfAttention.relative_attention_bias
         bias: Tensor = table(buckets.to(table.weight.device)).permute(2, 0, 1)[None]
         if c.is_decoder:
             ahead = torch.ones(T, T, dtype=torch.bool, device=bias.device).triu(1)
@@ -216,8 +216,8 @@ class T5Stack(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D).
 
-        mask: (B, T) bool, True on real positions; None when all are real.
-        memory: (B, S, D) for a decoder, all of it real.
+        mask: (B, T) bool, True on real positions; None without padding.
+        memory: (B, S, D) for a decoder, without padding.
         """
         bias = self.position_bias(x.shape[1])
         if mask is not None:

@@ -1,4 +1,4 @@
-"""The codec's tokenizer as the chunker and the encoder see it, and how `mini`'s own is made.
+"""The codec's tokenizer, used by the chunker and the encoder, and the training of `mini`'s own.
 
 No torch here: cutting half a million chunks must not load a model.
 """
@@ -19,48 +19,47 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 """T5's special tokens, in T5's order: ids 0, 1, 2."""
 
 SPECIAL = ((END, PAD), ("[SEP]", "[PAD]"))
-"""End and padding tokens of the tokenizers read here: T5's and most others', BERT's."""
-
+"""End and padding tokens of supported tokenizers: T5's (and most others'), BERT's."""
 
 _NOT_NESTED = "give one list of texts, or encode each list by itself"
 _BYTES = 'decode it first: value.decode("utf-8")'
-_CURE = {
+_FIX = {
     bytes: _BYTES,
     bytearray: _BYTES,
     list: _NOT_NESTED,
     tuple: _NOT_NESTED,
-    type(None): "leave out what has no text",
+    type(None): "leave out missing texts",
 }
-"""What to do with a value that is no text, by its type."""
+"""Advice for a value that is not a text, by its type."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def require_texts(texts: object) -> list[str]:
-    """A str as a list of one, a sequence of str as a list. Raises InputError on all else, with its place."""
+    """A str as a list of one, a sequence of str as a list. Raises InputError on anything else, with its index."""
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, Sequence) or isinstance(texts, bytes | bytearray):
-        cure = _CURE.get(type(texts), "make a list of str of it")
-        raise InputError(f"expected a str or a list of str, got {type(texts).__name__}; {cure}")
+        fix = _FIX.get(type(texts), "convert it to a list of str")
+        raise InputError(f"expected a str or a list of str, got {type(texts).__name__}; {fix}")
     for place, text in enumerate(texts):
         if not isinstance(text, str):
-            cure = _CURE.get(type(text), "give texts alone")
-            raise InputError(f"text {place} of {len(texts)} is {type(text).__name__}, expected str; {cure}")
+            fix = _FIX.get(type(text), "give only texts")
+            raise InputError(f"text {place} of {len(texts)} is {type(text).__name__}, expected str; {fix}")
         if not text.isascii() and _SURROGATE.search(text):
             raise InputError(
-                f"text {place} of {len(texts)} holds half a surrogate pair, which is no character; decode its bytes "
+                f"text {place} of {len(texts)} holds half a surrogate pair, which is not a character; decode its bytes "
                 'again, with errors="replace"'
             )
     return list(texts)
 
 
 class ChunkTokenizer:
-    """Text to token ids under one codec's limit; the end-of-sequence token always counts."""
+    """Text to token ids within one codec's limit; the end-of-sequence token always counts."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, sha256: str) -> None:
         self.max_tokens = max_tokens
-        """Tokens a text may have, end of sequence included."""
+        """Maximum tokens of a text, end of sequence included."""
         self.sha256 = sha256
         """Hash of tokenizer.json, 64 hex digits; part of the codec's identity."""
         self._tokenizer = tokenizer
@@ -78,19 +77,19 @@ class ChunkTokenizer:
         spelt = [re.escape(c) for c in controls]
         if (
             tokenizer.token_to_id("<0x41>") is not None
-        ):  # a byte where no piece fits, which decodes to that byte
+        ):  # byte fallback: "<0x41>" in a text would decode to "A"
             controls.append("<0x41>")
             spelt.append("<0x[0-9A-F]{2}>")
         self._control = re.compile("|".join(spelt))
         self._control_starts = {c[0] for c in controls}
         self._inside = Tokenizer.from_str(_without_prefix(tokenizer.to_str()))
-        """For what follows a cut inside a control token: no new word."""
+        """Tokenizes what follows a cut inside a control token, which does not start a new word."""
         self.num_special = len(tokenizer.encode("").ids)
-        """Tokens that every text has besides its own: 1 with T5's end, 2 with BERT's beginning and end."""
+        """Special tokens added to every text: 1 for T5 (end), 2 for BERT (start and end)."""
 
     @classmethod
     def load(cls, path: Path, max_tokens: int) -> "ChunkTokenizer":
-        """The tokenizer of a tokenizer.json. Raises InputError when the file is absent or no tokenizer."""
+        """The tokenizer in a tokenizer.json. Raises InputError when the file is missing or invalid."""
         try:
             raw = path.read_bytes()
             tokenizer = Tokenizer.from_buffer(raw)
@@ -106,10 +105,10 @@ class ChunkTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def log_frequencies(self) -> list[float]:
-        """Log probability of each id in running text, in nats: a unigram tokenizer's own scores.
+        """Log-probability of each id in running text, nats: the scores of a unigram tokenizer.
 
-        The end token comes once a text, here once in 22 tokens; padding and unknown pieces as good as never. Equal for
-        all ids where the tokenizer is of another kind.
+        The end token occurs once per text, here once in 22 tokens; padding and unknown pieces almost never. Other kinds
+        of tokenizer give the same value for all ids.
         """
         model = json.loads(self._tokenizer.to_str())["model"]
         size = self.vocabulary_size
@@ -125,11 +124,11 @@ class ChunkTokenizer:
         return scores
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, end of sequence included, before any cut."""
+        """Tokens of each text before truncation, end of sequence included."""
         return [len(ids) for ids in self._ids(texts)]
 
     def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
-        """Token ids of each text, cut to `max_tokens` with the end token kept, and lengths before the cut."""
+        """Token ids of each text, truncated to `max_tokens` with the end token kept, and lengths before truncation."""
         rows: list[list[int]] = []
         lengths: list[int] = []
         for ids in self._ids(texts):
@@ -144,7 +143,7 @@ class ChunkTokenizer:
         return [span for _, span in self._spelt(text)]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, end of sequence included. Control tokens in a text are plain characters."""
+        """Token ids of each text, end of sequence included. Control tokens in a text are read as plain characters."""
         rows = [e.ids for e in self._tokenizer.encode_batch_fast(list(texts))]
         for i, text in enumerate(texts):
             if self._has_control(text):
@@ -156,8 +155,8 @@ class ChunkTokenizer:
         return any(c in text for c in self._control_starts) and self._control.search(text) is not None
 
     def _spelt(self, text: str) -> list[tuple[int, tuple[int, int]]]:
-        """Tokens and spans of a text in which control tokens are written out: each is cut after its first character,
-        so that neither the tokenizer nor its model finds it."""
+        """Tokens and spans of a text that spells out control tokens: each is cut after its first character, so that
+        the tokenizer does not recognise it."""
         cuts = [m.start() + 1 for m in self._control.finditer(text)]
         out: list[tuple[int, tuple[int, int]]] = []
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
@@ -168,12 +167,12 @@ class ChunkTokenizer:
         return out
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Texts of token ids; special tokens are left out."""
+        """Texts of token ids, without special tokens."""
         return list(self._tokenizer.decode_batch([list(r) for r in rows], skip_special_tokens=True))
 
 
 def _without_prefix(tokenizer_json: str) -> str:
-    """The tokenizer with no space put before a text."""
+    """The tokenizer's JSON, changed so that no space is put before a text."""
 
     def never(part: Any) -> None:
         if isinstance(part, dict):
@@ -190,8 +189,8 @@ def _without_prefix(tokenizer_json: str) -> str:
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: Path) -> None:
     """Fit a unigram tokenizer with byte fallback and write it to `path` as tokenizer.json.
 
-    Unigram (Kudo 2018, arXiv:1804.10959) as T5 has it; byte fallback so that no text is unreadable.
-    Not NFKC, as T5 has it: only NFC and runs of white space to one space, so that decoded text equals its source.
+    Unigram (Kudo 2018, arXiv:1804.10959), as in T5; byte fallback, so that every text can be encoded. Unlike T5's
+    NFKC, it normalises only to NFC and white space to single spaces, so that decoded text equals its source.
     """
     tokenizer = Tokenizer(models.Unigram(byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
@@ -208,8 +207,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: Path) -> N
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer knows no byte pieces, so they are appended with the lowest score of all: a byte is
-    # taken only where no piece fits.
+    # The trainer adds no byte pieces, so they are appended with the lowest score: used only where no piece fits.
     state = json.loads(tokenizer.to_str())
     vocab = state["model"]["vocab"]
     floor = min(score for _, score in vocab) - 10.0

@@ -3,19 +3,19 @@
     python -m lvm.codec.training --chunks CHUNKS_DIR --tokenizer tokenizer.json --output RUN_DIR --minutes 60
 
 Reads chunk shards (Parquet with `doc_id`, `position`, `text`, rows in article order). Writes into RUN_DIR:
-`checkpoint.pt` (continues by itself when run again), `curve.jsonl` (one line a minute: throughput, losses,
-held-out score), and at the end `encoder.safetensors`, `hypothesizer.safetensors`, `config.json`.
+`checkpoint.pt` (a second run resumes from it), `curve.jsonl` (one line per minute: throughput, losses, held-out
+score), and at the end `encoder.safetensors`, `hypothesizer.safetensors`, `config.json`.
 
-Two losses, added: cross-entropy of the text given its noised vector (reconstruction), and InfoNCE between the
-topic parts of neighbouring chunks of an article, the other chunks of the batch being the negatives
-(arXiv:1807.03748), so that vectors carry words and topic. Noise makes the hypothesizer forgiving: it must
-write sense from a vector off the manifold, which is what a predictor makes. `disturbed` says how.
+The loss is the sum of two: cross-entropy of the text given its noised vector (reconstruction), and InfoNCE between
+the topic parts of neighbouring chunks of an article, with the other chunks of the batch as negatives
+(arXiv:1807.03748), so that vectors hold words and topic. Noise makes the hypothesizer robust: predicted vectors lie
+off the manifold of texts' vectors, and it must still write sense from them (see `noised` and `blended`).
 
     python -m lvm.codec.training ... --init CODEC_DIR                     start from a codec's weights
-    python -m lvm.codec.training ... --init CODEC_DIR --freeze-encoder    the hypothesizer alone
+    python -m lvm.codec.training ... --init CODEC_DIR --freeze-encoder    train only the hypothesizer
 
-With the encoder frozen the codec keeps its identity: vectors, indexes and models made before stay valid, and
-only what is written from them changes. A step then costs little more than the decoder's own share.
+With a frozen encoder the codec keeps its identity: existing vectors, indexes and models stay valid, and only the
+decoded texts change. A step then costs little more than the decoder's share.
 """
 
 import argparse
@@ -52,49 +52,49 @@ class TrainingSettings:
     """How a codec is fitted; saved with the weights."""
 
     minutes: float = 60.0
-    """Time of training, all resumed parts together; the learning rate falls to zero at its end."""
+    """Total training time, resumed runs included; the learning rate decays to zero at its end."""
     steps: int | None = None
-    """Steps of training, all parts together, where they end before `minutes` do; None for time alone."""
+    """Total training steps, if reached before `minutes`; None for no limit."""
     batch_pairs: int = 160
-    """Neighbour pairs a step; all take part in the contrast."""
+    """Neighbour pairs per step, all used in InfoNCE."""
     batch_decoded: int = 96
-    """Chunks a step that are decoded too, each the first of a pair."""
+    """Chunks decoded per step, each the first of a pair."""
     learning_rate: float = 1e-3
-    """Peak of AdamW's step size."""
+    """Peak learning rate of AdamW."""
     warmup_steps: int = 150
-    """Steps of linear rise."""
+    """Steps of linear warm-up."""
     decay_share: float = 0.35
-    """Last share of the time in which the learning rate falls linearly to zero."""
+    """Final share of the time, in which the learning rate decays linearly to zero."""
     contrast_weight: float = 0.5
-    """Weight of InfoNCE beside the cross-entropy in nats a token."""
+    """Weight of InfoNCE relative to the cross-entropy in nats per token."""
     temperature: float = 0.06
     """Temperature of InfoNCE on cosines."""
     topic_steps: int = 1500
-    """Steps of the first phase, topic embeddings alone; under a minute on two cores, not counted in `minutes`."""
+    """Steps of the first phase, on topic embeddings only; under a minute on two cores, not counted in `minutes`."""
     topic_batch_pairs: int = 1024
-    """Neighbour pairs a step of the first phase."""
+    """Neighbour pairs per step of the first phase."""
     topic_rate_share: float = 0.2
-    """Step size of the topic embeddings in the main phase, as a share of `learning_rate`."""
+    """Learning rate of the topic embeddings in the main phase, as a share of `learning_rate`."""
     reach: int = 2
-    """A neighbour lies at most this many chunks further on in the same article."""
+    """Maximum distance, in chunks, of a neighbour in the same article."""
     noised_share: float = 0.6
     """Share of rows whose vector is noised before decoding."""
     lowest_cosine: float = 0.75
-    """Noised rows have a cosine to their true vector drawn from here to 1."""
+    """The cosine of a noised vector to the true one is drawn from here to 1."""
     blended_share: float = 0.3
-    """Share of rows blended with vectors of similar topic before the rest, as snapping and predicting do."""
+    """Share of rows first blended with vectors of similar topic, as in snapped and predicted vectors."""
     least_own: float = 0.1
-    """A blended row keeps from this share of its own vector up to all of it."""
+    """Minimum weight of a blended row's own vector; it is drawn from here to 1."""
     faded_share: float = 0.15
     """Share of rows whose lexical part is also scaled down, by a factor from 0.15 to 1."""
     freeze_encoder: bool = False
-    """Fit the hypothesizer alone and leave every vector as it is; all chunks of a batch are then decoded."""
+    """Train only the hypothesizer, so that no vector changes; all chunks of a batch are then decoded."""
     run_length: int = 4
-    """Chunks of one article that stand together in a batch of a frozen encoder, for blending."""
+    """Nearby chunks of one article per group in a batch, for blending; with a frozen encoder only."""
     bfloat16: bool = True
-    """Matrix products in bfloat16; without AMX or a GPU, float32 may be the faster of the two."""
+    """Matrix products in bfloat16; without AMX or a GPU, float32 may be faster."""
     held_out_share: float = 0.01
-    """Share of articles kept from training for the curve (at least 20 articles)."""
+    """Share of articles held out for the curve (at least 20 articles)."""
     seed: int = 7
     """Seed of initial weights, batches and noise."""
 
@@ -178,10 +178,10 @@ class ChunkTokens:
 def topic_start(
     data: ChunkTokens, rows: npt.NDArray[np.int64], config: MiniConfig, seed: int
 ) -> npt.NDArray[np.float32]:
-    """Topic embeddings to start from, (V, P): latent semantic analysis of groups of four chunks.
+    """Initial topic embeddings, (V, P): latent semantic analysis of groups of four chunks.
 
-    TF-IDF over the vocabulary, truncated SVD (Deerwester et al. 1990), each token weighted with its inverse
-    document frequency, so that the plain sum over a text is already a usable topic vector.
+    TF-IDF over the vocabulary and truncated SVD (Deerwester et al. 1990), each token weighted by its inverse document
+    frequency, so that the sum over a text is already a usable topic vector.
     """
     from scipy.sparse import csr_matrix
     from sklearn.decomposition import TruncatedSVD
@@ -202,7 +202,7 @@ def topic_start(
     svd = TruncatedSVD(config.topic_dim, n_iter=3, random_state=seed)
     weighted = counts.multiply(idf).tocsr()
     svd.fit(weighted)
-    # Square root of the singular values tempers the first, most common directions.
+    # The square root of the singular values damps the first, most common directions.
     table = (svd.components_.T / np.sqrt(svd.singular_values_ / svd.singular_values_[0])[None]) * idf[:, None]
     return np.asarray(table / np.linalg.norm(table, axis=1).mean(), np.float32)
 
@@ -210,14 +210,14 @@ def topic_start(
 def start_weights(
     config: MiniConfig, data: ChunkTokens, rows: npt.NDArray[np.int64], seed: int
 ) -> tuple[MiniEncoder, MiniHypothesizer]:
-    """Networks at their starting point: topic table from the data, amplitudes by surprisal."""
+    """Initialised networks: topic table from the data, token amplitudes by surprisal."""
     torch.manual_seed(seed)
     encoder = MiniEncoder(config)
     hypothesizer = MiniHypothesizer(config, encoder.topic_norm)
     frequency = np.bincount(data.ids.astype(np.int64), minlength=config.vocabulary_size) + 1.0
     surprisal = -np.log(frequency / frequency.sum())
-    # A token the decoder would guess anyway needs less room in the vector. Scaled so that a token of running
-    # text has energy 1 on average, as the topic part's norm assumes.
+    # Predictable tokens need less energy in the vector. Scaled so that a token of running text has energy 1 on
+    # average, as the topic part's norm assumes.
     amplitude = np.clip(surprisal / 8.0, 0.3, 1.5)
     amplitude /= math.sqrt((frequency * amplitude**2).sum() / frequency.sum())
     with torch.no_grad():
@@ -232,7 +232,7 @@ def start_weights(
 def neighbours_of(
     picked: npt.NDArray[np.int64], doc_ids: npt.NDArray[np.int32], reach: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """A row up to `reach` further on in the same article, for rows that have a next one."""
+    """For each picked row that has a next one, a row up to `reach` later in the same article."""
     further = np.minimum(picked + rng.integers(1, reach + 1, len(picked)), len(doc_ids) - 1)
     return np.where(doc_ids[further] == doc_ids[picked], further, picked + 1)
 
@@ -240,10 +240,10 @@ def neighbours_of(
 def fit_topics(
     encoder: MiniEncoder, data: ChunkTokens, anchors: npt.NDArray[np.int64], settings: TrainingSettings
 ) -> float:
-    """First phase: InfoNCE on the bag of topic embeddings alone, in place; returns the last loss in nats.
+    """First phase: InfoNCE on the bag of topic embeddings only, in place; returns the last loss in nats.
 
-    A bag needs no matrix product, so this sees thousands of chunks a step and soon passes what latent
-    semantic analysis gives (next chunk among 10,000, R@10: 0.074 before, 0.136 after 30 s on two cores).
+    A bag needs no matrix product, so a step covers thousands of chunks and soon beats latent semantic analysis (next
+    chunk among 10,000, R@10: 0.074 before, 0.136 after 30 s on two cores).
     """
     table = encoder.topics.weight
     optimiser = torch.optim.Adam([table], lr=3e-3)
@@ -274,9 +274,9 @@ def runs_of(
     reach: int,
     rng: np.random.Generator,
 ) -> npt.NDArray[np.int64]:
-    """Each picked row and the next `length` - 1 of its article, each up to `reach` after the one before.
+    """Each picked row and `length` - 1 later rows of its article, each up to `reach` after the previous one.
 
-    Where the article ends early, rows before the picked one take the place of what is missing, or itself.
+    If the article ends too early, rows before the picked one, or the row itself, are used instead.
     """
     rows = [picked]
     for _ in range(length - 1):
@@ -288,11 +288,11 @@ def runs_of(
 
 
 def blended(vectors: Tensor, pool: Tensor, settings: TrainingSettings, topic_dim: int) -> Tensor:
-    """Some of the vectors (B, D) mixed with what resembles them in the pool (N, D), whose first B rows they are.
+    """Vectors (B, D), some of them mixed with similar rows of the pool (N, D), whose first B rows they are.
 
-    A predicted or snapped vector is a mean of many texts: its topic parts agree and add up, its words cancel but
-    for the common ones. The mean here weighs the pool by a softmax over topic cosines (the row itself left out),
-    sharp or flat by chance, so that it runs from one neighbour to the batch's mean. float32, unit norm.
+    A predicted or snapped vector is a mean of many texts: their topic parts add up, while their words cancel except
+    common ones. Here the mean weights the pool by a softmax over topic cosines (without the row itself) of random
+    sharpness, so that it ranges from a single neighbour to the batch's mean. float32, unit norm.
     """
     B, device = vectors.shape[0], vectors.device
     with torch.no_grad():
@@ -307,7 +307,7 @@ def blended(vectors: Tensor, pool: Tensor, settings: TrainingSettings, topic_dim
 
 
 def noised(vectors: Tensor, settings: TrainingSettings, topic_dim: int) -> Tensor:
-    """Vectors as a predictor might give them: (B, D) unit norm, some faded, some off by isotropic noise."""
+    """Vectors as a predictor might return them, (B, D), unit norm: some with a weaker lexical part, some noised."""
     B = vectors.shape[0]
     fade = torch.rand(B, 1, device=vectors.device)
     factor = torch.where(
@@ -329,7 +329,7 @@ def losses(
     mask: Tensor,
     settings: TrainingSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Reconstruction in nats a token, and InfoNCE in nats a chunk (0 with a frozen encoder); float32 scalars.
+    """Reconstruction in nats per token, and InfoNCE in nats per chunk (0 with a frozen encoder); float32 scalars.
 
     ids, mask: (2B, T); row i + B is the neighbour of row i, and the first `batch_decoded` rows are decoded. With a
     frozen encoder (B, T), all of them decoded.
@@ -356,7 +356,7 @@ def losses(
 def recentre(encoder: MiniEncoder, data: ChunkTokens, rows: npt.NDArray[np.int64], pad_id: int) -> None:
     """Set the encoder's `centre` to the mean topic of 2,048 of these chunks, in place.
 
-    A running mean would lag behind weights that still move, and leave strangers looking alike.
+    A running mean would lag behind the changing weights and make unrelated texts look similar.
     """
     device = encoder.tokens.weight.device
     total = torch.zeros_like(encoder.centre)
@@ -376,7 +376,7 @@ def held_out_score(
     tokenizer: ChunkTokenizer,
     num_decoded: int = 256,
 ) -> dict[str, float]:
-    """Read-back of held-out chunks at step 0, and cosines of neighbours against strangers."""
+    """Read-back of held-out chunks without corrector steps, and cosines of neighbours and of strangers."""
     rows = rows[np.linspace(0, len(rows) - 2, num_decoded, dtype=np.int64)]
     device = encoder.tokens.weight.device
     nexts = np.minimum(rows + 1, len(data) - 1)
@@ -399,7 +399,7 @@ def held_out_score(
 def optimiser_for(
     encoder: MiniEncoder, hypothesizer: MiniHypothesizer, settings: TrainingSettings
 ) -> torch.optim.AdamW:
-    """AdamW that decays matrices alone; tables, norms and biases keep their size."""
+    """AdamW with weight decay on matrices only, not on embedding tables, norms and biases."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for module in (encoder, hypothesizer):
@@ -422,7 +422,7 @@ def optimiser_for(
 
 
 def learning_rate_at(step: int, spent_s: float, settings: TrainingSettings) -> float:
-    """Linear rise by steps, a plateau, then linear fall to zero at `minutes` or `steps`, whichever is nearer."""
+    """Linear warm-up, a plateau, then linear decay to zero at `minutes` or `steps`, whichever comes first."""
     rise = min(1.0, (step + 1) / settings.warmup_steps)
     gone = spent_s / (settings.minutes * 60)
     if settings.steps is not None:
@@ -451,7 +451,7 @@ def save_weights(
 def load_weights(
     directory: Path, config: MiniConfig, tokenizer: ChunkTokenizer
 ) -> tuple[MiniEncoder, MiniHypothesizer]:
-    """Networks with the weights of a codec's folder. Raises InputError where they do not fit."""
+    """Networks with the weights in a codec's folder. Raises InputError when they do not fit."""
     try:
         record = json.loads((directory / "config.json").read_text())
         if record["config"] != config.to_dict():
@@ -469,7 +469,7 @@ def load_weights(
         hypothesizer.load_state_dict(load_file(directory / "hypothesizer.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         raise InputError(
-            f"{directory} holds no codec to start from ({err}); expected config.json, encoder.safetensors and "
+            f"cannot load a codec from {directory} ({err}); expected config.json, encoder.safetensors and "
             "hypothesizer.safetensors"
         ) from err
     return encoder, hypothesizer
@@ -483,11 +483,11 @@ def require_same_run(
     settings: TrainingSettings,
     limit: int | None = None,
 ) -> None:
-    """Return when a run in `output` may go on with these, and note them there for the next call.
+    """Check that a run in `output` may resume with these inputs and settings, and store them for the next call.
 
     Raises OutputError naming what differs: chunks (by the content of their shards), tokenizer, configuration, whether
-    the encoder is frozen, or what holds articles out, of which some would have been trained on. A run of an older
-    version did not note them; that is printed, and its configuration alone is checked, by `fit`.
+    the encoder is frozen, or the held-out articles, some of which would have been trained on. For a run of an older
+    version, which did not store them, a warning is printed, and `fit` checks only its configuration.
     """
     digest = hashlib.sha256()
     for file in sorted(chunks.glob("*.parquet")):
@@ -506,7 +506,7 @@ def require_same_run(
     if (output / "checkpoint.pt").exists():
         if not note.exists():
             print(
-                f"{output} does not say which chunks and tokenizer it was trained on; going on unchecked",
+                f"{output} does not record its chunks and tokenizer; resuming without a check",
                 flush=True,
             )
             return
@@ -514,7 +514,7 @@ def require_same_run(
         if differ := [name for name in wanted if found.get(name) != wanted[name]]:
             named = "; ".join(f"{name} {found.get(name)}, got {wanted[name]}" for name in differ)
             raise OutputError(
-                f"{output} holds a run with {named}; give it what it began with, or choose another --output"
+                f"{output} holds a run with {named}; use its original inputs, or choose another --output"
             )
         return
     output.mkdir(parents=True, exist_ok=True)
@@ -537,13 +537,12 @@ def fit(
     on_score: Callable[[dict[str, Any]], object] | None = None,
     init: Path | None = None,
 ) -> dict[str, Any]:
-    """Train until `settings.minutes` are spent, going on from `output/checkpoint.pt` if it is there.
+    """Train for `settings.minutes`, resuming from `output/checkpoint.pt` if it exists.
 
-    init: folder of a codec of the same configuration whose weights a new run starts from, in place of the
-    topic phase. on_score is called with each line of the curve. Returns the last held-out score with steps, chunks and
-    seconds. Raises OutputError when the run there is not of these chunks, tokenizer and settings (`require_same_run`),
-    InputError when `init` does not fit or a frozen encoder has none, and TrainingError when a loss
-    is no number.
+    init: folder of a codec of the same configuration to start a new run from, instead of the topic phase. on_score is
+    called with each line of the curve. Returns the last held-out score with steps, chunks and seconds. Raises
+    OutputError when the existing run has other chunks, tokenizer or settings (`require_same_run`), InputError when
+    `init` does not fit or is missing for a frozen encoder, and TrainingError when a loss is not finite.
     """
     if settings.freeze_encoder and init is None:
         raise InputError("a frozen encoder needs weights to start from; give --init with a codec's folder")
@@ -574,13 +573,15 @@ def fit(
     encoder.to(device).requires_grad_(not settings.freeze_encoder)
     hypothesizer.to(device)
     if state is None and init is None:
-        print(f"topics fitted, InfoNCE {fit_topics(encoder, data, anchors, settings):.3f} nats", flush=True)
+        print(
+            f"topic phase done, InfoNCE {fit_topics(encoder, data, anchors, settings):.3f} nats", flush=True
+        )
     optimiser = optimiser_for(encoder, hypothesizer, settings)
     step, spent_s, chunks_seen = 0, 0.0, 0
     if state is not None:
         optimiser.load_state_dict(state["optimiser"])
         step, spent_s, chunks_seen = state["step"], state["spent_s"], state["chunks_seen"]
-        print(f"going on from step {step}, {spent_s / 60:.1f} minutes spent", flush=True)
+        print(f"resuming at step {step}, after {spent_s / 60:.1f} minutes", flush=True)
 
     encoder.train(not settings.freeze_encoder)
     if compiled:
@@ -620,7 +621,7 @@ def fit(
                 if not settings.freeze_encoder:
                     recentre(encoder, data, train_rows, tokenizer.pad_id)
                 score = held_out_score(encoder, hypothesizer, data, held_rows, tokenizer)
-            encoder.train(not settings.freeze_encoder)  # frozen: centred as in use, not by the batch
+            encoder.train(not settings.freeze_encoder)  # a frozen encoder is centred as in inference
             hypothesizer.train()
             mean = np.mean(recent, axis=0) if recent else (math.nan, math.nan)
             line = {
@@ -646,7 +647,7 @@ def fit(
         # --- stop
         if done:
             break
-        # --- step; its seconds are the training time, so that scoring and saving do not count
+        # --- step; only steps count as training time, not scoring and saving
         begun = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = group["rate"] * learning_rate_at(step, spent_s, settings)
@@ -665,8 +666,8 @@ def fit(
         loss = reconstruction + settings.contrast_weight * contrast
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the codec's loss is {loss.item()} at step {step}; expected a number. Lower --learning-rate and run "
-                f"again; it goes on from {checkpoint}"
+                f"the codec's loss is {loss.item()} at step {step}; expected a finite number. Lower "
+                f"--learning-rate and run again; it resumes from {checkpoint}"
             )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -700,21 +701,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fit the mini codec on chunk shards.", allow_abbrev=False)
     parser.add_argument("--chunks", type=Path, required=True, help="folder of chunk shards (Parquet)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
-    parser.add_argument("--output", type=Path, required=True, help="run folder; a run there is continued")
-    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="time of training in all")
-    parser.add_argument("--steps", type=int, help="steps in all, where they end before the minutes do")
+    parser.add_argument("--output", type=Path, required=True, help="run folder; an existing run is resumed")
+    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="total training time")
+    parser.add_argument("--steps", type=int, help="total steps, if reached before the minutes")
     parser.add_argument("--batch-pairs", type=int, default=defaults.batch_pairs)
     parser.add_argument("--batch-decoded", type=int, default=defaults.batch_decoded)
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--init", type=Path, help="folder of a codec whose weights a new run starts from")
-    parser.add_argument("--freeze-encoder", action="store_true", help="fit the hypothesizer alone")
+    parser.add_argument("--init", type=Path, help="folder of a codec to start a new run from")
+    parser.add_argument("--freeze-encoder", action="store_true", help="train only the hypothesizer")
     parser.add_argument("--blended-share", type=float, default=defaults.blended_share)
     parser.add_argument("--noised-share", type=float, default=defaults.noised_share)
     parser.add_argument("--float32", action="store_true", help="matrix products in float32, not bfloat16")
     parser.add_argument("--contrast-weight", type=float, default=defaults.contrast_weight)
     parser.add_argument("--topic-share", type=float, default=MiniConfig().topic_share)
     parser.add_argument("--decoder-layers", type=int, default=MiniConfig().decoder_layers)
-    parser.add_argument("--limit", type=int, help="use the first chunks only, this many")
+    parser.add_argument("--limit", type=int, help="use only the first N chunks")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--device", default=str(device_for_mini()))
     parser.add_argument("--threads", type=int, help="torch threads")

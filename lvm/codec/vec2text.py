@@ -1,10 +1,10 @@
-"""vec2text's hypothesizer and corrector, read from its own checkpoint folders and run by our decode loop.
+"""vec2text's hypothesizer and corrector, loaded from its checkpoint folders and run by our decode loop.
 
 A folder holds `config.json` and `model.safetensors` (or its sharded form), as `InversionModel` and
 `CorrectorEncoderModel` of vec2text 0.0.13 save them (Morris et al. 2023, arXiv:2310.06816). Sizes come from
-the weights' shapes, since the T5 configuration is not in the folder. vec2text's trainers are never built.
+the weights' shapes, since the T5 configuration is not in the folder. vec2text's trainers are not used.
 
-- The hypothesizer projects a vector to n encoder tokens; T5 writes from them.
+- The hypothesizer projects a vector to n encoder tokens, from which T5 writes.
 - The corrector's encoder reads: sep, n tokens of the vector, sep, n of the hypothesis' vector, sep, n of their
   difference, sep, then the hypothesis' tokens with the decoder's start token before them, all through one
   layer norm.
@@ -28,11 +28,11 @@ from lvm.errors import InputError
 START_ID = PAD_ID = 0
 """T5 starts its decoder with the padding token."""
 END_ID = 1
-"""T5's end of sequence; vec2text's separator too."""
+"""T5's end of sequence, also vec2text's separator."""
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors. Raises InputError when there is none or it is damaged."""
+    """All tensors of a folder's safetensors. Raises InputError when there are none or a file is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -57,7 +57,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises InputError when it is missing or no JSON object."""
+    """A checkpoint's config.json. Raises InputError when it is missing or not a JSON object."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -71,7 +71,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_stack(tensors: Mapping[str, Tensor], prefix: str, is_decoder: bool, where: Path) -> T5Stack:
-    """The T5 v1.0 stack under `prefix`, its sizes from the shapes. Raises InputError when it is none."""
+    """The T5 v1.0 stack under `prefix`, sizes from the shapes. Raises InputError when there is none."""
     own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     own.pop("embed_tokens.weight", None)  # the shared table under another name
     if any(".wi_0." in name for name in own):
@@ -108,10 +108,10 @@ def _need(tensors: Mapping[str, Tensor], name: str, where: Path) -> Tensor:
 
 
 class _Projection:
-    """Linear, GELU, Linear: (B, D) to (B, n, L). Kept in float32: it is small, and read once a row."""
+    """Linear, GELU, Linear: (B, D) to (B, n, L). In float32: it is small and runs once per row."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str, width: int, where: Path) -> None:
-        # Checkpoints from before the dropout layer call the second Linear 2, later ones 3.
+        # The second Linear is number 2 in checkpoints from before the dropout layer, 3 in later ones.
         last = "2" if f"{prefix}.2.weight" in tensors else "3"
         self.first = _need(tensors, f"{prefix}.0.weight", where), _need(tensors, f"{prefix}.0.bias", where)
         self.last = (
@@ -134,7 +134,7 @@ class _Projection:
 
 
 class _Seq2Seq:
-    """A T5 encoder-decoder to run: what hypothesizer and corrector share."""
+    """A T5 encoder-decoder for inference, common to hypothesizer and corrector."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], where: Path, precision: Precision, device: torch.device
@@ -159,7 +159,7 @@ class _Seq2Seq:
                 read_stack(tensors, f"{prefix}{stack}.", stack == "decoder", where).to(device), precision
             )
             setattr(self, stack, runner)
-        # T5 v1.0 multiplies the last state by L^-1/2 before the tied head; that changes no argmax, but scores.
+        # T5 v1.0 multiplies the last state by L^-1/2 before the tied head; it matters to scores, not to the argmax.
         self.head = Matrix(self.table * self.width**-0.5, precision)
         self.device = device
 
@@ -168,10 +168,10 @@ class _Seq2Seq:
 
 
 class _Checkpoint:
-    """What both of vec2text's models hold: a configuration and a T5."""
+    """What vec2text's two models have in common: a configuration and a T5."""
 
     def __init__(self, folder: str | Path, precision: Precision, device: torch.device | None = None) -> None:
-        """Reads `folder`; raises InputError when it is no such checkpoint."""
+        """Load `folder`. Raises InputError when it is not such a checkpoint."""
         folder = Path(folder)
         device = device or torch.device("cpu")
         self.config = read_config(folder)
@@ -180,7 +180,7 @@ class _Checkpoint:
         self._read(tensors, folder, device)
 
     def _read(self, tensors: Mapping[str, Tensor], folder: Path, device: torch.device) -> None:
-        """Take the model's own parts."""
+        """Load the parts specific to the model."""
         raise NotImplementedError
 
 
@@ -197,7 +197,7 @@ class Hypothesizer(_Checkpoint):
         return self.transform.dim
 
     def memory(self, vectors: Tensor) -> tuple[Tensor, None]:
-        """What the decoder attends to, (B, n, L); all of it is real."""
+        """The decoder's memory, (B, n, L), without padding."""
         return self.t5.encoder.encode(self.transform(vectors)), None
 
 
@@ -225,7 +225,7 @@ class Corrector(_Checkpoint):
     def memory(
         self, vectors: Tensor, hypothesis_vectors: Tensor, hypotheses: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor]:
-        """What the decoder attends to, (B, S, L), and which of it is real, (B, S) bool.
+        """The decoder's memory, (B, S, L), and its mask, (B, S) bool, True on real positions.
 
         vectors and hypothesis_vectors: (B, D) float32 on the encoder's own scale. hypotheses: B lists of token
         ids, without the start token.
@@ -237,7 +237,7 @@ class Corrector(_Checkpoint):
         padded = torch.full((B, length), PAD_ID, dtype=torch.int64)
         for row, ids in enumerate(hypotheses):
             padded[row, 1 : 1 + len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
-        # vec2text masks by id, so the start token, which is the padding token, is never read either.
+        # vec2text masks by id, so the start token, which is the padding token, is masked too.
         real = (padded != PAD_ID).to(self.t5.device)
         one, two, three = (
             transform(v)

@@ -1,11 +1,11 @@
-"""The vec2text package itself as a decode engine, to compare ours with: `--engine vec2text`, `load_codec(engine=…)`.
+"""The original vec2text package as a decode engine, for comparison: `--engine vec2text`, `load_codec(engine=…)`.
 
-vec2text 0.0.13 (Morris et al. 2023, arXiv:2310.06816) as its API drives it: the number of steps asked for, no early
-stop, and the last text even where an earlier one was nearer. It decodes `gtr-jxe`, whose contract is its own.
+vec2text 0.0.13 (Morris et al. 2023, arXiv:2310.06816), used as in its API: always the requested number of steps, no
+early stop, and the last text even if an earlier one was nearer. It decodes `gtr-jxe`, the encoder its API uses.
 
-The package was written for transformers 4 and for notebooks with a network. What that takes under transformers 5 and
-without one is here, and nothing of it changes a token: its models are built and then filled, as its nested
-from_pretrained does not run; metrics that its trainers fetch for training are left out.
+The package was written for transformers 4 and needs a network. The workarounds here for transformers 5 and offline use
+change no token: models are constructed and then filled with weights, as its nested from_pretrained fails, and metrics
+that its trainers download only for training are left out.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from lvm.codec.vec2text import END_ID, PAD_ID, read_config, read_weights
 from lvm.errors import InputError
 
 CODEC = "gtr-jxe"
-"""The codec whose encoder is the one that vec2text embeds with."""
+"""The codec with vec2text's own encoder."""
 
 T5 = "t5-base"
-"""Model whose architecture and tokenizer vec2text builds on; it finds both under this name."""
+"""Name under which vec2text loads its architecture and tokenizer."""
 
 
 @contextlib.contextmanager
 def _names_under(root: Path | None) -> Iterator[None]:
-    """vec2text's hub names resolve to folders below `root`; None: to the hub and its cache."""
+    """Make vec2text's hub names resolve to folders under `root`; None: to the hub and its cache."""
     if root is None:
         yield
         return
@@ -42,7 +42,7 @@ def _names_under(root: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_metrics() -> Iterator[None]:
-    """vec2text's trainers get no metrics: `evaluate` would fetch three from the hub, for training alone."""
+    """Keep vec2text's trainers from downloading three metrics that are only used in training."""
     import evaluate
 
     load, evaluate.load = evaluate.load, lambda *_, **__: None
@@ -63,7 +63,7 @@ def load_vec2text(path: str | Path | None = None) -> Any:
     root = None if path is None else Path(path)
     if root is not None and not (root / T5 / "config.json").is_file():
         raise InputError(
-            f"the vec2text package needs {T5} in {root} besides the codec; fetch config.json, model.safetensors and "
+            f"the vec2text package needs {T5} in {root} besides the codec; download config.json, model.safetensors and "
             f"the tokenizer's files of https://huggingface.co/{T5} to {root / T5}/"
         )
     import vec2text
@@ -98,10 +98,9 @@ def load_vec2text(path: str | Path | None = None) -> Any:
 def vec2text_ids(
     corrector: Any, vectors: Tensor, steps: int, beam_width: int = 0, max_length: int = MAX_TOKENS
 ) -> list[list[int]]:
-    """vec2text's token ids for (B, D) vectors on the encoder's own scale, without the start token, up to and with the
-    end token.
+    """vec2text's token ids for (B, D) vectors on the encoder's own scale: no start token, cut after the end token.
 
-    max_length: tokens it may write, start token included; its own API has 128 written for models of 32.
+    max_length: maximum tokens, start token included; its API generates up to 128 for models trained on 32.
     """
     kwargs = {**corrector.gen_kwargs, "min_length": 1, "max_length": max_length}
     vectors = vectors.to(corrector.inversion_trainer.model.device)
@@ -133,7 +132,8 @@ def embed(corrector: Any, texts: Sequence[str]) -> Tensor:
 
 
 class PackageInverter:
-    """Vectors to texts by the vec2text package; has of `lvm.codec.inverter.Inverter` what `Codec.decode` calls."""
+    """Vectors to texts with the vec2text package; has the methods of `lvm.codec.inverter.Inverter` that `Codec.decode`
+    calls."""
 
     def __init__(self, corrector: Any, to_texts: Callable[[Sequence[Sequence[int]]], list[str]]) -> None:
         self._corrector, self._to_texts = corrector, to_texts
@@ -145,13 +145,13 @@ class PackageInverter:
         target_cosine: float | None = None,
         starts: Sequence[str | None] | None = None,
     ) -> list[Inversion]:
-        """Texts of (B, D) vectors on the encoder's own scale, in order; the cosine is vec2text's own vector's.
+        """Texts of (B, D) vectors on the encoder's own scale, in order; cosines use vec2text's own embedding.
 
-        Raises InputError on a target cosine or starts, which vec2text does not have.
+        Raises InputError on a target cosine or starts, which vec2text does not support.
         """
         if target_cosine is not None or starts is not None:
             raise InputError(
-                "vec2text takes no target cosine and no starts; leave them out, or take engine lvm"
+                "vec2text supports no target cosine and no starts; leave them out, or use engine lvm"
             )
         wanted = np.broadcast_to(np.asarray(steps, np.int64), (len(vectors),))
         done: list[Inversion | None] = [None] * len(vectors)

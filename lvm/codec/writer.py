@@ -1,20 +1,19 @@
-"""A language model conditioned on a vector: fluent text for vectors that no text has.
+"""A language model conditioned on a vector: fluent text for vectors that encode no actual text.
 
-A decoder that inverts an encoder is exact on a text's own vector and helpless on a blend, which is no text's sum of
-words. Here a small pretrained language model writes instead. Before the text it reads what the vector says:
-the words with most evidence (`lvm.codec.evidence`), each as the mean of its own token embeddings plus how
-strong it is, and a few positions made from the vector itself. A low-rank adapter taught it to follow them
-(`lvm.codec.writer_training`).
+A decoder that inverts an encoder is exact on a text's own vector but fails on a blend, which is not the sum of one
+text's words. Here a small pretrained language model writes the text. Its prefix is the words with most evidence
+(`lvm.codec.evidence`), each as the mean of its token embeddings plus a strength embedding, and a few positions computed
+from the vector. A low-rank adapter is trained to follow the prefix (`lvm.codec.writer_training`).
 
-The language model's weights are others' and are found where they are installed, by hash; adapter and evidence
-are ours and lie in the writer's folder:
+The language model's weights are a third party's, used where installed and identified by hash; adapter and evidence
+network are ours, in the writer's folder:
 
     writer.json            sizes, codec identity, hash of the language model, training
     writer.safetensors     adapter and prefix
     evidence.safetensors   the evidence network
-    words.txt              its words, one a line
+    words.txt              its words, one per line
 
-Letters: B vectors, C candidates a vector, R = B * C rows, S positions before the text, E evidence words, V'
+Letters: B vectors, C candidates per vector, R = B * C rows, S positions before the text, E evidence words, V'
 ids that may be written, W the language model's width, D vector length.
 """
 
@@ -49,18 +48,18 @@ FILES = ("writer.json", "writer.safetensors", "evidence.safetensors", "words.txt
 
 @dataclass(frozen=True)
 class WriterConfig:
-    """Sizes of what is ours; they decide the weights' shapes."""
+    """Sizes of prefix and adapter, which determine the weights' shapes."""
 
     dim: int
     """Length of a vector, D."""
     num_words: int
     """Words the evidence is drawn from."""
     evidence_words: int = 12
-    """Words shown for a vector, E."""
+    """Evidence words per vector, E."""
     soft_positions: int = 4
-    """Positions made from the vector itself."""
+    """Prefix positions computed from the vector."""
     soft_width: int = 512
-    """Width of the layer between."""
+    """Hidden width of the network that computes them."""
     evidence_width: int = 384
     """Width inside the evidence network."""
     rank: int = 16
@@ -68,13 +67,13 @@ class WriterConfig:
 
 
 class Prefix(nn.Module):
-    """Vectors to what stands before the text."""
+    """Vectors to the prefix before the text."""
 
     kept: Tensor
     table: Tensor
 
     def __init__(self, config: WriterConfig, base: Llama, words: Sequence[str], kept: Tensor) -> None:
-        """words: the evidence's, in order; kept: (V',) int64, the ids that may be written."""
+        """words: the evidence words, in order; kept: (V',) int64, the ids that may be written."""
         super().__init__()
         self.config, self.words = config, list(words)
         W = base.config.hidden_size
@@ -93,7 +92,7 @@ class Prefix(nn.Module):
         nn.init.normal_(last.weight, std=scale * config.soft_width**-0.5)
         encoded = [e.ids for e in base.tokenizer.encode_batch_fast([f" {word}" for word in words])]
         self.first_ids = [ids[0] for ids in encoded]
-        """First token of each word, as it stands after a blank."""
+        """First token of each word when it follows a space."""
         rows = torch.tensor([i for ids in encoded for i in ids])
         starts = torch.tensor([0] + [len(ids) for ids in encoded[:-1]]).cumsum(0)
         table = F.embedding_bag(rows, embeddings, starts, mode="mean") if len(rows) else embeddings[:0]
@@ -110,7 +109,7 @@ class Prefix(nn.Module):
         return self.of_words(vectors, *self.evidence.words(vectors, self.config.evidence_words))
 
     def of_words(self, vectors: Tensor, ids: Tensor, strengths: Tensor) -> Tensor:
-        """The same, with the evidence (B, E) and (B, E) already drawn."""
+        """`forward` with the evidence already computed: ids and strengths, (B, E) each."""
         shown = self.table[ids] + self.offset + strengths[..., None] * self.strength
         soft = self.soft(self.evidence.centred(vectors)).view(len(vectors), self.config.soft_positions, -1)
         return torch.cat((shown, soft), dim=1)
@@ -162,18 +161,18 @@ def save_writer(
 
 @dataclass(frozen=True)
 class WritingSettings:
-    """How texts are drawn."""
+    """How texts are generated."""
 
     max_tokens: int = 48
-    """Tokens of a text, the end token included."""
+    """Maximum tokens of a text, end token included."""
     temperature: float = 0.7
-    """Of the candidates after the first, which is greedy."""
+    """Sampling temperature of all candidates but the first, which is greedy."""
     top_k: int = 40
-    """Likeliest tokens a sampled candidate is drawn from."""
+    """Number of likeliest tokens to sample from."""
     bonus: float = 1.0
-    """Nats a strength of one adds to the first token of an evidence word that is not written yet. Over 100 predictions
-    at 0, 0.4 and 0.8 the texts' centred cosine to the true next is 0.124, 0.140 and 0.152, keywords 66, 71 and 76 %,
-    and the log-probability -0.76, -0.84 and -0.87, where real text has -1.23 (tests/bench/results/LOG.md)."""
+    """Nats added to the first token of an evidence word not written yet, per unit of its strength. On 100 predictions,
+    0, 0.4 and 0.8 give texts with centred cosine 0.124, 0.140 and 0.152 to the true next text, keywords in 66, 71 and
+    76 %, and log-probability -0.76, -0.84 and -0.87 (real text: -1.23; tests/bench/results/LOG.md)."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.top_k < 1 or self.temperature <= 0:
@@ -182,7 +181,7 @@ class WritingSettings:
 
 @dataclass
 class Parts:
-    """What a writer's folder holds, ready to train on or to write with."""
+    """Contents of a writer's folder, for training or writing."""
 
     prefix: Prefix
     adapter: Adapter
@@ -202,7 +201,7 @@ class Writer:
         device: torch.device | None = None,
         settings: WritingSettings | None = None,
     ) -> None:
-        """precision: of the matrix products; the fastest the device has where None."""
+        """precision: of the matrix products; None for the device's fastest."""
         self.identity = parts.identity
         self.settings = settings or WritingSettings()
         self.device = device or torch.device("cpu")
@@ -215,13 +214,13 @@ class Writer:
         self._tokens: list[int] = self.prefix.kept.tolist()
         place = {token: i for i, token in enumerate(self._tokens)}
         self.end_place = place[base.end_id]
-        """Place of the end token among the kept ids."""
+        """Index of the end token among the kept ids."""
         first = [place.get(token, -1) for token in self.prefix.first_ids]
         self.first_places = torch.tensor(first, device=self.device)
-        """(N,) place of each evidence word's first token, -1 where it is not kept."""
+        """(N,) index of each evidence word's first token among the kept ids, -1 if it is not kept."""
         special = [i for i, token in enumerate(self._tokens) if self._special(token) and i != self.end_place]
         self.banned = torch.tensor(special, dtype=torch.int64, device=self.device)
-        """Places of the control tokens, which are never written."""
+        """Indices of the control tokens, which are never written."""
 
     @property
     def centre(self) -> npt.NDArray[np.float32]:
@@ -238,20 +237,20 @@ class Writer:
 
     @property
     def least_log_prob(self) -> float:
-        """Mean log-probability a character that 98 % of real chunks have under the language model, nats."""
+        """Mean log-probability per character under the language model, nats, that 98 % of real chunks reach."""
         return float(self._record.get("least_log_prob", LEAST_LOG_PROB))
 
     @property
     def usual_log_prob(self) -> float:
-        """The same that 75 % of them have."""
+        """The same for 75 % of real chunks."""
         return float(self._record.get("usual_log_prob", USUAL_LOG_PROB))
 
     def drafting(self) -> WritingRounds:
-        """Rounds in which texts are written."""
+        """A new batch for writing texts."""
         return WritingRounds(self)
 
     def finished(self, places: Sequence[int], log_prob: float) -> Written:
-        """The text of these places among the kept ids, and what it says of its own likelihood."""
+        """The text of these indices into the kept ids, with its log-probability per character."""
         text: str = self._base.model.tokenizer.decode([self._tokens[i] for i in places])
         return Written(" ".join(text.split()), log_prob / max(1, len(text)))
 
@@ -261,10 +260,10 @@ class Writer:
 
     @staticmethod
     def parts(folder: Path, base: Base, identity: CodecIdentity | None) -> Parts:
-        """A writer's folder, read and checked.
+        """Load and check a writer's folder.
 
-        Raises InputError where a file is missing or damaged, where it belongs to another language model, and, with
-        `identity`, where it writes for another codec.
+        Raises InputError if a file is missing or damaged, if it was made for another language model, or for a codec
+        other than `identity` (None: any codec).
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -300,15 +299,15 @@ class Writer:
             raise InputError(f"{folder} holds no usable writer: {err}") from err
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as err:
             raise InputError(
-                f"{folder} holds no writer ({err}); expected {', '.join(FILES)} as `latent train-writer` makes them"
+                f"cannot load a writer from {folder} ({err}); expected {', '.join(FILES)} from `latent train-writer`"
             ) from err
         return Parts(prefix, adapter, own, record, folder)
 
     # ------------------------------------------------------------------ text out
 
     def write(self, vectors: npt.NDArray[np.float32], candidates: int = 1) -> list[list[Written]]:
-        """For each of (B, D) unit vectors `candidates` texts, the greedy one first, the others drawn with a
-        seed from the vector itself: the same vector gets the same texts."""
+        """`candidates` texts for each of (B, D) unit vectors: first the greedy one, then samples seeded by the
+        vector, so that the same vector gets the same texts."""
         rounds = WritingRounds(self)
         tickets = [rounds.add(vector, candidates) for vector in vectors]
         done: dict[int, list[Written]] = {}
@@ -316,7 +315,7 @@ class Writer:
             done |= rounds.run(self.settings.max_tokens)
         return [done[ticket] for ticket in tickets]
 
-    # ------------------------------------------------------------------ text judged
+    # ------------------------------------------------------------------ scoring
 
     @cached_property
     def judge(self) -> LlamaRunner:
@@ -324,8 +323,8 @@ class Writer:
         return LlamaRunner(self._base.model, self.precision, device=self.device)
 
     def log_probs(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """(N,) mean natural log-probability a character of each text under the language model without the adapter.
+        """(N,) mean natural log-probability per character of each text under the language model without the adapter.
 
-        Real chunks of Wikipedia have about -1.2; a text of no language far less. An empty text has -inf.
+        Real Wikipedia chunks have about -1.2; text that is not language far less. An empty text has -inf.
         """
         return log_probs(self.judge, self._base.model.tokenizer, texts)

@@ -3,8 +3,8 @@
     python -m lvm.codec.writer_training --vectors SHARDS --base FOLDER_OR_GGUF --output RUN_DIR --minutes 60
 
 Reads vector shards (Parquet with `doc_id`, `position`, `text`, `vector`). Writes into RUN_DIR `prepared/`
-(made once), `checkpoint.pt` (a run there is continued), `curve.jsonl` (a line every few minutes: nats a token
-of held-out texts, and chunks a second), `samples.txt`, and `writer.safetensors`, `evidence.safetensors`,
+(made once), `checkpoint.pt` (a run there is continued), `curve.jsonl` (a line every few minutes: nats per token
+of held-out texts, and chunks per second), `samples.txt`, and `writer.safetensors`, `evidence.safetensors`,
 `words.txt` and `writer.json` at every save, so that a run that is stopped leaves a writer.
 
 First the evidence network (`lvm.codec.evidence`), some minutes; then a low-rank adapter of the language model,
@@ -270,7 +270,7 @@ def fit_evidence(
     rows: npt.NDArray[np.int64],
     settings: WriterSettings,
 ) -> float:
-    """Train the evidence network in place; the mean loss of the last 50 steps, nats a word."""
+    """Train the evidence network in place; the mean loss of the last 50 steps, nats per word."""
     device = evidence.centre.device
     evidence.describe(drawn.pool.to(device), counts.usual().to(device))
     optimiser = torch.optim.AdamW(evidence.parameters(), lr=2e-3, weight_decay=0.01)
@@ -293,7 +293,9 @@ def fit_evidence(
         recent = [*recent[-49:], loss.item()]
         if step % 200 == 199:
             spent = time.perf_counter() - begun
-            print(f"evidence: step {step + 1}, {np.mean(recent):.3f} nats a word, {spent:.0f} s", flush=True)
+            print(
+                f"evidence: step {step + 1}, {np.mean(recent):.3f} nats per word, {spent:.0f} s", flush=True
+            )
     return float(np.mean(recent))
 
 
@@ -324,7 +326,7 @@ def token_nats(
 
 
 def usual_likelihood(base: Base, texts: Sequence[str], device: str) -> dict[str, float]:
-    """Mean log-probability a character, nats, that 98 % and 75 % of real texts have under the language model."""
+    """Mean log-probability per character, nats, that 98 % and 75 % of real texts have under the language model."""
     logs = log_probs(
         LlamaRunner(base.model, "float32", device=torch.device(device)), base.model.tokenizer, texts
     )
@@ -401,7 +403,7 @@ def fit_writer(
         adapter.load_state_dict(state["adapter"])
         optimiser.load_state_dict(state["optimiser"])
         step, spent_s, seen = state["step"], state["spent_s"], state["seen"]
-        print(f"going on from step {step}, {spent_s / 60:.1f} minutes spent", flush=True)
+        print(f"resuming at step {step}, after {spent_s / 60:.1f} minutes", flush=True)
     places = torch.full((base.model.config.vocab_size,), -1)
     places[prefix.kept.cpu()] = torch.arange(len(prefix.kept))
     places = places.to(device)
@@ -531,15 +533,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--vectors", type=Path, required=True, help="folder of vector shards (`latent encode`)"
     )
     parser.add_argument(
-        "--base", type=Path, help="language model: a folder, or a .gguf file; else found as in use"
+        "--base", type=Path, help="language model: a folder or .gguf file; default: as in `load_base`"
     )
-    parser.add_argument("--output", type=Path, required=True, help="run folder; a run there is continued")
+    parser.add_argument("--output", type=Path, required=True, help="run folder; an existing run is resumed")
     parser.add_argument("--init", type=Path, help="folder of a writer to start from")
-    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="time of training in all")
+    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="total training time")
     parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--evidence-steps", type=int, default=defaults.evidence_steps)
-    parser.add_argument("--limit", type=int, help="use the first shards only, up to so many chunks")
+    parser.add_argument("--limit", type=int, help="use only the first shards, up to this many chunks")
     parser.add_argument("--device", default=str(pick_device()))
     parser.add_argument("--score-every", type=float, default=3.0, help="minutes between held-out scores")
     args = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
-"""Texts being written by rounds, many at once: new ones join between two tokens, finished ones leave.
+"""Continuous batching for the writer: between tokens, new texts join the batch and finished ones leave.
 
-Letters: B vectors, C candidates a vector, R = B * C rows.
+Letters: B vectors, C candidates per vector, R = B * C rows.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Written:
 
     text: str
     log_prob: float
-    """Mean natural log-probability a character, under the writer itself."""
+    """Mean natural log-probability per character under the writer."""
 
 
 @dataclass
@@ -38,36 +38,35 @@ class _Row:
 
     ticket: int
     candidate: int
-    """0 is greedy."""
-    luck: npt.NDArray[np.float32]
-    """(steps,) uniform numbers."""
+    """0 is decoded greedily."""
+    uniforms: npt.NDArray[np.float32]
+    """(steps,) uniform random numbers for sampling."""
     tokens: list[int]
-    """Places in the table of kept ids."""
+    """Indices into the table of kept ids."""
     log_prob: float = 0.0
     done: bool = False
 
 
 class WritingRounds:
-    """Texts being written, many at once: new ones join between two tokens, finished ones leave. One thread
-    uses it."""
+    """Texts being written in one batch, which they join and leave between tokens. Not thread-safe."""
 
     def __init__(self, writer: "Writer", max_rows: int = 128) -> None:
-        """max_rows: texts in the batch at once."""
+        """max_rows: maximum texts in the batch."""
         self._writer, self._max_rows = writer, max_rows
         self._waiting: deque[tuple[int, npt.NDArray[np.float32], int]] = deque()
         self._rows: list[_Row] = []
         self._done: dict[int, list[Written | None]] = {}
         self._next = 0
         self._cache: LlamaCache | None = None
-        # Of the rows in the batch: the state before the next token, and a bonus for evidence words not written yet.
+        # Per row: the state before the next token, first tokens of evidence words, bonus for those not yet written.
         self._state = self._first = self._bonus = torch.empty(0)
 
     def __len__(self) -> int:
-        """Vectors whose texts are not finished."""
+        """Vectors with unfinished texts."""
         return len(self._waiting) + len(self._done)
 
     def add(self, vector: npt.NDArray[np.float32], candidates: int = 1) -> int:
-        """Let a unit vector (D,) join at the next token with room; returns its ticket."""
+        """Add a unit vector (D,), as soon as the batch has room; returns its ticket."""
         if candidates < 1 or candidates > self._max_rows:
             raise InputError(f"candidates must be from 1 to {self._max_rows}, got {candidates}")
         ticket = self._next
@@ -76,14 +75,14 @@ class WritingRounds:
         return ticket
 
     def drop(self, ticket: int) -> None:
-        """Forget a vector that nobody waits for."""
+        """Cancel a vector."""
         self._waiting = deque(w for w in self._waiting if w[0] != ticket)
         if self._done.pop(ticket, None) is not None:
             self._keep([i for i, row in enumerate(self._rows) if row.ticket != ticket])
 
     @torch.inference_mode()
     def run(self, tokens: int = 8) -> dict[int, list[Written]]:
-        """Up to so many tokens of every text; what is finished by then, by ticket."""
+        """Write up to `tokens` tokens of every text; returns the finished ones, by ticket."""
         finished: dict[int, list[Written]] = {}
         for _ in range(tokens):
             self._join()
@@ -120,8 +119,8 @@ class WritingRounds:
             self._first = torch.cat((self._first, first))
             self._bonus = torch.cat((self._bonus, bonus))
         for ticket, vector, candidates in fresh:
-            luck = _luck(vector, candidates, w.settings.max_tokens)
-            self._rows += [_Row(ticket, i, luck[i], []) for i in range(candidates)]
+            uniforms = _uniforms(vector, candidates, w.settings.max_tokens)
+            self._rows += [_Row(ticket, i, uniforms[i], []) for i in range(candidates)]
             self._done[ticket] = [None] * candidates
 
     def _token(self, finished: dict[int, list[Written]]) -> None:
@@ -133,16 +132,16 @@ class WritingRounds:
         if s.bonus:
             steered.scatter_add_(1, self._first.clamp_min(0), self._bonus)
         steered[:, w.banned] = -math.inf
-        _bar_repeats(steered, [row.tokens for row in rows])
+        _ban_repeated_trigrams(steered, [row.tokens for row in rows])
         best = steered.argmax(-1)
         sampled = torch.tensor([i for i, row in enumerate(rows) if row.candidate], dtype=torch.int64)
         if len(sampled):
             top, at = (steered[sampled] / s.temperature).topk(min(s.top_k, steered.shape[1]))
-            luck = torch.tensor(
-                [rows[i].luck[min(len(rows[i].tokens), s.max_tokens - 1)] for i in sampled.tolist()],
+            uniforms = torch.tensor(
+                [rows[i].uniforms[min(len(rows[i].tokens), s.max_tokens - 1)] for i in sampled.tolist()],
                 device=w.device,
             )
-            drawn = (top.softmax(-1).cumsum(-1) < luck[:, None]).sum(-1).clamp_max(at.shape[1] - 1)
+            drawn = (top.softmax(-1).cumsum(-1) < uniforms[:, None]).sum(-1).clamp_max(at.shape[1] - 1)
             best[sampled] = at.gather(1, drawn[:, None])[:, 0]
         logs = (scores.gather(1, best[:, None])[:, 0] - norm).tolist()
         for row, token, log in zip(rows, best.tolist(), logs, strict=True):
@@ -158,7 +157,7 @@ class WritingRounds:
                 if None not in texts:
                     finished[row.ticket] = [t for t in self._done.pop(row.ticket) if t is not None]
         going = [i for i, row in enumerate(rows) if not row.done]
-        # Shrinking copies the caches; until some rows have ended, they cost but their part of the products.
+        # Shrinking copies the caches, so ended rows are kept until there are several.
         full = int(self._cache.places.max()) == self._cache.own.shape[4]
         if full or len(going) <= len(rows) * (1 - LEAVE_SHARE):
             best = best[going]
@@ -175,8 +174,8 @@ class WritingRounds:
             self._state, self._first, self._bonus = self._state[at], self._first[at], self._bonus[at]
 
 
-def _bar_repeats(scores: Tensor, texts: Sequence[Sequence[int]]) -> None:
-    """Bar, in place, each token that would write a triple of tokens twice."""
+def _ban_repeated_trigrams(scores: Tensor, texts: Sequence[Sequence[int]]) -> None:
+    """Ban, in place, each token that would repeat a trigram of its text."""
     rows, tokens = [], []
     for row, text in enumerate(texts):
         if len(text) < 3:
@@ -190,7 +189,7 @@ def _bar_repeats(scores: Tensor, texts: Sequence[Sequence[int]]) -> None:
         scores[rows, tokens] = -math.inf
 
 
-def _luck(vector: npt.NDArray[np.float32], candidates: int, steps: int) -> npt.NDArray[np.float32]:
-    """(C, steps) uniform numbers, seeded by the vector to three decimals, as the cache has it."""
+def _uniforms(vector: npt.NDArray[np.float32], candidates: int, steps: int) -> npt.NDArray[np.float32]:
+    """(C, steps) uniform random numbers, seeded by the vector rounded to three decimals, as in the cache's key."""
     digest = hashlib.blake2b(np.rint(vector * 1000).astype(np.int32).tobytes(), digest_size=8).digest()
     return np.random.default_rng(int.from_bytes(digest, "little")).random((candidates, steps), np.float32)

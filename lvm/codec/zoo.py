@@ -33,14 +33,13 @@ CODECS = {"mini": Path(__file__).parent / "weights" / "mini"}
 """Codec name to the folder with its weights."""
 
 SENTENCE = "sentence-transformers"
-"""Name of the codec of any such model, in the folder that --codec-path names: vectors, and a writer where one
-was fitted."""
+"""Codec name for any sentence-transformers model, in the folder of --codec-path: an encoder, and a writer if fitted."""
 
 ENGINES = ("lvm", "vec2text")
-"""What can decode: this library, or the vec2text package for comparison."""
+"""Decode engines: this library, or the vec2text package for comparison."""
 
 MINI_STEPS = (0, 1, 2, 3, 4, 5)
-"""Corrector steps of `mini` that were measured; the first does nearly all, more than five changed no text."""
+"""Corrector steps that `mini` supports; the first has nearly all the effect, and more than five changed no text."""
 
 FILES = ("config.json", "tokenizer.json", "encoder.safetensors", "hypothesizer.safetensors")
 
@@ -50,7 +49,7 @@ class Decoded:
     """Texts of B vectors, in their order."""
 
     texts: list[str]
-    """What was written for each vector."""
+    """The text of each vector."""
     cosines: npt.NDArray[np.float32]
     """(B,) cosine between each vector and the encoding of its text."""
     steps_used: npt.NDArray[np.int32]
@@ -70,15 +69,14 @@ class Codec:
         decoder_digest: str = "",
         find_writer: "Callable[[], Writer | str]" = lambda: "this codec has no writer",
     ) -> None:
-        """scale: norm of the vectors the decoder was trained on; 1 where the encoder normalises.
-        decoder_digest: hash of the decoder's weights. find_writer: loads the writer, or says in words why
+        """scale: norm of the vectors the decoder was trained on; 1 if the encoder normalises.
+        decoder_digest: hash of the decoder's weights. find_writer: loads the writer, or returns the reason why
         there is none."""
         self.identity = identity
         self.inverter = inverter
-        """The decode engine, for streams of rows (`lvm.codec.inverter.Rounds`); None where no text can be read
-        back."""
+        """The decode engine, for streams of rows (`lvm.codec.inverter.Rounds`); None for a codec without a decoder."""
         self.decoder_digest = decoder_digest
-        """Hash of the decoder's weights: the same vectors read by another decoder give other texts."""
+        """Hash of the decoder's weights: another decoder gives other texts for the same vectors."""
         self.scale = scale
         self._encoder = encoder
         self._supported_steps = supported_steps
@@ -90,22 +88,22 @@ class Codec:
 
     @property
     def writer(self) -> "Writer | None":
-        """Writes vectors that no text has; loaded on first use. None where there is none, and `no_writer` says
-        why."""
+        """The writer, for vectors that encode no actual text; loaded on first use. None if there is none; `no_writer`
+        says why."""
         return None if isinstance(self._writer, str) else self._writer
 
     @property
     def no_writer(self) -> str | None:
-        """Why there is no writer and how to get one; None where there is."""
+        """Why there is no writer and how to get one; None if there is one."""
         return self._writer if isinstance(self._writer, str) else None
 
     @property
     def supported_steps(self) -> tuple[int, ...] | None:
-        """Corrector steps worth asking for: None for any number, (0,) for a codec without a corrector."""
+        """Supported numbers of corrector steps: None for any, (0,) without a corrector, () without a decoder."""
         return self._supported_steps
 
     def reading(self) -> "Rounds":
-        """Rounds in which unit vectors are read back. Raises InputError with engine vec2text, which knows none."""
+        """A new batch for reading unit vectors back. Raises InputError with engine vec2text, which has no rounds."""
         from lvm.codec.inverter import Inverter, Rounds
 
         inverter = self._require_inverter()
@@ -118,7 +116,7 @@ class Codec:
     def _require_inverter(self) -> "Inverter | PackageInverter":
         if self.inverter is None:
             raise InputError(
-                f"codec {self.identity} reads no text back, it has an encoder alone; a writer writes from its vectors "
+                f"codec {self.identity} has only an encoder, no decoder; fit a writer to get text from its vectors "
                 "(`latent train-writer`)"
             )
         return self.inverter
@@ -133,28 +131,28 @@ class Codec:
     ) -> npt.NDArray[np.float32]:
         """Unit vectors, float32: (D,) of one text, (N, D) of a list of N.
 
-        batch_size: most texts encoded at once; None for what suits the device. show_progress: a bar on stderr. Texts
-        above the codec's limit are cut, with a UserWarning; `lvm.chunk` cuts without loss.
+        batch_size: maximum texts per batch; None to suit the device. show_progress: a bar on stderr. Texts above the
+        codec's limit are truncated, with a UserWarning; `lvm.chunk` splits them without loss.
 
-        Raises InputError on anything but a str or a sequence of them, naming the place, and on a batch_size below 1.
+        Raises InputError on anything but a str or a sequence of str, naming the index, and on a batch_size below 1.
         """
         several = require_texts(texts)
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(f"batch_size is {batch_size!r}; expected a whole number of 1 or more, or None")
+            raise InputError(f"batch_size is {batch_size!r}; expected an integer of 1 or more, or None")
         with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
             task = progress.add_task("encode", total=len(several))
             encoded = self._encoder.encode(several, batch_size, lambda rows: progress.advance(task, rows))
         if encoded.truncated.any():
             warnings.warn(
                 f"{int(encoded.truncated.sum())} of {len(several)} texts are longer than {self.identity.max_tokens} "
-                f"tokens and were cut, text {int(encoded.truncated.argmax())} first; lvm.chunk(text, codec) cuts "
-                "without loss",
+                f"tokens and were truncated, text {int(encoded.truncated.argmax())} first; "
+                "lvm.chunk(text, codec) splits them without loss",
                 stacklevel=2,
             )
         return encoded.vectors[0] if isinstance(texts, str) else encoded.vectors
 
     def encode_chunks(self, texts: list[str]) -> "Encoded":
-        """What a job stores of N chunks: unit vectors (N, D), norms, token counts and what was cut."""
+        """Everything a job stores for N chunks: unit vectors (N, D), norms, token counts and truncation."""
         return self._encoder.encode(texts)
 
     def decode(
@@ -167,12 +165,12 @@ class Codec:
     ) -> Decoded:
         """Texts of unit vectors (B, D), or of one (D,), with the round-trip cosine of each.
 
-        steps: most corrector steps, for all rows or for each. target_cosine: a row that reaches it takes no
-        further step. starts: texts of near neighbours; a row starts from its own or from the hypothesizer's
-        text, whichever is nearer. norms: (B,) the vectors' own norms where they are known, as for stored ones;
-        else a decoder that was trained on unnormalised vectors gets the codec's scale.
+        steps: maximum corrector steps, for all rows or per row. target_cosine: a row that reaches it takes no further
+        step. starts: texts of near neighbours; each row starts from its start or the hypothesizer's text, whichever is
+        nearer. norms: (B,) the original norms of the vectors, if known, for a decoder trained on unnormalised vectors;
+        by default it gets the codec's scale.
 
-        Raises InputError on a wrong shape, on values that are no numbers, and on steps the codec lacks.
+        Raises InputError on a wrong shape, on NaN or infinity, and on unsupported steps.
         """
         try:
             vectors = np.atleast_2d(np.asarray(vectors, np.float32))
@@ -229,7 +227,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         fields: dict[str, Any] = record["config"]
     except (ValueError, KeyError, TypeError) as err:
         raise InputError(
-            f"{folder / 'config.json'} is no codec configuration ({err}); copy the folder again"
+            f"{folder / 'config.json'} is not a codec configuration ({err}); copy the folder again"
         ) from err
     return fields
 
@@ -258,11 +256,11 @@ def load_codec(
     """A codec ready to encode and decode.
 
     device: "auto" (CUDA, then MPS except for `mini`, then CPU) or a torch device. precision: "float32", "bfloat16",
-    "int8", or "auto" for the fastest that keeps the quality. writer: folder of a writer that `latent
-    train-writer` made, else the one in the codec's own folder; language_model: what it writes with
-    (`lvm.codec.language_model.load_base`). engine: what `decode` works with, "lvm" or, for comparison, "vec2text", the
-    original package (codec gtr-jxe). Raises InputError on an unknown name, missing or damaged files, and when
-    the tokenizer is not the one the weights were trained with.
+    "int8", or "auto" for the fastest that keeps the quality. writer: folder of a writer trained by `latent
+    train-writer`; by default the one in the codec's folder. language_model: the writer's language model
+    (`lvm.codec.language_model.load_base`). engine: decode engine, "lvm" or, for comparison, "vec2text", the original
+    package (codec gtr-jxe). Raises InputError on an unknown name, missing or damaged files, and when the tokenizer is
+    not the one the weights were trained with.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -281,7 +279,7 @@ def load_codec(
 
         if name != vec2text_package.CODEC:
             raise InputError(
-                f"engine vec2text decodes {vec2text_package.CODEC} alone, got {name!r}; choose that codec or engine lvm"
+                f"engine vec2text decodes only {vec2text_package.CODEC}, got {name!r}; choose that codec or engine lvm"
             )
         codec = load_gtr(name, path, where, precision)
         package = vec2text_package.load_vec2text(path)
@@ -383,9 +381,8 @@ def find_writer(
     device: Any,
     identity: CodecIdentity,
 ) -> "Writer | str":
-    """The writer in `folder`, else in `writer/` of the codec's own folder; why there is none, in words, where
-    nobody asked for a certain one. Raises InputError where the one asked for does not load or writes for
-    another codec."""
+    """The writer in `folder`, else in `writer/` of the codec's folder; if there is none and no folder was given, the
+    reason as text. Raises InputError if the given one does not load or is for another codec."""
     from lvm.codec.language_model import base_file, load_base, missing_base
     from lvm.codec.writer import Writer
 

@@ -1,7 +1,7 @@
 """Which files of an input are read, how they are unpacked, and which are not read and why.
 
     .xml                        MediaWiki export, as pages-articles of dumps.wikimedia.org, whole or in parts
-    .jsonl .json .ndjson        one object a line, or one array: id, title, text, and source if there is one
+    .jsonl .json .ndjson        one object per line, or one array: id, title, text, and source if there is one
     .csv .tsv                   with a head of the same names
     .parquet                    columns of the same names
     a folder's .txt files       one article a file, its title the file's name; in a folder with

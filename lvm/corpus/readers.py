@@ -102,7 +102,7 @@ def read_records(
 def _read_json(
     input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
 ) -> Iterator[Record]:
-    """Objects one a line; or one array, or objects over several lines, where the first line says so."""
+    """Objects one per line; or one array, or objects over several lines, where the first line says so."""
     path, name = input_file.path, input_file.name
     source = stem_of(path)
     last = "its beginning"
@@ -127,7 +127,7 @@ def _read_json(
             raise damaged(path, position(), last, err) from err
         except _BrokenJsonError as err:
             raise InputError(
-                f"{shown(str(path))} is no whole JSON after {last}: {err}. Write one object a line (.jsonl), "
+                f"{shown(str(path))} is no whole JSON after {last}: {err}. Write one object per line (.jsonl), "
                 "where one broken record does not hide the others."
             ) from err
         on_position(position())

@@ -183,4 +183,4 @@ def short(value: Any) -> str:
 
 def too_large(size: int) -> str:
     """The reason why a record of `size` bytes or characters is left out."""
-    return f"expected at most {MAX_RECORD_BYTES >> 20} MiB a record, got {size / 2**20:,.0f} MiB: split it"
+    return f"expected at most {MAX_RECORD_BYTES >> 20} MiB per record, got {size / 2**20:,.0f} MiB: split it"

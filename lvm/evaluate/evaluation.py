@@ -29,8 +29,8 @@ RULES = {
     "prediction is written by a language model that reads the vector, and what does not read is answered by the "
     "nearest corpus chunk; `sources` counts which. BLEU is sacrebleu's, 0 to 100; ROUGE is an F-measure, 0 to 1. "
     "Keyword: shares a content word with the context or the true next text. Distinct-2: different word pairs among "
-    "all. Language: mean log-probability a character under the language model, nats; real text has about -1. The codec "
-    "ceiling decodes the true vector: no predictor can be expected to pass it. Off manifold: how much farther from the "
+    "all. Language: mean log-probability per character under the language model, nats; about -1 for real text. Codec "
+    "ceiling decodes the true vector: no predictor should exceed it. Off manifold: how much farther from the "
     "true next vector the text lies, encoded again, than the vector it was made from.",
     "snap": "Snapped: moved onto the neighbours in the corpus before it is written. Found: the corpus chunk nearest to "
     "the prediction, in place of a written text. Neither may use the article held out, whose next chunk "
@@ -120,7 +120,7 @@ class TextRow(TypedDict):
     distinct_2: float
     """Different word pairs among all word pairs."""
     log_prob: float | None
-    """Mean log-probability a character under the language model; None where none judged."""
+    """Mean log-probability per character under the language model; None where none judged."""
     sources: dict[str, int]
     """Texts that were read back ("exact"), written ("writer") and found ("corpus")."""
 

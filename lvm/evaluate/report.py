@@ -83,7 +83,7 @@ def plot_leaderboard(evaluation: Evaluation) -> str:
 
 
 def plot_distributions(evaluation: Evaluation) -> str:
-    """Share of test windows by cosine, one line a row."""
+    """Share of test windows by cosine, one line per row."""
     centres = (HISTOGRAM_EDGES[:-1] + HISTOGRAM_EDGES[1:]) / 2
     colours = _colours(evaluation)
     shown = [e for e in ranking(evaluation) if e["kind"] == "model" or e["name"] in ("passthrough", "ridge")]
@@ -428,7 +428,7 @@ def _provenance(evaluation: Evaluation) -> str:
     models = [e for e in evaluation["entries"] if e["kind"] == "model"]
     windows = ", ".join(f"{name} {n:,}" for name, n in split["windows"].items())
     rows: list[tuple[str, Any]] = [
-        ("codec", f"{codec['name']} {codec['digest']}, at most {codec['max_tokens']} tokens a chunk"),
+        ("codec", f"{codec['name']} {codec['digest']}, at most {codec['max_tokens']} tokens per chunk"),
         ("vectors", f"{vectors['directory']}, fingerprint {vectors['fingerprint']}"),
         ("licence of the text", vectors["licence"]),
         ("index", where["index"]["version"]),

@@ -151,7 +151,7 @@ def plot_leaderboard(trials: Sequence[Trial], intervals: Mapping[int, Interval])
 
 
 def plot_parallel(trials: Sequence[Trial]) -> str:
-    """Parallel coordinates: one line a trial across its settings to its val cosine."""
+    """Parallel coordinates: one line per trial across its settings to its val cosine."""
     rows, colours = scored(trials), colours_of(trials)
     models = list(reversed(best_of_each(trials)))
     axes_of: list[tuple[str, list[float], list[tuple[float, str]]]] = [

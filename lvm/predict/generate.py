@@ -1,4 +1,4 @@
-"""Text in, predicted text out: encode, fill the context, predict, snap, decode, with the time of each.
+"""Text in, predicted text out: encode, complete the context, predict, snap, decode; with the time of each.
 
 One object per model, loaded once; a corpus is optional. Letters: B contexts, T context chunks, D vector length.
 """
@@ -28,27 +28,27 @@ from lvm.vectors.index import Index, load_index
 R = TypeVar("R")
 
 BATCH_TEXTS = 32
-"""Texts predicted at once: two cores write no faster with more."""
+"""Texts per batch; larger batches are no faster on two cores."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A predicted next chunk and how it came about."""
+    """A predicted next chunk, its source, context and timings."""
 
     answer: Answer
-    """Text, where it comes from, and its cosine to the vector that was decoded."""
+    """Text, its source, and its cosine to the decoded vector."""
     vector: NDArray[np.float32]
-    """(D,) the prediction itself, before any snap."""
+    """(D,) the prediction, before any snap."""
     extract: Nearest | None
-    """What the corpus has nearest to the prediction, whether or not it answered; None without an index."""
+    """The corpus chunk nearest to the prediction, used as the answer or not; None without an index."""
     context: Context
-    """What the predictor read."""
+    """The predictor's input."""
     model: str
     """Folder name of the model record, or "passthrough"."""
     snapped_cosine: float
-    """Cosine between the raw prediction and what was decoded after the snap; 1 without one."""
+    """Cosine of the raw prediction to the snapped vector; 1 without a snap."""
     truncated: int
-    """Texts longer than the codec's limit, which were cut."""
+    """Number of texts that exceeded the codec's limit and were truncated."""
     milliseconds: dict[str, float]
     """encode, context, predict, snap, extract, decode; of the whole batch."""
 
@@ -59,17 +59,17 @@ class Prediction:
 
     @property
     def source(self) -> Source:
-        """Where the text comes from: "writer", "corpus", or "exact" where the vector is a text's own."""
+        """Where the text comes from: "writer", "corpus", or "exact" if the vector encodes this text."""
         return self.answer.source
 
     @property
     def cosine(self) -> float:
-        """Cosine of the text, encoded again, to the vector that was decoded."""
+        """Cosine of the re-encoded text to the decoded vector."""
         return self.answer.cosine
 
 
 class Generator:
-    """Predicts the next chunk's text with one model, with a corpus behind it or without."""
+    """Predicts the next chunk's text with one model, with or without a corpus."""
 
     def __init__(
         self,
@@ -80,15 +80,14 @@ class Generator:
         settings: LadderSettings | None = None,
         snapped: bool = False,
     ) -> None:
-        """index and vectors: a corpus, both or neither; it completes short contexts, answers where no written text
-        reads, and, with `snapped`, moves predictions onto itself before they are written. Raises IdentityError and
-        InputError where they do not belong together."""
+        """index and vectors: a corpus, both or neither. It completes short contexts, replaces refused texts and, with
+        `snapped`, snaps predictions before decoding. Raises IdentityError or InputError when the parts do not match."""
         if not isinstance(predictor, TrainedPredictor):
             raise InputError(
                 f"the predictor is {type(predictor).__name__}; expected what lvm.load_predictor or lvm.fit returns"
             )
         if (vectors is None) != (index is None):
-            raise InputError("an index without its vectors answers nothing; pass both or neither")
+            raise InputError("a corpus needs both index and vectors; pass both or neither")
         predictor.require_codec(codec.identity, "the loaded codec")
         if vectors is not None and index is not None:
             vectors.require_codec(codec.identity, "the loaded codec")
@@ -110,8 +109,8 @@ class Generator:
         settings: LadderSettings | None = None,
         snapped: bool = False,
     ) -> "Generator":
-        """From the folder of `latent run`: its vectors, index and models. Without one the predictors that ship with the
-        package, and no corpus. Raises InputError where something is missing."""
+        """Load vectors, index and models from the folder of `latent run`; if None, a bundled predictor only.
+        Raises InputError when something is missing."""
         if run is None:
             return cls(codec, load_predictor(model), settings=settings)
         for part, stage in (("vectors", "encode"), ("index", "index"), ("models", "train")):
@@ -127,7 +126,7 @@ class Generator:
 
     @property
     def centre(self) -> NDArray[np.float32]:
-        """(D,) the corpus mean, from which cosines are told apart best: the corpus', else the writer's; else zeros."""
+        """(D,) mean vector to subtract before comparing cosines: the corpus', else the writer's, else zeros."""
         if self._extractor is not None:
             return self._extractor.centre
         writer = self.codec.writer
@@ -136,16 +135,16 @@ class Generator:
     def generate(
         self, texts: Sequence[str], length: int = 1, fill: Fill = "retrieve"
     ) -> list[list[Prediction]]:
-        """What follows each of N texts: `length` predictions a text, each from all before it.
+        """`length` predictions for each of N texts, each from all chunks before it.
 
-        A text of any length is cut into chunks, of which the last ones are read, as many as the predictor was trained
-        on; fewer are completed as `fill` says. Raises InputError on what is no list of str, naming the place, on a text
-        without words, and on a length below 1. Warns where texts do not read because the codec has no writer.
+        Texts are cut into chunks, and the predictor reads the last ones, as many as it was trained on; shorter contexts
+        are completed as `fill` says. Raises InputError on anything but a list of str, naming the index, on a text
+        without words, and on a length below 1. Warns if texts are refused because the codec has no writer.
         """
         if isinstance(texts, str):
             raise InputError("expected a list of texts, got one str; write generate([text])")
         if not isinstance(length, int) or length < 1:
-            raise InputError(f"length is {length!r}; expected a whole number of chunks, 1 or more")
+            raise InputError(f"length is {length!r}; expected an integer of 1 or more")
         articles = [Article("", "", text, "") for text in require_texts(texts)]
         contexts = [[c.text for c in chunks] for chunks in self._chunker.chunk(articles)] if articles else []
         for place, context in enumerate(contexts):
@@ -156,7 +155,7 @@ class Generator:
             steps = list(self.continue_all(contexts[low : low + BATCH_TEXTS], length, fill))
             made += [list(own) for own in zip(*steps, strict=True)]
         if self.codec.no_writer is not None and not all(p.answer.accepted for own in made for p in own):
-            warnings.warn(f"the predicted texts do not read: {self.codec.no_writer}", stacklevel=2)
+            warnings.warn(f"the predicted texts are not fluent: {self.codec.no_writer}", stacklevel=2)
         return made
 
     def continue_all(

@@ -3,7 +3,7 @@
 `latent encode` writes it beside its shards, before the manifest that says that all is there; opening writes nothing.
 Titles, texts and sources are in the shards alone, and are read from there.
 
-    _array/<fingerprint>-2/vectors.npy …     a file a column, named as the fields of `VectorArray`
+    _array/<fingerprint>-2/vectors.npy …     a file per column, named as the fields of `VectorArray`
     _array/<fingerprint>-2/array.json        size and SHA-256 of each; on object storage it comes last
 
 Letters: N chunks, D = 768.

@@ -1,4 +1,4 @@
-"""Concepts in Postgres: a row a chunk, with its vector, its TMD code and its place in its article.
+"""Concepts in Postgres: a row per chunk, with its vector, its TMD code and its place in its article.
 
 A *dataset* is a named set of rows of one codec. Each has a partition of its own, with a CHECK that holds the codec's
 digest, so the server itself refuses a vector of another codec; dropping the partition clears the dataset.

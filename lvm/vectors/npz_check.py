@@ -422,7 +422,7 @@ class _Check:
                 self.problem(name, "unicode text", str(header.dtype), UNICODE)
             if vectors is not None and header.shape != vectors.shape[:-1]:
                 self.problem(
-                    name, f"shape {vectors.shape[:-1]}", f"shape {header.shape}", "One text a vector."
+                    name, f"shape {vectors.shape[:-1]}", f"shape {header.shape}", "One text per vector."
                 )
 
     def check_ids(self) -> None:

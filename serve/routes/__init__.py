@@ -1,4 +1,4 @@
-"""The routes, a file a noun. Each class takes the service and adds its own to the application."""
+"""The routes, by resource. Each class takes the service and adds its routes to the application."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from serve.retriever import CorpusChunk
 from serve.schema import Neighbour
 
 Errors = dict[int | str, dict[str, Any]]
-"""Statuses and the form of their replies."""
+"""Error statuses and their reply models."""
 
 
 def neighbour(chunk: CorpusChunk) -> Neighbour:

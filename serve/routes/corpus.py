@@ -1,4 +1,4 @@
-"""Texts on their way into a corpus."""
+"""Routes for chunking, TMD codes and ingestion."""
 
 import asyncio
 import hashlib
@@ -35,7 +35,7 @@ from serve.service import Service
 
 
 class CorpusRoutes:
-    """Chunks, TMD codes, and articles into store or inbox."""
+    """Chunk texts, assign TMD codes, and ingest articles into the concept store or the inbox."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -97,14 +97,14 @@ class CorpusRoutes:
         ]
 
     async def ingest(self, request: Request, body: IngestRequest) -> IngestReply:
-        """Articles into the concept store, each once, found by /v1/search from then on; or, where there is an inbox in
-        place of a store, into that, for `latent run --input INBOX`."""
+        """Store articles in the concept store, each only once; /v1/search finds them from then on. Without a store,
+        write them to the inbox, for `latent run --input INBOX`."""
         clock = Clock()
         deadline = self._service.deadline(body.deadline_s)
         concepts = self._service.concepts
         if not self._service.args.inbox and concepts is None:
             raise RefusedError(
-                422, "articles have nowhere to go; start the service with --dataset NAME, or with --inbox DIR"
+                422, "no place to store articles; start the service with --dataset NAME or --inbox DIR"
             )
         if not body.articles:
             raise RefusedError(422, "articles is empty; expected at least one")
@@ -151,7 +151,7 @@ class CorpusRoutes:
         prototypes = await self._service.prototypes(deadline)
 
         async def encode(texts: Sequence[str]) -> Sequence[EncodedText]:
-            # Not through the cache: one article would push out what people ask for again.
+            # Bypass the cache: one article would evict entries that are requested again.
             encoded, timing = await self._service.pipeline.encode(texts, deadline, cache=False)
             clock.add("encode", timing)
             return encoded

@@ -23,8 +23,8 @@ from serve.schema import (
     Milliseconds,
     ModelRecord,
     RefusedError,
-    came_about,
     event,
+    provenance,
 )
 from serve.service import Service
 from serve.smoothing import SmoothingError
@@ -33,11 +33,11 @@ from serve.stage import DeadlineError, FullError, StageError, UnavailableError
 logger = logging.getLogger("ray.serve")
 
 IN_STREAM = {DeadlineError: 408, FullError: 429, StageError: 503, UnavailableError: 503}
-"""What the reply's status would have been, told in the stream's last event."""
+"""Status reported in the stream's last event for each kind of error."""
 
 
 class GenerateRoute:
-    """All stages in one call, as one reply or as a stream."""
+    """All stages in one call, with one reply or a stream."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -123,7 +123,7 @@ class GenerateRoute:
         return Generated(
             text=text,
             cosine=round(answer.cosine, 6),
-            **came_about(answer),
+            **provenance(answer),
             snapped_cosine=round(predicted.prediction_cosine, 6),
             drifted=predicted.drifted,
             context=ContextReply(mode=context.mode, texts=list(context.texts), origins=list(context.origins)),
@@ -144,7 +144,7 @@ class GenerateRoute:
         record: ModelRecord,
         begun: float,
     ) -> AsyncIterator[str]:
-        """Server-sent events of all inputs, as they come."""
+        """Server-sent events of all inputs, as they are ready."""
         queue: asyncio.Queue[tuple[int, int, Generated] | None] = asyncio.Queue()
 
         async def write(number: int, chunks: list[str]) -> None:
@@ -178,7 +178,7 @@ class GenerateRoute:
                     yield event("chunk", {"input": number, "place": place, **generated.model_dump()})
                 await task
             yield event("done", {"milliseconds": ms_since(begun)})
-        except Exception as err:  # the status line has been sent: all that is left is to say it in the stream
+        except Exception as err:  # the status line is already sent, so the error goes into the stream
             self._service.note(err, request, time.perf_counter() - begun)
             status, message = (
                 next((s for kind, s in IN_STREAM.items() if isinstance(err, kind)), 500),
@@ -190,7 +190,7 @@ class GenerateRoute:
             yield event("error", error_body(status, message, request_id(request)))
         finally:
             if task is not None:
-                task.cancel()  # the reader may have gone: what nobody reads is not computed
+                task.cancel()  # the client may be gone
 
     def _see(self, generated: Generated, seconds: float) -> None:
         quality = judge(generated.text, generated.refusals, generated.context.texts)
@@ -225,7 +225,7 @@ class GenerateRoute:
 
 
 async def gather(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Results in order; the first failure ends the others and is raised as it is."""
+    """Results in order; the first failure cancels the others and is raised."""
     if len(coroutines) == 1:
         return [await coroutines[0]]
     tasks = [asyncio.ensure_future(c) for c in coroutines]

@@ -1,4 +1,4 @@
-"""The routes that OpenAI's clients call; docs/clients.md says what they send."""
+"""The routes for OpenAI's clients; see docs/clients.md."""
 
 import time
 from datetime import datetime
@@ -45,8 +45,8 @@ class OpenAIRoutes:
         )
 
     async def embeddings(self, request: Request, body: EmbeddingsRequest) -> Any:
-        """Texts to vectors in OpenAI's form; `model` is the codec's name. A text longer than the codec's limit is cut,
-        and `truncated` says so."""
+        """Texts to vectors in OpenAI's format; `model` is the codec's name. Texts above the codec's limit are
+        truncated, as reported in `truncated`."""
         clock = Clock()
         if body.model is not None:
             self._service.require_codec(body.model, "model")
@@ -63,7 +63,7 @@ class OpenAIRoutes:
         seconds = min(limits.default_deadline_s * len(batches), limits.max_deadline_s)
         deadline = time.monotonic() + max(seconds, limits.default_deadline_s)
         encoded: list[EncodedText] = []
-        with self._service.admitted(len(batches[0])):  # no more of them are at work at once
+        with self._service.admitted(len(batches[0])):  # batches are processed one at a time
             for batch in batches:
                 found, timing = await self._service.pipeline.encode(batch, deadline)
                 clock.add("encode", timing)
@@ -101,7 +101,7 @@ class OpenAIRoutes:
                 return listed
         raise RefusedError(
             404,
-            f"no model {model[:100]!r} is loaded; there are: {', '.join(m.id for m in self._listed())}",
+            f"no model {model[:100]!r} is loaded; available: {', '.join(m.id for m in self._listed())}",
             param="model",
         )
 
@@ -114,7 +114,7 @@ class OpenAIRoutes:
 
 
 def _unix(created: str) -> int:
-    """Seconds of an ISO time; 0 for any other text."""
+    """Unix time of an ISO timestamp; 0 for any other text."""
     try:
         return int(datetime.fromisoformat(created).timestamp())
     except ValueError:

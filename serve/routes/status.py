@@ -1,4 +1,4 @@
-"""How the service does, for people, load balancers and Prometheus."""
+"""Health and metrics, for people, load balancers and Prometheus."""
 
 import asyncio
 import time
@@ -49,7 +49,7 @@ class StatusRoutes:
             missed.append(self._service.pipeline.breaker.reason)
         if self._service.refused:
             missed.append(self._service.refused)
-        # Without a decoder or a predictor-less passthrough the service still answers, from the corpus.
+        # Without a decoder the service still answers from the corpus.
         if [name for name in lacking if name != "Decoder"]:
             status, response.status_code = "not ready", 503
         else:
@@ -57,7 +57,7 @@ class StatusRoutes:
         return HealthReply(
             status=status,
             release=self._service.release.word,
-            reasons=[*(f"no replica of {name} runs" for name in lacking), *missed],
+            reasons=[*(f"no replica of {name} is running" for name in lacking), *missed],
             targets=TARGETS,
             figures=self._service.window.figures(),
             breaker={
@@ -85,7 +85,7 @@ class StatusRoutes:
             text = await asyncio.to_thread(_node_metrics)
         except OSError as err:
             raise RefusedError(
-                503, f"Ray's metrics agent does not answer ({err}); try again later", 5
+                503, f"Ray's metrics agent does not respond ({err}); try again later", 5
             ) from err
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 

@@ -1,4 +1,4 @@
-"""The stages of a prediction that take or give vectors."""
+"""Routes for single stages on vectors: encode, predict, decode, search."""
 
 import time
 
@@ -179,7 +179,7 @@ def _chunk(hit: Hit) -> CorpusChunk:
 
 
 def _names(value: str | list[str] | None) -> list[str]:
-    """Names of a list, or of a string with commas."""
+    """Names in a list or in a comma-separated string."""
     if value is None:
         return []
     listed = value.split(",") if isinstance(value, str) else value

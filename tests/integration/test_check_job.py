@@ -41,7 +41,7 @@ def test_a_good_file_passes(exported: Path) -> None:
         36,
         [],
     )
-    assert "nothing is wrong" in stderr
+    assert "no problems found" in stderr
 
 
 def test_a_bad_file_names_every_problem_with_what_was_expected_what_came_and_the_cure(exported: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_bad_file_names_every_problem_with_what_was_expected_what_came_and_the
     assert all(p["expected"] and p["got"] and p["cure"] for p in summary["problems"])
     assert "the first in row 3" in stderr
     assert "which is a pickle" in stderr
-    assert "2 things are wrong" in stderr
+    assert "problems found: 2" in stderr
     assert "Traceback" not in stderr
 
 
@@ -78,6 +78,6 @@ def test_an_exported_file_passes_the_check_and_is_never_replaced_unasked(tmp_pat
     before = file.stat().st_mtime_ns
     code, _, stderr = run_command(*arguments, job="export")
     assert code == 1
-    assert "is there already; choose another name or pass --overwrite" in stderr
+    assert "already exists; choose another name or pass --overwrite" in stderr
     assert file.stat().st_mtime_ns == before
     assert run_command(*arguments, "--overwrite", job="export")[0] == 0

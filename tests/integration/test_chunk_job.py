@@ -342,7 +342,7 @@ def test_a_corpus_in_another_language_is_said_not_to_fit(ray_cluster: str, tmp_p
     command = [sys.executable, "-m", "jobs.chunk", "--input", str(tmp_path / "a.jsonl")]
     command += ["--output", str(tmp_path / "out"), "--address", ray_cluster]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
-    assert "WARNING: mini's tokenizer does not know this language" in done.stderr, done.stderr[-2000:]
+    assert "WARNING: mini's tokenizer does not support this language" in done.stderr, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["tokens_per_word"] > 10
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.encode import plan
-from jobs.evaluate import threads_a_task
+from jobs.evaluate import threads_per_task
 from jobs.train import plan_resources
 from lvm.models import ORIGINAL
 from tests.integration.conftest import CHECKOUT
@@ -48,7 +48,7 @@ def test_four_models_fit_at_once_beside_the_one_gpu_and_its_cpus() -> None:
 def test_a_scoring_task_asks_for_no_more_than_one_node_has(
     cpus: int, largest: int, tasks: int, expected: int
 ) -> None:
-    assert threads_a_task(cpus, largest, tasks) == expected
+    assert threads_per_task(cpus, largest, tasks) == expected
 
 
 # ---- a real cluster: a head without CPUs, then a node with a "GPU" that torch cannot see, and two with CPUs alone
@@ -88,9 +88,9 @@ def test_a_gpu_that_torch_cannot_see_is_said_and_the_cpu_does_the_work(
     assert report["encoded"] == 48
     assert report["decoded"] == 4
     for who in ("encode", *(f"train: {name}" for name in ORIGINAL), "evaluate"):
-        lines = [line for line in said.splitlines() if line.startswith(f"{who}: Ray gave it a GPU on ")]
+        lines = [line for line in said.splitlines() if line.startswith(f"{who}: Ray assigned a GPU on ")]
         assert len(lines) == 1, who
-        assert "it works on the CPU" in lines[0]
+        assert "using the CPU" in lines[0]
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_check_sends_texts_round_and_counts_what_it_cut() -> None:
     figures = json.loads(done.stdout)
     assert (figures["texts"], figures["truncated"], figures["mismatched"]) == (2, 1, False)
     assert figures["exact"] >= 0.5
-    assert "1 of 2 texts are longer than 32 tokens and were cut" in done.stderr
+    assert "1 of 2 texts are longer than 32 tokens and were truncated" in done.stderr
 
 
 def test_check_warns_of_an_encoder_and_a_decoder_that_do_not_match(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_check_warns_of_an_encoder_and_a_decoder_that_do_not_match(tmp_path: Pat
     save_file(tensors, folder / "hypothesizer.safetensors")
     done = latent("check", "--codec-path", str(folder), "--num-chunks", "8", "--steps", "0")
     assert done.returncode == 1
-    assert "give that do not belong together" in done.stderr
+    assert "suggests that encoder and decoder do not match" in done.stderr
     assert "mixed (" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -78,10 +78,10 @@ def test_check_warns_of_an_encoder_and_a_decoder_that_do_not_match(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("eval", "--input", "sample", "--cosines", "0.9;0.8"), "--cosines takes numbers with commas"),
-        (("eval", "--input", "sample", "--cosines", "2"), "must lie above 0 and be at most 1"),
+        (("eval", "--input", "sample", "--cosines", "0.9;0.8"), "--cosines takes comma-separated numbers"),
+        (("eval", "--input", "sample", "--cosines", "2"), "must be above 0 and at most 1"),
         (("check", "--codec", "gtr"), "unknown codec 'gtr'; expected one of gtr-ielab, gtr-jxe, mini"),
-        (("check", "--steps", "9", "a"), "takes 0, 1, 2, 3, 4, 5 steps, got 9"),
+        (("check", "--steps", "9", "a"), "supports 0, 1, 2, 3, 4, 5 steps, got 9"),
     ],
 )
 def test_bad_options_are_one_line(arguments: tuple[str, ...], message: str) -> None:

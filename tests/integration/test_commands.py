@@ -88,7 +88,7 @@ def test_a_folder_without_models_is_no_run_to_measure(tmp_path: Path) -> None:
         "codec", "eval", "--input", "sample", "--limit", "3", "--decoded", "1", "--run", str(tmp_path)
     )
     assert done.returncode == 1
-    assert "holds no model; expected the folder of `latent run`" in done.stderr
+    assert "has no model; expected the folder of `latent run`" in done.stderr
     assert "Traceback" not in done.stderr
 
 

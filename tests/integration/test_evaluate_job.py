@@ -171,7 +171,7 @@ def test_texts_are_decoded_raw_and_snapped_and_the_examples_show_them(evaluation
             assert said["text"] not in ("", example["truth"])
             assert bool(said["refused"]) == (said["form"] != "found")
             assert all(
-                text.startswith("text of ") and "encodes at cosine" in text for text in said["refused"]
+                text.startswith("text of ") and "round-trip cosine" in text for text in said["refused"]
             )
 
 
@@ -238,7 +238,7 @@ def test_a_new_model_is_evaluated_and_one_of_another_split_is_left_out_by_name(
     assert made["entries"][0]["details"]["folder"] == newer.name
     assert "lstm" in made["split"]["left_out"]
     assert "lstm is left out" in capsys.readouterr().err
-    assert "trained on another split: seed 0" in (paths.output / "report.html").read_text()
+    assert "trained with another split: seed 0" in (paths.output / "report.html").read_text()
 
 
 def test_models_of_different_context_lengths_meet_on_the_same_targets(
@@ -267,7 +267,9 @@ def test_models_of_different_context_lengths_meet_on_the_same_targets(
 def test_models_of_other_vectors_are_refused_when_none_is_left(tmp_path: Path, ray_cluster: str) -> None:
     paths, other = make_run(tmp_path / "one"), make_run(tmp_path / "two", seed=1)
     mixed = Paths(paths.vectors, paths.index, other.models, paths.output)
-    with pytest.raises(InputError, match=r"no model fits the vectors .* Run `latent train` on these vectors"):
+    with pytest.raises(
+        InputError, match=r"no model was trained on the vectors .* Run `latent train` on these vectors"
+    ):
         evaluate(mixed, fake_codec, SETTINGS)
     foreign_index = Paths(paths.vectors, other.index, paths.models, paths.output)
     with pytest.raises(InputError, match="was made from vectors"):

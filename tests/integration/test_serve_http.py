@@ -293,10 +293,10 @@ def test_the_official_openai_client_gets_embeddings(service: Service) -> None:
     assert "lstm" in {m.id for m in client.models.list().data}
     assert client.models.retrieve("lstm").created > 1_700_000_000
     assert client.models.retrieve("mini").id == "mini"
-    with pytest.raises(openai.NotFoundError, match="there are: lstm, amn, passthrough, mini") as missing:
+    with pytest.raises(openai.NotFoundError, match="available: lstm, amn, passthrough, mini") as missing:
         client.models.retrieve("gpt-4/turbo")
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.NotFoundError, match="there is: mini") as missing:
+    with pytest.raises(openai.NotFoundError, match="available: mini") as missing:
         client.embeddings.create(model="text-embedding-3-small", input="x")
     assert missing.value.type == "not_found_error"
     with pytest.raises(openai.UnprocessableEntityError, match="leave dimensions out") as refused:
@@ -514,7 +514,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
         "/v1/generate",
         {"text": "a", "model": "transformer-optimized"},
         404,
-        "there are: lstm, amn, passthrough",
+        "available: lstm, amn, passthrough",
     ),
     ("/v1/generate", {"text": "a", "model": "../../etc"}, 404, "there are"),
     ("/v1/generate", {"text": "a", "modle": "lstm"}, 422, "modle"),
@@ -524,7 +524,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     ("/v1/generate", {"text": "a", "neighbours": 10**6}, 422, "max_neighbours"),
     ("/v1/generate", {"text": "a", "deadline_s": 1e9}, 422, "max_deadline_s"),
     ("/v1/generate", {"text": "a", "deadline_s": -1}, 422, "deadline_s"),
-    ("/v1/generate", {"text": "a", "steps": 9}, 422, "takes steps 0, 1, 2, 3, 4, 5, got 9"),
+    ("/v1/generate", {"text": "a", "steps": 9}, 422, "supports steps 0, 1, 2, 3, 4, 5, got 9"),
     ("/v1/generate", {"text": "x" * 5001}, 422, "5001 characters, limit max_characters is 5000"),
     ("/v1/generate", {"text": ["a"] * 13}, 422, "13 texts, limit max_texts is 12"),
     (
@@ -556,12 +556,12 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     ("/v1/decode", {"vectors": [[BIG] * 768]}, 422, "beyond float32"),
     ("/v1/decode", {"vectors": [[10**400] * 768]}, 422, "vectors"),
     ("/v1/decode", {"vectors": ["AAAA"]}, 422, "holds 3 bytes, expected 3072"),
-    ("/v1/decode", {"vectors": ["?"]}, 422, "no base64"),
+    ("/v1/decode", {"vectors": ["?"]}, 422, "not base64"),
     (
         "/v1/decode",
         {"vectors": [[1.0] * 768], "subscribers": "jxe,ielab"},
         404,
-        "'jxe' is not loaded; there is: mini",
+        "'jxe' is not loaded; available: mini",
     ),
     ("/v1/decode", {"vectors": [[1.0] * 768], "subscribers": ["ielab"]}, 404, "'ielab' is not loaded"),
     ("/v1/decode", {"vectors": [[1.0] * 768], "steps": 21}, 422, "limit max_steps is 20"),
@@ -604,7 +604,7 @@ def test_bad_input_gets_its_message(
         (b"[" * 100_000, 400, "levels deep, limit max_depth is 16"),
         (b'{"text": "a", "x": ' + b"[" * 17 + b"]" * 17 + b"}", 400, "levels deep"),
         (b'{"text": "' + b"a" * 1_000_000 + b'"}', 413, "limit max_body_bytes is 1000000"),
-        (b'{"text": ' + b"1" * 5000 + b"}", 400, "no JSON"),
+        (b'{"text": ' + b"1" * 5000 + b"}", 400, "not valid JSON"),
         (b"NaN", 422, "body"),
     ],
 )

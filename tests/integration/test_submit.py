@@ -106,7 +106,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             start_new_session=True,
         )
     deadline = time.monotonic() + 120
-    while made.submit("--cancel", "nothing").stderr.find("knows no job") < 0:
+    while made.submit("--cancel", "nothing").stderr.find("has no job") < 0:
         assert process.poll() is None, (folder / "log").read_text()[-2000:]
         assert time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
         time.sleep(1)
@@ -166,7 +166,7 @@ def test_no_cluster_is_one_line(head: Head) -> None:
     nobody = Head("http://127.0.0.1:9", head.token)
     done = nobody.submit("encode", "--input", "x")
     assert done.returncode == 1
-    assert "no Ray cluster answers at http://127.0.0.1:9" in done.stderr
+    assert "no Ray cluster responds at http://127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -194,7 +194,7 @@ def test_a_stopped_job_goes_on_where_it_was_and_its_exit_code_is_ours(
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to `latent` and to its child
     stdout, stderr = child.communicate(timeout=120)
     assert child.returncode == 130, stdout + stderr
-    assert "the same command goes on from what is finished" in stderr
+    assert "run the same command to resume" in stderr
     finished = {p.name: p.stat().st_mtime_ns for p in target.glob("part-*.parquet")}
     assert 3 <= len(finished) < shards
     assert not (target / "manifest.json").exists()
@@ -216,7 +216,7 @@ def test_a_stopped_job_goes_on_where_it_was_and_its_exit_code_is_ours(
         np.testing.assert_array_equal(*ids)
 
     # Ended jobs are no longer there to stop; unknown ones never were.
-    assert "has ended already (succeeded)" in head.submit("--cancel", job).stderr
+    assert "has already ended (succeeded)" in head.submit("--cancel", job).stderr
 
 
 def test_a_job_that_refuses_ends_with_its_line_and_code(head: Head, tmp_path: Path) -> None:

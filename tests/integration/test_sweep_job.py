@@ -151,7 +151,7 @@ def test_killed_and_run_again_it_does_what_is_missing(vectors: Path, tmp_path: P
         command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "sweep: goes on where it was" in done.stderr
+    assert "sweep: resuming" in done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["complete"]
     assert summary["rows"] == 4

@@ -390,7 +390,7 @@ def test_a_killed_job_goes_on_where_it_was(ray_cluster: str, vectors: Path, tmp_
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    went_on = [line for line in done.stderr.splitlines() if "goes on after epoch" in line]
+    went_on = [line for line in done.stderr.splitlines() if "resuming after epoch" in line]
     assert len(went_on) == 1, done.stderr
     start = int(went_on[0].split()[-1])
     assert 1 <= start <= 6  # a line comes before its checkpoint

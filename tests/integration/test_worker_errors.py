@@ -114,7 +114,7 @@ def test_one_refused_row_keeps_no_other_from_being_made(capsys: pytest.CaptureFi
     assert str(error) == LINE
     said = capsys.readouterr().err
     assert said.count("test: a note") == 1
-    assert "test: 1 of 3 parts were refused; the others are finished and kept" in said
+    assert "test: 1 of 3 parts failed; the others are finished and kept" in said
 
 
 def test_where_nothing_can_be_written_the_rest_is_not_made(tmp_path: Path) -> None:

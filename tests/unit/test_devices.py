@@ -86,4 +86,4 @@ def test_a_jobs_process_computes_where_ray_put_it(
     assert _ray.worker_device().type == (backend if free and backend else "cpu")
     assert _ray.worker_device(mini=True).type == ("cuda" if free and backend == "cuda" else "cpu")
     # The CPU does the work, and it is said, only where Ray gave a GPU that torch does not see: not on a Mac.
-    assert ("it works on the CPU" in _ray.unseen_gpu()) == (bool(gpus) and not backend)
+    assert ("using the CPU" in _ray.unseen_gpu()) == (bool(gpus) and not backend)

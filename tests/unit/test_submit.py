@@ -51,11 +51,11 @@ def test_a_checkout_with_data_in_its_code_is_refused_by_name(tmp_path: Path) -> 
     (tmp_path / "jobs" / "corpus.parquet").write_bytes(b"0" * 5000)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "vectors").write_bytes(b"0" * 50_000)  # beside the code: does not travel
-    with working_directory(tmp_path, most_bytes=5000):
+    with working_directory(tmp_path, max_bytes=5000):
         pass
     with (
         pytest.raises(InputError, match=r"jobs/corpus\.parquet"),
-        working_directory(tmp_path, most_bytes=4999),
+        working_directory(tmp_path, max_bytes=4999),
     ):
         pass
 

@@ -77,11 +77,11 @@ def letters() -> Iterator[str]:
         (b"text", "expected a str or a list of str, got bytes; decode it first"),
         (None, "expected a str or a list of str, got NoneType"),
         (7, "expected a str or a list of str, got int"),
-        ({"text"}, "expected a str or a list of str, got set; make a list of str of it"),
-        (letters(), "expected a str or a list of str, got generator; make a list of str of it"),
+        ({"text"}, "expected a str or a list of str, got set; convert it to a list of str"),
+        (letters(), "expected a str or a list of str, got generator; convert it to a list of str"),
         (np.array([1.0]), "expected a str or a list of str, got ndarray"),
         (["a", b"b"], "text 1 of 2 is bytes, expected str; decode it first"),
-        (["a", None, "c"], "text 1 of 3 is NoneType, expected str; leave out what has no text"),
+        (["a", None, "c"], "text 1 of 3 is NoneType, expected str; leave out missing texts"),
         (["a", "b", 3], "text 2 of 3 is int, expected str"),
         (["a", ["b", "c"]], "text 1 of 2 is list, expected str; give one list of texts"),
         ("half \ud800 of a pair", "text 0 of 1 holds half a surrogate pair"),
@@ -94,13 +94,13 @@ def test_what_is_no_text_is_refused_with_its_place(codec: Codec, texts: Any, mes
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, "8"])
 def test_a_batch_size_that_is_none_is_refused(codec: Codec, batch_size: Any) -> None:
-    with pytest.raises(InputError, match="expected a whole number of 1 or more"):
+    with pytest.raises(InputError, match="expected an integer of 1 or more"):
         codec.encode(TEXTS, batch_size=batch_size)
 
 
 def test_what_is_cut_is_said(codec: Codec) -> None:
     with pytest.warns(
-        UserWarning, match=r"1 of 2 texts are longer than 32 tokens and were cut, text 1 first"
+        UserWarning, match=r"1 of 2 texts are longer than 32 tokens and were truncated, text 1 first"
     ):
         codec.encode(["short", "word " * 60])
 

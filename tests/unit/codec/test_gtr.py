@@ -226,7 +226,7 @@ def test_a_pickle_is_refused_with_how_to_convert_it(copy: Path) -> None:
         (
             "1_Pooling/config.json",
             lambda c: {**c, "pooling_mode_max_tokens": True},
-            "pools by max_tokens, mean_tokens; expected mean_tokens alone",
+            "pools by max_tokens, mean_tokens; expected mean_tokens only",
         ),
         (
             "2_Dense/config.json",

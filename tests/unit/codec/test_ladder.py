@@ -192,7 +192,7 @@ def test_an_exact_text_may_come_at_a_later_attempt_and_the_row_leaves_there() ->
     (answer,) = Ladder(codec).decode(codec.vectors)
     assert (answer.text, answer.steps) == (GOOD, 3)
     assert [(a.text, a.steps, a.refusals) for a in answer.attempts] == [
-        (SALAD, 1, ("encodes at cosine 0.40 only",))
+        (SALAD, 1, ("round-trip cosine 0.40 < 0.85",))
     ]
 
 
@@ -216,7 +216,7 @@ def test_without_writer_and_corpus_the_refused_text_is_given_with_what_speaks_ag
     codec = ScriptedCodec([[Read(LOOP, 0.3, 1)]])
     (answer,) = Ladder(codec).decode(codec.vectors)
     assert (answer.text, answer.accepted) == (LOOP, False)
-    assert answer.refusals == ("encodes at cosine 0.30 only", "bigram repetition 29% > 25%")
+    assert answer.refusals == ("round-trip cosine 0.30 < 0.85", "bigram repetition 29% > 25%")
 
 
 def test_of_the_drafts_the_likeliest_nearest_and_newest_is_taken() -> None:
@@ -248,7 +248,7 @@ def test_a_draft_that_is_no_language_or_repeats_is_refused_and_the_next_one_judg
     (answer,) = Ladder(codec, writer, LadderSettings(candidates=3)).decode(codec.vectors, nearest=nearest)
     assert (answer.text, answer.source) == (GOOD, "writer")
     assert [a.refusals for a in answer.attempts] == [
-        ("no language: -3.10 nats a character < -2.50",),
+        ("not language: -3.10 nats per character < -2.50",),
         ("bigram repetition 29% > 25%",),
     ]
     assert writer.judged == [[SALAD], [LOOP], [GOOD]]
@@ -290,7 +290,7 @@ def test_a_codec_without_a_decoder_writes_every_vector_and_needs_a_writer() -> N
     codec = ScriptedCodec([BLEND], supported_steps=())
     (answer,) = Ladder(codec, ScriptedWriter({0: [Draft(GOOD)]})).decode(codec.vectors)
     assert (answer.source, codec.asked) == ("writer", [])
-    with pytest.raises(InputError, match="has no decoder and there is no writer"):
+    with pytest.raises(InputError, match="has neither a decoder nor a writer"):
         Ladder(codec).decode(codec.vectors)
 
 

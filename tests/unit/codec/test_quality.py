@@ -25,7 +25,7 @@ def test_read_back_of_equal_texts_is_perfect() -> None:
 
 
 def test_unequal_numbers_of_texts_are_refused() -> None:
-    with pytest.raises(InputError, match="as many written texts"):
+    with pytest.raises(InputError, match="one decoded text for each source"):
         read_back(["a"], [])
 
 
@@ -68,7 +68,7 @@ def test_turned_vectors_lie_at_the_stated_cosine_in_different_directions() -> No
     between = (away @ away.T)[~np.eye(50, dtype=bool)]
     assert np.abs(between).max() < 0.36 * 0.75
     np.testing.assert_allclose(rotated(vectors, 1.0), vectors, atol=1e-6)
-    with pytest.raises(InputError, match="cosine must lie above 0"):
+    with pytest.raises(InputError, match="cosine must be above 0"):
         rotated(vectors, 0.0)
 
 

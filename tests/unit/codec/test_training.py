@@ -106,7 +106,7 @@ def test_a_run_goes_on_with_its_own_chunks_tokenizer_and_split_alone(
     train_tokenizer((" ".join(c) for c in fake_articles(30)), 400, tmp_path / "tokenizer.json")
     foreign = ChunkTokenizer.load(tmp_path / "tokenizer.json", TOY.max_tokens)
     with pytest.raises(
-        OutputError, match=r"holds a run with chunks \w{16}, got \w{16}; give it what it began"
+        OutputError, match=r"holds a run with chunks \w{16}, got \w{16}; use its original inputs"
     ):
         fit(other, tokenizer, run, TOY, QUICK)
     with pytest.raises(OutputError, match=f"holds a run with tokenizer .*got {foreign.sha256[:16]}"):
@@ -121,7 +121,7 @@ def test_a_run_goes_on_with_its_own_chunks_tokenizer_and_split_alone(
     fit(tmp_path / "moved", tokenizer, run, TOY, replace(QUICK, steps=6))
     (run / "run.json").unlink()
     fit(chunks, tokenizer, run, TOY, replace(QUICK, steps=7))
-    assert "does not say which chunks and tokenizer" in capsys.readouterr().out
+    assert "does not record its chunks and tokenizer" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_weights_to_start_from_must_fit(
 ) -> None:
     with pytest.raises(InputError, match="choose another --init"):
         fit(chunks, tokenizer, tmp_path / "a", replace(TOY, d_ff=32), QUICK, init=trained)
-    with pytest.raises(InputError, match="holds no codec to start from"):
+    with pytest.raises(InputError, match="cannot load a codec from"):
         fit(chunks, tokenizer, tmp_path / "b", TOY, QUICK, init=tmp_path / "nowhere")
     with pytest.raises(InputError, match="give --init"):
         fit(chunks, tokenizer, tmp_path / "c", TOY, replace(QUICK, freeze_encoder=True))

@@ -305,17 +305,17 @@ def test_the_package_leaves_the_process_as_it_was(root: Path) -> None:
 
 
 def test_what_the_package_cannot_do_is_refused(package: Codec, root: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="engine vec2text decodes gtr-jxe alone, got 'mini'"):
+    with pytest.raises(InputError, match="engine vec2text decodes only gtr-jxe, got 'mini'"):
         load_codec("mini", engine="vec2text")
     with pytest.raises(InputError, match="unknown engine 'theirs'; expected one of lvm, vec2text"):
         load_codec("gtr-jxe", root, engine="theirs")
-    with pytest.raises(InputError, match="takes no target cosine and no starts"):
+    with pytest.raises(InputError, match="supports no target cosine and no starts"):
         package.decode(package.encode(["a"]), target_cosine=0.9)
     with pytest.raises(InputError, match="decodes whole batches"):
         package.reading()
     for part in ("jxm", "sentence-transformers"):
         (tmp_path / part).symlink_to(root / part)
-    with pytest.raises(InputError, match=r"needs t5-base in .* besides the codec; fetch config\.json"):
+    with pytest.raises(InputError, match=r"needs t5-base in .* besides the codec; download config\.json"):
         load_codec("gtr-jxe", tmp_path, engine="vec2text")
 
 

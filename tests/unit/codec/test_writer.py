@@ -123,7 +123,7 @@ def test_another_language_model_codec_or_damage_is_refused(tmp_path: Path) -> No
     toy_writer(tmp_path)
     record["config"]["rank"] = 3
     (tmp_path / "writer.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="holds no writer"):
+    with pytest.raises(InputError, match="cannot load a writer"):
         Writer.parts(tmp_path, toy_base(), None)
 
 

@@ -123,7 +123,7 @@ def evaluation() -> Evaluation:
                     | {
                         "form": "snap",
                         "source": "corpus",
-                        "refused": ["word salad <u> (no language: -3.10 nats a character < -2.60)"],
+                        "refused": ["word salad <u> (not language: -3.10 nats per character < -2.60)"],
                     },
                     {"name": "passthrough", "text": "", **said},
                 ],

@@ -158,5 +158,5 @@ def test_example_shows_context_truth_and_every_text_with_its_source(evaluation: 
     assert lines[8].strip() == "written; cosine of the vector to the true next +0.581, of the text +0.444"
     assert lines[9] == "  lstm, snapped  said by lstm"
     assert lines[10].strip().startswith("found in the corpus; ")
-    assert lines[11].strip() == "refused: word salad <u> (no language: -3.10 nats a character < -2.60)"
+    assert lines[11].strip() == "refused: word salad <u> (not language: -3.10 nats per character < -2.60)"
     assert lines[12] == "  passthrough    (empty)"

@@ -85,7 +85,7 @@ def test_examples_show_context_truth_and_each_text_with_its_source(evaluation: E
     assert "lstm, snapped" in text
     assert "amn written cosine" in text
     assert "lstm, snapped found in the corpus cosine" in text
-    assert "refused word salad <u> (no language: -3.10 nats a character < -2.60)" in text
+    assert "refused word salad <u> (not language: -3.10 nats per character < -2.60)" in text
     assert "(empty)" in text
 
 

@@ -173,7 +173,7 @@ def test_batches_hold_so_many_texts_and_keep_their_order(
 def test_context_and_dimension_come_from_the_record(models: Path) -> None:
     small = Generator(SMALL, load_predictor("gru", models))  # type: ignore[arg-type]
     words = " ".join(f"word{i}" for i in range(31 * 6))  # six chunks of 31 words
-    with pytest.warns(UserWarning, match="do not read: the fake codec has no writer"):
+    with pytest.warns(UserWarning, match="are not fluent: the fake codec has no writer"):
         ((prediction,),) = small.generate([words])
     assert prediction.vector.shape == (48,)
     assert prediction.context.vectors.shape == (3, 48)
@@ -199,8 +199,8 @@ def test_what_does_not_belong_together_is_refused(codec: Codec, models: Path) ->
         ("one text", 1, "expected a list of texts, got one str; write generate([text])"),
         (["a", 3], 1, "text 1 of 2 is int, expected str"),
         (["a", " \n"], 1, "text 1 of 2 has no words; leave it out"),
-        (["a"], 0, "length is 0; expected a whole number of chunks, 1 or more"),
-        (["a"], 1.5, "length is 1.5; expected a whole number"),
+        (["a"], 0, "length is 0; expected an integer of 1 or more"),
+        (["a"], 1.5, "length is 1.5; expected an integer"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(

@@ -23,7 +23,7 @@ def test_a_long_queue_opens_it_and_a_good_trial_closes_it() -> None:
     assert breaker.refuses(10) is None
     reason = breaker.refuses(11)
     assert reason is not None
-    assert "11 vectors wait for the decoder, more than 10" in reason
+    assert "11 vectors are waiting for the decoder, more than 10" in reason
     assert breaker.open
     assert breaker.refuses(0) == reason  # not before open_s
     clock.now = 5.0

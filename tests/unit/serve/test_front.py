@@ -193,7 +193,7 @@ def test_requests_at_once_are_bounded(
         time.sleep(0.01)
     status, headers, body = ask(port, "GET", "/any")
     assert (status, headers["retry-after"]) == (503, "3")
-    assert "too many requests" in message(body)
+    assert "too many concurrent requests" in message(body)
     proxy.released.set()
     for thread in threads:
         thread.join(10)

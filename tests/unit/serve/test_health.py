@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve.health import FEWEST, Seen, Window
+from serve.health import MIN_REQUESTS, Seen, Window
 
 
 def window(count: int = 100, **fields: float | bool) -> Window:
@@ -41,6 +41,6 @@ def test_shares_are_of_the_window() -> None:
 
 
 def test_too_few_requests_are_not_judged() -> None:
-    assert window(FEWEST - 1, seconds=9.0).missed() == []
-    assert window(FEWEST, seconds=9.0).missed() != []
+    assert window(MIN_REQUESTS - 1, seconds=9.0).missed() == []
+    assert window(MIN_REQUESTS, seconds=9.0).missed() != []
     assert Window().figures() == {"requests": 0}

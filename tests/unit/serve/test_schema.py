@@ -52,7 +52,7 @@ def bad(value: float, place: int = 700) -> list[float]:
         ([0.1] * 767, "767 numbers, expected 768"),
         ([], "0 numbers, expected 768"),
         ("AAAA", "holds 3 bytes, expected 3072"),
-        ("not base64!", "no base64"),
+        ("not base64!", "not base64"),
         (base64.b64encode(np.full(768, np.nan, "<f4").tobytes()).decode(), "NaN"),
     ],
 )

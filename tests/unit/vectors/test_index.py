@@ -235,7 +235,7 @@ def test_an_index_is_refused_for_vectors_of_another_codec_or_another_job(
 ) -> None:
     flat.require_array(array)
     write_vectors(tmp_path / "other", fake_articles(3), FakeCodec("other"))
-    with pytest.raises(IdentityError, match="cannot be joined"):
+    with pytest.raises(IdentityError, match="cannot be combined"):
         flat.require_array(open_vectors(tmp_path / "other"))
     write_vectors(tmp_path / "later", fake_articles(3))
     with pytest.raises(InputError, match="run `latent index` again"):
