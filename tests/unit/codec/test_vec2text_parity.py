@@ -319,7 +319,11 @@ def test_what_the_package_cannot_do_is_refused(package: Codec, root: Path, tmp_p
         load_codec("gtr-jxe", tmp_path, engine="vec2text")
 
 
-def test_the_command_compares_engines(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_compares_engines(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In int8 random weights write other texts than in float32.
+    monkeypatch.setattr("lvm.codec.runner.best_precision", lambda device: "float32")
     texts = sample_sentences()[:4]
     shown = {}
     for engine in ("lvm", "vec2text"):
@@ -327,6 +331,4 @@ def test_the_command_compares_engines(root: Path, capsys: pytest.CaptureFixture[
             check_codec.main(texts, codec="gtr-jxe", codec_path=root, steps=0, engine=engine, as_json=True)
         shown[engine] = json.loads(capsys.readouterr().out)
         assert shown[engine]["engine"] == engine
-    assert shown["lvm"]["cosine"] == pytest.approx(
-        shown["vec2text"]["cosine"], abs=0.02
-    )  # int8 against float32
+    assert shown["lvm"]["cosine"] == pytest.approx(shown["vec2text"]["cosine"], abs=1e-3)
