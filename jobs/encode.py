@@ -73,7 +73,7 @@ from lvm.vectors.shards import (
 
 
 class Encoder(Protocol):
-    """What this job needs of a codec."""
+    """The part of a codec that this job needs."""
 
     @property
     def identity(self) -> CodecIdentity: ...
@@ -83,13 +83,13 @@ class Encoder(Protocol):
 
 
 CodecLoader = Callable[[], Encoder]
-"""Makes the codec, once in each worker; pickled on the way there."""
+"""Loads the codec, once per worker; must be picklable."""
 
 MAX_THREADS = 8
-"""Most threads of one actor; the encoder's matrices are too small to feed more."""
+"""Maximum threads per actor; the encoder's matrices are too small for more."""
 
 MOST_WORKERS = 1000
-"""Actors at once where nobody says how many: of more wishes Ray's autoscaler reads none."""
+"""Default maximum of actors: Ray's autoscaler ignores all requests beyond this number."""
 
 MOST_CHECKERS = 16
 """Shards of an earlier run that are looked at side by side."""
@@ -107,12 +107,12 @@ travels between processes. A shard's vectors depend on no other shard, so they a
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What decides a vector shard's content."""
+    """Everything that determines a vector shard's content."""
 
     codec: str
     """Digest of the codec's identity."""
     dtype: VectorType = "float16"
-    """How a vector's numbers are stored. float16 halves the files; rounding moves a cosine by under 0.001."""
+    """Storage type of vectors. float16 halves the size and changes a cosine by less than 0.001."""
     tmd: str | None = None
     """What codes the chunks (`coder_name`); None for shards without codes."""
 
@@ -132,19 +132,19 @@ class EncodeJob:
     settings: EncodeSettings
     """How vectors are made."""
     identity: CodecIdentity
-    """Codec the worker must come up with."""
+    """Codec that the worker must load."""
     load: CodecLoader
     """Makes the codec."""
 
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """What `encode_chunks` did."""
+    """Result of `encode_chunks`."""
 
     manifest: Manifest
     """Of the vectors."""
     encoded: tuple[str, ...]
-    """Shards this run made; empty when all was there."""
+    """Shards this run made; empty if nothing was missing."""
     up_to_date: bool
     """True when nothing had to be done, not even the manifest."""
 
@@ -153,7 +153,7 @@ class EncodeResult:
 
 
 def footer_of(chunks: Shard, identity: CodecIdentity, settings: EncodeSettings) -> dict[str, Any]:
-    """What a vector shard's footer says when it was made from this chunk shard in this way."""
+    """Footer of a vector shard made from this chunk shard with these settings."""
     return {"codec": identity.to_dict(), "chunks_sha256": chunks.sha256, "settings": settings.to_dict()}
 
 
@@ -239,7 +239,7 @@ def finished_shard(
 def require_same_ids(source: Location, target: Location) -> int:
     """The number of truncated chunks, when a vector shard holds its chunk shard's ids in order.
 
-    Raises InputError naming the shard and the first id that is missing or too many.
+    Raises InputError naming the shard and the first id that is missing or duplicated.
     """
     wanted = read_table(source, ["chunk_id"]).column("chunk_id")
     table = read_table(target, ["chunk_id", "truncated"])
@@ -261,7 +261,7 @@ def _tell(line: str) -> None:
 
 
 class ShardEncoder:
-    """Ray Data's stateful worker: holds the codec, encodes the shards it is handed. Several threads may call it."""
+    """Ray Data's stateful worker: holds the codec, encodes the shards it receives. Several threads may call it."""
 
     def __init__(self, job: "EncodeJob") -> None:
         # How many threads PyTorch takes is Ray's doing: it sets OMP_NUM_THREADS to the actor's num_cpus. The
@@ -312,7 +312,7 @@ def encode_chunks(
     gpus: int | None = None,
     tmd: bool = False,
 ) -> EncodeResult:
-    """Bring `target` to hold the vectors of `source`, a finished chunk job's folder, and nothing else.
+    """Make `target` hold exactly the vectors of `source`, the folder of a finished chunk job.
 
     tmd: with each chunk's code; a folder that has codes keeps them.
 
@@ -343,7 +343,7 @@ def encode_chunks(
     done = vectors.current(inputs, deep=True)
     if done is not None:
         if made := write_array(target, done):
-            echo(f"encode: {target} had no array that readers can map; it is made from the shards")
+            echo(f"encode: wrote the missing memory-mapped array of {target} from its shards")
         return EncodeResult(done, (), up_to_date=not made)
     known = vectors.begin()
 
@@ -384,7 +384,8 @@ def encode_chunks(
 
 
 def require_tokenizer(chunks: Manifest, identity: CodecIdentity, source: Location) -> None:
-    """Return when the chunks were cut within this codec's limit, counted with its own tokenizer.
+    """Raise IdentityError unless the chunks were cut with this codec's tokenizer and limit, counted with its own
+    tokenizer.
 
     Raises IdentityError naming both tokenizers or both limits.
     """
@@ -471,7 +472,7 @@ def _or_no_workers(
 
 
 def plan(nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[int, dict[str, Any]]:
-    """Number of actors, and what each takes: a GPU and a CPU where there are GPUs, else its part of the CPUs.
+    """Number of actors, and what each takes: one GPU and one CPU if there are GPUs, else its share of the CPUs.
 
     nodes: Ray resources of each live node. On CPUs an actor a core with one thread each beats fewer with more, as texts
     are short and matrices small; with fewer shards than cores, each gets cores the others leave, all on one node:
@@ -499,7 +500,7 @@ def main(
         PathOrUrl | None, path_option("Folder with a codec's weights, instead of the shipped ones.")
     ] = None,
     dtype: Annotated[
-        Literal["float16", "float32"], typer.Option(help="How a vector's numbers are stored.")
+        Literal["float16", "float32"], typer.Option(help="Storage type of the vectors.")
     ] = "float16",
     overwrite: Annotated[bool, typer.Option(help="Replace vectors made with other settings.")] = False,
     address: Address = None,

@@ -1,4 +1,4 @@
-"""Which device torch computes on: the one place that decides, for jobs, service and library."""
+"""Which device torch computes on: the single place where it is decided."""
 
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 def pick_device(device: "str | torch.device" = "auto", reserved: bool = True) -> "torch.device":
     """The torch device of a name; "auto" takes CUDA, then MPS, then CPU. Raises InputError on an unknown name.
 
-    reserved: whether a scheduler gave this process a part of a GPU, or none is at work. False makes "auto" the CPU: a
-    worker that reserved no GPU sees every one of its node, and would take memory that is another's.
+    reserved: False if a scheduler runs this process without a GPU. "auto" is then the CPU, since the process would
+    still see all of the node's GPUs and use memory that belongs to others.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The application: `build(args)` makes it, whoever runs it.
+"""The application: `build(args)` creates it for `latent serve`, `serve run` and config.yaml.
 
     latent serve                                             on this machine, with the predictors that ship
     latent serve --run out/demo                              with a run of yours
@@ -24,7 +24,7 @@ from serve.settings import Scale, ServeArgs, codec_name, models_of, require_run
 
 
 def build(args: ServeArgs) -> serve.Application:
-    """The application. Raises InputError where the run folder is not whole or a model is not there.
+    """The application. Raises InputError if the run folder is incomplete or a model is missing.
 
     Reads which folder each model alias points to now: build again, or give another `user_config` (serve/release.py), to
     roll out a newer one.

@@ -42,14 +42,17 @@ def main(
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; another than loopback needs an API key.")
+        str, typer.Option(help="Address to listen on; any address other than loopback requires an API key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
-    model: Annotated[str | None, typer.Option(help="Model of requests that name none.")] = None,
+    model: Annotated[str | None, typer.Option(help="Default model.")] = None,
     codec: Annotated[str | None, typer.Option(help="Codec name; by default the run's own.")] = None,
     codec_path: Annotated[Path | None, typer.Option(help="Folder of a codec of your own.")] = None,
     api_keys_file: Annotated[
-        Path | None, typer.Option(help="File with one API key a line; LATENT_API_KEYS (by comma) adds to it.")
+        Path | None,
+        typer.Option(
+            help="File with one API key per line, in addition to LATENT_API_KEYS (comma-separated)."
+        ),
     ] = None,
     inbox: Annotated[
         Path | None, typer.Option(help="Folder that /v1/ingest writes articles to; none refuses them.")
@@ -84,7 +87,7 @@ def main(
         typer.Option(help="Any other setting: --set limits.max_texts=8 --set decoder.max_replicas=2."),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join (host:port or auto); none starts one here.")
+        str | None, typer.Option(help="Ray cluster to join (host:port or auto); default: start a local one.")
     ] = None,
 ) -> None:
     """Start the service and stay until a signal."""
@@ -188,7 +191,7 @@ def put(record: dict[str, Any], entry: str) -> None:
 
 
 def parse(record: dict[str, Any]) -> ServeArgs:
-    """The settings. Raises InputError with the first that is wrong, in words."""
+    """The settings. Raises InputError describing the first invalid one."""
     from pydantic import ValidationError
 
     try:
@@ -289,7 +292,7 @@ def shut_down() -> None:
 
 
 def say(line: str) -> None:
-    """One line for the person watching."""
+    """Print a line to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 

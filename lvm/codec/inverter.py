@@ -1,9 +1,9 @@
-"""The decode engine: vectors to texts, in batches, by rounds.
+"""The decode engine: vectors to texts, with continuous batching in rounds.
 
 One row's way: the hypothesizer writes a first text (or a near neighbour's text is taken), the text is encoded
 again, and each corrector step writes a better one from the vector, the text, and the difference of their
-vectors (vec2text, Morris et al. 2023, arXiv:2310.06816). A *round* takes every row one step; rows that are
-done leave between rounds, and new ones join, so that a stream of requests keeps the batch full.
+vectors (vec2text, Morris et al. 2023, arXiv:2310.06816). A *round* advances every row one step; between rounds
+finished rows leave and new ones join, so that a stream of requests keeps the batch full.
 
 The loop that writes is ours: self-attention keys and values in buffers of the codec's length, those of the
 memory computed once, the last place alone through the output table, finished rows out of the batch, no score
@@ -54,11 +54,11 @@ class Writer(Protocol):
         """The tokens taken there, (B,) int64."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone, (B',) int64."""
+        """Keep only these rows, (B',) int64."""
 
 
 class Hypothesizing(Protocol):
-    """What writes first texts."""
+    """Writes first texts."""
 
     end_id: int
 
@@ -93,7 +93,7 @@ class T5Writer:
         self._cache.keep(rows)
 
     def reorder(self, rows: Tensor) -> None:
-        """Rows take the past of `rows` (B,) and keep their memory, which must be the same."""
+        """Reorder the self-attention caches to `rows` (B,); the memory, which they must share, is unchanged."""
         self._cache.keep_own(rows)
 
 
@@ -127,7 +127,7 @@ class MiniHypothesizing:
         foresee: Callable[[Tensor], Tensor] | None = None,
         real: bool | None = None,
     ) -> None:
-        """foresee: from lexical parts (B, H) what the places after each probably hold together, (B, T, H); as pairs
+        """foresee: predicts, from lexical parts (B, H), the sum of the tokens after each position, (B, T, H); as pairs
         (`mini.paired`). real: pairs as two reals; None where the device has no complex numbers."""
         self.end_id = end_id
         self.foresee = foresee
@@ -140,10 +140,10 @@ class MiniHypothesizing:
         self.binding = encoder.binding(self.real)
         back = conjugate(encoder.rotation.turns(self.real))
         self.back = back[:-1]
-        """(T + 1, H): turns a place back."""
+        """(T + 1, H): rotates a position back."""
         self.one = paired(self.table.new_tensor([[1.0, 0.0]]), self.real)  # (1, 1)
         self.looks = torch.stack((back[:-1], back[1:], self.one.expand_as(back[1:])), dim=1)
-        """(T + 1, 3, H): the glimpse turned back by a place, by the one after, and not."""
+        """(T + 1, 3, H): the glimpse's three views: rotated back by the position, by the next one, unrotated."""
         # Columns as the complex numbers of a glimpse lie in memory.
         by_pairs = hypothesizer.glimpse.weight.detach().unflatten(1, (3, 2, -1)).transpose(2, 3).flatten(1)
         self.glimpse = Matrix(by_pairs, precision)
@@ -156,8 +156,8 @@ class MiniHypothesizing:
 class MiniWriter:
     """Greedy writing with `mini`: what has been written is subtracted from the vector's lexical part.
 
-    So is, for the priors, some of what is expected to follow; else all words still to come are noise to the
-    first. The numbers are those of `MiniHypothesizer.forward`, on complex pairs in a third of the calls.
+    For the priors, part of the expected following words is subtracted too; otherwise they are noise. The numbers
+    are those of `MiniHypothesizer.forward`, on complex pairs in a third of the calls.
     """
 
     def __init__(self, parts: MiniHypothesizing, vectors: Tensor, max_new_tokens: int) -> None:
@@ -307,7 +307,7 @@ class Request:
     vector: npt.NDArray[np.float32]
     """(D,) on the scale the decoder was trained on."""
     steps: int = 0
-    """Most corrector steps."""
+    """Maximum corrector steps."""
     target_cosine: float | None = None
     """Round-trip cosine at which the row is done; None means all its steps."""
     start: str | None = None
@@ -315,12 +315,12 @@ class Request:
     start_always: bool = False
     """True takes `start` as it is; False takes it or the hypothesizer's text, whichever is nearer."""
     leave_blends: bool = False
-    """True lets a vector that no text has leave as soon as that is known, with whatever text there is or none."""
+    """True: stop as soon as the vector is known to be a blend, with whatever text there is or none."""
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """What became of one vector."""
+    """Result of one vector."""
 
     text: str
     cosine: float
@@ -350,9 +350,9 @@ class InverterSettings:
     keep_best: bool = True
     """Return the best text by cosine. vec2text without a beam returns the last."""
     stop_early: bool = True
-    """A row leaves when a step gains less than `min_gain`. vec2text's own early stop never fires."""
+    """A row stops when a step gains less than `min_gain`. vec2text's own early stop never fires."""
     min_gain: float = 1e-3
-    """Least gain in cosine that counts, vec2text's tolerance."""
+    """Minimum gain in cosine, vec2text's tolerance."""
     beam_fills_with_end: bool = False
     """What the corrector reads of a beam's text that ended before the longest: False, the text; True, the text and
     end tokens up to the longest of the batch, which is what vec2text gives it (transformers 5 fills with them)."""
@@ -379,7 +379,7 @@ class _Row:
 
 
 class Inverter:
-    """An encoder's decoder: hypothesizer, corrector where there is one, and the encoder to look again."""
+    """An encoder's decoder: hypothesizer, corrector where there is one, and the encoder to check texts."""
 
     def __init__(
         self,
@@ -533,7 +533,7 @@ class Inverter:
         return self.corrector is not None
 
     def require_correcting(self, steps: int) -> None:
-        """Raises InputError where `steps` corrector steps cannot be taken, there being no corrector."""
+        """Raise InputError if `steps` > 0 and there is no corrector."""
         if not self.can_correct:
             raise InputError(
                 f"this codec has a hypothesizer and no corrector: expected steps 0, got {steps}; "
@@ -566,7 +566,7 @@ def _nearest_different(candidates: list[_Candidate], number: int) -> list[_Candi
 
 
 class Rounds:
-    """Rows on their way through the rounds; new ones join between two."""
+    """Rows being decoded in rounds; new ones join between rounds."""
 
     def __init__(self, inverter: Inverter, scale: float = 1.0) -> None:
         """scale: norm that `read` gives its unit vectors, the one the decoder was trained on."""
@@ -605,7 +605,7 @@ class Rounds:
         return len(self) < before
 
     def inside(self) -> dict[int, Inversion]:
-        """What each row that has begun and not left would leave with now, by ticket."""
+        """Current result of each row in the batch, by ticket."""
         return {row.ticket: self._leave(row) for row in self._inside}
 
     def run(self) -> dict[int, Inversion]:
@@ -661,7 +661,7 @@ class Rounds:
             row.done = stuck or leaves or row.steps_used >= row.request.steps or self._reached(row)
 
     def _look(self, rows: list[_Row], ids: list[list[int]], newer: bool = False) -> None:
-        """Encode texts again. A row takes the newer one, or of two first ones the nearer."""
+        """Re-encode texts. A row keeps the newer text, or of two first texts the nearer."""
         texts = self._inverter._to_texts(ids)
         # A text that did not change has the vector it had.
         changed = [i for i, row in enumerate(rows) if texts[i] != row.text or row.vector is None]

@@ -1,21 +1,21 @@
-"""`mini`'s corrector step: reads words and order from a vector once more, each without the others' interference.
+"""`mini`'s corrector step: re-reads each word and its position with the interference of all others removed.
 
 The lexical part of a vector is x = sum_t A_t e(token at t), A_t = w + o R_t (see `lvm.codec.mini`). To the
 hypothesizer, which writes from left to right, all words still to come are noise, so it errs early in a text. Here a
-whole text is there to begin with, so what all *other* places explain can be taken off before a place is read again.
-That needs no weights but the codec's own table. Three parts:
+complete hypothesis exists, so the contribution of all *other* positions can be subtracted before a position is read
+again. It needs no weights except the codec's token table. Three parts:
 
 - Sweeps over the places. Each place gets a softmax over the vocabulary of the matched filter's score, over an
   assumed noise variance that falls from sweep to sweep, plus the log prior of the piece and of "no token here".
   What the others' *mean* embeddings explain is taken off first, so doubt stays doubt and early errors can still be
   undone. This is iterative soft decoding of sparse superposition codes (Barron & Joseph 2012, arXiv:1006.3780; Rush,
   Greig & Venkataramanan 2017, arXiv:1501.05892), with the hypothesis as a prior.
-- Swaps. Two tokens in each other's places explain each other's word part, a local optimum that single places do not
-  leave; the pair whose exchange explains most is exchanged, while there is one.
-- A text is taken only when it explains more of x than the hypothesis does, and when it explains so much that
-the vector
-  can be a text's. A predicted vector is a blend of many texts, and words fitted to it place by place are no sentence.
-- Such a vector is left to a writer (`lvm.codec.writer`). Many show after one soft sweep, before anything is written.
+- Swaps. Two transposed tokens are a local optimum of single-position updates, as their word parts do not depend on
+  position; the most useful swap is applied until none helps.
+- A text is taken only when it explains more of x than the hypothesis does, and so much that the vector can be a text's.
+  A predicted vector is a blend of many texts, and words fitted to it place by place are no sentence.
+- Such a vector is left to a writer (`lvm.codec.writer`). Many are recognised after one soft sweep, before anything
+  is written.
 
 The coordinate pairs that a rotation turns are held as complex numbers here (`lvm.codec.mini.paired`; as two reals where
 a device has none), so that turning, and all of A_t, is one product: A_t e is (w + o r_t) e, its transpose the
@@ -59,7 +59,7 @@ NOISES = tuple(HOT * (COLD / HOT) ** (sweep / (SWEEPS - 1)) for sweep in range(S
 """Assumed noise variance of each sweep."""
 
 TOGETHER = 2
-"""Places read at once from the second sweep on, each against what the others held before: half the calls for the few
+"""Positions updated in parallel from the second sweep on: half the calls for the few
 rows that come so far. With 2 one step's BLEU on 600 chunks stays (98.1 and 97.8, at cosine 0.9 83.7 and 83.5); with 4
 it is 97.9 and 81.2, with 8 96.0 and 75.1, and in the first sweep 2 already cost 2 % of the exact texts (LOG.md)."""
 
@@ -71,13 +71,13 @@ NO_TEXT = 0.42
 0.30 stays unexplained and correcting helps; at 0.8 it is 0.45 and does not (tests/bench/results)."""
 
 BLEND = 0.19
-"""Energy that the places of a soft sweep hold one by one, as a share of the vector's, under which it is a blend. Words
-of a text are nearly at right angles, and each place holds one of them: the least of 1,500 texts' own vectors has 0.30,
-of the same at cosine 0.95 0.20. In a prediction all places hold some of the same average, which adds up where words do
-not: 98 of 100 have less than 0.19, the median 0.10 (LOG.md)."""
+"""Energy that the places of a soft sweep hold one by one, as a share of the vector's, below which the vector is a
+blend. Words of a text are nearly orthogonal, and each place holds one of them: the least of 1,500 texts' own vectors
+has 0.30, of the same at cosine 0.95 0.20. In a prediction all places hold some of the same average, which adds up where
+words do not: 98 of 100 have less than 0.19, the median 0.10 (LOG.md)."""
 
 HOPELESS = (0.55, 0.50, 0.46)
-"""Unexplained share after the first, second and third sweep above which a row is taken for a blend and left: of 288
+"""Unexplained share after the first, second and third sweep above which a row is treated as a blend and dropped: of 288
 vectors, texts' own and with noise down to cosine 0.8, none that started higher ended below `NO_TEXT` (LOG.md)."""
 
 LEAST_GAIN = 1e-3
@@ -110,7 +110,7 @@ class Unbinder:
         table = encoder.tokens.weight.detach().float()
         self._real = not has_complex(table.device) if real is None else real
         self._table = self._paired(torch.cat((table, table.new_zeros(1, c.lexical_dim))))  # (V + 1, H)
-        # Filled up for `first_largest`; no row ever chooses what fills.
+        # Padded for `first_largest`; padding never wins.
         filling = -(c.vocabulary_size + 1) % ARGMAX_BLOCK
         full = F.pad(flat(self._table), (0, 0, 0, filling))
         self._to_pieces = Matrix(full, precision)
@@ -121,7 +121,7 @@ class Unbinder:
         self._matching = conjugate(self._binding)  # its transpose
         # |A_t e|^2 of each place and piece, (T, V + 1)
         energies = square(self._binding) @ square(self._table).T
-        # A place is the emptier the later it lies; roughly what chunks cut at max_tokens show.
+        # Prior that a position is empty, growing with position; roughly that of chunks cut at max_tokens.
         empty = 0.01 + 0.9 * (torch.arange(T, device=table.device) / T) ** 2
         self._log_prior = torch.tensor([*log_frequencies, 0.0]).to(table).repeat(T, 1)  # (T, V + 1)
         self._log_prior[:, -1] = empty.log()
@@ -341,7 +341,7 @@ class UnbindingInverter(Inverter):
     def invert_with_beam(self, vectors: npt.NDArray[np.float32], steps: int, width: int) -> list[Inversion]:
         """Raises InputError: a step here gives one text, the one that explains most."""
         raise InputError(
-            f"mini's corrector has no beam, got width {width}; decode without one, or use a GTR codec"
+            f"mini's corrector does not support beams, got width {width}; decode without one, or use a GTR codec"
         )
 
     def correct(
