@@ -22,7 +22,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lvm import errors
 from lvm.errors import InputError, LvmError, OutputError
 from lvm.storage import Location, local_folder, location
 
@@ -372,8 +371,9 @@ def refusal_in(row: Mapping[str, Any]) -> LvmError | None:
     kind, _, message = text.partition(": ")
     if not text:
         return None
-    known = getattr(errors, kind, None)  # rows written by older versions have no kind
-    return known(message) if known in LvmError.__subclasses__() else InputError(text)
+    known = {each.__name__: each for each in LvmError.__subclasses__()}.get(kind)
+    # What older versions left on disk has no kind.
+    return InputError(text) if known is None else known(message)
 
 
 def ray_data() -> Any:

@@ -516,7 +516,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
         404,
         "available: lstm, amn, passthrough",
     ),
-    ("/v1/generate", {"text": "a", "model": "../../etc"}, 404, "there are"),
+    ("/v1/generate", {"text": "a", "model": "../../etc"}, 404, "available"),
     ("/v1/generate", {"text": "a", "modle": "lstm"}, 422, "modle"),
     ("/v1/generate", {"text": "a", "length": 1000}, 422, "limit max_rollout is 32"),
     ("/v1/generate", {"text": "a", "length": 0}, 422, "length"),
