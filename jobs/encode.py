@@ -92,17 +92,17 @@ MOST_WORKERS = 1000
 """Default maximum of actors: Ray's autoscaler ignores all requests beyond this number."""
 
 MOST_CHECKERS = 16
-"""Shards of an earlier run that are looked at side by side."""
+"""Shards of an earlier run that are checked in parallel."""
 
 CHECKING_BYTES = 256 << 20
-"""Of memory for that, in the job's own process."""
+"""Memory for these checks, in the job's own process."""
 
 SIDE_BY_SIDE = {"CPU": 1, "GPU": 3}
-"""Shards at work at once in an actor, by what it holds, a thread each; one more is handed to it to begin with next.
-On a CPU one: against a loop without Ray that takes 1.08 times as long, two at once 1.25 (tests/bench/results/LOG.md).
+"""Shards encoded at once per actor, a thread each, by what the actor holds; one more is queued so that it never idles.
+On a CPU one: that takes 1.08 times as long as a loop without Ray, two at once 1.25 (tests/bench/results/LOG.md).
 On a GPU three: while one is multiplied, the CPU reads and tokenises the next and writes the last. Tokenizer, Arrow and
-torch leave the interpreter free meanwhile, so threads do what CPU actors feeding a GPU actor would, and no text or id
-travels between processes. A shard's vectors depend on no other shard, so they are the same."""
+torch release the GIL, so threads do what CPU actors feeding a GPU actor would, and no text or id travels between
+processes. A shard's vectors do not depend on other shards, so they are the same."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """All a worker needs; pickled on the way there."""
+    """Everything a worker needs; must be picklable."""
 
     source: Location
     """Folder of the chunks."""
@@ -134,7 +134,7 @@ class EncodeJob:
     identity: CodecIdentity
     """Codec that the worker must load."""
     load: CodecLoader
-    """Makes the codec."""
+    """Loads the codec."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +198,9 @@ def encode_shard(
 def kept_vectors(
     target: Location, chunks: pa.Table, plain: dict[str, Any], schema: pa.Schema
 ) -> pa.Table | None:
-    """Rows of the whole shard at `target`, without codes, where it was made in this way but for its codes; else None.
+    """Rows of the shard at `target`, without codes, if it is complete and only its codes may differ; else None.
 
-    plain: its footer, were it without codes. schema: of its rows.
+    plain: the footer expected of a shard without codes. schema: of its rows.
     """
     if not target.exists():
         return None
@@ -219,14 +219,14 @@ _SHARD = [f.name for f in fields(Shard)]
 
 
 Made = tuple[Shard, int]
-"""A vector shard, and how many of its texts were cut: all that the job's own process holds of it."""
+"""A vector shard and how many of its texts were truncated: all that the job's own process keeps of it."""
 
 
 def finished_shard(
     target: Location, source: Location, footer: dict[str, Any], known_sha256: str | None = None
 ) -> Made | None:
-    """The vector shard at `target` when it is whole, made in this way, and holds the ids of `source`; None when it has
-    to be made. known_sha256: what a manifest says of the file."""
+    """The vector shard at `target` if it is complete and has the expected footer and the ids of `source`; None if it
+    must be encoded. known_sha256: the file's checksum in a manifest."""
     made = Artefact(target.parent, "vectors", {}, _tell).finished(target.name, footer, known_sha256)
     if made is None:
         return None
@@ -239,7 +239,7 @@ def finished_shard(
 def require_same_ids(source: Location, target: Location) -> int:
     """The number of truncated chunks, when a vector shard holds its chunk shard's ids in order.
 
-    Raises InputError naming the shard and the first id that is missing or duplicated.
+    Raises InputError naming the shard and the first id that is missing or unexpected.
     """
     wanted = read_table(source, ["chunk_id"]).column("chunk_id")
     table = read_table(target, ["chunk_id", "truncated"])
@@ -316,8 +316,8 @@ def encode_chunks(
 
     tmd: with each chunk's code; a folder that has codes keeps them.
 
-    max_workers: most actors at once, of a CPU or a GPU each; None for all CPUs that an autoscaling cluster may grow to.
-    gpus: how many to wait for; None for those there are.
+    max_workers: maximum number of actors, with a CPU or a GPU each; None for all CPUs that an autoscaling cluster may
+    grow to. gpus: how many to wait for; None for those there are.
 
     Raises InputError when chunks are missing or damaged, or the cluster does not come to have what is asked for,
     IdentityError when they were cut for another tokenizer, OutputError when `target` was made with other settings.
@@ -358,7 +358,7 @@ def encode_chunks(
     finished = {file: made for file, made in found.items() if made is not None}
     pending = [s for s in chunks.shards if s.file not in finished]
     if finished:
-        echo(f"encode: {len(finished)} of {len(chunks.shards)} shards are finished and stay as they are")
+        echo(f"encode: keeping {len(finished)} of {len(chunks.shards)} shards that are finished")
     if pending:
         connect(address)
         job = EncodeJob(source.resolve(), target.resolve(), settings, identity, load)
@@ -384,10 +384,9 @@ def encode_chunks(
 
 
 def require_tokenizer(chunks: Manifest, identity: CodecIdentity, source: Location) -> None:
-    """Raise IdentityError unless the chunks were cut with this codec's tokenizer and limit, counted with its own
-    tokenizer.
+    """Raise IdentityError unless the chunks were cut with this codec's tokenizer and within its limit.
 
-    Raises IdentityError naming both tokenizers or both limits.
+    The error names both tokenizers or both limits.
     """
     cut_with = chunks.settings.get("tokenizer_sha256")
     limit = chunks.settings.get("max_tokens")
@@ -410,15 +409,15 @@ def _encode_with_ray(
     """Encode shards in parallel; each comes back as soon as it is on disk, in any order."""
     import ray
 
-    # Ray Data's own wish for more goes through `request_resources`, where one that cannot be met buys nothing and
-    # stands in the way of other jobs'. The actors that wait for room say the same. Read when ray.data is imported.
+    # Ray Data's own scaling uses `request_resources`, where an unsatisfiable request starts nothing and blocks other
+    # jobs'. The pending actors ask for the same nodes. Read when ray.data is imported.
     os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_CPU_RESOURCE_DELTA", "0")
     os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_GPU_RESOURCE_DELTA", "0")
     data = ray_data()
     context = data.DataContext.get_current()
     nodes = nodes_with(gpus, free=False)
     if job.identity.name == "mini" and seen_gpu() == "mps":
-        # mini leaves an Apple GPU alone: an actor a core is faster
+        # mini does not use an Apple GPU: an actor per core is faster
         nodes = [{**n, "GPU": 0.0} for n in nodes]
     num_actors, resources = plan(nodes, len(pending))
     kind = "GPU" if "num_gpus" in resources else "CPU"
@@ -429,8 +428,8 @@ def _encode_with_ray(
         sizes, resources = {"size": most}, {**resources, "num_cpus": 1}
         context.wait_for_min_actors_s = -1
     else:
-        # Ray Data begins when the least are there, so that is what has room now; a core that another job holds is
-        # taken when it is free.
+        # Ray Data begins once the minimum has started, so that is what has room now; a core that another job holds is
+        # used when it is free.
         num_actors = min(num_actors, most)
         room = ray.available_resources().get(kind, 0) // resources[f"num_{kind.lower()}s"]
         sizes = {"min_size": max(1, min(num_actors, int(room))), "max_size": num_actors}
@@ -474,9 +473,9 @@ def _or_no_workers(
 def plan(nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[int, dict[str, Any]]:
     """Number of actors, and what each takes: one GPU and one CPU if there are GPUs, else its share of the CPUs.
 
-    nodes: Ray resources of each live node. On CPUs an actor a core with one thread each beats fewer with more, as texts
-    are short and matrices small; with fewer shards than cores, each gets cores the others leave, all on one node:
-    an actor that asked for more than any node has would wait for ever.
+    nodes: Ray resources of each live node. On CPUs an actor per core with one thread each beats fewer with more,
+    as texts are short and matrices small; with fewer shards than cores, each also gets some of the free cores, all on
+    one node: an actor that asked for more than any node has would wait for ever.
     """
     num_gpus = sum(int(n.get("GPU", 0)) for n in nodes)
     if num_gpus:
@@ -508,8 +507,8 @@ def main(
         int | None,
         typer.Option(
             min=1,
-            help="Most workers at once, of one CPU each, or of one GPU and one CPU; not nodes. None: as many as the "
-            "cluster may grow to.",
+            help="Maximum number of workers (not nodes), each with one CPU, or one GPU and one CPU; default: as many "
+            "as the cluster may grow to.",
         ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
@@ -517,8 +516,8 @@ def main(
         bool,
         typer.Option(
             "--tmd",
-            help="Each chunk's TMD code and its confidence beside its vector, by nearest label; vectors that are there "
-            "are coded and not made again, and a folder that has codes keeps them.",
+            help="Write each chunk's TMD code and its confidence beside its vector, by nearest label; existing vectors "
+            "get codes without being encoded again, and a folder that has codes keeps them.",
         ),
     ] = False,
 ) -> None:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def pick_device(device: "str | torch.device" = "auto", reserved: bool = True) -> "torch.device":
-    """The torch device of a name; "auto" takes CUDA, then MPS, then CPU. Raises InputError on an unknown name.
+    """The torch device of a name; "auto" is CUDA, then MPS, then CPU. Raises InputError on an unknown name.
 
     reserved: False if a scheduler runs this process without a GPU. "auto" is then the CPU, since the process would
     still see all of the node's GPUs and use memory that belongs to others.
@@ -34,12 +34,12 @@ def seen_gpu() -> str:
 
 
 def device_for_mini(device: "str | torch.device" = "auto", reserved: bool = True) -> "torch.device":
-    """As `pick_device`, but "auto" leaves an Apple GPU alone: `mini`'s networks are small, what they take is the number
-    of their calls, and those cost less on the CPU."""
+    """As `pick_device`, but "auto" is the CPU on a Mac: `mini`'s networks are small, so their time goes into the number
+    of calls, which cost less on the CPU than on an Apple GPU."""
     picked = pick_device(device, reserved)
     return pick_device("cpu") if picked.type == "mps" and str(device) == "auto" else picked
 
 
 def has_complex(device: "torch.device") -> bool:
-    """Whether torch computes with complex numbers there: on MPS for some operations alone."""
+    """Whether torch fully supports complex numbers there; MPS has only some operations."""
     return device.type != "mps"

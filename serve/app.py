@@ -1,7 +1,7 @@
 """The application: `build(args)` creates it for `latent serve`, `serve run` and config.yaml.
 
-    latent serve                                             on this machine, with the predictors that ship
-    latent serve --run out/demo                              with a run of yours
+    latent serve                                             on this machine, with the bundled predictors
+    latent serve --run out/demo                              with your own run
     serve run serve.app:build run=out/demo                   the same, by Ray's own command
     serve deploy serve/config.yaml                           on a cluster
 

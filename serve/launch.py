@@ -3,7 +3,7 @@
     python -m serve.launch --run out/demo --port 8000
     LATENT_API_KEYS=... python -m serve.launch --run out/demo --host 0.0.0.0
 
-The same application as `serve deploy serve/config.yaml`. The address goes to stdout when the service answers.
+The same application as `serve deploy serve/config.yaml`. The address goes to stdout when the service responds.
 SIGUSR1 rolls out what the run's model aliases point to now, without a pause.
 """
 
@@ -37,7 +37,7 @@ def main(
         typer.Option(
             parser=location,
             metavar="PATH",
-            help="Folder of `latent run` or `latent demo`, s3:// and gs:// too; none serves the predictors that ship, "
+            help="Folder of `latent run` or `latent demo`, s3:// and gs:// too; default: the bundled predictors, "
             "without a corpus.",
         ),
     ] = None,
@@ -47,7 +47,7 @@ def main(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     model: Annotated[str | None, typer.Option(help="Default model.")] = None,
     codec: Annotated[str | None, typer.Option(help="Codec name; by default the run's own.")] = None,
-    codec_path: Annotated[Path | None, typer.Option(help="Folder of a codec of your own.")] = None,
+    codec_path: Annotated[Path | None, typer.Option(help="Folder of your own codec.")] = None,
     api_keys_file: Annotated[
         Path | None,
         typer.Option(
@@ -55,7 +55,8 @@ def main(
         ),
     ] = None,
     inbox: Annotated[
-        Path | None, typer.Option(help="Folder that /v1/ingest writes articles to; none refuses them.")
+        Path | None,
+        typer.Option(help="Folder that /v1/ingest writes articles to; default: articles are refused."),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -69,18 +70,16 @@ def main(
             envvar="LATENT_DATABASE_URL",
             show_envvar=True,
             metavar="URL",
-            help="Its server, postgresql://USER@HOST:PORT/DATABASE; none: a Postgres of this machine.",
+            help="Its server, postgresql://USER@HOST:PORT/DATABASE; default: a local Postgres.",
         ),
     ] = None,
     smoothing_url: Annotated[
         str, typer.Option(help="OpenAI-compatible chat endpoint that rewords answers.")
     ] = "",
-    smoothing_model: Annotated[str, typer.Option(help="Model of that endpoint.")] = "",
+    smoothing_model: Annotated[str, typer.Option(help="Model name at that endpoint.")] = "",
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Origin whose pages may call the service, as https://app.example.org; may be given again."
-        ),
+        typer.Option(help="Origin whose pages may call the service, as https://app.example.org; repeatable."),
     ] = None,
     set: Annotated[
         list[str] | None,
@@ -151,9 +150,9 @@ def main(
 
 
 def open_store(args: ServeArgs, url: str | None, address: str | None) -> None:
-    """Return when the concept store answers, and leave its address where the gateways of this machine find it.
+    """Wait until the concept store responds, and put its address where the local gateways find it.
 
-    Raises DatabaseError where the server gives no connection, IdentityError where the dataset is of another codec than
+    Raises DatabaseError if the server accepts no connection, IdentityError if the dataset has another codec than
     the run, InputError on a cluster without an address.
     """
     from lvm.vectors.concepts import ConceptStore
@@ -177,7 +176,7 @@ def open_store(args: ServeArgs, url: str | None, address: str | None) -> None:
 
 
 def put(record: dict[str, Any], entry: str) -> None:
-    """Write "a.b=value" into nested dictionaries. Raises InputError on another form."""
+    """Set "a.b=value" in nested dictionaries. Raises InputError on another form."""
     path, equals, value = entry.partition("=")
     if not equals or not all(path.split(".")):
         raise InputError(f"--set {entry!r}: expected NAME=VALUE, as limits.max_texts=8")
@@ -205,14 +204,14 @@ def parse(record: dict[str, Any]) -> ServeArgs:
 
 
 def claim(host: str, port: int) -> socket.socket:
-    """A socket that keeps the port (for 0 a free one) until the proxy has it: Ray's own processes take free ports by
-    chance as they start. Raises InputError where another process listens there."""
+    """A socket that reserves the port (for 0 a free one) until the proxy binds it, since Ray's own processes may take
+    free ports as they start. Raises InputError if another process listens there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family) as probe:
             port = probe.getsockname()[1]
         held = socket.socket(family)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as the proxy's; it alone will listen
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as the proxy's, which alone will listen
         held.bind((host, port))
     except OSError as err:
         raise InputError(
@@ -222,7 +221,7 @@ def claim(host: str, port: int) -> socket.socket:
 
 
 def wait_for_proxy(host: str, port: int, seconds: float = 60) -> None:
-    """Return when the proxy sends requests to the application, which it hears of a moment after it runs."""
+    """Wait until the proxy sends requests to the application, which it learns of a moment after it runs."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     until = time.monotonic() + seconds
     while True:
@@ -233,14 +232,12 @@ def wait_for_proxy(host: str, port: int, seconds: float = 60) -> None:
         except (OSError, ValueError):
             pass
         if time.monotonic() > until:
-            raise RuntimeError(
-                f"the proxy on port {port} does not answer; its log is in Ray's session folder"
-            )
+            raise RuntimeError(f"the proxy on port {port} does not respond; its log is in Ray's log folder")
         time.sleep(0.1)
 
 
 def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
-    """Join or start Ray, start Serve, run the application; returns when it answers."""
+    """Join or start Ray, start Serve, run the application; returns when it responds."""
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
@@ -272,7 +269,7 @@ def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
 
 
 def deploy(args: ServeArgs) -> None:
-    """Run the application, or replace the one that runs; returns when the new one answers."""
+    """Run the application, or replace the running one; returns when the new one responds."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
@@ -283,7 +280,7 @@ def deploy(args: ServeArgs) -> None:
 
 
 def shut_down() -> None:
-    """End the application, and Ray where this process started it."""
+    """End the application, and Ray if this process started it."""
     import ray
     from ray import serve
 

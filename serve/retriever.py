@@ -65,7 +65,7 @@ class NearRow:
     codes: CodeFilter | None = None
     """Only chunks whose code passes."""
     answers: bool = False
-    """True for the one chunk that answers best (`lvm.predict.extract`), not the k nearest."""
+    """True: return the single best answer (`lvm.predict.extract`) instead of the k nearest."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class _Corpus:
         }
 
     def fill(self, rows: list[FillRow]) -> list[Context]:
-        """One full context a row."""
+        """One full context per row."""
         return [
             build_context(row.vectors, row.texts, row.length, "retrieve", self._index, self._array)
             for row in rows
@@ -121,7 +121,7 @@ class _Corpus:
         return [(v, bool(d)) for v, d in zip(done.vectors, done.drifted, strict=True)]
 
     def near(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
-        """The k nearest chunks of each row, best first; fewer where the corpus has no more."""
+        """The k nearest chunks of each row, best first; fewer if the corpus has no more."""
         answering = [i for i, row in enumerate(rows) if row.answers]
         if answering:
             found = self._answering([rows[i] for i in answering])

@@ -1,4 +1,4 @@
-"""What a person may set about the service: one model for `latent serve`, `serve run` and config.yaml."""
+"""Settings of the service, one model for `latent serve`, `serve run` and config.yaml."""
 
 import fcntl
 import hashlib
@@ -87,7 +87,8 @@ class Scale(Strict):
     """Cores Ray reserves for one replica. Small by default, so that the whole application fits a laptop; a
     cluster sets what a replica really takes."""
     num_gpus: float = Field(0, ge=0)
-    """GPUs Ray reserves for one replica. With 0 it computes on the CPU, even if the node has a GPU."""
+    """GPUs Ray reserves for one replica. It computes there (CUDA, or an Apple GPU); with 0 on the CPU, even if the node
+    has a GPU."""
     resources: dict[str, float] = {}
     """Custom Ray resources of one replica: {"edge": 0.01} keeps it on nodes started with --resources='{"edge": 1}'."""
     num_threads: int = Field(1, ge=1)
@@ -107,16 +108,16 @@ class BreakerArgs(Strict):
     max_waiting: int = Field(128, ge=1)
     """Vectors waiting for the decoder in one gateway, above which the breaker opens."""
     max_decode_s: float = Field(5.0, gt=0)
-    """Seconds one decode may take, queue included; a slower one counts as a failure. A request for many vectors, or for
-    more steps than the ladder takes, has as many times more; one whose client left before, or had set a shorter
-    deadline, does not count."""
+    """Seconds one decode may take, queue included; a slower one counts as a failure. The limit grows in proportion for
+    a request for many vectors, or for more steps than the ladder takes; one whose client left before, or had set a
+    shorter deadline, does not count."""
     window: int = Field(50, ge=4)
     """Number of recent decodes considered."""
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """Share of failed decodes in the window that opens the breaker."""
     max_refused_share: float = Field(0.9, gt=0, le=1)
-    """Share of a full window of decoded predictions whose texts were all refused, above which it opens: their decoding
-    was wasted. At 1 it never opens for that. Vectors and texts of a client's own do not count."""
+    """Share of a full window of decoded predictions whose texts were all refused, above which it opens, as decoding
+    them was wasted; 1 disables it. Vectors and texts sent by clients do not count."""
     open_s: float = Field(5.0, gt=0)
     """Seconds before a trial decode."""
 
@@ -138,31 +139,31 @@ class ServeArgs(Strict):
 
     run: str = ""
     """Folder of `latent run` or `latent demo`: on storage that every node sees, or s3:// and gs://, from where each
-    node fetches it once, by its checksums, into LATENT_CACHE (~/.cache/latent). Empty serves the predictors that ship,
-    without a corpus: no search, no snap, and nothing is answered from neighbours. A `user_config` of Gateway, Predictor
+    node fetches it once, by its checksums, into LATENT_CACHE (~/.cache/latent). Empty serves the bundled predictors
+    without a corpus: no search, no snap, no answers from neighbours. A `user_config` of Gateway, Predictor
     and Retriever names another, which replicas take up as they run (serve/release.py)."""
     codec: str | None = None
     """Codec name; by default the one the vectors were made with."""
     codec_path: str | None = None
-    """Folder of a codec of your own."""
+    """Folder of your own codec."""
     release: str = ""
-    """Any word. Ray builds an application of an unchanged config.yaml only once: another word here makes `serve deploy`
-    build it again, and so take up what the run's model aliases and its index point to now. So does another `run`."""
+    """Any string. Ray rebuilds an application only when its configuration changes; change this to make `serve deploy`
+    pick up the run's current model aliases and index. Changing `run` has the same effect."""
     default_model: str | None = None
-    """Default model; by default lstm where there is one, else gru, else the first."""
+    """Model of requests that specify none; if unset, lstm, else gru, else the first one there is."""
     api_keys_sha256: list[str] = []
     """SHA-256 (64 hex digits) of each accepted key. Hashes, since Ray shows an application's arguments."""
     api_keys_file: str | None = None
-    """File with one key a line, read by the gateway. Together with `api_keys_sha256`."""
+    """File with one key per line, read by the gateway. Together with `api_keys_sha256`."""
     inbox: str = ""
     """Folder that /v1/ingest writes articles to, as JSON lines for `latent run --input`; empty: articles are
     refused."""
     dataset: str = ""
-    """Dataset of the concept store that /v1/ingest stores articles in and /v1/search finds them in; made where there is
-    none. In place of `inbox`."""
+    """Dataset of the concept store that /v1/ingest stores articles in and /v1/search finds them in; created if
+    missing. In place of `inbox`."""
     database_url: str = ""
-    """Its server, without a password, since Ray shows an application's arguments: that goes into ~/.pgpass, PGPASSWORD,
-    or the whole address into LATENT_DATABASE_URL where the gateways run."""
+    """Address of its server, without a password, which Ray's dashboard would show; put the password into ~/.pgpass or
+    PGPASSWORD, or the whole address into LATENT_DATABASE_URL where the gateways run."""
     cache_bytes: int = Field(64 * 2**20, ge=0)
     """Bytes of each cache: answers and text vectors in a gateway, decoded texts in a decoder. An answer takes some
     5 KB, a vector of 768 numbers 3.7 KB. 0 keeps none."""
@@ -178,14 +179,15 @@ class ServeArgs(Strict):
     """Maximum concurrent calls of one gateway to one deployment; waiting rows share the next call. To the decoder
     `queue_rows` of them: a row that waits for a call to come back misses a round."""
     queue_rows: int = Field(32, ge=1)
-    """Most rows in one call and in one batch of a replica."""
+    """Maximum rows in one call and in one batch of a replica."""
     cors_origins: list[str] = []
     """Origins whose pages may call the service from a browser, as "https://app.example.org", or "*" for all; empty:
     preflight requests are refused."""
     limits: Limits = Limits()
     inline: list[Literal["encoder", "predictor", "retriever"]] = []
-    """Parts that run within each gateway and not as deployments of their own: a call there costs 0.2 ms in place of 5
-    (tests/bench/results/), but cannot be scaled or restarted alone. What `latent serve` puts there on one machine."""
+    """Parts that run inside each gateway instead of as deployments: a call costs 0.2 ms instead of 5
+    (tests/bench/results/), but they cannot be scaled or restarted separately. `latent serve` on one machine runs all
+    three inside."""
     gateway: Scale = Scale(target_ongoing_requests=64)
     encoder: Scale = Scale()
     predictor: Scale = Scale()
@@ -223,7 +225,7 @@ class ServeArgs(Strict):
 
 
 def require_run(run: str) -> Manifest:
-    """The manifest of a run folder's vectors; raises InputError where a part of the folder is missing."""
+    """The manifest of a run folder's vectors; raises InputError if a part of the folder is missing."""
     folder = location(run)
     for part, stage in (("vectors", "encode"), ("index", "index"), ("models", "train")):
         if not (folder / part).is_dir():
@@ -236,8 +238,8 @@ def require_run(run: str) -> Manifest:
 
 @contextmanager
 def once_a_node(run: str) -> Iterator[Location]:
-    """The run's folder; where that is on object storage, one process of a node at a time: the first fetches its files,
-    the others find them in the cache."""
+    """The run's folder; on object storage, one process per node at a time: the first fetches its files, the others
+    find them in the cache."""
     folder = location(run)
     if not isinstance(folder, RemotePath):
         yield folder
@@ -250,7 +252,7 @@ def once_a_node(run: str) -> Iterator[Location]:
 
 
 def models_of(run: str) -> Location:
-    """The folder of a run's model records; of those that ship where there is no run."""
+    """The folder of a run's model records; without a run, of the bundled ones."""
     if run:
         return location(run) / "models"
     from lvm.predict.predictor import SHIPPED  # with torch, which a launcher has no use for

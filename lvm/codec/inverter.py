@@ -1,13 +1,13 @@
 """The decode engine: vectors to texts, with continuous batching in rounds.
 
-One row's way: the hypothesizer writes a first text (or a near neighbour's text is taken), the text is encoded
-again, and each corrector step writes a better one from the vector, the text, and the difference of their
+For each row, the hypothesizer writes a first text (or a near neighbour's text is used), the text is
+re-encoded, and each corrector step writes a better one from the vector, the text, and the difference of their
 vectors (vec2text, Morris et al. 2023, arXiv:2310.06816). A *round* advances every row one step; between rounds
 finished rows leave and new ones join, so that a stream of requests keeps the batch full.
 
-The loop that writes is ours: self-attention keys and values in buffers of the codec's length, those of the
-memory computed once, the last place alone through the output table, finished rows out of the batch, no score
-that nobody reads.
+The generation loop is our own: self-attention caches of the codec's length, cross-attention keys and values
+computed once, only the last position through the output table, finished rows removed from the batch, no unused
+scores.
 
 Two differences from vec2text on purpose, each a switch of `InverterSettings`: the early stop works, and the best
 text by cosine is kept. With both off and in float32 the token ids are vec2text's.
@@ -33,8 +33,8 @@ from lvm.devices import has_complex
 from lvm.errors import InputError
 
 LEAVE_SHARE = 1 / 8
-"""Share of finished rows from which they leave the batch: shrinking copies the caches, about one step's reading,
-and a finished row costs nothing but its part of the products until then."""
+"""Finished rows are removed once they are this share of the batch: shrinking copies the caches (about the cost of
+one step), while a finished row costs only its part of the products."""
 
 Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 """Texts to (N, D) float32 vectors on the encoder's own scale."""
@@ -98,7 +98,7 @@ class T5Writer:
 
 
 class Vec2TextHypothesizing:
-    """vec2text's hypothesizer as the engine takes it."""
+    """Adapter of vec2text's hypothesizer for the engine."""
 
     end_id = END_ID
 
@@ -110,13 +110,13 @@ class Vec2TextHypothesizing:
 
 
 FORESEEN_SHARE = 0.5
-"""Share of the expected later words that is taken off before a word is read. First hypotheses of 200 chunks
-reach BLEU 70.8 without, 88.4 at 0.4, 88.9 at 0.5, 86.2 at 0.6; all of it leaves the gates nothing they were
-trained on."""
+"""Share of the expected later words that is subtracted before a word is read. First hypotheses of 200 chunks
+reach BLEU 70.8 without, 88.4 at 0.4, 88.9 at 0.5, 86.2 at 0.6; subtracting all of it leaves the gates nothing of
+what they were trained on."""
 
 
 class MiniHypothesizing:
-    """`mini`'s hypothesizer as the engine takes it: a T5 decoder with lexical priors on its logits."""
+    """Adapter of `mini`'s hypothesizer for the engine: a T5 decoder with lexical priors on its logits."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ def write_with_beams(
         scores = writer.scores()
         V = scores.shape[-1]
         total = (scores.view(*shape, V) + running_scores[..., None]).flatten(1)
-        # Twice the width, so that `width` go on even when as many end here.
+        # Twice the width, so that `width` continue even when as many end here.
         top_scores, top = total.topk(2 * width)
         parents, tokens = top // V, top % V
         texts = torch.cat((_pick(running, parents), tokens[..., None]), dim=-1)
@@ -311,9 +311,9 @@ class Request:
     target_cosine: float | None = None
     """Round-trip cosine at which the row is done; None means all its steps."""
     start: str | None = None
-    """A text to start from, a near neighbour's as a rule."""
+    """A text to start from, usually a near neighbour's."""
     start_always: bool = False
-    """True takes `start` as it is; False takes it or the hypothesizer's text, whichever is nearer."""
+    """True: use `start` as it is. False: use it or the hypothesizer's text, whichever is nearer."""
     leave_blends: bool = False
     """True: stop as soon as the vector is known to be a blend, with whatever text there is or none."""
 
@@ -330,7 +330,7 @@ class Inversion:
     ids: tuple[int, ...]
     """The text's token ids as written, end token included where it ended by itself."""
     no_text: bool = False
-    """True where the vector was found to be no text's: a prediction, a blend."""
+    """True if the vector was found to be a blend, such as a prediction."""
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ class Correction:
     ids: list[int]
     """Token ids of the better text."""
     no_text: bool = False
-    """True where the vector was found to be no text's; then no step brings it nearer."""
+    """True if the vector was found to be a blend; then no step brings the text nearer."""
 
 
 @dataclass(frozen=True)
@@ -354,8 +354,8 @@ class InverterSettings:
     min_gain: float = 1e-3
     """Minimum gain in cosine, vec2text's tolerance."""
     beam_fills_with_end: bool = False
-    """What the corrector reads of a beam's text that ended before the longest: False, the text; True, the text and
-    end tokens up to the longest of the batch, which is what vec2text gives it (transformers 5 fills with them)."""
+    """True: pad shorter beams with end tokens to the longest of the batch before the corrector reads them, as vec2text
+    does under transformers 5. False: do not pad."""
     max_rows: int = 128
     """Rows in the batch at once; more wait. Two cores gain nothing from more (tests/bench/results)."""
 
@@ -432,7 +432,7 @@ class Inverter:
         return [done[ticket] for ticket in tickets]
 
     def invert_with_beam(self, vectors: npt.NDArray[np.float32], steps: int, width: int) -> list[Inversion]:
-        """vec2text's sequence beam search: after each step the `width` nearest different texts go on.
+        """vec2text's sequence beam search: after each step the `width` nearest different texts continue.
 
         Each of a vector's `width` texts is corrected by a token beam of the same width. The texts are corrected
         one after the other, so memory grows with `width` and not with its square. Raises InputError without a
@@ -508,7 +508,7 @@ class Inverter:
         return write(writer, len(vectors), self.max_new_tokens, self.hypothesizer.end_id)
 
     def blends(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """(B,) True where a vector (B, D) can be told to be no text's before anything is written; else False."""
+        """(B,) True for vectors (B, D) recognised as blends before anything is written."""
         return np.zeros(len(vectors), np.bool_)
 
     @torch.inference_mode()
@@ -552,7 +552,7 @@ def _cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDAr
 
 
 _Candidate = tuple[float, list[int], str, npt.NDArray[np.float32]]
-"""A text on its way through the beam: cosine, ids, text, its own vector."""
+"""A text in the beam: cosine, ids, text, its own vector."""
 
 
 def _nearest_different(candidates: list[_Candidate], number: int) -> list[_Candidate]:
@@ -569,18 +569,18 @@ class Rounds:
     """Rows being decoded in rounds; new ones join between rounds."""
 
     def __init__(self, inverter: Inverter, scale: float = 1.0) -> None:
-        """scale: norm that `read` gives its unit vectors, the one the decoder was trained on."""
+        """scale: norm to which `read` scales its unit vectors, the one the decoder was trained on."""
         self._inverter, self._scale = inverter, np.float32(scale)
         self._waiting: deque[_Row] = deque()
         self._inside: list[_Row] = []
         self._next_ticket = 0
 
     def __len__(self) -> int:
-        """Rows that have not left, waiting ones included."""
+        """Rows that have not left, including waiting ones."""
         return len(self._waiting) + len(self._inside)
 
     def add(self, request: Request) -> int:
-        """Let a vector join at the next round with room; returns its ticket.
+        """Add a vector, which joins at the next round with room; returns its ticket.
 
         Raises InputError when it asks for fewer than 0 steps, or for some without a corrector.
         """
@@ -598,7 +598,7 @@ class Rounds:
         return self.add(Request(vector * self._scale, steps, leave_blends=leave_blends))
 
     def drop(self, ticket: int) -> bool:
-        """Forget a row that nobody waits for; False when it has left already."""
+        """Cancel a row; False if it has left already."""
         before = len(self)
         self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
         self._inside = [row for row in self._inside if row.ticket != ticket]
@@ -646,7 +646,7 @@ class Rounds:
             row.done = row.request.steps == 0 or self._reached(row)
 
     def _step(self, rows: list[_Row]) -> None:
-        """A step's texts: each row goes on from its own, or is done."""
+        """One corrector step: each row continues from its own text, or is done."""
         vectors = np.stack([row.request.vector for row in rows])
         own = np.stack([row.vector for row in rows if row.vector is not None])
         found = self._inverter.correct(vectors, own, [row.ids for row in rows])
@@ -663,7 +663,7 @@ class Rounds:
     def _look(self, rows: list[_Row], ids: list[list[int]], newer: bool = False) -> None:
         """Re-encode texts. A row keeps the newer text, or of two first texts the nearer."""
         texts = self._inverter._to_texts(ids)
-        # A text that did not change has the vector it had.
+        # An unchanged text keeps its vector.
         changed = [i for i, row in enumerate(rows) if texts[i] != row.text or row.vector is None]
         vectors = self._inverter._embed([texts[i] for i in changed]) if changed else ()
         again = dict(zip(changed, vectors, strict=True))

@@ -59,15 +59,15 @@ NOISES = tuple(HOT * (COLD / HOT) ** (sweep / (SWEEPS - 1)) for sweep in range(S
 """Assumed noise variance of each sweep."""
 
 TOGETHER = 2
-"""Positions updated in parallel from the second sweep on: half the calls for the few
-rows that come so far. With 2 one step's BLEU on 600 chunks stays (98.1 and 97.8, at cosine 0.9 83.7 and 83.5); with 4
+"""Positions updated in parallel from the second sweep on: half the calls for the few rows that get
+so far. With 2 one step's BLEU on 600 chunks stays (98.1 and 97.8, at cosine 0.9 83.7 and 83.5); with 4
 it is 97.9 and 81.2, with 8 96.0 and 75.1, and in the first sweep 2 already cost 2 % of the exact texts (LOG.md)."""
 
 SOLVED = 0.002
 """Unexplained share of x under which nothing is left to correct."""
 
 NO_TEXT = 0.42
-"""Unexplained share of x above which no text is behind the vector. At cosine 0.9 from a text's vector about
+"""Unexplained share of x above which the vector encodes no text. At cosine 0.9 from a text's vector about
 0.30 stays unexplained and correcting helps; at 0.8 it is 0.45 and does not (tests/bench/results)."""
 
 BLEND = 0.19
@@ -142,7 +142,7 @@ class Unbinder:
         return self._start.expand(B, *self._start.shape).clone()
 
     def _left(self, x: Tensor, ids: Tensor) -> Tensor:
-        """What ids (B, T) leave of x (B, H)."""
+        """The residual of x (B, H) after subtracting ids (B, T)."""
         return x - times(self._table[ids], self._binding).sum(1)
 
     def _share(self, x: Tensor, ids: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class Unbinder:
 
     @torch.inference_mode()
     def judge(self, vectors: Tensor, rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-        """As `improve`, and the rows whose vector is no text's."""
+        """As `improve`, and the rows whose vector is a blend."""
         if not rows:
             return [], []
         x = self._paired(self._hypothesizer.unscale(vectors))
@@ -179,14 +179,14 @@ class Unbinder:
         ids = self._swap(x, ids)
         share = self._share(x, ids)
         again = torch.nonzero((share > SOLVED) & (share < HOPELESS[-1]))[:, 0]
-        if again.numel():  # from what the first time has settled, and no longer hot
+        if again.numel():  # from the settled result, starting cold
             cold, _ = self._sweep(x[again], ids[again], settled=True)
             ids[again] = self._swap(x[again], cold)
         return ids
 
     def _sweep(self, x: Tensor, ids: Tensor, settled: bool = False) -> tuple[Tensor, Tensor]:
         """Most probable ids (B, T) after soft sweeps from the hypothesis ids (B, T), and the rows (B',) int64
-        that went through all of them: the others were left as hopeless.
+        that went through all of them: the others were dropped as hopeless.
 
         settled: begin from what the hypothesis explains, not from the usual text, and sweep once, cold.
         """
@@ -239,14 +239,14 @@ class Unbinder:
     def foresee(self, x: Tensor) -> Tensor:
         """What the places after each probably hold together, (B, T, H), from lexical parts x (B, H) alone; as pairs.
 
-        A writer that takes some of it off reads its next word against less noise
+        A writer that subtracts some of it reads its next word against less noise
         (`lvm.codec.inverter.FORESEEN_SHARE`).
         """
         return self._soft_sweep(x)[0]
 
     @torch.inference_mode()
     def blends(self, vectors: Tensor) -> Tensor:
-        """(B,) bool: unit vectors (B, D) float32 that one soft sweep already shows to be no text's."""
+        """(B,) bool: unit vectors (B, D) float32 that one soft sweep already shows to be blends."""
         x = self._paired(self._hypothesizer.unscale(vectors))
         return self._soft_sweep(x)[1] < BLEND * square(x).sum(1)
 
@@ -268,7 +268,7 @@ class Unbinder:
         return after, held
 
     def _swap(self, x: Tensor, ids: Tensor, most: int = 8) -> Tensor:
-        """ids (B, T) with pairs of places exchanged while that explains more of x, at most `most` pairs a row.
+        """ids (B, T) with pairs of places exchanged while that explains more of x, at most `most` pairs per row.
 
         Exchanging i and j adds d_ij = o (R_i - R_j)(e_j - e_i) to the text's vector, and takes
         2 <left, d_ij> - |d_ij|^2 off the unexplained energy.
@@ -339,7 +339,7 @@ class UnbindingInverter(Inverter):
         return True
 
     def invert_with_beam(self, vectors: npt.NDArray[np.float32], steps: int, width: int) -> list[Inversion]:
-        """Raises InputError: a step here gives one text, the one that explains most."""
+        """Raises InputError: a step here returns one text, the one that explains most."""
         raise InputError(
             f"mini's corrector does not support beams, got width {width}; decode without one, or use a GTR codec"
         )
@@ -350,8 +350,8 @@ class UnbindingInverter(Inverter):
         own: npt.NDArray[np.float32],
         hypotheses: Sequence[Sequence[int]],
     ) -> list[Correction]:
-        """Better texts for unit vectors (B, D), from hypotheses (ids); `own` is not needed. A vector that is
-        no text's keeps its hypothesis."""
+        """Better texts for unit vectors (B, D), from hypotheses (ids); `own` is not needed. A blend keeps its
+        hypothesis."""
         ids, no_text = self._unbinder.judge(self._tensor(vectors), hypotheses)
         found = [Correction(row) for row in ids]
         for row in no_text:

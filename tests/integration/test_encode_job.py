@@ -501,7 +501,7 @@ def test_a_kill_halfway_and_a_second_run_give_the_ids_and_vectors_of_an_undistur
     code, summary, stderr = run_command(real_chunks, target, "--address", ray_cluster)
     assert code == 0, stderr
     assert summary["redone"] == num_shards - len(survived)
-    assert f"{len(survived)} of {num_shards} shards are finished and stay as they are" in stderr
+    assert f"keeping {len(survived)} of {num_shards} shards that are finished" in stderr
     after = stamps(target)
     assert {name: after[name] for name in survived} == survived
     assert list(target.glob(".*.tmp")) == []
