@@ -134,22 +134,25 @@ def test_what_a_cancelled_request_had_not_sent_is_never_sent() -> None:
 
 
 def test_a_lost_call_is_sent_again_without_the_rows_whose_request_has_ended() -> None:
-    replica = Replica(losses=1)
+    replica = Replica()
 
     async def main() -> None:
-        replica.gate = asyncio.Event()
+        first, second = asyncio.Event(), asyncio.Event()
+        replica.gate = first
         s = stage(replica, max_calls=1)
         tasks = [asyncio.create_task(s.run([n], soon())) for n in range(4)]
         await asyncio.sleep(0.01)  # row 0 is under way, the others share the next call
-        replica.gate.set()
+        replica.gate = second
+        first.set()
         while len(replica.calls) < 2:
             await asyncio.sleep(0.001)
-        replica.losses, replica.gate = 1, None
+        replica.losses = 1
         tasks[2].cancel()
+        second.set()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(main())
-    assert replica.calls[-1] == [1, 3], replica.calls
+    assert replica.calls == [[0], [1, 2, 3], [1, 3]]
 
 
 def test_what_became_of_a_row_is_told_to_its_request_alone() -> None:
