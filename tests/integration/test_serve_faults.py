@@ -252,7 +252,7 @@ def test_decoder_replicas_go_up_with_load_and_down_again(service: Service) -> No
         return count
 
     wait_for("one replica at rest", lambda: replicas() == 1, 60)
-    with load(service, steps=None) as under:
+    with load(service, 24, steps=None) as under:
         wait_for("more replicas under load", lambda: replicas() >= 2, 60)
     wait_for("one replica again", lambda: replicas() == 1, 60)
     keep("autoscaling", {"seconds_and_replicas": timeline, "statuses": under.statuses()})
