@@ -118,7 +118,9 @@ class Gateway:
             self._service.refused = (
                 f"release {str(wanted.get('release', ''))!r} is not taken up; the log says why"
             )
-            logging.getLogger("ray.serve").error("%s is not taken up: %s", dict(wanted), _last_line(err))
+            logging.getLogger("ray.serve").error(
+                "%s is not taken up: %s", dict(wanted), _last_line(err), exc_info=err
+            )
         else:
             self._app, self._service = self._guarded(service), service
 

@@ -17,13 +17,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lvm.evaluate.contest import model_predictor
 from lvm.evaluate.metrics import measure_latency, peak_bytes
@@ -70,9 +68,8 @@ def cost(mixer: torch.nn.Module, width: int, length: int, budget_s: float) -> di
     x = torch.randn(1, length, width, generator=torch.Generator().manual_seed(0))
 
     @torch.inference_mode()
-    def call(_: Any = None) -> Tensor:
-        mixed: Tensor = mixer(x)[0]
-        return mixed
+    def call(_: Any = None) -> Any:
+        return mixer(x)[0]
 
     call()
     times, began = [], time.perf_counter()
@@ -80,8 +77,7 @@ def cost(mixer: torch.nn.Module, width: int, length: int, budget_s: float) -> di
         start = time.perf_counter()
         call()
         times.append((time.perf_counter() - start) * 1000)
-    held: Callable[[Any], Any] = call
-    return {"ms": float(np.median(times)), "mb": peak_bytes(held, 1, 1, 1, "cpu") / 2**20}
+    return {"ms": float(np.median(times)), "mb": peak_bytes(call, 1, 1, 1, "cpu") / 2**20}
 
 
 def draw(costs: dict[str, list[dict[str, float]]], path: Path) -> None:
