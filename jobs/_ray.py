@@ -56,9 +56,9 @@ PathOrUrl = Any
 """A path or URL option, parsed to a `lvm.storage.Location` by `path_option`. Any, since Typer supports no unions."""
 
 
-def path_option(help: str) -> Any:
-    """An option for a path on a shared disk or on object storage."""
-    return typer.Option(parser=location, metavar="PATH", help=help)
+def path_option(help: str, *names: str) -> Any:
+    """An option for a path on a shared disk or on object storage, called as its parameter unless `names` are given."""
+    return typer.Option(*names, parser=location, metavar="PATH", help=help)
 
 
 _joined: list[bool] = []

@@ -336,7 +336,7 @@ def publish(
     echo(f"publish: {manifest.rows:,} rows in {len(manifest.shards)} shards in {vectors}, {made} of them new")
     joined = address_of_cluster() if ray.is_initialized() else address
     options = [] if joined is None else ["--address", joined]
-    indexed = run_stage("index", ["--input", str(vectors), "--output", str(index), *options]).summary
+    indexed = run_stage("index", ["--vectors", str(vectors), "--output", str(index), *options]).summary
     seconds = time.perf_counter() - started
     finish(
         {

@@ -1,7 +1,7 @@
 """Index vectors for search: reads the shards of `latent encode`, publishes a FAISS index with its recall.
 
-    python -m jobs.index --input out/vectors --output out/index
-    ray job submit --working-dir . -- python -m jobs.index --input /shared/vectors --output /shared/index
+    python -m jobs.index --vectors out/vectors --output out/index
+    ray job submit --working-dir . -- python -m jobs.index --vectors /shared/vectors --output /shared/index
 
 Each part of the index (at most 4 million vectors) is built in a Ray task on a node with free CPUs; another measures the
 whole index, which is then published. The previous version stays on disk. If the published index was made from these
@@ -62,7 +62,7 @@ def build_with_ray(source: Location, target: Location, settings: IndexSettings, 
 
 
 def main(
-    input: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
+    vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.", "--vectors", "--input")],
     output: Annotated[PathOrUrl, path_option("Folder for the index and its versions.")],
     probes: Annotated[
         int | None,
@@ -90,17 +90,17 @@ def main(
     if codes is not None:
         settings = replace(settings, coded_from=0 if codes else sys.maxsize)
     with suppress(OutputError, StorageError):  # the input may be read-only
-        if write_array(input, Manifest.load(input, "vectors")):
-            echo(f"index: wrote the missing memory-mapped array of {input} from its shards")
-    array = open_vectors(input)
+        if write_array(vectors, Manifest.load(vectors, "vectors")):
+            echo(f"index: wrote the missing memory-mapped array of {vectors} from its shards")
+    array = open_vectors(vectors)
     index = find_index(array, output, settings)
     up_to_date = index is not None
     if index is None:
         echo(f"index: indexing {len(array):,} vectors of {array.identity}")
-        build_with_ray(input, output, settings, address)
+        build_with_ray(vectors, output, settings, address)
         index = find_index(array, output, settings)
         if index is None:
-            raise OutputError(f"{output} holds no index of {input} after building; is it on a shared disk?")
+            raise OutputError(f"{output} holds no index of {vectors} after building; is it on a shared disk?")
     record: dict[str, Any] = index.manifest.settings
     recall = index.manifest.report
     kind = (

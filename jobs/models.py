@@ -3,10 +3,10 @@
     python -m jobs.models list --run out/mine
     python -m jobs.models promote --run out/mine gru --alias best
 
-A promotion requires that exactly this record passed the gate in RUN/evaluation/evaluation.json: validation cosine,
-out-of-domain cosine if measured, speed, and a lead over every baseline. `--force REASON` skips the check. Each
-promotion is logged as a line of promotions.jsonl. Aliases are replaced atomically. Other aliases and the record the
-alias pointed to before are kept. Does not start Ray.
+A promotion requires that exactly this record passed the gate in RUN/evaluation/evaluation.json: a lead over every
+baseline in cosine and in both ranks, out-of-domain cosine if measured, and speed. `--force REASON` skips the check.
+Each promotion is logged as a line of promotions.jsonl. Aliases are replaced atomically; other aliases and the record
+that the alias pointed to before are kept. Does not start Ray.
 """
 
 import json

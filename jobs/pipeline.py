@@ -45,7 +45,7 @@ def stage_arguments(
         case "encode":
             return ["--input", chunks, "--output", vectors, *codec]
         case "index":
-            return ["--input", vectors, "--output", index]
+            return ["--vectors", vectors, "--output", index]
         case "train":
             return ["--vectors", vectors, "--output", models, *training]
         case _:

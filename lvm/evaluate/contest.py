@@ -89,7 +89,7 @@ class EvaluateSettings:
     max_test_windows: int = 20_000
     """Test windows scored; of more, a random sample over all test articles."""
     max_val_windows: int = 5_000
-    """Validation windows for the gate's cosine."""
+    """Validation windows for the validation cosine."""
     max_ood_windows: int = 5_000
     """Windows of each out-of-domain set."""
     pool_chunks: int = 10_000

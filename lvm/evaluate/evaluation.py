@@ -4,7 +4,7 @@
 so they can be made again without a model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 SCHEMA = "latent-evaluation/2"
@@ -176,57 +176,52 @@ class Evaluation(TypedDict):
 
 # ------------------------------------------------------------------------------------------ promotion gate
 
-MIN_VAL_COSINE = 0.40
 MIN_OOD_COSINE = 0.15
 MAX_INFERENCE_MS = 50.0
-"""Cosine, latency and size, by which a promotion is judged."""
+"""The original system's limits. It also asked for a validation cosine above 0.40, which only its own codec's vectors
+reach (their mean alone has 0.55): cosines of different codecs do not compare, a lead over the baselines does."""
 
 
 def judge(entry: Entry, baselines: Sequence[Entry]) -> Gate:
-    """The promotion gate of one model: validation cosine, out-of-domain cosine, speed, every baseline."""
-    val = entry["val_cosine"]
-    checks: list[Check] = [
-        {
-            "name": "validation cosine",
-            "passed": val > MIN_VAL_COSINE,
-            "reason": f"{val:.4f}, needs more than {MIN_VAL_COSINE:.2f}",
-        }
+    """The promotion gate of one model: every baseline in cosine and both ranks, out-of-domain cosine, speed."""
+    leads = [
+        _lead("cosine", entry, baselines, lambda e: e["cosine"]["mean"]),
+        _lead("MRR in its article", entry, baselines, lambda e: e["in_article"]["mrr"]),
+        _lead("R@10 in the pool", entry, baselines, lambda e: e["in_pool"]["r10"]),
     ]
+    gain = entry.get("gain")
+    if gain is not None and leads[0]["passed"]:
+        leads[0]["reason"] += f"; ahead of the best by {gain['mean']:+.4f} {bounds(gain, signed=True)}"
+        if gain["low"] <= 0:
+            leads[0]["reason"] += ", an interval that reaches zero"
+    outside: Check = {"name": "out-of-domain cosine", "passed": None, "reason": "not measured"}
     if entry["ood"]:
         means = {name: found["cosine"]["mean"] for name, found in entry["ood"].items()}
         worst = min(means, key=lambda name: means[name])
-        value = means[worst]
-        checks.append(
-            {
-                "name": "out-of-domain cosine",
-                "passed": value > MIN_OOD_COSINE,
-                "reason": f"{value:.4f} on {worst}, the lowest, needs more than {MIN_OOD_COSINE:.2f}",
-            }
-        )
-    else:
-        checks.append({"name": "out-of-domain cosine", "passed": None, "reason": "not measured"})
+        outside["passed"] = means[worst] > MIN_OOD_COSINE
+        outside["reason"] = f"{means[worst]:.4f} on {worst}, the lowest, needs more than {MIN_OOD_COSINE:.2f}"
     ms = entry["latency"][0]["mean_ms"]
-    checks.append(
-        {
-            "name": "inference",
-            "passed": ms < MAX_INFERENCE_MS,
-            "reason": f"{ms:.2f} ms a query on average, needs less than {MAX_INFERENCE_MS:.0f} ms",
-        }
-    )
-    cosine = entry["cosine"]["mean"]
-    ahead = [b for b in baselines if b["cosine"]["mean"] >= cosine]
-    if ahead:
-        named = ", ".join(f"{b['name']} ({b['cosine']['mean']:.4f})" for b in ahead)
-        reason = f"{cosine:.4f} on test articles does not beat {named}"
-    else:
-        reason = f"{cosine:.4f} on test articles beats all {len(baselines)}"
-        gain = entry.get("gain")
-        if gain is not None:
-            reason += f"; ahead of the best by {gain['mean']:+.4f} {bounds(gain, signed=True)}"
-            if gain["low"] <= 0:
-                reason += ", an interval that reaches zero"
-    checks.append({"name": "every baseline", "passed": not ahead, "reason": reason})
+    speed: Check = {
+        "name": "inference",
+        "passed": ms < MAX_INFERENCE_MS,
+        "reason": f"{ms:.2f} ms a query on average, needs less than {MAX_INFERENCE_MS:.0f} ms",
+    }
+    checks = [*leads, outside, speed]
     return {"passed": all(c["passed"] is not False for c in checks), "checks": checks}
+
+
+def _lead(
+    name: str, entry: Entry, baselines: Sequence[Entry], measure: Callable[[Entry], float | None]
+) -> Check:
+    """Whether the model is above every baseline in a measure."""
+    own, rivals = measure(entry), {b["name"]: measure(b) for b in baselines}
+    if own is None:
+        return {"name": name, "passed": None, "reason": "not measured"}
+    ahead = [
+        f"{rival} ({value:.4f})" for rival, value in rivals.items() if value is not None and value >= own
+    ]
+    verdict = f"does not beat {', '.join(ahead)}" if ahead else f"beats all {len(baselines)} baselines"
+    return {"name": name, "passed": not ahead, "reason": f"{own:.4f} on test articles {verdict}"}
 
 
 def gate_word(gate: Gate) -> str:

@@ -155,8 +155,8 @@ def main() -> None:
     commands = {
         "chunk": ("chunks", ["jobs.chunk", "--input", source, *limit, "--codec", args.codec]),
         "encode": ("vectors", ["jobs.encode", "--input", str(out / "chunks"), "--codec", args.codec]),
-        "index": ("index", ["jobs.index", "--input", str(out / "vectors")]),
-        "ivf-flat": ("index_ivf_flat", ["jobs.index", "--input", str(out / "vectors"), "--no-codes"]),
+        "index": ("index", ["jobs.index", "--vectors", str(out / "vectors")]),
+        "ivf-flat": ("index_ivf_flat", ["jobs.index", "--vectors", str(out / "vectors"), "--no-codes"]),
     }
     report: dict[str, Any] = {}
     for name in args.stages.split(","):

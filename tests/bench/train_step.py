@@ -55,7 +55,7 @@ from lvm.evaluate.metrics import measure_latency
 from lvm.evaluate.table import Table, as_text
 from lvm.models import ORIGINAL, build
 from lvm.predict.training import FAST, Recipe, fit, shuffled_windows
-from lvm.vectors.array import open_vectors
+from lvm.vectors.array import open_vectors, write_array
 from lvm.vectors.npz import export_npz
 from lvm.vectors.sequences import make_windows
 from lvm.vectors.shards import Manifest, write_table
@@ -103,7 +103,9 @@ def first_windows(vectors: Path, number: int, folder: Path) -> Path:
         left -= len(table)
         if not left:
             break
-    replace(manifest, shards=tuple(shards), rows=sum(s.rows for s in shards)).save(folder)
+    manifest = replace(manifest, shards=tuple(shards), rows=sum(s.rows for s in shards))
+    write_array(folder, manifest)  # as `latent encode` does, before the manifest
+    manifest.save(folder)
     return folder
 
 

@@ -17,7 +17,16 @@ from tests.integration.conftest import CHECKOUT
 
 def run_command(source: Path, target: Path, *options: str) -> tuple[int, dict[str, Any], str]:
     """Exit code, the closing line of JSON ({} where there is none), and stderr."""
-    command = [sys.executable, "-m", "jobs.index", "--input", str(source), "--output", str(target), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.index",
+        "--vectors",
+        str(source),
+        "--output",
+        str(target),
+        *options,
+    ]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=300, check=False)
     lines = done.stdout.splitlines()
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr

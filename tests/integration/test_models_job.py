@@ -27,7 +27,7 @@ def evaluation(run: Path, verdicts: dict[str, bool], schema: str = SCHEMA) -> No
     """An evaluation with these records' gates."""
     entries: list[dict[str, Any]] = [{"kind": "baseline", "details": {}}]
     for folder, passed in verdicts.items():
-        checks = [{"name": "every baseline", "passed": passed, "reason": ""}]
+        checks = [{"name": "cosine", "passed": passed, "reason": ""}]
         entries.append(
             {
                 "kind": "model",
@@ -84,7 +84,7 @@ def test_what_did_not_pass_is_promoted_by_force_alone(
         schema = "latent-evaluation/1" if verdict == "older schema" else SCHEMA
         evaluation(folder, {amn.name if verdict == "not evaluated" else gru.name: False}, schema)
     wanted = {
-        "failed": "fail: every baseline",
+        "failed": "fail: cosine",
         "not evaluated": f"evaluated {amn.name}, not {gru.name}",
         "no evaluation": "run `latent evaluate` first",
         "older schema": "expected 'latent-evaluation/2'",
