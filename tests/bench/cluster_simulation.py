@@ -11,8 +11,10 @@ it read, encoded, wrote and checked a shard; what lies between two shards is wai
 
 These are shares and placement, not speeds. A few cores read, write and schedule here for all nodes, so these parts take
 longer than on 24 machines: "machine busy" in the output says how near the limit that was, and --slower 4 lengthens the
-sleeps alone, for a machine that is at it. A node of eight CPUs has eight such workers. About 10 GB of memory and 3.5 KB
-of disk a chunk. The last line of stdout is one JSON object.
+sleeps alone, for a machine that is at it. The time that is slept is that of the whole stage, writing included, so a
+worker's share of writing is somewhat too large. A node of eight CPUs would have eight such workers: all shards would take
+an eighth of the time shown, the array at the end, which the driver writes alone, as long as shown. Takes 10 GB of memory
+and 3.5 KB of disk a chunk. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -171,28 +173,59 @@ def cluster_of(num_nodes: int) -> Iterator[Any]:
         cluster.shutdown()
 
 
-def cpu_seconds() -> dict[str, float]:
-    """Processor time so far: of the driver, of Ray's head and daemons, of workers."""
-    me = psutil.Process()
-    spent = {"driver": sum(me.cpu_times()[:2]), "ray": 0.0, "workers": 0.0}
-    for process in me.children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            who = "workers" if process.name().startswith("ray::") else "ray"
-            spent[who] += sum(process.cpu_times()[:2])
-    return spent
+class Load:
+    """Processor time of the driver, of Ray's head and daemons, of workers and of the whole machine, over time; and the
+    most memory that driver, Ray and workers held, shared pages split among their sharers."""
 
+    WHO = ("driver", "ray", "workers", "machine")
 
-def held_bytes() -> int:
-    """Memory of the driver and all of Ray's processes, shared pages split among their sharers."""
-    total = 0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            total += process.memory_full_info().pss
-    return total
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._times: list[float] = []
+        self._spent: dict[str, list[float]] = {who: [] for who in self.WHO}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def cores(self, who: str, begun: float, ended: float) -> float:
+        """How many cores were busy with it, of 1.0 each, on average between two times."""
+        spent = np.interp([begun, ended], self._times, self._spent[who])
+        return float(spent[1] - spent[0]) / (ended - begun)
+
+    def _look(self) -> None:
+        me = psutil.Process()
+        for number in itertools.count():
+            whole = psutil.cpu_times()
+            spent = {"driver": sum(me.cpu_times()[:2]), "ray": 0.0, "workers": 0.0}
+            spent["machine"] = sum(whole) - whole.idle - whole.iowait - whole.guest - whole.guest_nice
+            children = me.children(recursive=True)
+            for process in children:
+                with contextlib.suppress(psutil.Error):
+                    who = "workers" if process.name().startswith("ray::") else "ray"
+                    spent[who] += sum(process.cpu_times()[:2])
+            self._times.append(time.monotonic())
+            for who, seconds in spent.items():
+                self._spent[who].append(seconds)
+            if number % 5 == 0:
+                held = 0
+                for process in (me, *children):
+                    with contextlib.suppress(psutil.Error):
+                        held += process.memory_full_info().pss
+                self.peak_bytes = max(self.peak_bytes, held)
+            if self._over.wait(1):
+                return
 
 
 def of_workers(log: Path, begun: float) -> dict[str, Any]:
-    """What the workers wrote down: shares of their time, from their first shard to the last of all."""
+    """What the workers wrote down: shares of their time, from their first shard to the last of all; times in seconds
+    after `begun`."""
     by_worker: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for file in log.glob("*.jsonl"):
         for line in file.read_text().splitlines():
@@ -203,7 +236,7 @@ def of_workers(log: Path, begun: float) -> dict[str, Any]:
         for who, rows in by_worker.items()
     }
     shards = {who: spans for who, spans in shards.items() if spans}
-    steady, end = max(s[0][0] for s in shards.values()), max(s[-1][1] for s in shards.values())
+    last_worker, end = max(s[0][0] for s in shards.values()), max(s[-1][1] for s in shards.values())
     seconds, cpu = Counter[str](), Counter[str]()
     for who, spans in shards.items():
         seconds["waits for the driver"] += sum(b[0] - a[1] for a, b in itertools.pairwise(spans))
@@ -220,7 +253,7 @@ def of_workers(log: Path, begun: float) -> dict[str, Any]:
         "workers_a_node": dict(Counter(Counter(node for node, _ in shards).values())),
         "shards_a_worker": [min(map(len, shards.values())), max(map(len, shards.values()))],
         "first_shard_after_s": round(min(s[0][0] for s in shards.values()) - begun, 1),
-        "last_worker_after_s": round(steady - begun, 1),
+        "last_worker_after_s": round(last_worker - begun, 1),
         "all_shards_after_s": round(end - begun, 1),
         "shares": {name: round(value / total, 4) for name, value in seconds.items()},
         "cpu_ms_a_shard": {name: round(1000 * cpu[name] / count, 1) for name in set(STAGES.values())},
@@ -247,9 +280,9 @@ def main() -> None:
     array: dict[str, float] = {}
 
     def clocked_array(*arguments: Any) -> bool:
-        begun, cpu = time.monotonic(), time.process_time()
+        begun = time.monotonic()
         made = write_array(*arguments)
-        array.update(seconds=time.monotonic() - begun, cpu=time.process_time() - cpu)
+        array["seconds"] = time.monotonic() - begun
         return made
 
     write_array, job.write_array = job.write_array, clocked_array  # type: ignore[assignment]
@@ -257,36 +290,23 @@ def main() -> None:
         folder = Path(scratch)
         (folder / "log").mkdir()
         rows = write_corpus(folder / "chunks", args.shards)
-        load = functools.partial(sleeping_codec, folder / "log", args.slower / rate, os.getpid())
-        peak = [0]
-        over = threading.Event()
-
-        def look() -> None:
-            while not over.wait(5):
-                peak[0] = max(peak[0], held_bytes())
-
-        watcher = threading.Thread(target=look)
-        watcher.start()
-        psutil.cpu_percent()
-        before, begun = cpu_seconds(), time.monotonic()
-        result = job.encode_chunks(folder / "chunks", folder / "vectors", load)
-        ended = time.monotonic()
-        after = cpu_seconds()
-        over.set()
-        watcher.join()
+        codec = functools.partial(sleeping_codec, folder / "log", args.slower / rate, os.getpid())
+        with Load() as load:
+            begun = time.monotonic()
+            result = job.encode_chunks(folder / "chunks", folder / "vectors", codec)
         assert result.manifest.rows == rows
         workers = of_workers(folder / "log", begun)
-    machine = sum(after[who] - before[who] for who in after) / (ended - begun) / (os.cpu_count() or 1)
-    encoding = ended - begun - array["seconds"]
-    print("| a worker's time, from its first shard on | share |\n| --- | ---: |")
+    first, end = (begun + workers[name] for name in ("first_shard_after_s", "all_shards_after_s"))
+    busy = {who: round(load.cores(who, first, end), 4) for who in Load.WHO}
+    print("| a worker's time, from its first shard to the last of all | share |\n| --- | ---: |")
     for name, share in sorted(workers["shares"].items(), key=lambda item: -item[1]):
         print(f"| {name} | {share:.1%} |")
-    driver = (after["driver"] - before["driver"] - array["cpu"]) / encoding
-    print("\n| the driver | |\n| --- | ---: |")
-    print(f"| busy while shards are encoded, of one core | {driver:.1%} |")
-    print(f"| array, all {workers['workers']} workers waiting | {array['seconds']:.1f} s |")
-    print(f"| shards until then | {encoding:.1f} s |")
-    print(f"| machine busy | {machine:.0%} of {os.cpu_count()} cores |")
+    print("\n| | |\n| --- | ---: |")
+    print(f"| workers start | {workers['first_shard_after_s']:.1f} s |")
+    print(f"| all shards | {end - first:.1f} s |")
+    print(f"| array, all {workers['workers']} workers waiting for the driver | {array['seconds']:.1f} s |")
+    print(f"| driver busy during the shards, of one core | {busy['driver']:.1%} |")
+    print(f"| machine busy during the shards, of {os.cpu_count()} cores | {busy['machine']:.2f} |")
     print(
         json.dumps(
             {
@@ -295,13 +315,12 @@ def main() -> None:
                 "slower": args.slower,
                 "chunks_per_second_a_core": round(rate),
                 **workers,
-                "encode_s": round(encoding, 1),
                 "array_s": round(array["seconds"], 1),
-                "driver_busy_of_a_core": round(driver, 4),
-                "driver_ms_a_shard": round(1000 * driver * encoding / args.shards, 2),
-                "ray_busy_of_a_core": round((after["ray"] - before["ray"]) / (ended - begun), 3),
-                "machine_busy": round(machine, 3),
-                "peak_gb": round(peak[0] / 1e9, 1),
+                "array_rows_per_second": round(rows / array["seconds"]),
+                "cores_busy_during_the_shards": busy,
+                "driver_cpu_ms_a_shard": round(1000 * busy["driver"] * (end - first) / args.shards, 2),
+                "peak_gb": round(load.peak_bytes / 1e9, 1),
+                "cores": os.cpu_count(),
                 "versions": {"ray": version("ray")},
             }
         )
