@@ -3,7 +3,7 @@
     python -m jobs.index --vectors out/vectors --output out/index
     ray job submit --working-dir . -- python -m jobs.index --vectors /shared/vectors --output /shared/index
 
-Each part of the index (at most 4 million vectors) is built in a Ray task on a node with free CPUs; another measures the
+Each part of the index (at most --part-vectors) is built in a Ray task on a node with free CPUs; another measures the
 whole index, which is then published. The previous version stays on disk. If the published index was made from these
 vectors, the job changes nothing.
 """
@@ -66,7 +66,11 @@ def main(
     output: Annotated[PathOrUrl, path_option("Folder for the index and its versions.")],
     probes: Annotated[
         int | None,
-        typer.Option(min=1, help="Lists that a search probes; default: 16, or 64 with --codes."),
+        typer.Option(
+            min=1,
+            help="Lists that a search probes of up to 512; where a part has 1,024, twice as many. Default: 16, or 64 "
+            "with --codes.",
+        ),
     ] = None,
     codes: Annotated[
         bool | None,
@@ -76,6 +80,10 @@ def main(
             "same number of probes); default: codes from 100,000 vectors.",
         ),
     ] = None,
+    part_vectors: Annotated[
+        int,
+        typer.Option(min=1, help="Most vectors in a part; building one takes 1.7 KB of memory a vector."),
+    ] = IndexSettings.part_vectors,
     address: Address = None,
 ) -> None:
     """Build and publish the search index; a second run on the same vectors changes nothing."""
@@ -86,7 +94,9 @@ def main(
         raise OutputError(
             f"{output} holds {kind}, expected an index or an empty folder; choose another --output"
         )
-    settings = IndexSettings() if probes is None else IndexSettings(probes=probes, coded_probes=probes)
+    settings = IndexSettings(part_vectors=part_vectors)
+    if probes is not None:
+        settings = replace(settings, probes=probes, coded_probes=probes)
     if codes is not None:
         settings = replace(settings, coded_from=0 if codes else sys.maxsize)
     with suppress(OutputError, StorageError):  # the input may be read-only

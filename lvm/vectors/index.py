@@ -38,6 +38,12 @@ from lvm.vectors.shards import (
 KEPT_VERSIONS = 2
 """Versions left on disk: the published one and the one before it."""
 
+SETTLED_LISTS = 512
+"""Lists of a part up to which a search probes what `IndexSettings` says; of twice as many it probes twice as many."""
+
+LIST_VECTORS = 2048
+"""Fewest vectors in a list, on average, where a part has more lists than SETTLED_LISTS."""
+
 
 @dataclass(frozen=True)
 class IndexSettings:
@@ -45,16 +51,16 @@ class IndexSettings:
 
     flat_below: int = 4096
     """Under this many vectors each search compares all of them: exact, and fast enough."""
-    max_lists: int = 512
-    """Most inverted lists, nlist; the original system's number at 500,000 vectors."""
+    max_lists: int = 2048
+    """Most inverted lists of a part, nlist."""
     probes: int = 16
-    """Lists a search looks into, nprobe; the original system's number."""
+    """Lists a search looks into, nprobe, of up to SETTLED_LISTS; the original system's number."""
     coded_from: int = 100_000
     """From this many vectors on, lists hold 4-bit product codes, which are read 16 times faster than the vectors; the
     best are then compared exactly. So a search can look into four times the lists and still takes a third of the time:
     at 506,000 chunks of Wikipedia, recall@16 of 0.95, where 16 lists hold 0.88 at most (tests/bench/results/)."""
     coded_probes: int = 64
-    """Lists a search looks into where they hold codes."""
+    """Lists a search looks into where they hold codes, of up to SETTLED_LISTS."""
     candidates: int = 8
     """Vectors compared exactly for each one asked for, where lists hold codes."""
     training_per_list: int = 64
@@ -73,13 +79,23 @@ class IndexSettings:
         return num_vectors >= self.coded_from and self.num_lists(num_vectors) > 0
 
     def num_lists(self, num_vectors: int) -> int:
-        """nlist for this many vectors: the power of two below their square root, 0 for no lists at all.
+        """nlist for a part of this many vectors: the power of two below their square root, 0 for no lists at all.
 
-        The square root balances the lists against the vectors in one; 500,000 vectors give 512.
+        The square root balances the lists against the vectors in one; 500,000 vectors give SETTLED_LISTS, the original
+        system's number. More only where each holds LIST_VECTORS: a part of 4 million has 1,024.
         """
         if num_vectors < self.flat_below:
             return 0
-        return int(min(self.max_lists, 2 ** int(np.log2(num_vectors**0.5))))
+        root = 2 ** int(np.log2(num_vectors**0.5))
+        return int(
+            min(self.max_lists, root, max(SETTLED_LISTS, 2 ** int(np.log2(num_vectors / LIST_VECTORS))))
+        )
+
+    def num_probes(self, num_vectors: int) -> int:
+        """nprobe for a part of this many vectors. It grows with the lists beyond SETTLED_LISTS: a search reads the same
+        share of the vectors, so it finds no less."""
+        probes = self.coded_probes if self.coded(num_vectors) else self.probes
+        return probes * max(1, self.num_lists(num_vectors) // SETTLED_LISTS)
 
 
 @dataclass(frozen=True)
@@ -416,16 +432,12 @@ def _settings_record(settings: IndexSettings, num_vectors: int) -> dict[str, Any
         "type": "IVF_FLAT" if num_lists else "FLAT",
         "metric": "inner product",
         "nlist": num_lists,
-        "probes": settings.probes,
+        "probes": settings.num_probes(num_vectors),
         "training_per_list": settings.training_per_list,
         "seed": settings.seed,
     }
     if settings.coded(num_vectors):
-        record |= {
-            "type": "IVF_PQ4_REFINED",
-            "probes": settings.coded_probes,
-            "candidates": settings.candidates,
-        }
+        record |= {"type": "IVF_PQ4_REFINED", "candidates": settings.candidates}
     return record if parts == 1 else {**record, "parts": parts}
 
 

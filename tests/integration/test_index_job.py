@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.index import build_with_ray
 from lvm.vectors.array import open_vectors
-from lvm.vectors.index import IndexSettings, load_index
+from lvm.vectors.index import load_index
 from tests.doubles import FakeCodec, fake_articles, write_chunks, write_vectors
 from tests.integration.conftest import CHECKOUT
 
@@ -75,7 +74,9 @@ def test_new_vectors_are_published_beside_the_old_version(ray_cluster: str, tmp_
 def test_parts_are_built_in_tasks_of_their_own(ray_cluster: str, tmp_path: Path) -> None:
     source, target = tmp_path / "vectors", tmp_path / "index"
     write_vectors(source, fake_articles(60, 20), articles_per_shard=50)
-    build_with_ray(source, target, IndexSettings(part_vectors=500), ray_cluster)
+    code, summary, stderr = run_command(source, target, "--part-vectors", "500", "--address", ray_cluster)
+    assert code == 0, stderr
+    assert summary["settings"]["parts"] == 3
     array, index = open_vectors(source), load_index(target)
     assert [s.file for s in index.manifest.shards] == [f"part-0000{n}.faiss" for n in range(3)]
     assert index.search(array.vectors[::100], 1)[1][:, 0].tolist() == list(range(0, 1200, 100))

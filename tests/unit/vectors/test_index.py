@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lvm.errors import IdentityError, InputError
+from lvm.vectors import index as index_module
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.index import (
     Build,
@@ -136,11 +137,60 @@ def test_exact_vectors_stay_on_disk(coded: Index, lists: Index, flat: Index) -> 
         (100_000, 256),
         (300_000, 512),
         (500_000, 512),
-        (10**7, 512),
+        (1_500_000, 512),
+        (2_097_151, 512),
+        (2_097_152, 1024),
+        (4_000_000, 1024),
+        (10**7, 2048),
+        (10**9, 2048),
     ],
 )
-def test_the_number_of_lists_follows_the_size_up_to_512(num_vectors: int, num_lists: int) -> None:
+def test_the_number_of_lists_follows_the_size(num_vectors: int, num_lists: int) -> None:
     assert IndexSettings().num_lists(num_vectors) == num_lists
+
+
+@pytest.mark.parametrize(
+    ("num_vectors", "kind", "nlist", "probes"),
+    [
+        (4000, "FLAT", 0, 16),
+        (50_000, "IVF_FLAT", 128, 16),
+        (500_000, "IVF_PQ4_REFINED", 512, 64),
+        (1_500_000, "IVF_PQ4_REFINED", 512, 64),
+        (4_000_000, "IVF_PQ4_REFINED", 1024, 128),
+        (8_000_000, "IVF_PQ4_REFINED", 1024, 128),
+    ],
+)
+def test_what_names_a_version_changes_for_large_parts_alone(
+    num_vectors: int, kind: str, nlist: int, probes: int
+) -> None:
+    """Up to 2 million vectors these are the settings of earlier releases: their indexes are still found."""
+    wanted = {
+        "type": kind,
+        "metric": "inner product",
+        "nlist": nlist,
+        "probes": probes,
+        "training_per_list": 64,
+        "seed": 0,
+    }
+    wanted |= {"candidates": 8} if kind == "IVF_PQ4_REFINED" else {}
+    wanted |= {"parts": 2} if num_vectors == 8_000_000 else {}
+    assert index_module._settings_record(IndexSettings(), num_vectors) == wanted
+
+
+@pytest.mark.parametrize("coded_from", [1000, 10**6])
+def test_more_lists_are_probed_in_proportion_and_find_no_less(
+    large_array: VectorArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coded_from: int
+) -> None:
+    monkeypatch.setattr(index_module, "SETTLED_LISTS", 16)
+    monkeypatch.setattr(index_module, "LIST_VECTORS", 64)
+    settings = IndexSettings(flat_below=1000, probes=3, coded_probes=3, coded_from=coded_from)
+    few = build_index(large_array, tmp_path / "few", dataclasses.replace(settings, max_lists=16)).manifest
+    many = build_index(large_array, tmp_path / "many", settings).manifest
+    assert (few.settings["nlist"], few.settings["probes"]) == (16, 3)
+    assert (many.settings["nlist"], many.settings["probes"]) == (64, 12)
+    for recall in ("recall_stored", "recall_blended"):
+        assert few.report[recall] < 0.95  # there is something to lose
+        assert many.report[recall] >= few.report[recall] - 0.005
 
 
 def test_a_small_index_is_exact(array: VectorArray, flat: Index) -> None:
