@@ -67,7 +67,7 @@ def require_name(name: str) -> str:
     """The dataset name unchanged. Raises InputError if it is not valid."""
     require_text(name, "the name of the dataset")
     if not name.strip() or len(name) > MAX_NAME or name != name.strip():
-        expected = f"1 to {MAX_NAME} characters, no space at the ends"
+        expected = f"1 to {MAX_NAME} characters, no space at its ends"
         raise InputError(f"--dataset is {name[:40]!r}; expected {expected}")
     return name
 

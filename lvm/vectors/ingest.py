@@ -225,10 +225,8 @@ def store_article(
             "DO UPDATE SET content = excluded.content, chunks = excluded.chunks, stored = now()",
             [dataset.name, source, article_id, number, content, chunks.num_rows],
         )
-        store.connection.execute(
-            "UPDATE cpe_dataset SET loaded = NULL, version = gen_random_uuid() WHERE name = %s",
-            [dataset.name],
-        )
+        update = "UPDATE cpe_dataset SET loaded = NULL, version = gen_random_uuid() WHERE name = %s"
+        store.connection.execute(update, [dataset.name])
     return True
 
 

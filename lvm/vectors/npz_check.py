@@ -174,6 +174,13 @@ class _Check:
     def problem(self, where: str, expected: str, got: str, cure: str) -> None:
         self.report.problems.append(Problem(where, expected, got, cure))
 
+    def expect_shape(self, name: str, shape: tuple[int, ...], what: str) -> bool:
+        """Report a problem unless the array has this shape: one `what`."""
+        if (got := self.headers[name].shape) == shape:
+            return True
+        self.problem(name, f"shape {shape}", f"shape {got}", f"One {what}.")
+        return False
+
     # ---- headers
 
     def read_headers(self) -> None:
@@ -312,9 +319,8 @@ class _Check:
         header, contexts = self.headers.get(name), self.headers.get(f"{split}_contexts")
         if header is None:
             return
-        if contexts is not None and len(contexts.shape) == 3 and header.shape != contexts.shape[:2]:
-            cure = "One flag per context vector."
-            self.problem(name, f"shape {contexts.shape[:2]}", f"shape {header.shape}", cure)
+        shape = contexts.shape[:2] if contexts is not None and len(contexts.shape) == 3 else header.shape
+        if not self.expect_shape(name, shape, "flag per context vector"):
             return
         values = self.array(name)
         if header.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
@@ -333,10 +339,9 @@ class _Check:
 
     def check_articles(self) -> None:
         ids = {s: self.array(f"{s}_doc_ids") for s in SPLITS if f"{s}_doc_ids" in self.headers}
-        for split, values in ids.items():
-            rows = self.report.rows.get(split)
-            if rows is not None and values.shape != (rows,):
-                self.problem(f"{split}_doc_ids", f"shape ({rows},)", f"{values.shape}", "One per sequence.")
+        for split in ids:
+            if (rows := self.report.rows.get(split)) is not None:
+                self.expect_shape(f"{split}_doc_ids", (rows,), "id per sequence")
         for first, second in combinations(ids, 2):
             shared = np.intersect1d(ids[first], ids[second])
             if len(shared):
@@ -349,17 +354,14 @@ class _Check:
     # ---- texts and ids
 
     def check_texts(self) -> None:
-        contexts = self.headers.get("context_vectors")
-        targets = self.headers.get("target_vectors")
-        for name, vectors in (("context_texts", contexts), ("target_texts", targets)):
-            header = self.headers.get(name)
+        for name in ("context", "target"):
+            header, vectors = self.headers.get(f"{name}_texts"), self.headers.get(f"{name}_vectors")
             if header is None:
                 continue
             if header.dtype.kind != "U":
-                self.problem(name, "unicode text", str(header.dtype), UNICODE)
-            if vectors is not None and header.shape != vectors.shape[:-1]:
-                cure = "One text per vector."
-                self.problem(name, f"shape {vectors.shape[:-1]}", f"shape {header.shape}", cure)
+                self.problem(f"{name}_texts", "unicode text", str(header.dtype), UNICODE)
+            if vectors is not None:
+                self.expect_shape(f"{name}_texts", vectors.shape[:-1], "text per vector")
 
     def check_ids(self) -> None:
         rows = self.report.rows.get("all")
@@ -367,8 +369,8 @@ class _Check:
             header = self.headers.get(name)
             if header is None:
                 continue
-            if rows is not None and header.shape != (rows,):
-                self.problem(name, f"shape ({rows},)", f"shape {header.shape}", "One id per sequence.")
+            if rows is not None:
+                self.expect_shape(name, (rows,), "id per sequence")
             if header.dtype.kind not in "iuU":
                 cure = "Convert with .astype(str)."
                 self.problem(name, "integers or unicode text", str(header.dtype), cure)
@@ -390,9 +392,8 @@ class _Check:
             valid &= header.dtype.kind in "iu"
             if header.dtype != np.dtype("int32"):
                 self.problem(name, "int32", str(header.dtype), "Convert with .astype(np.int32).")
-            if rows is not None and header.shape != (rows,):
+            if rows is not None and not self.expect_shape(name, (rows,), "number per sequence"):
                 valid = False
-                self.problem(name, f"shape ({rows},)", f"shape {header.shape}", "One number per sequence.")
             elif header.dtype.kind in "iu" and (self.array(name) < 0).any():
                 row = int(np.flatnonzero(self.array(name) < 0)[0])
                 self.problem(name, "numbers from 0", f"{self.array(name)[row]} in row {row}", "Count from 0.")
