@@ -10,7 +10,7 @@ from cachetools import LRUCache
 V = TypeVar("V")
 
 ENTRY_BYTES = 300
-"""Overhead per entry: its key, and its slots in the cache's three tables."""
+"""Overhead per entry: its key and its slots in the three tables of `LRUCache`."""
 
 
 def size_of(value: Any) -> int:

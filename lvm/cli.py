@@ -1,6 +1,6 @@
-"""The command `latent`: starts jobs as child processes, and imports none of them.
+"""The command `latent`: runs jobs as child processes and imports none of them.
 
-Each stage is a separate job (`python -m jobs.NAME`), which declares its own options. Options are passed on unchanged,
+Each stage is a separate job (`python -m jobs.NAME`) that declares its own options. Options are passed on unchanged,
 so `latent encode --help` shows the job's help.
 """
 

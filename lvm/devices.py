@@ -1,4 +1,4 @@
-"""Which device torch computes on: the single place where it is decided."""
+"""The choice of torch device: GPU or CPU."""
 
 from typing import TYPE_CHECKING
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def pick_device(device: "str | torch.device" = "auto", reserved: bool = True) -> "torch.device":
-    """The torch device of a name; "auto" is CUDA, then MPS, then CPU. Raises InputError on an unknown name.
+    """The torch device of this name; "auto" is CUDA, then MPS, then CPU. Raises InputError on an unknown name.
 
-    reserved: False if a scheduler runs this process without a GPU. "auto" is then the CPU, since the process would
-    still see all of the node's GPUs and use memory that belongs to others.
+    reserved: False if the scheduler assigned this process no GPU. "auto" is then the CPU, although the process can
+    see the node's GPUs: they belong to others.
     """
     import torch
 
@@ -25,7 +25,7 @@ def pick_device(device: "str | torch.device" = "auto", reserved: bool = True) ->
 
 
 def seen_gpu() -> str:
-    """The kind of GPU that torch sees here, "cuda" or "mps"; "" where it sees none."""
+    """The kind of GPU that torch sees, "cuda" or "mps", or ""."""
     import torch
 
     if torch.cuda.is_available():
@@ -34,12 +34,12 @@ def seen_gpu() -> str:
 
 
 def device_for_mini(device: "str | torch.device" = "auto", reserved: bool = True) -> "torch.device":
-    """As `pick_device`, but "auto" is the CPU on a Mac: `mini`'s networks are small, so their time goes into the number
-    of calls, which cost less on the CPU than on an Apple GPU."""
+    """As `pick_device`, but "auto" is the CPU on a Mac: `mini`'s networks are so small that call overhead dominates,
+    and it is lower on the CPU than on an Apple GPU."""
     picked = pick_device(device, reserved)
     return pick_device("cpu") if picked.type == "mps" and str(device) == "auto" else picked
 
 
 def has_complex(device: "torch.device") -> bool:
-    """Whether torch fully supports complex numbers there; MPS has only some operations."""
+    """Whether torch fully supports complex numbers on this device; MPS lacks some operations."""
     return device.type != "mps"

@@ -1,15 +1,15 @@
-"""Every error this project raises on purpose.
+"""The errors this project raises.
 
 LvmError
-├── InputError      a file, record, option or array is not what it must be
-├── IdentityError   two artefacts come from different codecs and may not be joined
-├── OutputError     an output directory was made with other settings, or is half written
-├── TrainingError   a loss or a gradient is no longer a number
-├── DatabaseError   the database does not answer, or refuses
-└── StorageError    object storage does not answer, or refuses
+├── InputError      a file, record, option or array is missing or invalid
+├── IdentityError   two artefacts come from different codecs and must not be combined
+├── OutputError     an output folder cannot be written, or was made with other settings
+├── TrainingError   a loss or gradient became NaN or infinite
+├── DatabaseError   the database cannot be reached, or rejected a command
+└── StorageError    object storage cannot be reached, or rejected a request
 
-Messages say what was expected, what came, and what to do. The command line prints them as one line;
-set LATENT_TRACEBACK=1 to see where they came from.
+Messages say what was expected, what was found and what to do. The command line prints them as one line; set
+LATENT_TRACEBACK=1 for the traceback.
 """
 
 
@@ -18,24 +18,24 @@ class LvmError(Exception):
 
 
 class InputError(LvmError):
-    """A file, record, option or array is not what it must be."""
+    """A file, record, option or array is missing or invalid."""
 
 
 class IdentityError(LvmError):
-    """Two artefacts come from different codecs and may not be joined."""
+    """Two artefacts come from different codecs and must not be combined."""
 
 
 class OutputError(LvmError):
-    """An output directory was made with other settings, or is half written."""
+    """An output folder cannot be written, or was made with other settings."""
 
 
 class TrainingError(LvmError):
-    """A loss or a gradient is no longer a number."""
+    """A loss or gradient became NaN or infinite."""
 
 
 class DatabaseError(LvmError):
-    """The database does not answer, or refuses."""
+    """The database cannot be reached, or rejected a command."""
 
 
 class StorageError(LvmError):
-    """Object storage does not answer, or refuses."""
+    """Object storage cannot be reached, or rejected a request."""

@@ -1,11 +1,11 @@
-"""Ridge regression in closed form, for any number of penalties at the price of one decomposition."""
+"""Ridge regression in closed form: one eigendecomposition, then any number of penalties."""
 
 import torch
 from torch import Tensor
 
 
 class Ridge:
-    """Ridge regression of (M, D) targets on (M, H) features with a free bias."""
+    """Ridge regression of (M, D) targets on (M, H) features, with an unpenalised bias."""
 
     def __init__(self, features: Tensor, targets: Tensor) -> None:
         self.mean_x, self.mean_y = features.mean(dim=0), targets.mean(dim=0)

@@ -1,19 +1,19 @@
-"""Paths on a disk and on object storage (s3://, gs://), with one interface for both.
+"""Paths on local disks and on object storage (s3://, gs://), with one interface for both.
 
-A `Location` is a `pathlib.Path` or a `RemotePath`, which has the part of pathlib's interface that the stages use, over
-pyarrow's filesystems. Three things differ, and this is where they are dealt with:
+A `Location` is a `pathlib.Path` or a `RemotePath`, which implements the subset of pathlib used here on top of pyarrow's
+filesystems. Object storage differs in three ways:
 
-- There is no rename. An object appears whole when its upload ends, so publishing a file is the upload itself, and what
-  says that a folder is complete (a manifest, an alias, CURRENT) is written last, as on a disk.
-- Nothing can be memory-mapped. Such files are fetched into a folder of this machine, by their SHA-256 (`fetch`).
-- There are no folders: `mkdir` does nothing, and a folder is there while something lies in it (pyarrow leaves an empty
-  mark where the last file was deleted).
+- There is no rename. An object becomes visible when its upload completes, so uploading a file publishes it. The file
+  that marks a folder as complete (a manifest, the aliases, CURRENT) is written last, as on disk.
+- Objects cannot be memory-mapped. `fetch` downloads them into a local cache, by SHA-256.
+- There are no folders: `mkdir` does nothing, and a folder exists while it contains something (pyarrow leaves an empty
+  marker object when the last file is deleted).
 
-Credentials come from where AWS's and Google's own tools have them, never from the URL. AWS_ENDPOINT_URL names another
-server that speaks S3; a query does so for one URL: s3://bucket/key?endpoint_override=127.0.0.1:9000&scheme=http.
+Credentials are looked up as AWS's and Google's own tools do, never in the URL. AWS_ENDPOINT_URL selects another
+S3-compatible server; for one URL, a query does: s3://bucket/key?endpoint_override=127.0.0.1:9000&scheme=http.
 
-Why not universal-pathlib: its S3 (s3fs 2026.9) wants a botocore older than boto3's, and its files, over pyarrow's
-filesystems too, publish what was written so far when a write breaks off.
+Why not universal-pathlib: its S3 backend (s3fs 2026.9) needs an older botocore than boto3 does, and when a write fails
+it publishes the part written so far, over pyarrow's filesystems too.
 """
 
 import fnmatch
@@ -34,33 +34,33 @@ from urllib.parse import urlsplit
 from lvm.errors import InputError, StorageError
 
 SCHEMES = ("s3", "gs")
-"""Kinds of object storage, as they stand before ://."""
+"""URL schemes of object storage."""
 
 BUFFER_BYTES = 8 << 20
-"""Bytes of one request when a file is read through; S3 answers one in about 50 ms however small it is."""
+"""Bytes per request when a file is read sequentially; S3 takes about 50 ms per request, however small."""
 
 
 class RemoteStat(NamedTuple):
-    """What `stat` knows of an object, named as `os.stat_result` names it."""
+    """Size and time of an object, with the field names of `os.stat_result`."""
 
     st_size: int
     """Bytes."""
     st_mtime_ns: int
-    """Time of the upload."""
+    """Upload time."""
 
 
 @dataclass(frozen=True, order=True)
 class RemotePath:
-    """A file or folder on object storage; `location` makes one of a URL. Travels to workers as it is."""
+    """A file or folder on object storage; made by `location`. Can be pickled."""
 
     scheme: str
     """One of SCHEMES."""
     inside: PurePosixPath
     """Bucket and path."""
     query: str = ""
-    """Of the URL."""
+    """Query string of the URL."""
 
-    # ---- names, as pathlib has them
+    # ---- names, as in pathlib
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.inside}" + (f"?{self.query}" if self.query else "")
@@ -73,54 +73,45 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part; of a bucket, its name."""
+        """The last part of the path; for a bucket, its name."""
         return self.inside.name
 
     @property
     def stem(self) -> str:
-        """The name without its last ending."""
+        """The name without its suffix."""
         return self.inside.stem
 
     @property
     def suffix(self) -> str:
-        """The last ending with its dot, "" where there is none."""
+        """The suffix with its dot, or ""."""
         return self.inside.suffix
 
     @property
-    def suffixes(self) -> list[str]:
-        """All endings."""
-        return self.inside.suffixes
-
-    @property
     def parent(self) -> "RemotePath":
-        """The folder it lies in; a bucket's is itself."""
+        """The containing folder; a bucket is its own parent."""
         return self if len(self.inside.parts) == 1 else self._at(self.inside.parent)
-
-    def with_name(self, name: str) -> "RemotePath":
-        """Another file of the same folder."""
-        return self._at(self.inside.with_name(name))
 
     def relative_to(self, folder: "RemotePath") -> PurePosixPath:
         """The path inside `folder`."""
         return self.inside.relative_to(folder.inside)
 
     def resolve(self) -> "RemotePath":
-        """Itself: a URL depends on no current folder."""
+        """Itself: a URL is always absolute."""
         return self
 
     absolute = resolve
 
-    # ---- what is there
+    # ---- queries
 
     @property
     def filesystem(self) -> Any:
-        """The pyarrow filesystem it lies on; `key` is its path there."""
+        """Its pyarrow filesystem; `key` is the path there."""
         with storage_errors(self):
             return _filesystem(self.scheme, self.inside.parts[0], self.query)
 
     @property
     def key(self) -> str:
-        """Bucket and path, as pyarrow's filesystem takes it."""
+        """Bucket and path, for pyarrow."""
         return str(self.inside)
 
     def _info(self) -> Any:
@@ -128,7 +119,7 @@ class RemotePath:
             return self.filesystem.get_file_info(self.key)
 
     def exists(self) -> bool:
-        """True for an object, and for a folder with something in it."""
+        """True for an object, and for a folder that contains one."""
         return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
@@ -136,22 +127,22 @@ class RemotePath:
         return bool(self._info().is_file)
 
     def is_dir(self) -> bool:
-        """True where objects lie below."""
+        """True for a folder that contains an object."""
         return str(self._info().type.name) == "Directory"
 
     def stat(self) -> RemoteStat:
-        """Size and time. Raises FileNotFoundError where there is no object."""
+        """Size and upload time. Raises FileNotFoundError if there is no such object."""
         info = self._info()
         if not info.is_file:
             raise FileNotFoundError(2, "no such object", str(self))
         return RemoteStat(int(info.size), int(info.mtime_ns or 0))
 
     def iterdir(self) -> Iterator["RemotePath"]:
-        """What lies right inside, in no order; nothing where there is no such folder."""
+        """Direct children, in any order; none if there is no such folder."""
         return (self._at(PurePosixPath(i.path)) for i in _list(self, deep=False))
 
     def glob(self, pattern: str) -> Iterator["RemotePath"]:
-        """What matches inside; * stands for any part of one name."""
+        """Paths inside that match; * does not match a slash, and ** is not supported."""
         wanted = PurePosixPath(pattern).parts
         for info in _list(self, deep=len(wanted) > 1):
             path = PurePosixPath(info.path)
@@ -159,29 +150,27 @@ class RemotePath:
             if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)):
                 yield self._at(path)
 
-    # ---- contents
+    # ---- reading and writing
 
     def open(self, mode: str = "rb", buffering: int = BUFFER_BYTES) -> io.BufferedReader:
-        """The object's bytes, for reading; each request asks for `buffering` of them."""
+        """A binary reader that requests `buffering` bytes at a time."""
         if mode != "rb":
-            raise InputError(
-                f"{self} was to be opened with mode {mode!r}; an object is written whole, by write_bytes"
-            )
+            raise InputError(f"cannot open {self} with mode {mode!r}, expected 'rb'; write with write_bytes")
         with storage_errors(self):
             file = self.filesystem.open_input_file(self.key)
         return io.BufferedReader(_RawObject(self, file), max(buffering, 1 << 16))
 
     def read_bytes(self) -> bytes:
-        """All of the object. Raises FileNotFoundError where there is none."""
+        """The object's content. Raises FileNotFoundError if there is no such object."""
         with self.open() as file:
             return file.read()
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """All of the object as text."""
+        """The object's content as text."""
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> int:
-        """Put an object there, whole; readers see the old one until then. The number of bytes."""
+        """Write the object atomically; returns the number of bytes."""
         upload(io.BytesIO(data), self)
         return len(data)
 
@@ -199,11 +188,11 @@ class RemotePath:
 
 
 Location = Path | RemotePath
-"""A path on this machine's disks or on object storage."""
+"""A path on a local disk or on object storage."""
 
 
 def location(text: str | Location) -> Location:
-    """The place that a path or URL names. Raises InputError on another scheme, no bucket, or credentials in the URL."""
+    """Parse a path or URL. Raises InputError on an unknown scheme, a missing bucket, or credentials in the URL."""
     if isinstance(text, Path | RemotePath):
         return text
     if "://" not in text:
@@ -215,14 +204,14 @@ def location(text: str | Location) -> Location:
         raise InputError(f"{text}: expected a path, or {' or '.join(f'{s}://bucket/…' for s in SCHEMES)}")
     if "@" in parts.netloc:
         raise InputError(
-            f"{parts.scheme}://…@{parts.netloc.split('@')[-1]}{parts.path} holds credentials, which would stand in "
+            f"{parts.scheme}://…@{parts.netloc.split('@')[-1]}{parts.path} holds credentials, which would end up in "
             "manifests and logs; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
         )
     return RemotePath(parts.scheme, PurePosixPath(parts.netloc) / parts.path.strip("/"), parts.query)
 
 
 class _RawObject(io.RawIOBase):
-    """A pyarrow file as Python's buffered readers want it."""
+    """Adapter from a pyarrow file to Python's raw file interface."""
 
     def __init__(self, path: RemotePath, file: Any) -> None:
         self._path, self._file = path, file
@@ -251,8 +240,7 @@ class _RawObject(io.RawIOBase):
 
 @contextmanager
 def storage_errors(path: Location) -> Iterator[None]:
-    """What goes wrong on the way to object storage, as StorageError in one line; an absent object stays one, and what
-    goes wrong on a disk is passed on."""
+    """Raise an OSError of object storage as StorageError; FileNotFoundError and errors of local paths pass through."""
     try:
         yield
     except FileNotFoundError:
@@ -262,8 +250,8 @@ def storage_errors(path: Location) -> Iterator[None]:
             raise
         line = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise StorageError(
-            f"{path}: {line}. Expected storage that answers and credentials it takes; what is finished is kept, "
-            "run the same command again."
+            f"{path}: {line}. Expected reachable storage and valid credentials; finished work is kept, so run the "
+            "same command again."
         ) from err
 
 
@@ -278,20 +266,19 @@ def _filesystem(scheme: str, bucket: str, query: str) -> Any:
     if endpoint is None:
         return fs.S3FileSystem(region=region or fs.resolve_s3_region(bucket))
     server = urlsplit(endpoint)
-    return fs.S3FileSystem(
-        region=region or "us-east-1", endpoint_override=server.netloc, scheme=server.scheme
-    )
+    region = region or "us-east-1"
+    return fs.S3FileSystem(region=region, endpoint_override=server.netloc, scheme=server.scheme)
 
 
 def on_arrow(path: Location) -> tuple[Any, str]:
-    """The pyarrow filesystem a path lies on, and its path there."""
+    """A path's pyarrow filesystem, and the path there."""
     from pyarrow import fs
 
     return (fs.LocalFileSystem(), path.as_posix()) if isinstance(path, Path) else (path.filesystem, path.key)
 
 
 def _list(folder: Location, deep: bool) -> list[Any]:
-    """pyarrow's FileInfo of what is right inside, or `deep`er too; nothing where there is no such folder."""
+    """pyarrow's FileInfo of direct children, with `deep` of all descendants; none if there is no such folder."""
     from pyarrow import fs
 
     with storage_errors(folder):
@@ -304,7 +291,7 @@ def _list(folder: Location, deep: bool) -> list[Any]:
 
 
 def files_below(folder: Location) -> list[Location]:
-    """All files under `folder`, however deep, in order of path; links to folders are not followed."""
+    """All files under `folder`, recursively, sorted by path; symlinks to folders are not followed."""
     if isinstance(folder, Path):
         return sorted(p for p in folder.rglob("*") if p.is_file())
     key = PurePosixPath(on_arrow(folder)[1])
@@ -313,13 +300,13 @@ def files_below(folder: Location) -> list[Location]:
 
 
 def sizes_in(folder: Location, names: list[str]) -> dict[str, int]:
-    """Bytes of these files right inside `folder`, without those that are absent; from one listing."""
+    """Bytes of each of these files directly in `folder`, from one listing; missing files are left out."""
     found = {i.base_name: int(i.size) for i in _list(folder, deep=False) if i.is_file}
     return {name: found[name] for name in names if name in found}
 
 
 def remove_tree(folder: Location) -> None:
-    """Delete a folder with all in it, if it is there."""
+    """Delete a folder and its contents, if it exists."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -329,8 +316,8 @@ def remove_tree(folder: Location) -> None:
 
 @contextmanager
 def new_folder(target: Location) -> Iterator[Path]:
-    """A folder of another name to fill for `publish_folder`: beside it, or for object storage in the cache folder; gone
-    at the end."""
+    """A temporary folder to fill and pass to `publish_folder`: beside `target`, or in the cache for object storage.
+    Removed when the block ends."""
     temporary = temporary_name(target if isinstance(target, Path) else cache_folder() / target.name)
     temporary.mkdir(parents=True)
     try:
@@ -340,8 +327,8 @@ def new_folder(target: Location) -> Iterator[Path]:
 
 
 def publish_folder(temporary: Path, target: Location, last: str) -> None:
-    """Make a filled folder `target`, in one step: renamed on a disk, where it takes the place of what is there; on
-    object storage uploaded, and complete with the file named `last`."""
+    """Publish a filled folder as `target`. On disk: an atomic rename that replaces what was there. On object storage:
+    an upload that is complete when the file named `last` is."""
     if isinstance(target, Path):
         sync_directory(temporary)
         remove_tree(target)
@@ -352,12 +339,12 @@ def publish_folder(temporary: Path, target: Location, last: str) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A fresh hidden name beside `path`, on the same file system so that a rename onto `path` is atomic."""
+    """A new hidden name beside `path`: the same filesystem, so a rename to `path` is atomic."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames inside `directory` survive a power cut (POSIX; other systems sync on their own)."""
+    """Make renames inside `directory` survive a power loss (POSIX; other systems need no call)."""
     if os.name != "posix":
         return
     handle = os.open(directory, os.O_RDONLY)
@@ -368,7 +355,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def move_tree(folder: Location, target: Location) -> None:
-    """Give a folder another name. On object storage its files are copied and then deleted, one by one."""
+    """Rename a folder. On object storage its files are copied one by one, then deleted."""
     if isinstance(folder, Path) or isinstance(target, Path):
         os.rename(str(folder), str(target))
         return
@@ -381,7 +368,7 @@ def move_tree(folder: Location, target: Location) -> None:
 
 
 def upload(source: IO[bytes], target: RemotePath) -> None:
-    """Put all of `source` there as one object; nothing appears when reading or sending breaks off."""
+    """Upload all of `source` as one object; no object appears if reading or sending fails."""
     with storage_errors(target):
         stream = target.filesystem.open_output_stream(target.key)
     try:
@@ -389,7 +376,7 @@ def upload(source: IO[bytes], target: RemotePath) -> None:
             with storage_errors(target):
                 stream.write(block)
     except BaseException:
-        # pyarrow has no way to give an upload up: closing it publishes what was sent so far.
+        # pyarrow cannot abort an upload: closing it publishes the bytes sent so far.
         with suppress(OSError, StorageError):
             stream.close()
             target.unlink(missing_ok=True)
@@ -399,26 +386,26 @@ def upload(source: IO[bytes], target: RemotePath) -> None:
 
 
 def upload_folder(source: Path, target: RemotePath, last: str) -> None:
-    """Put a folder's files there; the one named `last` comes last, and with it the folder counts as complete."""
-    files = sorted(p for p in source.rglob("*") if p.is_file())
-    for file in sorted(files, key=lambda f: f.name == last):
+    """Upload a folder's files; the one named `last` comes last and marks the folder as complete."""
+    files = [p for p in source.rglob("*") if p.is_file()]
+    for file in sorted(files, key=lambda f: (f.name == last, f)):
         with file.open("rb") as opened:
             upload(opened, target / file.relative_to(source).as_posix())
 
 
-# ------------------------------------------------------------------------------------- copies on this machine
+# ------------------------------------------------------------------------------------------- local copies
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps copies of remote files: LATENT_CACHE, else ~/.cache/latent. Safe to delete."""
+    """Local cache of remote files: LATENT_CACHE, else ~/.cache/latent. Safe to delete."""
     named = os.environ.get("LATENT_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "latent"
 
 
 def fetch(path: Location, sha256: str) -> Path:
-    """A local file with this object's bytes, fetched once for each checksum; a local path comes back as it is.
+    """A local copy of this object, downloaded once per checksum; local paths are returned unchanged.
 
-    Raises InputError when the object's bytes have another checksum.
+    Raises InputError if the object's content has another checksum.
     """
     if isinstance(path, Path):
         return path
@@ -426,7 +413,7 @@ def fetch(path: Location, sha256: str) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    temporary = temporary_name(target)
     digest = hashlib.sha256()
     try:
         with path.open() as source, temporary.open("wb") as copy:
@@ -435,7 +422,7 @@ def fetch(path: Location, sha256: str) -> Path:
                 copy.write(block)
         if digest.hexdigest() != sha256:
             raise InputError(
-                f"{path} has SHA-256 {digest.hexdigest()[:16]}…, expected {sha256[:16]}…: it changed or was damaged. "
+                f"{path} has SHA-256 {digest.hexdigest()[:16]}…, expected {sha256[:16]}…: it changed or is damaged. "
                 "Run the stage that writes it again."
             )
         os.replace(temporary, target)
@@ -445,37 +432,33 @@ def fetch(path: Location, sha256: str) -> Path:
 
 
 def fetched(sha256: str, suffix: str) -> Path:
-    """Where `fetch` keeps an object with this checksum and ending."""
+    """Where `fetch` keeps an object with this checksum and suffix."""
     return cache_folder() / "files" / sha256[:2] / f"{sha256}{suffix}"
 
 
 def local_folder(folder: Location) -> Path:
-    """A local folder with the same files; a local one comes back as it is. For what opens files by name itself.
+    """A local copy of a folder, for libraries that open files by name; local folders are returned unchanged.
 
-    Fetched again when a file's size or time has changed. Raises InputError where there is nothing.
+    Downloaded again when the size or time of a file has changed. Raises InputError if there is no file in it.
     """
     if isinstance(folder, Path):
         return folder
     found = [i for i in _list(folder, deep=True) if i.is_file]
     if not found:
-        raise InputError(f"nothing lies in {folder}; expected a folder with files")
+        raise InputError(f"{folder} is empty or missing; expected a folder with files")
     state = "\n".join(f"{i.path} {i.size} {i.mtime_ns}" for i in sorted(found, key=lambda i: i.path))
-    target = (
-        cache_folder()
-        / "folders"
-        / hashlib.sha256(f"{folder}\n{state}".encode()).hexdigest()[:32]
-        / folder.name
-    )
+    key = hashlib.sha256(f"{folder}\n{state}".encode()).hexdigest()[:32]
+    target = cache_folder() / "folders" / key / folder.name
     if target.exists():
         return target
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    temporary = temporary_name(target)
     try:
         for info in found:
             source = folder._at(PurePosixPath(info.path))
             copy = temporary / source.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             _download(source, copy)
-        with suppress(OSError):  # another process was first: its copy is as good
+        with suppress(OSError):  # another process was faster: use its copy
             os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -489,7 +472,7 @@ def _download(source: RemotePath, target: Path) -> None:
 
 @contextmanager
 def local_input(path: Location) -> Iterator[Path]:
-    """A local file with the bytes of `path`, for what opens files itself; a copy goes when the block ends."""
+    """A local copy of a file, for libraries that open files by name; removed when the block ends."""
     if isinstance(path, Path):
         yield path
         return
@@ -501,7 +484,7 @@ def local_input(path: Location) -> Iterator[Path]:
 
 @contextmanager
 def local_folder_for(folder: Location) -> Iterator[Path]:
-    """A local folder to write into for `folder`; its files go to object storage when the block ends, however."""
+    """A local folder to write to in place of `folder`; uploaded when the block ends, even if it raises."""
     if isinstance(folder, Path):
         yield folder
         return
@@ -514,7 +497,7 @@ def local_folder_for(folder: Location) -> Iterator[Path]:
 
 @contextmanager
 def local_output(path: Location) -> Iterator[Path]:
-    """A local file to write for `path`; where that is on object storage, it is put there when the block ends well."""
+    """A local file to write in place of `path`; uploaded when the block ends without an error."""
     if isinstance(path, Path):
         yield path
         return

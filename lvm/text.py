@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def chunk(text: str, codec: "Codec | str" = "mini") -> list[str]:
-    """Chunks of a text in order, each within the codec's token limit: cut at sentences where they fit, else at clauses.
+    """Chunks of a text in order, each within the codec's token limit: cut at sentences if they fit, else at clauses.
 
     Runs of white space become one space; nothing else is lost. A text without words has no chunks. codec: a loaded
-    codec, or the name of one whose tokenizer is available. Raises InputError on anything but a str.
+    codec, or the name of one whose tokenizer is available. Raises InputError if the text is not a str.
     """
     if not isinstance(text, str):
         raise InputError(f"expected one text, got {type(text).__name__}; call chunk for each text")

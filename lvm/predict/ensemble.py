@@ -1,7 +1,8 @@
-"""Ensembles of trained predictors: which ones, and how much each counts.
+"""Weighted ensembles of trained predictors.
 
-Members are the best by val cosine. Their weights are learned on the first half of the validation windows and kept where
-they beat the plain mean on the second half; articles are in order, so the halves share one at most.
+The members are the best models by val cosine. Their weights are learned on the first half of the validation windows
+and used if they beat equal weights on the second; windows are in article order, so the halves share at most one
+article.
 
 Letters: V windows, M members, D vector length.
 """
@@ -22,37 +23,36 @@ from lvm.vectors.array import VectorArray
 from lvm.vectors.sequences import WindowSettings, make_windows
 
 MAX_VAL_WINDOWS = 8192
-"""Validation windows the weights are learned and judged on, evenly spaced over all."""
+"""Maximum validation windows to learn and test the weights on, evenly spaced."""
 
 STEPS, RATE = 200, 0.05
-"""Of Adam, for M numbers."""
+"""Steps and learning rate of Adam for the M weights."""
 
 
 def make_ensemble(
-    models: Location, array: VectorArray, members: Mapping[str, str], most: int
+    models: Location, array: VectorArray, members: Mapping[str, str], max_members: int
 ) -> tuple[Location, bool]:
-    """The record of an ensemble of the best `most` members (name to folder of a record), and whether it was there.
+    """The record of an ensemble of the best `members` (name to record folder), and whether it existed already.
 
-    The alias does not move. Members of different context lengths each read their own last vectors of windows as long as
-    the longest. Raises InputError with fewer than two members, and when they do not share vectors, filters and split.
+    The alias is not changed. Windows have the longest context of any member; each reads the last vectors that it needs.
+    Raises InputError if there are fewer than two members, or they do not share vectors, filters and split.
     """
     found = [load_record(models, folder) for folder in members.values()]
-    chosen = sorted(found, key=lambda r: -float(r.metrics.get("val_cosine", -1.0)))[:most]
+    chosen = sorted(found, key=lambda r: -float(r.metrics.get("val_cosine", -1.0)))[:max_members]
     if len(chosen) < 2:
         raise InputError(f"expected at least 2 trained models for an ensemble, got {len(chosen)}")
     shared = _shared(chosen, array)
     folders = [r.folder.name for r in chosen]
-    there = find_record(models, ENSEMBLE, members=folders)
-    if there is not None:
-        return there, True
+    existing = find_record(models, ENSEMBLE, members=folders)
+    if existing is not None:
+        return existing, True
 
     val = make_windows(array, WindowSettings(**shared["windows"])).split(shared["seed"])["val"]
     predicted, truth = _predictions(chosen, spread_batches(val, MAX_VAL_WINDOWS))
-    parts = [
-        {"model": r.name, "sizes": r.config["sizes"], "context": r.context}
-        | ({"tmd": True} if "tmd" in r.config else {})
-        for r in chosen
-    ]
+    parts = [{"model": r.name, "sizes": r.config["sizes"], "context": r.context} for r in chosen]
+    for part, record in zip(parts, chosen, strict=True):
+        if "tmd" in record.config:
+            part["tmd"] = True
     config = EnsembleConfig(dim=array.identity.dim, members=parts)
     model = Ensemble(config, build)
     for ours, record in zip(model.members, chosen, strict=True):
@@ -83,22 +83,20 @@ def make_ensemble(
         "Seed": str(shared["seed"]),
     }
     issues = ("Its members and weights were chosen on the validation windows its val cosine is measured on.",)
-    folder = save_record(
-        models, ENSEMBLE, model, array.identity, {**shared, "members": folders}, metrics, provenance, issues
-    )
-    return folder, False
+    entries = {**shared, "members": folders}
+    return save_record(models, ENSEMBLE, model, array.identity, entries, metrics, provenance, issues), False
 
 
 def learn_weights(predicted: Tensor, truth: Tensor) -> Tensor:
-    """(M,) numbers whose softmax weighs the members (M, V, D) for the best mean cosine with the truth (V, D)."""
+    """(M,) logits whose softmax weighs the predictions (M, V, D) for the best mean cosine to the targets (V, D)."""
     logits = torch.zeros(len(predicted), requires_grad=True)
     optimiser = torch.optim.Adam([logits], lr=RATE)
-    # cosine(sum of w p, t) needs the products of members and truth alone.
+    # The cosine of a weighted sum needs only inner products, computed once.
     with_truth = torch.einsum("mvd,vd->vm", predicted, truth)
-    among = torch.einsum("mvd,nvd->vmn", predicted, predicted)
+    between = torch.einsum("mvd,nvd->vmn", predicted, predicted)
     for _ in range(STEPS):
         weights = logits.softmax(dim=0)
-        length = torch.einsum("m,vmn,n->v", weights, among, weights).clamp_min(1e-12).sqrt()
+        length = torch.einsum("m,vmn,n->v", weights, between, weights).clamp_min(1e-12).sqrt()
         loss = -(with_truth @ weights / length).mean()
         optimiser.zero_grad()
         loss.backward()
@@ -107,14 +105,14 @@ def learn_weights(predicted: Tensor, truth: Tensor) -> Tensor:
 
 
 def cosine_of(logits: Tensor, predicted: Tensor, truth: Tensor) -> float:
-    """Mean cosine with the truth (V, D) of members (M, V, D) combined by these numbers (M,)."""
+    """Mean cosine to the targets (V, D) of the predictions (M, V, D) weighted with the softmax of these logits (M,)."""
     combined = torch.einsum("m,mvd->vd", logits.softmax(dim=0), predicted)
     return float(F.cosine_similarity(combined, truth).mean())
 
 
 @torch.inference_mode()
 def _predictions(records: list[Record], batches: Any) -> tuple[Tensor, Tensor]:
-    """(M, V, D) and (V, D)."""
+    """Predictions (M, V, D) and targets (V, D)."""
     rows, truths = [], []
     for contexts, targets in batches:
         x = torch.from_numpy(contexts)
@@ -124,7 +122,7 @@ def _predictions(records: list[Record], batches: Any) -> tuple[Tensor, Tensor]:
 
 
 def _shared(records: list[Record], array: VectorArray) -> dict[str, Any]:
-    """What all records say of vectors, windows and seed. Raises InputError naming one that differs."""
+    """Vectors, windows and seed that all records share. Raises InputError naming one that differs."""
     first = records[0].config
     for record in records:
         array.require_codec(record.identity, f"model {record.folder.name}")
@@ -140,9 +138,5 @@ def _shared(records: list[Record], array: VectorArray) -> dict[str, Any]:
                 f"{record.folder.name} has windows and seed {own}, {records[0].folder.name} has {others}; "
                 "an ensemble's members must share filters and split"
             )
-    longest = max(record.context for record in records)
-    return {
-        "windows": {**first["windows"], "context": longest},
-        "seed": first["seed"],
-        "vectors": first["vectors"],
-    }
+    windows = {**first["windows"], "context": max(record.context for record in records)}
+    return {"windows": windows, "seed": first["seed"], "vectors": first["vectors"]}

@@ -1,9 +1,8 @@
-"""The corpus chunk that answers for a vector, where nothing that reads could be written.
+"""Extractive answers: the corpus chunk that best matches a vector, for when no acceptable text was written.
 
-All vectors share a large part: the corpus mean. A prediction is near that mean, and so are some chunks, which
-would be nearest to every prediction. So directions away from the mean are compared, and how near a chunk lies
-to predictions at large is taken off its score (Conneau et al. 2018, arXiv:1710.04087, section 2.3:
-cross-domain similarity local scaling).
+Predictions lie near the corpus mean, and so do some chunks, which by plain cosine would match every prediction
+(hubness). So cosines are computed after subtracting the mean, and each chunk's score is reduced by its mean cosine to
+its neighbours (cross-domain similarity local scaling, Conneau et al. 2018, arXiv:1710.04087, section 2.3).
 
 Letters: B vectors, N chunks, K candidates, D vector length.
 """
@@ -18,20 +17,20 @@ from lvm.predict.steer import Floats, Neighbours, Rows, allowed_neighbours, unit
 from lvm.vectors.array import VectorArray
 
 BESIDE = 2
-"""Chunks before and after one of the context that do not answer either: they are what was read, or is read next."""
+"""Chunks on either side of a context chunk that are excluded too, since they precede or follow it in the text."""
 
 CANDIDATES = 64
-"""Nearest chunks by plain cosine that are compared about the mean."""
+"""Nearest chunks that are scored."""
 
 SAMPLE = 4096
-"""Chunks the mean and a chunk's nearness to others are measured on."""
+"""Chunks sampled to estimate the corpus mean and each candidate's neighbourhood."""
 
 NEAREST_OF_SAMPLE = 10
-"""Of them those whose mean cosine is a chunk's nearness to others; the paper's K."""
+"""Nearest sampled chunks whose mean cosine is subtracted; the paper's K."""
 
 
 class Extractor:
-    """Finds chunks of one corpus."""
+    """Finds chunks in one corpus."""
 
     def __init__(self, corpus: VectorArray, index: Neighbours) -> None:
         vectors = corpus.vectors
@@ -43,17 +42,16 @@ class Extractor:
         self._sample = unit(sample - self.centre)
 
     def answers(self, vectors: Floats, read: Sequence[Collection[str]]) -> tuple[Rows, NDArray[np.float32]]:
-        """`nearest`, with the texts just read for each vector and what stands beside them left out."""
+        """`nearest`, without the texts `read` as each vector's context and their neighbours in the article."""
 
         def barred(rows: Rows) -> NDArray[np.bool_]:
             around = np.clip(rows[..., None] + np.arange(-BESIDE, BESIDE + 1), 0, len(self._corpus) - 1)
             texts = np.array(self._corpus.texts(around.reshape(-1)), object).reshape(around.shape)
             docs = self._corpus.doc_ids
             same = docs[around] == docs[np.maximum(rows, 0)][..., None]
-            met = np.array(
-                [[[t in own for t in ts] for ts in row] for row, own in zip(texts, read, strict=True)]
-            )
-            found: NDArray[np.bool_] = (met & same).any(-1)
+            pairs = zip(texts, read, strict=True)
+            seen = np.array([[[t in own for t in ts] for ts in row] for row, own in pairs])
+            found: NDArray[np.bool_] = (seen & same).any(-1)
             return found
 
         return self.nearest(vectors, barred if any(read) else None)
@@ -61,15 +59,13 @@ class Extractor:
     def nearest(
         self, vectors: Floats, barred: Callable[[Rows], NDArray[np.bool_]] | None = None
     ) -> tuple[Rows, NDArray[np.float32]]:
-        """For each of (B, D) vectors the row of the chunk that answers best, and the plain cosine of the two;
-        (B,) each.
+        """Row of the best chunk for each of (B, D) vectors, -1 if there is none, and its plain cosine; (B,) each.
 
-        barred: rows (B, k) to True where one may not answer: the context's own, or an article held out. -1
-        where none may.
+        barred: maps rows (B, k) to True for chunks that must not be used, such as a held-out article.
         """
         given = unit(vectors)
         size = len(self._corpus.vectors)
-        # Looked for along the direction from the mean: the inner product with it orders chunks as about the mean.
+        # Inner products with this direction rank chunks as if the mean had been subtracted from them.
         away = unit(given - self.centre)
         _, rows = allowed_neighbours(away, self._index, min(CANDIDATES, size), size, barred)
         best = np.full(len(given), -1, np.int64)
@@ -79,9 +75,10 @@ class Extractor:
             if not len(found):
                 continue
             plain = np.asarray(self._corpus.vectors[found], np.float32)
-            about = unit(plain - self.centre)
-            crowd = np.partition(about @ self._sample.T, -NEAREST_OF_SAMPLE, axis=1)[:, -NEAREST_OF_SAMPLE:]
-            score: NDArray[Any] = 2 * (about @ away[i]) - crowd.mean(1)
+            centred = unit(plain - self.centre)
+            cosines_to_sample = np.partition(centred @ self._sample.T, -NEAREST_OF_SAMPLE, axis=1)
+            nearby = cosines_to_sample[:, -NEAREST_OF_SAMPLE:]
+            score: NDArray[Any] = 2 * (centred @ away[i]) - nearby.mean(1)
             place = int(score.argmax())
             best[i], cosines[i] = found[place], plain[place] @ given[i]
         return best, cosines

@@ -1,7 +1,5 @@
-"""From an opened vector array to a model record, in this process. `latent train` does the same for several at once.
-
-What both need is here: the checks before training, what a run is known by, and the record of a finished one.
-"""
+"""Train one predictor in this process (`fit`), and the parts shared with `latent train`, which trains several: the
+checks before training and the record of a finished run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvm.codec.identity import require_same_codec
 from lvm.corpus.coherence import Coherence, require_sequential
 from lvm.corpus.tmd import Prototypes, coder_name
 from lvm.devices import pick_device
@@ -18,13 +15,7 @@ from lvm.errors import InputError, OutputError
 from lvm.models import Predictor, require_known
 from lvm.predict import training
 from lvm.predict.predictor import TrainedPredictor
-from lvm.predict.record import (
-    find_record,
-    load_record,
-    read_aliases,
-    save_record,
-    set_alias,
-)
+from lvm.predict.record import find_record, load_record, read_aliases, save_record, set_alias
 from lvm.predict.runs import Outcome, TrainRun, outcome_of
 from lvm.predict.start import spread_batches
 from lvm.predict.training import Recipe, recipe_for
@@ -36,15 +27,15 @@ from lvm.vectors.shards import Manifest
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Windows to train on, and what is known of them; for the records."""
+    """Windows to train on, and their origin."""
 
     array: VectorArray
     manifest: Manifest
-    """Of the encode job."""
+    """Manifest of the encode job."""
     parts: dict[str, Windows]
     """Windows of train, val and test."""
     coherence: Coherence
-    """How sequential the text was found to be."""
+    """Result of the test for sequential text."""
 
     @classmethod
     def of(
@@ -54,15 +45,15 @@ class TrainingData:
         seed: int = 0,
         allow_non_sequential: str | None = None,
     ) -> "TrainingData":
-        """The windows of an array. Raises InputError where the text is not sequential and the user does not insist, and
-        where there are too few windows to split."""
+        """The windows of an array, split. Raises InputError if there are too few, or if the text is not sequential and
+        `allow_non_sequential` does not override that."""
         manifest = Manifest.load(array.directory, "vectors")
         coherence = check_sequential(array, manifest.source, allow_non_sequential)
         return cls(array, manifest, make_windows(array, windows).split(seed), coherence)
 
     @property
     def num_windows(self) -> dict[str, int]:
-        """Windows of train, val and test."""
+        """Number of windows of train, val and test."""
         return {name: len(part) for name, part in self.parts.items()}
 
 
@@ -78,20 +69,20 @@ def fit(
     allow_non_sequential: str | None = None,
     prototypes: Prototypes | None = None,
 ) -> TrainedPredictor:
-    """A predictor of these vectors with the weights of its best epoch by val cosine, and its record in `models`.
+    """Train a predictor of these vectors, save its record in `models`, and point the alias `model` to it.
+
+    The weights are those of the best epoch by val cosine. A second call with the same settings does not train, but
+    returns the existing record.
 
     model: a name of lvm.models.MODELS; its sizes follow the vectors. recipe: `fast`, `classic`, `long` or your own;
-    `transformer-optimized` has its own where a name is given. seed: of the split by article and of training. windows:
-    context length and filters. device: auto (CUDA, then MPS, then CPU) or a torch device. log: called with the curve's
-    row after each epoch (epoch, val_loss, val_cosine, seconds and, from epoch 1, train_loss). allow_non_sequential: the
-    sentence that lets text without an order train; the refusal names
-    it. prototypes: TMD labels of the vectors' codec, for a model that reads each vector's code beside it. The alias
-    `model`, then with -tmd, moves to the new record; a second call with the same settings trains nothing and returns
-    the record there is.
+    `transformer-optimized` has its own instead of a named one. seed: of the split by article and of training. windows:
+    context length and filters. device: auto (CUDA, then MPS, then CPU) or a torch device. log: called after each epoch
+    with its entry of the learning curve (epoch, val_loss, val_cosine, seconds and, from epoch 1, train_loss).
+    allow_non_sequential: the sentence, quoted in the error, that allows training on text that is not sequential.
+    prototypes: TMD labels of the vectors' codec, for a model that also reads each vector's code; its alias gets -tmd.
 
-    Raises InputError on an unknown name, on text that is not sequential and on too few articles; OutputError where
-    `models` is no folder of models; IdentityError where it holds models of another codec; TrainingError where the loss
-    is no longer a number.
+    Raises InputError on an unknown name, text that is not sequential, or too few articles; OutputError if `models` is
+    not a folder of models; IdentityError if it has models of another codec; TrainingError if the loss becomes NaN.
     """
     if not isinstance(vectors, VectorArray):
         raise InputError(
@@ -103,33 +94,33 @@ def fit(
     models = location(models).resolve()
     require_models_folder(models)
     require_codec_of_models(models, vectors)
-    this = TrainRun.of(vectors, model, windows or WindowSettings(), recipe, seed, prototypes=prototypes)
-    data = TrainingData.of(vectors, this.windows, seed, allow_non_sequential)
-    folder = find_record(models, model, run=this.fingerprint)
+    run = TrainRun.of(vectors, model, windows or WindowSettings(), recipe, seed, prototypes=prototypes)
+    data = TrainingData.of(vectors, run.windows, seed, allow_non_sequential)
+    folder = find_record(models, model, run=run.fingerprint)
     if folder is None:
         torch.manual_seed(seed)
-        network = this.build().to(pick_device(device))
+        network = run.build().to(pick_device(device))
         progress = training.fit(network, model, data.parts["train"], data.parts["val"], recipe, seed, log=log)
-        done = outcome_of(this, network, data.parts["train"], progress)
-        folder, _ = save_trained(models, this, network, data, done, progress.best)
-    if read_aliases(models).get(this.alias) != folder.name:
-        set_alias(models, this.alias, folder)
+        done = outcome_of(run, network, data.parts["train"], progress)
+        folder, _ = save_trained(models, run, network, data, done, progress.best)
+    if read_aliases(models).get(run.alias) != folder.name:
+        set_alias(models, run.alias, folder)
     return TrainedPredictor(load_record(models, folder.name))
 
 
 def save_trained(
     models: Location,
-    this: TrainRun,
+    run: TrainRun,
     network: Predictor,
     data: TrainingData,
     done: Outcome,
     best: Mapping[str, Any],
 ) -> tuple[Location, dict[str, Any]]:
-    """The record of a finished run, and its metrics; the alias does not move.
+    """Save the record of a finished run; returns its folder and metrics. The alias is not changed.
 
-    network: with the weights of `best`, a row of the progress' curve. Raises OutputError when the disk is full.
+    network: with the weights of `best`, an entry of the learning curve. Raises OutputError if the disk is full.
     """
-    manifest, sizes, recipe, progress = data.manifest, data.num_windows, this.recipe, done.progress
+    manifest, sizes, recipe, progress = data.manifest, data.num_windows, run.recipe, done.progress
     context_mean = context_mean_cosine(data.parts["val"], recipe.max_val_windows)
     metrics = {
         "val_cosine": best["val_cosine"],
@@ -145,52 +136,44 @@ def save_trained(
         "test_windows": sizes["test"],
         "curve": progress.curve,
     }
-    share = recipe.loss.info_nce_share
+    loss = "squared distance of unit vectors (MSE)"
     if hasattr(network, "loss"):
-        loss = f"the architecture's own, see lvm/models/{this.model.replace('-', '_')}.py"
-    else:
-        loss = "squared distance of unit vectors (MSE)" + (
-            f", with InfoNCE at {share:g} of its gradient norm" if share else ""
-        )
-    start = [f"layers of {this.layers_from}"] if this.layers_from is not None else []
+        loss = f"the architecture's own, see lvm/models/{run.model.replace('-', '_')}.py"
+    elif share := recipe.loss.info_nce_share:
+        loss += f", with InfoNCE at {share:g} of its gradient norm"
+    start = [f"layers of {run.layers_from}"] if run.layers_from is not None else []
     if recipe.solved_start:
         start.append("inputs along the principal directions")
         if getattr(network, "solves_output", True):
             start.append("output layer by ridge regression")
     batch = recipe.batch_size(sizes["train"])
-    peak = recipe.peak_rate(this.model, sizes["train"])
+    peak = recipe.peak_rate(run.model, sizes["train"])
     config = {
-        "run": this.fingerprint,
-        "series": this.series,
-        "seed": this.seed,
-        **({} if this.training_seed is None else {"training_seed": this.training_seed}),
-        "windows": asdict(this.windows),
+        "run": run.fingerprint,
+        "series": run.series,
+        "seed": run.seed,
+        **({} if run.training_seed is None else {"training_seed": run.training_seed}),
+        "windows": asdict(run.windows),
         "vectors": vectors_entry(data.array.directory, manifest),
         "coherence": data.coherence.to_dict(),
         "recipe": recipe.to_dict(),
         "device": done.device,
-        **({} if this.reach is None else {"reach": this.reach}),
-        **({} if this.prototypes is None else {"tmd": coder_name()}),
+        **({} if run.reach is None else {"reach": run.reach}),
+        **({} if run.prototypes is None else {"tmd": coder_name()}),
     }
+    codes = {"Codes": f"16 bits of its TMD code beside each vector ({coder_name()})"}
+    seeds = f"{run.seed} of the split, {run.training_seed} of training"
     provenance = {
         "Data source": f"{manifest.source or 'not stated'} (licence: {manifest.licence or 'not stated'})",
-        "Vectors": f"{manifest.rows:,}, fingerprint {this.vectors_fingerprint}",
+        "Vectors": f"{manifest.rows:,}, fingerprint {run.vectors_fingerprint}",
         "Sequences": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test windows of "
-        f"{this.windows.context} vectors and the next, split by article",
-        **(
-            {}
-            if this.prototypes is None
-            else {"Codes": f"beside each vector the 16 bits of its TMD code ({coder_name()})"}
-        ),
+        f"{run.windows.context} vectors and the next, split by article",
+        **({} if run.prototypes is None else codes),
         "Loss": loss,
         "Start": ", ".join(start) or "random",
-        "Optimiser": f"{recipe.optimiser}, peak learning rate {peak:.2g}, batch {batch}, "
-        f"recipe {recipe.name}",
-        "Epochs": f"{progress.epoch} trained ({progress.stopped}); these are the weights of epoch "
-        f"{best['epoch']}",
-        "Seed": str(this.seed)
-        if this.training_seed is None
-        else f"{this.seed} of the split, {this.training_seed} of training",
+        "Optimiser": f"{recipe.optimiser}, peak learning rate {peak:.2g}, batch {batch}, recipe {recipe.name}",
+        "Epochs": f"{progress.epoch} trained ({progress.stopped}); these are the weights of epoch {best['epoch']}",
+        "Seed": str(run.seed) if run.training_seed is None else seeds,
         "Device": done.device,
     }
     issues = []
@@ -200,34 +183,21 @@ def save_trained(
             f"{best['val_cosine']:.4f} against {context_mean:.4f})."
         )
     if data.coherence.fault is not None:
-        issues.append(f"Trained on text the coherence test refuses: {data.coherence.fault}.")
+        issues.append(f"Trained on text that the coherence test refuses: {data.coherence.fault}.")
     folder = save_record(
-        models,
-        this.model,
-        network,
-        manifest.identity,
-        config,
-        metrics,
-        provenance,
-        tuple(issues),
-        done.ranker,
+        models, run.model, network, manifest.identity, config, metrics, provenance, tuple(issues), done.ranker
     )
     return folder, metrics
 
 
 def vectors_entry(vectors: Location, manifest: Manifest) -> dict[str, Any]:
-    """What config.json says of the vectors a model was trained or scored on."""
-    return {
-        "directory": str(vectors),
-        "fingerprint": manifest.fingerprint,
-        "rows": manifest.rows,
-        "source": manifest.source,
-        "licence": manifest.licence,
-    }
+    """The entry in config.json for the vectors that a model was trained or evaluated on."""
+    entry = {"directory": str(vectors), "fingerprint": manifest.fingerprint, "rows": manifest.rows}
+    return entry | {"source": manifest.source, "licence": manifest.licence}
 
 
 def require_models_folder(models: Location) -> None:
-    """Return when `models` is or can become a folder of records, else raise OutputError."""
+    """Raise OutputError unless `models` is, or can become, a folder of records."""
     if models.exists() and not models.is_dir():
         raise OutputError(f"{models} is a file, expected a folder for models; choose another")
     if (models / "manifest.json").exists():
@@ -236,26 +206,24 @@ def require_models_folder(models: Location) -> None:
 
 
 def require_codec_of_models(models: Location, array: VectorArray) -> None:
-    """Return when every alias in `models` is a model of the vectors' codec, else raise IdentityError."""
+    """Raise IdentityError unless every alias in `models` is a model of the vectors' codec."""
     for alias, folder in read_aliases(models).items():
         if (models / folder).is_dir():
-            identity = load_record(models, folder).identity
-            require_same_codec(
-                array.identity, identity, str(array.directory), f"model {alias!r} in {models} ({folder})"
-            )
+            what = f"model {alias!r} in {models} ({folder})"
+            array.require_codec(load_record(models, folder).identity, what)
 
 
 def check_sequential(array: VectorArray, source: str, allow_non_sequential: str | None) -> Coherence:
-    """How sequential the text is; raises InputError where it is not and the user does not insist."""
+    """Test whether the text is sequential. Raises InputError if not, unless `allow_non_sequential` overrides that."""
     firsts = np.flatnonzero(np.diff(array.doc_ids, prepend=-1))
     names = sorted({source, *array.sources(firsts)})
     return require_sequential(array.vectors, array.doc_ids, array.positions, names, allow_non_sequential)
 
 
-def context_mean_cosine(val: Windows, most: int) -> float:
-    """Mean cosine between the context's mean and the truth, on the windows training validates on."""
+def context_mean_cosine(val: Windows, limit: int) -> float:
+    """Mean cosine of the context mean to the target, on the windows that training is validated on."""
     total, count = 0.0, 0
-    for contexts, targets in spread_batches(val, most):
+    for contexts, targets in spread_batches(val, limit):
         mean = contexts.mean(axis=1)
         norms = np.linalg.norm(mean, axis=1) * np.linalg.norm(targets, axis=1)
         total += float((np.einsum("bd,bd->b", mean, targets) / np.maximum(norms, 1e-12)).sum())

@@ -1,6 +1,6 @@
-"""Text in, predicted text out: encode, complete the context, predict, snap, decode; with the time of each.
+"""Text in, predicted text out: encode, complete the context, predict, snap, decode.
 
-One object per model, loaded once; a corpus is optional. Letters: B contexts, T context chunks, D vector length.
+Letters: B contexts, T context chunks, D vector length.
 """
 
 import time
@@ -120,9 +120,8 @@ class Generator:
                     f"(stage {stage} makes it)"
                 )
         predictor = load_predictor(model, run / "models")
-        return cls(
-            codec, predictor, load_index(run / "index"), open_vectors(run / "vectors"), settings, snapped
-        )
+        index, vectors = load_index(run / "index"), open_vectors(run / "vectors")
+        return cls(codec, predictor, index, vectors, settings, snapped)
 
     @property
     def centre(self) -> NDArray[np.float32]:
@@ -161,7 +160,7 @@ class Generator:
     def continue_all(
         self, contexts: Sequence[Sequence[str]], length: int, fill: Fill = "retrieve"
     ) -> Iterator[list[Prediction]]:
-        """`length` times the next chunk of all B contexts of chunks; what was written is read again as text."""
+        """Predict the next chunk of all B contexts, `length` times; each predicted text is appended to its context."""
         chunks = [list(texts) for texts in contexts]
         for _ in range(length):
             predictions = self.next_chunks(chunks, fill)
@@ -170,8 +169,8 @@ class Generator:
             yield predictions
 
     def next_chunks(self, contexts: Sequence[Sequence[str]], fill: Fill = "retrieve") -> list[Prediction]:
-        """A Prediction for each of B contexts of one or more chunks, oldest first; fewer than the predictor's are
-        completed as `fill` says."""
+        """A Prediction for each of B contexts of one or more chunks, oldest first; short ones are completed as `fill`
+        says."""
         if not contexts:
             return []
         contexts = [texts[-self.predictor.context :] for texts in contexts]
@@ -188,54 +187,39 @@ class Generator:
         encoded = timed("encode", lambda: self.codec.encode_chunks(flat))
         parts = np.split(encoded.vectors, ends[:-1])
         cut = [int(part.sum()) for part in np.split(encoded.truncated, ends[:-1])]
-        filled = timed(
-            "context",
-            lambda: [
-                build_context(own, texts, self.predictor.context, fill, self.index, self.array)
-                for own, texts in zip(parts, contexts, strict=True)
-            ],
-        )
-        # Contexts that were not completed have a length of their own and are predicted one by one.
+        places, corpus = self.predictor.context, (self.index, self.array)
+        pairs = list(zip(parts, contexts, strict=True))
+        filled = timed("context", lambda: [build_context(v, t, places, fill, *corpus) for v, t in pairs])
         given = [c.vectors for c in filled]
         same = len({g.shape for g in given}) == 1
-        if same:
-            raw = timed("predict", lambda: self.predictor(np.stack(given)))
-        else:
-            raw = timed("predict", lambda: np.concatenate([self.predictor(g[None]) for g in given]))
+
+        def predict(network: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> NDArray[np.float32]:
+            # Contexts that were not completed differ in length and are predicted one by one.
+            return network(np.stack(given)) if same else np.concatenate([network(g[None]) for g in given])
+
+        raw = timed("predict", lambda: predict(self.predictor))
         steered = raw
         if self._snapped and self.index is not None and self.array is not None:
             index, vectors = self.index, self.array.vectors
             last, means = np.stack([g[-1] for g in given]), np.stack([g.mean(0) for g in given])
-            if same:
-                sought = timed("predict", lambda: self.predictor.search(np.stack(given)))
-            else:
-                sought = timed(
-                    "predict", lambda: np.concatenate([self.predictor.search(g[None]) for g in given])
-                )
+            sought = timed("predict", lambda: predict(self.predictor.search))
             steered = timed("snap", lambda: snap(sought, last, means, index, vectors).vectors)
         extracts: list[Nearest] | None = None
         if self._extractor is not None:
             extracts = timed("extract", lambda: self._extract(raw, filled))
         nearest = None if extracts is None else (lambda _, rows: [extracts[i] for i in rows])
-        answers = timed(
-            "decode", lambda: self.ladder.decode(steered, np.stack(given) if same else None, nearest)
-        )
+        stacked = np.stack(given) if same else None
+        answers = timed("decode", lambda: self.ladder.decode(steered, stacked, nearest))
+        cosines = (raw * steered).sum(axis=1).tolist()
+        found: list[Nearest | None] = [None] * len(raw) if extracts is None else [*extracts]
+        rows = zip(answers, raw, found, filled, cosines, cut, strict=True)
         return [
-            Prediction(
-                answers[i],
-                raw[i],
-                None if extracts is None else extracts[i],
-                filled[i],
-                self.predictor.name,
-                float((raw[i] * steered[i]).sum()),
-                cut[i],
-                clock,
-            )
-            for i in range(len(contexts))
+            Prediction(answer, vector, extract, context, self.predictor.name, cosine, truncated, clock)
+            for answer, vector, extract, context, cosine, truncated in rows
         ]
 
     def _extract(self, vectors: NDArray[np.float32], contexts: Sequence[Context]) -> list[Nearest]:
-        """The nearest chunk for each prediction, the context and what stands beside it left out."""
+        """The best matching corpus chunk for each prediction, without its context and the chunks beside it."""
         assert self._extractor is not None
         assert self.array is not None
         rows, cosines = self._extractor.answers(vectors, [set(c.texts) for c in contexts])

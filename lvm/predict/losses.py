@@ -1,8 +1,8 @@
-"""What a predictor is trained on: squared distance, alone or with a held-back share of InfoNCE.
+"""Training loss of predictors: squared distance (MSE), optionally with a limited share of InfoNCE.
 
-InfoNCE beside MSE wrecked two runs of the original system, even at a weight of 0.05: its gradients were 32
-times the larger ones. So it has no weight here. `backward` measures both gradients on the parameters and adds
-InfoNCE's scaled to a stated share of MSE's norm, at most MAX_SHARE, and says what it measured.
+Adding InfoNCE to MSE ruined two runs of the original system, even at a weight of 0.05, where its gradients were still
+32 times larger. So the share applies to gradient norms instead: `backward` computes both gradients and scales
+InfoNCE's to a given share of MSE's norm, at most MAX_SHARE.
 
 Letters: B batch, D vector length.
 """
@@ -17,12 +17,12 @@ from lvm.errors import InputError
 from lvm.info_nce import info_nce
 
 MAX_SHARE = 0.5
-"""Most of MSE's gradient norm that InfoNCE's may have: MSE keeps the say."""
+"""Maximum norm of InfoNCE's gradient, as a share of MSE's, so that MSE dominates."""
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What is minimised."""
+    """The training loss."""
 
     info_nce_share: float = 0.0
     """Norm of InfoNCE's gradient as a share of MSE's, 0 to MAX_SHARE; 0 is MSE alone."""
@@ -41,26 +41,25 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class LossReport:
-    """What one call of `backward` saw; plain numbers."""
+    """Measurements of one training step."""
 
     loss: float
-    """The batch's mean of what is minimised: squared distance, beside which InfoNCE is reported by itself, or the
-    architecture's own loss."""
+    """Batch mean of the squared distance (without InfoNCE), or of the architecture's own loss."""
     info_nce: float | None = None
-    """None where MSE was alone, as are the three below."""
+    """Batch mean of InfoNCE. This and the fields below are None if it is not used."""
     mse_gradient_norm: float | None = None
     """L2 norm over all parameters."""
     info_nce_gradient_norm: float | None = None
     """L2 norm over all parameters, before scaling."""
     info_nce_scale: float | None = None
-    """Factor InfoNCE's gradient was multiplied with."""
+    """Factor applied to InfoNCE's gradient."""
 
 
 def mse(predicted: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the batch of the squared distance, a float32 scalar.
+    """Squared distance, 2 - 2 cosine for unit vectors; the batch mean as a float32 scalar.
 
-    predicted, targets: (B, D) unit vectors, for which it is 2 - 2 cosine. It is D times torch's `mse_loss`:
-    the same minimum, with gradients well above the epsilon of Adam.
+    predicted, targets: (B, D) unit vectors. D times torch's `mse_loss`: same minimum, but gradients well above Adam's
+    epsilon.
     """
     return (predicted.float() - targets.float()).square().sum(dim=-1).mean()
 
@@ -72,10 +71,10 @@ def backward(
     parameters: Iterable[Tensor],
     weight: float = 1.0,
 ) -> LossReport:
-    """Set every parameter's `.grad` from this batch, and return what was measured.
+    """Set every parameter's `.grad` from this batch.
 
-    predicted, targets: (B, D) unit vectors; parameters: those that `predicted` was computed from. weight: factor of the
-    gradient of squared distance alone.
+    predicted, targets: (B, D) unit vectors; parameters: those that `predicted` was computed from. weight: factor of
+    MSE's gradient, ignored with InfoNCE.
     """
     distance = mse(predicted, targets)
     if settings.info_nce_share == 0.0:
@@ -83,7 +82,7 @@ def backward(
         return LossReport(distance.item())
     used = [p for p in parameters if p.requires_grad]
     contrast = info_nce(predicted, targets, settings.temperature)
-    # Not every parameter takes part in contexts this short (Linformer's summaries of finished blocks).
+    # Some parameters are unused with short contexts (Linformer's summaries of full blocks).
     first = torch.autograd.grad(distance, used, retain_graph=True, allow_unused=True, materialize_grads=True)
     second = torch.autograd.grad(contrast, used, allow_unused=True, materialize_grads=True)
     first_norm, second_norm = _norm(first), _norm(second)

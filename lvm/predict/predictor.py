@@ -1,4 +1,4 @@
-"""A trained predictor as a function over numpy arrays: contexts in, the next vector out.
+"""A trained predictor as a function on numpy arrays: contexts in, next vectors out.
 
 Letters: B contexts, T context vectors, D vector length.
 """
@@ -19,10 +19,10 @@ from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH
 from lvm.storage import Location, location
 
 SHIPPED = Path(__file__).parent / "weights"
-"""Model records that ship with the package, for the codec that does."""
+"""Model records bundled with the package, for the bundled codec."""
 
 BATCH_CONTEXTS = 1024
-"""Contexts the network reads at once: a transformer's states of so many take some 100 MB."""
+"""Contexts per forward pass; a transformer's activations then take about 100 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,34 +39,34 @@ class TrainedPredictor:
 
     @property
     def context(self) -> int:
-        """Vectors of the windows it was trained on, T: what it is given where there are as many."""
+        """Context length T that it was trained with; it accepts others."""
         return CONTEXT_CHUNKS if self.record is None else self.record.context
 
     def require_codec(self, identity: CodecIdentity, what: str) -> None:
-        """Return when it predicts vectors of this codec, else raise IdentityError; passthrough does of any."""
+        """Raise IdentityError unless it predicts vectors of this codec; passthrough accepts any."""
         if self.record is not None:
             require_same_codec(self.record.identity, identity, f"model {self.name}", what)
 
     def __call__(self, contexts: NDArray[Any]) -> NDArray[np.float32]:
-        """Unit vectors (B, D) float32 from contexts (B, T, D), oldest first; T may be any number of 1 or more.
+        """Unit vectors (B, D) float32 from contexts (B, T, D), oldest first, with any T of 1 or more.
 
-        Raises InputError on another shape or another D than the model's.
+        Raises InputError on a wrong shape or D.
         """
         given = self._checked(contexts)
         if self.record is None:
             return given[:, -1]
-        return self._in_parts(self.record.model.eval(), given)
+        return self._in_batches(self.record.model.eval(), given)
 
     def search(self, contexts: NDArray[Any]) -> NDArray[np.float32]:
-        """Unit vectors (B, D) float32 to find the next chunk with: of the record's rank head, which is trained to find
-        it, else the predictions themselves. Arguments and errors as when called."""
+        """Query vectors (B, D) float32, norm 1, to search the next chunk with: from the rank head if the record has
+        one, else the predictions. Arguments and errors as in `__call__`."""
         if self.record is None or self.record.ranker is None:
             return self(contexts)
-        from lvm.predict.ranking import search_vectors
+        from lvm.predict.ranking import features_of
 
         model, head = self.record.model.eval(), self.record.ranker
         given = self._checked(contexts)
-        return self._in_parts(lambda part: search_vectors(model, head, part), given)
+        return self._in_batches(lambda part: head(part, features_of(model, part)), given)
 
     def _checked(self, contexts: NDArray[Any]) -> NDArray[np.float32]:
         given: NDArray[np.float32] = np.ascontiguousarray(contexts, np.float32)
@@ -78,7 +78,7 @@ class TrainedPredictor:
             )
         return given
 
-    def _in_parts(self, network: Callable[[Any], Any], given: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _in_batches(self, network: Callable[[Any], Any], given: NDArray[np.float32]) -> NDArray[np.float32]:
         import torch
 
         assert self.record is not None
@@ -94,32 +94,33 @@ class TrainedPredictor:
 def load_predictor(
     model: Location | str = "gru", models: Location | str | None = None, device: str = "cpu"
 ) -> TrainedPredictor:
-    """The predictor of a name or of a record's folder, on a torch device by name or "auto".
+    """Load a predictor by name or path, to a torch device or "auto".
 
-    model: `passthrough`; an alias or folder name among the records in `models`; without `models` one that ships (`gru`,
-    `amn`), or the path of a record, also by alias (`out/mine/models/lstm`). Raises InputError where there is none, and
-    where a file of it is missing or damaged.
+    model: `passthrough`; an alias or folder name among the records in `models`; without `models`, a bundled model
+    (`gru`, `amn`), or a record's path, whose last part may be an alias (`out/mine/models/lstm`). Raises InputError if
+    there is none, or one of its files is missing or damaged.
     """
     name = str(model)
     if name == PASSTHROUGH:
         return TrainedPredictor(None)
     if models is not None:
-        return _on(load_record(location(models), name), device)
+        return _load(location(models), name, device)
     shipped = read_aliases(SHIPPED)
     if name in shipped:
-        return _on(load_record(SHIPPED, name), device)
+        return _load(SHIPPED, name, device)
     folder = location(model).resolve()
     if not (folder / CONFIG).is_file() and not (folder.parent / ALIASES).is_file():
         raise InputError(
-            f"no model {name!r}; expected one that ships ({', '.join(shipped)}), passthrough, or the folder of a "
-            "record that `latent train` or `lvm.fit` wrote"
+            f"no model {name!r}; expected a bundled one ({', '.join(shipped)}), passthrough, or the folder of a record "
+            "that `latent train` or `lvm.fit` wrote"
         )
-    return _on(load_record(folder.parent, folder.name), device)
+    return _load(folder.parent, folder.name, device)
 
 
-def _on(record: Record, device: str) -> TrainedPredictor:
-    where = pick_device(device)
-    record.model.to(where)
+def _load(models: Location, name: str, device: str) -> TrainedPredictor:
+    record = load_record(models, name)
+    target = pick_device(device)
+    record.model.to(target)
     if record.ranker is not None:
-        record.ranker.to(where)
+        record.ranker.to(target)
     return TrainedPredictor(record)

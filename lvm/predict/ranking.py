@@ -1,22 +1,22 @@
-"""A second vector for every context: the one to search with.
+"""The rank head: a second output of a predictor, used as the query to search for the next chunk.
 
-Squared distance makes a predictor answer with the mean of what may follow, which is near many chunks and first to none:
-it lies nearer to the true next vector than any baseline does, and finds it later than the plain mean of its context. So
-a predictor has a head besides, trained to find, of the chunks around it, the next one. What is decoded is the
-prediction; what is searched with (snap, ranks) is the head's vector.
+A predictor trained on squared distance returns the mean of the possible next vectors. It is closer to the true one than
+any baseline, but also close to many other chunks, so as a query it ranks the true chunk lower than the context mean
+does. The rank head is trained to find the next chunk among those around it. Predictions are decoded; the head's vectors
+are used for search (snap, ranks).
 
-The head is linear, through a few hundred channels, in the context and in the predictor's features, which stay as they
-are. Its loss is InfoNCE (van den Oord et al. 2018) over batches of neighbouring windows, since what is hard is to tell
-the next chunk from the others of its article; the window's own context is left out of the negatives, as it is no
-candidate in a search either. On 343,000 windows of Wikipedia, 32 windows an article in place of 8 took the reciprocal
-rank from 0.109 to 0.115 and recall at 10 of 10,000 from 0.504 to 0.508.
+The head is a linear bottleneck over the context and the features of the predictor, which is frozen. Its loss is InfoNCE
+(van den Oord et al. 2018) with neighbouring windows as negatives, because the chunks of one article are the hardest to
+tell apart; the window's own context is no negative, since a search excludes it too. On 343,000 windows of Wikipedia, 32
+windows per article instead of 8 raised the reciprocal rank from 0.109 to 0.115 and recall at 10 of 10,000 from 0.504
+to 0.508.
 
 Letters: B windows of a batch, T context vectors, D vector length, H features.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,49 +31,45 @@ from lvm.vectors.sequences import Windows
 
 @dataclass(frozen=True)
 class RankSettings:
-    """How the head is trained."""
+    """Training settings of the head."""
 
     windows: int = 1_500_000
-    """Windows seen, at most PASSES times each."""
+    """Training windows, each at most PASSES times."""
     places: int = 16
-    """Places in the corpus from which a batch is drawn."""
+    """Random places in the corpus per batch."""
     windows_a_place: int = 32
-    """Windows from around each, of one article."""
+    """Windows around each place, from one article."""
     span: int = 40
-    """How far from the place they may lie, in chunks."""
+    """Maximum distance of these windows from the place, in chunks."""
     temperature: float = 0.05
     """InfoNCE divides cosines by this."""
     learning_rate: float = 3e-4
-    """Highest, of AdamW."""
+    """Peak learning rate of AdamW."""
     weight_decay: float = 0.3
-    """Of the matrices, times the learning rate: what is known of few articles fades."""
+    """AdamW's decay of the matrices, against overfitting to single articles."""
 
     def __post_init__(self) -> None:
         for name in ("windows", "places", "windows_a_place", "span", "temperature", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form."""
-        return asdict(self)
-
 
 PASSES = 6
-"""Times a window is seen at most: on few windows more is learning by heart."""
+"""Maximum epochs: on small sets, more would overfit."""
 
 CHANNELS = 128
-"""Between inputs and output: with more the head learns the training articles by heart. All 768 of them, on a million
-windows, found worse (reciprocal rank 0.114 within the article, against 0.120 at 256)."""
+"""Width of the bottleneck; wider heads overfit to the training articles. On a million windows, 768 channels were worse
+than 256 (reciprocal rank within the article 0.114 against 0.120)."""
 
 DECAY = 0.7
-"""Start of the context's own weights: each vector counts this much of the next one."""
+"""Initial weights of the context vectors: each is this fraction of the following one's."""
 
 
 class RankHead(nn.Module):
-    """Vectors to search with, from contexts and the predictor's features."""
+    """Query vectors from contexts and the predictor's features."""
 
     def __init__(self, context: int, dim: int, features: int, channels: int = CHANNELS) -> None:
-        """context: T, dim: D, features: H, 0 for a predictor that has none."""
+        """context: T, dim: D, features: H, 0 if the predictor has none."""
         super().__init__()
         self.sizes = {"context": context, "dim": dim, "features": features, "channels": channels}
         self.weights = nn.Parameter(DECAY ** torch.arange(context - 1, -1, -1.0))
@@ -85,12 +81,12 @@ class RankHead(nn.Module):
     def forward(self, contexts: Tensor, features: Tensor | None = None) -> Tensor:
         """(B, D) float32 unit vectors from contexts (B, any T, D) and features (B, H).
 
-        Of longer contexts the last vectors are read; in shorter ones the missing, older ones count nothing.
+        Longer contexts are cut to the last vectors, shorter ones are padded with zeros at the start.
         """
         length, dim = self.sizes["context"], self.sizes["dim"]
         contexts = contexts[:, -length:]
         contexts = F.pad(contexts, (0, 0, length - contexts.shape[1], 0))
-        # Entries of a unit vector are near 1 / root D; at 1 every weight moves alike.
+        # Entries of a unit vector are around 1 / sqrt(D): scaled to about 1, so that all weights learn alike.
         inputs = contexts.flatten(1) * math.sqrt(dim)
         if features is not None:
             inputs = torch.cat((inputs, features), dim=1)
@@ -100,18 +96,11 @@ class RankHead(nn.Module):
 
 
 def features_of(model: nn.Module, contexts: Tensor) -> Tensor | None:
-    """(B, H) what the predictor's output layer reads; None where it has no such layer."""
+    """(B, H) inputs of the predictor's output layer; None if it has no such layer."""
     if not hasattr(model, "features") or not getattr(model, "solves_output", True):
         return None
     features: Callable[[Tensor], Tensor] = model.features  # type: ignore[assignment]
     return features(contexts)
-
-
-@torch.inference_mode()
-def search_vectors(model: nn.Module, head: RankHead, contexts: Tensor) -> Tensor:
-    """(B, D) unit vectors to search with, from contexts (B, T, D) on the model's device."""
-    found: Tensor = head(contexts, features_of(model, contexts))
-    return found.float()
 
 
 def rank_loss(
@@ -121,7 +110,7 @@ def rank_loss(
     context_rows: NDArray[np.int64],
     temperature: float,
 ) -> Tensor:
-    """InfoNCE of finding each window's target among the batch's, without those in its own context; a scalar.
+    """InfoNCE loss of finding each window's target among the batch's targets, except those in its context; a scalar.
 
     found, targets: (B, D) unit vectors; target_rows (B,) and context_rows (B, T): rows of the vector array.
     """
@@ -131,7 +120,7 @@ def rank_loss(
 
 
 def near_windows(windows: Windows, settings: RankSettings, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Windows of one batch, ascending, none twice: some around each of several places, of one article each."""
+    """Distinct windows of one batch, ascending: some around each of several random places, of one article each."""
     docs, last = windows.doc_ids, len(windows)
     chosen = []
     for place in rng.integers(0, last, settings.places):
@@ -149,10 +138,10 @@ def fit_rank_head(
     bfloat16: bool = False,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> RankHead:
-    """A head for this predictor, on its device; the predictor stays as it is.
+    """Train a head for this predictor, on its device; the predictor is not changed.
 
-    windows: those that the predictor was trained on. log: called every hundred steps with step, steps, rank_loss.
-    Raises TrainingError when the loss is no longer a number.
+    windows: the predictor's training windows. log: called every hundred steps with step, steps and rank_loss.
+    Raises TrainingError if the loss becomes NaN or infinite.
     """
     settings = settings or RankSettings()
     device = next(model.parameters()).device
@@ -169,8 +158,8 @@ def fit_rank_head(
     optimiser = torch.optim.AdamW(groups, lr=0.0)
     rng = np.random.default_rng(seed)
     target_rows, context_rows = windows.rows_of_target, windows.rows_of_context
-    a_batch = settings.places * settings.windows_a_place
-    steps = math.ceil(min(settings.windows, PASSES * len(windows)) / a_batch)
+    batch_windows = settings.places * settings.windows_a_place
+    steps = math.ceil(min(settings.windows, PASSES * len(windows)) / batch_windows)
     losses: list[float] = []
     for step in range(1, steps + 1):
         done = (step - 0.5) / steps
@@ -187,7 +176,7 @@ def fit_rank_head(
         loss = rank_loss(found, truth, target_rows[rows], context_rows[rows], settings.temperature)
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the rank head's loss is {loss.item()} at step {step} of {steps}; expected a number. Take a lower "
+                f"the rank head's loss is {loss.item()} at step {step} of {steps}; expected a number. Use a lower "
                 "learning rate."
             )
         optimiser.zero_grad(set_to_none=True)

@@ -1,10 +1,10 @@
-"""A trained model's folder, and the names that point to one.
+"""Model records, one folder per trained model, and aliases that point to them.
 
-    models/<name>-<UTC stamp>-<8 hex>/   model.safetensors, config.json, metrics.json, MODEL_CARD.md
-    models/aliases.json                  {"lstm": "lstm-20250102T030405Z-1f3a9c2b"}
+    models/<name>-<UTC time>-<8 hex>/   model.safetensors, config.json, metrics.json, MODEL_CARD.md
+    models/aliases.json                 {"lstm": "lstm-20250102T030405Z-1f3a9c2b"}
 
-A folder gets its name by a rename when it is complete and is never written to again. An alias moves by
-replacing one file; what it pointed to before stays beside it.
+Folders appear atomically when complete and are never changed. Aliases are changed by replacing their file; earlier
+records are kept.
 """
 
 import hashlib
@@ -31,44 +31,41 @@ from lvm.models import MODELS, Predictor, build
 from lvm.predict.ranking import RankHead
 from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location, new_folder, publish_folder
-from lvm.vectors.shards import cannot_write, file_sha256, write_json
+from lvm.vectors.shards import cannot_write, file_sha256, write_bytes, write_json
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "MODEL_CARD.md"
 RANK_WEIGHTS = "rank.safetensors"
-"""Of the head that searches, where the record has one."""
+"""Weights of the rank head, if the record has one."""
 ALIASES = "aliases.json"
 
 KNOWN_ISSUES = (
     "Trained on squared distance, a predictor drifts towards the mean of what may follow: its vectors are "
     "blander than real ones, and decoded text shows it. Snap predictions to the corpus before decoding.",
-    "Predictions may lie closer to the last context vector than to the true next one; the evaluation's "
-    "margin says by how much.",
-    "It knows the codec named above alone; vectors of another codec are refused.",
+    "Predictions may be closer to the last context vector than to the true next one; see the margin in the evaluation.",
+    "It works only with the codec named above; vectors of another codec are refused.",
 )
 
 
 @dataclass(frozen=True)
 class Record:
-    """A model as it was saved."""
+    """A loaded model record."""
 
     name: str
-    """Architecture, a key of MODELS, or ensemble."""
+    """Architecture: a key of MODELS, or ensemble."""
     folder: Location
-    """Where it lies."""
     model: Predictor
     """With its weights, on the CPU, in evaluation mode."""
     config: dict[str, Any]
-    """config.json: model, sizes, parameters, codec, and all that decided the weights."""
+    """config.json: model, sizes, parameters, codec, and everything that determined the weights."""
     metrics: dict[str, Any]
-    """metrics.json: val_cosine, curve and more."""
+    """metrics.json: val_cosine, learning curve and more."""
     identity: CodecIdentity
-    """Codec of the vectors it was trained on."""
     ranker: RankHead | None = None
-    """The head that searches, on the CPU, in evaluation mode; None where it has none."""
+    """The rank head, on the CPU, in evaluation mode; None if the record has none."""
 
     @property
     def context(self) -> int:
-        """Vectors of the windows it was trained on, T; the usual number where its configuration has none."""
+        """Context length T of its training; CONTEXT_CHUNKS if the config has none."""
         found = self.config.get("windows", {}).get("context", CONTEXT_CHUNKS)
         if not isinstance(found, int) or found < 1:
             raise InputError(
@@ -92,26 +89,21 @@ def save_record(
     issues: tuple[str, ...] = (),
     ranker: RankHead | None = None,
 ) -> Location:
-    """The new folder of this model, complete and named; the alias does not move.
+    """Save a model as a new record; returns its folder. The alias is not changed.
 
-    config, metrics: JSON-able; config gets `model`, `sizes`, `parameters`, `codec` and the weights' hash besides.
-    provenance: the lines of the card, in order ("Data source": "…"). issues: known ones of this very model.
-    Raises OutputError when the disk is full.
+    config, metrics: JSON-able; `model`, `sizes`, `parameters`, `codec` and the weights' hash are added to config.
+    provenance: rows of the card's table ("Data source": "…"). issues: known issues of this particular model.
+    Raises OutputError if the disk is full.
     """
     created = datetime.now(UTC)
     models.mkdir(parents=True, exist_ok=True)
     with new_folder(models / name) as temporary, _disk_errors(models):
-        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        save_file(weights, temporary / WEIGHTS)
+        save_file(on_cpu(model.state_dict()), temporary / WEIGHTS)
         rank: dict[str, Any] = {}
         if ranker is not None:
-            heads = {k: v.detach().cpu().contiguous() for k, v in ranker.state_dict().items()}
-            save_file(heads, temporary / RANK_WEIGHTS)
-            rank = {
-                "sizes": ranker.sizes,
-                "parameters": sum(p.numel() for p in ranker.parameters()),
-                "weights_sha256": file_sha256(temporary / RANK_WEIGHTS),
-            }
+            save_file(on_cpu(ranker.state_dict()), temporary / RANK_WEIGHTS)
+            rank = {"sizes": ranker.sizes, "parameters": sum(p.numel() for p in ranker.parameters())}
+            rank["weights_sha256"] = file_sha256(temporary / RANK_WEIGHTS)
         num_parameters = sum(p.numel() for p in model.parameters())
         full = {
             "model": name,
@@ -123,23 +115,28 @@ def save_record(
             **({"rank": rank} if rank else {}),
             **config,
         }
-        _write_text(temporary / CONFIG, json.dumps(full, indent=2, ensure_ascii=False) + "\n")
-        _write_text(temporary / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        write_json(temporary / CONFIG, full)
+        write_json(temporary / METRICS, metrics)
         if rank:
-            provenance = {**provenance, "Head that searches": f"{rank['parameters']:,} parameters besides"}
+            provenance = {**provenance, "Rank head": f"{rank['parameters']:,} parameters"}
         card = model_card(name, num_parameters, identity, created, metrics, provenance, issues)
-        _write_text(temporary / CARD, card)
+        write_bytes(temporary / CARD, card.encode())
         digest = hashlib.sha256((temporary / WEIGHTS).read_bytes() + card.encode()).hexdigest()[:8]
         folder = models / f"{name}-{created:%Y%m%dT%H%M%SZ}-{digest}"
         with (temporary / WEIGHTS).open("rb") as file:
             os.fsync(file.fileno())
-        publish_folder(temporary, folder, last=CONFIG)  # a record is there when its configuration is
+        publish_folder(temporary, folder, last=CONFIG)  # a record exists once it has a config
     return folder
+
+
+def on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in the form that safetensors can save."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 @contextmanager
 def _disk_errors(models: Location) -> Iterator[None]:
-    """Raise a full disk as OutputError."""
+    """Raise errors of writing as OutputError."""
     try:
         yield
     except (OSError, SafetensorError) as err:
@@ -147,18 +144,16 @@ def _disk_errors(models: Location) -> Iterator[None]:
 
 
 def load_record(models: Location, name_or_folder: str) -> Record:
-    """The model an alias or a folder name stands for.
+    """Load the record with this alias or folder name.
 
-    Raises InputError when there is none of that name, listing those there are, or when a file of it is
-    missing, damaged, or does not fit the others.
+    Raises InputError if there is none, listing the existing ones, or if one of its files is missing, damaged, or does
+    not match the others.
     """
     folder = resolve(models, name_or_folder)
     config, metrics = _read_json(folder / CONFIG), _read_json(folder / METRICS)
     for key in ("model", "sizes", "codec"):
         if key not in config:
-            raise InputError(
-                f"{folder / CONFIG} has no {key!r}; the record was edited or is of another version"
-            )
+            raise InputError(f"{folder / CONFIG} has no {key!r}; it was edited or is of another version")
     identity = CodecIdentity.from_dict(config["codec"])
     model = build(config["model"], config["sizes"], tmd="tmd" in config)
     _load_weights(model, folder / WEIGHTS, config.get("weights_sha256"))
@@ -170,15 +165,15 @@ def load_record(models: Location, name_or_folder: str) -> Record:
 
 
 def resolve(models: Location, name_or_folder: str) -> Location:
-    """The folder of an alias or a record's own name. Raises InputError listing what there is."""
+    """The record's folder for an alias or folder name. Raises InputError, listing the existing ones."""
     aliases = read_aliases(models)
     folder = models / aliases.get(name_or_folder, name_or_folder)
     if Path(name_or_folder).name == name_or_folder and (folder / CONFIG).is_file():
         return folder
     if name_or_folder in aliases:
         raise InputError(
-            f"alias {name_or_folder!r} in {models / ALIASES} points to {aliases[name_or_folder]}, which is "
-            "not there; train that model again"
+            f"alias {name_or_folder!r} in {models / ALIASES} points to {aliases[name_or_folder]}, which does not "
+            "exist; train that model again"
         )
     known = ", ".join([*aliases, *(p.name for p in record_folders(models))]) or "none yet"
     raise InputError(
@@ -194,18 +189,18 @@ def record_folders(models: Location) -> list[Location]:
 
 
 def find_record(models: Location, name: str, **wanted: Any) -> Location | None:
-    """The newest whole record of this architecture whose config.json has these values; None where there is none."""
+    """The newest intact record of this architecture whose config.json has these values, or None."""
     for folder in reversed(record_folders(models)):
         config = _read_json(folder / CONFIG)
         complete = all((folder / file).is_file() for file in (WEIGHTS, METRICS))
-        fits = config.get("model") == name and all(config.get(k) == v for k, v in wanted.items())
-        if complete and fits and config.get("weights_sha256") in (None, file_sha256(folder / WEIGHTS)):
+        matches = config.get("model") == name and all(config.get(k) == v for k, v in wanted.items())
+        if complete and matches and config.get("weights_sha256") in (None, file_sha256(folder / WEIGHTS)):
             return folder
     return None
 
 
 def series_of(models: Location, record: Record) -> list[Location]:
-    """Records that differ from this one in the training's seed alone, by that seed; the newest of each."""
+    """Records that differ from this one only in their training seed, sorted by it; the newest of each seed."""
     series = record.config.get("series", record.config.get("run"))
     found: dict[int, Location] = {}
     for folder in record_folders(models) if series is not None else []:
@@ -217,23 +212,25 @@ def series_of(models: Location, record: Record) -> list[Location]:
 
 
 def read_aliases(models: Location) -> dict[str, str]:
-    """Alias to folder name; {} where nothing was trained yet."""
+    """Folder name of each alias; {} if nothing was trained yet."""
     path = models / ALIASES
     return {str(k): str(v) for k, v in _read_json(path).items()} if path.exists() else {}
 
 
 def set_alias(models: Location, alias: str, folder: Location) -> None:
-    """Point `alias` to this record. Readers see the old table or the new one."""
+    """Point `alias` to this record, atomically."""
     if folder.parent.resolve() != models.resolve() or not (folder / CONFIG).is_file():
         raise InputError(f"expected a record in {models} for alias {alias!r}, got {folder}")
     write_json(models / ALIASES, {**read_aliases(models), alias: folder.name})
 
 
 def _load_weights(model: nn.Module, source: Location, sha256: str | None) -> None:
-    """Copy a file's weights into the model; records of older versions have no `sha256`. Raises InputError where the
-    file is missing or damaged, and naming the first tensor that does not fit."""
+    """Load a file's weights into the model. Raises InputError if the file is missing, damaged or does not fit.
+
+    sha256: its expected hash; records of older versions have none.
+    """
     try:
-        data = source.read_bytes()  # from object storage in one request
+        data = source.read_bytes()  # one request on object storage
         digest = hashlib.sha256(data).hexdigest()
         if sha256 is not None and digest != sha256:
             raise InputError(
@@ -260,13 +257,6 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], source: Location) -> 
     model.load_state_dict(dict(weights))
 
 
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _read_json(path: Location) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -289,7 +279,7 @@ def model_card(
     provenance: Mapping[str, str],
     issues: tuple[str, ...] = (),
 ) -> str:
-    """MODEL_CARD.md: what the model is, what made it, how well it does, what is wrong with it."""
+    """MODEL_CARD.md: architecture, origin, metrics and known issues."""
     numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     lines = [
         f"# {name}",
@@ -327,7 +317,7 @@ def _cell(value: str) -> str:
 
 _NUMPY_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
 _NUMPY_NUMBERS: list[Any] = [
-    # What a number of numpy pickles as: checkpoints hold their scores so. No code among them.
+    # The types in a pickled numpy scalar, as which checkpoints store their scores. None of them can run code.
     (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
     (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
@@ -335,7 +325,7 @@ _NUMPY_NUMBERS: list[Any] = [
 ]
 
 _BUFFERS = {"pos_encoder.pe"}
-"""Tensors of the original that are no weights: position codes, which are computed here."""
+"""Tensors of the original that are not weights: positional encodings, which are computed here."""
 
 
 def import_checkpoint(
@@ -345,34 +335,31 @@ def import_checkpoint(
     config: Mapping[str, Any] | None = None,
     score: Callable[[Predictor], Mapping[str, Any]] | None = None,
 ) -> tuple[str, Location]:
-    """Architecture and folder of a new record, from an original checkpoint {"model_state_dict": …}.
+    """Import a checkpoint {"model_state_dict": …} of the original system; returns architecture and new folder.
 
-    The architecture is told from the tensors' names and shapes. identity: the codec of the vectors it was
-    trained on, which such a file does not say. config: more entries for config.json. score: gives metrics of
-    the model for the record.
+    The architecture is recognised by the tensors' names and shapes. identity: codec of the vectors that it was trained
+    on, which the file does not state. config: more entries for config.json. score: computes metrics for the record.
 
-    The file is read with `weights_only=True`: one that holds anything but tensors and plain values is refused
-    before any of its code runs. Raises InputError for that and for tensors that fit no architecture.
+    The file is loaded with `weights_only=True`, which refuses anything but tensors and plain values before code can
+    run. Raises InputError then, and if the tensors match no architecture.
     """
     try:
         with torch.serialization.safe_globals(_NUMPY_NUMBERS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other pickle protocols: read or refused, nothing between
+            warnings.simplefilter("ignore")  # about other pickle protocols: they load, or raise
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         raise InputError(
-            f"{path} holds Python objects besides tensors and plain values and was not opened: such a file "
+            f"{path} holds Python objects besides tensors and plain values and was not loaded: such a file "
             "can run code. Where it was made, save only the weights: "
             'torch.save({"model_state_dict": model.state_dict()}, path).'
         ) from err
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as err:
-        raise InputError(f"{path} is no checkpoint torch can read ({err})") from err
+        raise InputError(f"{path} is not a checkpoint that torch can read ({err})") from err
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise InputError(
-            f'{path}: expected {{"model_state_dict": tensors by name}}, got {found or "nothing"}'
-        )
-    # Wrappers of data parallel training and torch.compile put their name in front.
+        raise InputError(f'{path}: expected {{"model_state_dict": tensors}}, got {found or "nothing"}')
+    # DistributedDataParallel and torch.compile prefix the names.
     plain = {k.removeprefix("module.").removeprefix("_orig_mod."): v.float() for k, v in state.items()}
     weights = {k: v for k, v in plain.items() if k not in _BUFFERS}
     name = _architecture_of(weights, path)
@@ -392,15 +379,15 @@ def import_checkpoint(
         {**(config or {}), "imported_from": path.name, "imported_sha256": sha256},
         {**metrics, **(score(model) if score is not None else {})},
         {"Imported from": f"{path.name}, SHA-256 {sha256}", "Training": "elsewhere; see its own notes"},
-        ("Imported: its codec is the one stated at import, which the file itself does not prove.",),
+        ("Imported: its codec was stated by the user; the file does not contain it.",),
     )
     return name, folder
 
 
 def _architecture_of(weights: Mapping[str, Tensor], path: Path) -> str:
-    """The architecture with these tensor names. Raises InputError with the nearest one's differences."""
+    """The architecture with these tensor names. Raises InputError with the differences from the closest one."""
     names = set(weights)
-    with torch.device("meta"):  # names alone are wanted
+    with torch.device("meta"):  # only names are needed
         expected = {name: set(build(name).state_dict()) for name in MODELS}
     for name, wanted in expected.items():
         if wanted == names:
@@ -408,7 +395,6 @@ def _architecture_of(weights: Mapping[str, Tensor], path: Path) -> str:
     nearest = min(expected, key=lambda n: len(expected[n] ^ names))
     missing, extra = sorted(expected[nearest] - names), sorted(names - expected[nearest])
     raise InputError(
-        f"{path} fits none of {', '.join(MODELS)}; nearest is {nearest}, for which "
-        f"{len(missing)} tensors are missing ({', '.join(missing[:3])}) and {len(extra)} are too many "
-        f"({', '.join(extra[:3])})"
+        f"{path} fits none of {', '.join(MODELS)}; nearest is {nearest}, for which {len(missing)} tensors are missing "
+        f"({', '.join(missing[:3])}) and {len(extra)} unexpected ({', '.join(extra[:3])})"
     )

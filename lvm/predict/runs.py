@@ -1,5 +1,5 @@
-"""A training run: its settings, its checkpoints, and how it goes on from one. Whoever starts runs (Ray Train, Ray Tune)
-says where checkpoints go."""
+"""A training run: its settings, its checkpoints, and resuming from one. Ray Train and Ray Tune are in jobs/; they
+decide where checkpoints are stored."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from lvm.devices import pick_device
 from lvm.errors import InputError
 from lvm.models import CONFIGS, Architecture, build
 from lvm.predict.ranking import RankHead, fit_rank_head
+from lvm.predict.record import on_cpu
 from lvm.predict.team import ALONE, Team
 from lvm.predict.tracking import MlflowCurves
 from lvm.predict.training import Progress, Recipe, bfloat16_is_faster, fit
@@ -28,43 +29,40 @@ from lvm.vectors.sequences import Windows, WindowSettings, make_windows
 from lvm.vectors.shards import file_sha256, fingerprint
 
 TRAINING_VERSION = 1
-"""Raised when the same settings give other weights than before, so that models are trained anew."""
+"""Increased when the same settings give different weights than before, so that models are trained again."""
 
 WEIGHTS, BEST = "model.safetensors", "best.safetensors"
-"""In each checkpoint: the epoch's weights, and those of the best epoch where that is an earlier one."""
+"""Files of a checkpoint: the epoch's weights, and those of the best epoch if it is an earlier one."""
 
 CHECKSUMS = "sha256.json"
-"""In each checkpoint, by file name: weights and an optimiser's state do not show that a bit of them turned."""
+"""File of a checkpoint: SHA-256 by file name, to detect corrupt weights and optimiser state."""
 
 
 @dataclass(frozen=True)
 class TrainRun:
-    """One architecture on one set of windows: all a worker needs, pickled on the way there."""
+    """One architecture on one set of windows: everything that a worker needs. Can be pickled."""
 
     model: str
     """Key of MODELS."""
     vectors: Location
     """Folder of the encode job."""
     vectors_fingerprint: str
-    """Of that folder's manifest."""
+    """Fingerprint of that folder's manifest."""
     windows: WindowSettings
-    """Which windows are trained on."""
     recipe: Recipe
-    """How."""
     seed: int
-    """Of the split by article and, where `training_seed` is None, of training."""
+    """Seed of the split by article and, if `training_seed` is None, of training."""
     sizes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the architecture's config that differ from its default; `dim` is the vectors' length."""
     reach: int | None = None
-    """Validation windows are those that have so many context vectors, of which the model reads the last ones: so runs
-    of different context lengths are judged on the same targets. None: of as many as the model reads."""
+    """Context length of the validation windows, of which the model reads the last vectors, so that runs of different
+    context lengths are compared on the same targets. None: the model's own."""
     layers_from: Location | None = None
-    """Folder of a GPT-2 checkpoint that `gpt2` starts from."""
+    """Folder of a GPT-2 checkpoint to initialise `gpt2` from."""
     training_seed: int | None = None
-    """Of the first weights, the order of batches and the dropout; None is `seed`."""
+    """Seed of initial weights, batch order and dropout; None: `seed`."""
     prototypes: Prototypes | None = None
-    """Labels of the vectors' codec, for a model that reads each vector's TMD code beside it; None for one that reads
-    vectors alone."""
+    """TMD labels of the vectors' codec, for a model that also reads each vector's code; None for vectors only."""
 
     @classmethod
     def of(
@@ -77,15 +75,15 @@ class TrainRun:
         sizes: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> "TrainRun":
-        """A run on this array; the network's `dim` is its vectors'."""
+        """A run on this array, with its vector length as `dim`."""
         sizes = {"dim": array.identity.dim, **(sizes or {})}
         return cls(model, array.directory, array.fingerprint, windows, recipe, seed, sizes, **options)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over all that decides the weights."""
+        """16 hex digits over everything that determines the weights."""
         recipe = self.recipe.to_dict()
-        # Another architecture's rate decides nothing here.
+        # The learning rates of other architectures do not matter.
         recipe["learning_rates"] = {self.model: recipe["learning_rates"][self.model]}
         parts = {
             "version": TRAINING_VERSION,
@@ -96,44 +94,42 @@ class TrainRun:
             "recipe": recipe,
             "seed": self.seed,
         }
-        if self.reach is not None:
-            parts["reach"] = self.reach
-        if self.layers_from is not None:
-            parts["layers_from"] = str(self.layers_from)
-        if self.training_seed is not None:
-            parts["training_seed"] = self.training_seed
-        if self.prototypes is not None:
-            parts["tmd"] = coder_name()
-        return fingerprint(parts)
+        optional = {
+            "reach": self.reach,
+            "layers_from": None if self.layers_from is None else str(self.layers_from),
+            "training_seed": self.training_seed,
+            "tmd": None if self.prototypes is None else coder_name(),
+        }
+        return fingerprint(parts | {k: v for k, v in optional.items() if v is not None})
 
     @property
     def series(self) -> str:
-        """The fingerprint without the training's seed: runs that differ in it alone are of one series."""
+        """The fingerprint without the training seed: equal for runs that differ only in it."""
         return replace(self, training_seed=None).fingerprint
 
     @property
     def alias(self) -> str:
-        """What its records are called: the architecture, and -tmd where it reads codes."""
+        """Alias of its records: the architecture, with -tmd if it reads codes."""
         return self.model if self.prototypes is None else f"{self.model}-tmd"
 
     @property
     def label(self) -> str:
-        """What a person reads: the alias and, where it is not the split's, the training's seed."""
+        """Name in messages: the alias, and the training seed if it is set."""
         return self.alias if self.training_seed is None else f"{self.alias} seed {self.training_seed}"
 
     @property
     def seed_of_training(self) -> int:
-        """The seed that training draws from."""
+        """`training_seed`, or `seed` if that is None."""
         return self.seed if self.training_seed is None else self.training_seed
 
     @property
     def name(self) -> str:
-        """Name of the run: the same settings go on with the same run."""
+        """Unique name of the run; starting it again with the same settings resumes it."""
         return f"{self.alias}-{self.fingerprint}"
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What a person compares runs by."""
+        """Main settings, for experiment trackers."""
         return {
             "model": self.alias,
             "recipe": self.recipe.name,
@@ -146,7 +142,7 @@ class TrainRun:
         }
 
     def build(self) -> Architecture:
-        """The untrained model; its first weights are torch's random ones, or of `layers_from`."""
+        """The untrained model, with random weights or those of `layers_from`."""
         model: Any = build(self.model, dict(self.sizes), tmd=self.prototypes is not None)
         if self.prototypes is not None:
             model.tmd.prototypes.copy_(torch.from_numpy(self.prototypes.vectors))
@@ -157,68 +153,68 @@ class TrainRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run gives."""
+    """Result of a finished run."""
 
     progress: Progress
     device: str
-    """What it was trained on, in words."""
+    """Device that it was trained on, for people."""
     ranker: RankHead | None
-    """Of the best epoch's weights."""
+    """Rank head for the best epoch's weights."""
 
 
 def train_run(
-    this: TrainRun,
+    run: TrainRun,
     checkpoint: Path | None,
-    keep: Callable[[Path | None, dict[str, Any]], None],
-    tell: Callable[[dict[str, Any]], None],
+    on_checkpoint: Callable[[Path | None, dict[str, Any]], None],
+    on_progress: Callable[[dict[str, Any]], None],
     events: Location,
     team: Team = ALONE,
     mlflow: str | None = None,
 ) -> Outcome:
-    """Train to the end, from a checkpoint where there is one.
+    """Train to the end, from a checkpoint if there is one.
 
-    keep: is given the folder of a checkpoint and the curve's new entry after each epoch; the folder goes when it
-    returns. tell: takes what a person may want to know: the curve's entries, `resumed`, `rank_loss`. events: folder of
-    TensorBoard's curves. team: the workers that train this together, each of which calls this; `keep` gets a folder in
-    the first alone, None in the others, which tell nothing and whose outcome has no head. mlflow: URI of
-    `prepare_mlflow`, for the curves there too. Raises InputError when the vectors changed or do not suffice,
-    TrainingError when the loss is no longer a number.
+    on_checkpoint: called after each epoch with a checkpoint's folder, deleted afterwards, and the new entry of the
+    learning curve. on_progress: receives progress messages: the curve's entries, `resumed`, `rank_loss`. events: folder
+    for TensorBoard. team: the workers that train this model together, each of which calls this function. In all but the
+    first, `on_checkpoint` gets None as folder, `on_progress` is not called and the outcome has no rank head. mlflow:
+    URI from `prepare_mlflow`, to log the curve there too. Raises InputError if the vectors changed or are too few,
+    TrainingError if the loss becomes NaN or infinite.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    parts = windows_of(this)
+    parts = windows_of(run)
     best: dict[str, Tensor] = {}
-    torch.manual_seed(this.seed_of_training)
-    model = this.build()
+    torch.manual_seed(run.seed_of_training)
+    model = run.build()
     progress: Progress | None = None
     optimiser_state: dict[str, Any] | None = None
     if checkpoint is not None:
         model.load_state_dict(load_file(checkpoint / WEIGHTS))
         best = load_file(checkpoint / (BEST if (checkpoint / BEST).exists() else WEIGHTS))
-        # Absent where the run had its record already: then no step is left to take.
-        if (moments := checkpoint / "optimiser.pt").exists():
-            optimiser_state = torch.load(moments, map_location="cpu", weights_only=True)
+        # Deleted once the run has its record: then training is over.
+        if (state := checkpoint / "optimiser.pt").exists():
+            optimiser_state = torch.load(state, map_location="cpu", weights_only=True)
         progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
     start = progress.epoch if progress is not None else 0
     if checkpoint is not None and team.rank == 0:
-        tell({"resumed": start})
+        on_progress({"resumed": start})
     device = pick_device()
     model.to(device)
 
     def save(model: torch.nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
         if team.rank:
-            keep(None, progress.curve[-1])
+            on_checkpoint(None, progress.curve[-1])
             return
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            save_file(_on_cpu(model.state_dict()), folder / WEIGHTS)
+            save_file(on_cpu(model.state_dict()), folder / WEIGHTS)
             if progress.best is not progress.curve[-1]:
-                save_file(_on_cpu(best), folder / BEST)
+                save_file(on_cpu(best), folder / BEST)
             torch.save(optimiser.state_dict(), folder / "optimiser.pt")
             (folder / "progress.json").write_text(json.dumps(progress.to_dict()))
             sums = {name: file_sha256(folder / name) for name in os.listdir(folder)}
             (folder / CHECKSUMS).write_text(json.dumps(sums))
-            keep(folder, progress.curve[-1])
+            on_checkpoint(folder, progress.curve[-1])
 
     with ExitStack() as opened:
         if team.rank == 0:
@@ -226,7 +222,7 @@ def train_run(
             opened.callback(writer.close)
         curves = None
         if team.rank == 0 and mlflow is not None:
-            curves = MlflowCurves(mlflow, this.name, this.parameters)
+            curves = MlflowCurves(mlflow, run.name, run.parameters)
             opened.push(lambda kind, *_: curves.close(kind is None))
 
         def log(row: dict[str, Any]) -> None:
@@ -235,16 +231,16 @@ def train_run(
                     writer.add_scalar(key, value, row["epoch"])
             writer.flush()
             if curves is not None and (fault := curves.log(row)):
-                tell({"note": fault})
-            tell({**row, "device": str(device)})
+                on_progress({"note": fault})
+            on_progress({**row, "device": str(device)})
 
         progress = fit(
             model,
-            this.model,
+            run.model,
             parts["train"],
             parts["val"],
-            this.recipe,
-            this.seed_of_training,
+            run.recipe,
+            run.seed_of_training,
             progress=progress,
             optimiser_state=optimiser_state,
             best=best,
@@ -254,52 +250,51 @@ def train_run(
         )
     if team.rank:
         return Outcome(progress, str(device), None)
-    outcome = outcome_of(this, model, parts["train"], progress, tell)
+    outcome = outcome_of(run, model, parts["train"], progress, on_progress)
     return outcome if team.size == 1 else replace(outcome, device=f"{team.size} x {outcome.device}")
 
 
-def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-
-
 def outcome_of(
-    this: TrainRun,
+    run: TrainRun,
     model: Architecture,
     train: Windows,
     progress: Progress,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Outcome:
-    """What a run gives, with the head where its recipe has one. model: with the best epoch's weights, on its device."""
+    """The result of a run, after training the rank head if its recipe has one.
+
+    model: with the best epoch's weights, on its device.
+    """
     device = next(model.parameters()).device
     ranker = None
-    if this.recipe.rank is not None:
-        bfloat16 = this.recipe.bfloat16 and bfloat16_is_faster(device)
-        ranker = fit_rank_head(model, train, this.recipe.rank, this.seed_of_training, bfloat16, log)
+    if run.recipe.rank is not None:
+        bfloat16 = run.recipe.bfloat16 and bfloat16_is_faster(device)
+        ranker = fit_rank_head(model, train, run.recipe.rank, run.seed_of_training, bfloat16, log)
     return Outcome(progress, str(device), ranker)
 
 
-def windows_of(this: TrainRun) -> dict[str, Windows]:
-    """Windows of train, val and test. Raises InputError when the vectors are others than the run was planned with."""
-    array = open_vectors(this.vectors)
-    if array.fingerprint != this.vectors_fingerprint:
-        raise InputError(f"{this.vectors} changed while this job ran; run it again")
-    parts = make_windows(array, this.windows).split(this.seed)
-    if this.reach is not None:
-        longer = make_windows(array, replace(this.windows, context=this.reach)).split(this.seed)
-        parts["val"] = longer["val"].last(this.windows.context)
+def windows_of(run: TrainRun) -> dict[str, Windows]:
+    """Windows of train, val and test. Raises InputError if the vectors changed since the run was created."""
+    array = open_vectors(run.vectors)
+    if array.fingerprint != run.vectors_fingerprint:
+        raise InputError(f"{run.vectors} changed while this job ran; run it again")
+    parts = make_windows(array, run.windows).split(run.seed)
+    if run.reach is not None:
+        longer = make_windows(array, replace(run.windows, context=run.reach)).split(run.seed)
+        parts["val"] = longer["val"].last(run.windows.context)
     return parts
 
 
 def require_whole(checkpoint: Any) -> None:
-    """Return when every file of a checkpoint is as it was written, else raise InputError naming one.
+    """Raise InputError, naming the file, if a file of a checkpoint is corrupt.
 
-    Those on object storage are taken as they are: it has checksums of its own, and they would travel for this alone.
+    Checkpoints on object storage are not checked: it has its own checksums, and the check would download everything.
     """
     folder = Path(checkpoint.path)
     if not folder.is_dir() or not (folder / CHECKSUMS).exists():
         return
     for name, sha256 in json.loads((folder / CHECKSUMS).read_text()).items():
         if name == "optimiser.pt" and not (folder / name).exists():
-            continue  # it goes when the run has its record
+            continue  # deleted once the run has its record
         if (got := file_sha256(folder / name)) != sha256:
             raise InputError(f"{folder / name} has SHA-256 {got[:16]}…, expected {sha256[:16]}…")

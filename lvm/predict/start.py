@@ -1,9 +1,8 @@
-"""Where a predictor starts from: hidden layers that carry the context's mean, an output layer solved by ridge.
+"""Initial weights of a predictor: hidden layers that carry the context mean, an output layer fitted by regression.
 
-From random weights a predictor first has to learn what a linear regression knows at once. On 330,000 windows of
-Wikipedia an LSTM trained for six epochs stayed below the mean of its context; started so, it is above every
-baseline but the regression before its first step, and training goes on from there. The architecture and its
-number of parameters are untouched; what a model is after this, it could have been by chance.
+From random weights, a predictor first has to learn what a linear regression finds at once. On 330,000 windows of
+Wikipedia, an LSTM trained for six epochs remained below the mean of its context; initialised this way, it beats every
+baseline except the regression before its first step. The architecture and its number of parameters do not change.
 
 Letters: M windows, B batch, T context vectors, D vector length, H inputs of the output layer.
 """
@@ -26,17 +25,17 @@ Batch = tuple[NDArray[np.float32], NDArray[np.float32]]
 """(B, T, D) contexts with their (B, D) targets, unit vectors."""
 
 SOLVED_WINDOWS = 16_384
-"""Training windows a start is made from, evenly spaced over all: 20 for each number of a vector."""
+"""Maximum training windows used, evenly spaced: about 20 per dimension."""
 
 HELD_OUT_SHARE = 0.2
-"""Of these windows, the last part chooses the penalty: they come in corpus order, so from articles of its own."""
+"""Share of these windows, the last ones, that chooses the penalty; in corpus order, so from other articles."""
 
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Ridge penalties tried, as multiples of the features' mean variance."""
+"""Ridge penalties to try, as multiples of the features' mean variance."""
 
 
 class WindowSource(Protocol):
-    """What training needs of windows; `lvm.vectors.sequences.Windows` has it."""
+    """The part of `lvm.vectors.sequences.Windows` that training uses."""
 
     def __len__(self) -> int: ...
 
@@ -45,26 +44,26 @@ class WindowSource(Protocol):
 
 
 def spread_batches(
-    windows: WindowSource, most: int, batch_windows: int = 512, first: int = 0, every: int = 1
+    windows: WindowSource, limit: int, batch_windows: int = 512, first: int = 0, every: int = 1
 ) -> Iterator[Batch]:
-    """At most `most` windows, evenly spaced over all, in order; of their batches one in `every`, from `first` on."""
-    indices = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(np.int64)
+    """Up to `limit` windows, evenly spaced, in order. Of their batches, every `every`th, starting with `first`."""
+    indices = np.linspace(0, len(windows) - 1, min(limit, len(windows))).astype(np.int64)
     for low in range(first * batch_windows, len(indices), every * batch_windows):
         yield windows.batch(indices[low : low + batch_windows])
 
 
 def solve_start(model: Architecture, windows: WindowSource) -> float | None:
-    """Set all of the model's weights from windows; the penalty that was chosen comes back, None where the architecture
-    has no output layer that a regression could set.
+    """Initialise all of the model's weights from windows; returns the penalty chosen, or None if the architecture has
+    no output layer that a regression can fit.
 
-    Raises InputError with fewer than two windows.
+    Raises InputError on fewer than two windows.
     """
     if len(windows) < 2:
         raise InputError(f"expected at least 2 training windows to start from, got {len(windows)}")
     device = next(model.parameters()).device
     count, dim = model.num_directions, model.config.dim
     directions = principal_directions(spread_batches(windows, SOLVED_WINDOWS), min(count, dim))
-    # A layer wider than the vectors begins with as many of its units as there are directions; codes begin with nothing.
+    # Units beyond the number of directions, and the inputs of TMD codes, start at zero.
     more = FEATURES if hasattr(model, "tmd") else 0
     model.start_from(F.pad(directions, (0, more, 0, count - len(directions))).to(device))
     if not getattr(model, "solves_output", True):
@@ -73,9 +72,9 @@ def solve_start(model: Architecture, windows: WindowSource) -> float | None:
 
 
 def principal_directions(batches: Iterable[Batch], count: int) -> Tensor:
-    """(count, D) float32 orthonormal rows along which the targets vary most, the mean's direction included.
+    """(count, D) float32 orthonormal rows: the principal directions of the targets, without subtracting their mean.
 
-    Eigenvectors of the D x D matrix of second moments, largest first. Raises InputError when count exceeds D.
+    Eigenvectors of the D x D matrix of second moments, largest first. Raises InputError if count exceeds D.
     """
     moments: Tensor | None = None
     for _, targets in batches:
@@ -85,10 +84,9 @@ def principal_directions(batches: Iterable[Batch], count: int) -> Tensor:
     if moments is None:
         raise InputError("expected at least one training window, got none")
     if count > len(moments):
-        raise InputError(
-            f"expected at most {len(moments)} directions of {len(moments)}-d vectors, got {count}"
-        )
-    # Unseen directions (fewer windows than D) come last, orthonormal all the same.
+        dim = len(moments)
+        raise InputError(f"expected at most {dim} directions of {dim}-d vectors, got {count}")
+    # With fewer windows than D, directions without variance come last; they are orthonormal too.
     vectors: Tensor = torch.linalg.eigh(moments)[1]
     directions: Tensor = vectors.flip(1)[:, :count].T.float().contiguous()
     return directions
@@ -96,9 +94,9 @@ def principal_directions(batches: Iterable[Batch], count: int) -> Tensor:
 
 @torch.no_grad()
 def solve_output(model: Architecture, batches: Iterable[Batch]) -> float:
-    """Set the output layer to the ridge regression of the targets on the model's features; the penalty.
+    """Set the output layer to a ridge regression of the targets on the model's features; returns the penalty chosen.
 
-    Batches in corpus order; HELD_OUT_SHARE of the windows, the last ones, choose the penalty by cosine.
+    batches: in corpus order; the last HELD_OUT_SHARE of the windows choose the penalty by cosine.
     """
     model.eval()
     layer = model.output_layer
@@ -112,8 +110,8 @@ def solve_output(model: Architecture, batches: Iterable[Batch]) -> float:
 
     wanted, added = truth, torch.zeros_like(truth)
     if model.adds_mean:
-        # Only the direction of the sum counts, and it already holds the mean once. So the targets are made
-        # longer, until the part of the mean in them is the mean itself: the correction need not undo it.
+        # The model adds the context mean to the output, and only the sum's direction counts. So the targets are scaled
+        # until their component along the mean equals it, and the output need not undo part of the mean.
         centred = means[fitted] - means[fitted].mean(dim=0)
         share = (centred * truth[fitted]).sum() / centred.square().sum().clamp_min(1e-12)
         wanted, added = truth / share.clamp_min(0.05) - means, means

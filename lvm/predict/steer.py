@@ -1,6 +1,6 @@
-"""Around the predictor: a full context before it, and a decodable vector after it.
+"""Steps before and after prediction: complete short contexts, and snap predictions to the corpus.
 
-Letters: B predictions, K neighbours, T places in a context, N corpus vectors, D = 768.
+Letters: B predictions, K neighbours, T context length, N corpus vectors, D = 768.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,21 +16,21 @@ Floats = NDArray[np.floating[Any]]
 Rows = NDArray[np.int64]
 
 PASSTHROUGH = "passthrough"
-"""The model that predicts nothing: it decodes the last context vector, which shows what the codec can do."""
+"""Name of the model that returns the last context vector; decoding it shows the codec's own quality."""
 
 CONTEXT_CHUNKS = 5
-"""Chunks a predictor reads, where its record does not say another number."""
+"""Default context length."""
 
 
 class Neighbours(Protocol):
     """A search index over the corpus vectors."""
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], Rows]:
-        """Cosines and rows, both (B, k), best first; row -1 where fewer than k were found."""
+        """Cosines and rows, both (B, k), best first; row -1 if fewer than k were found."""
 
 
 class Corpus(Protocol):
-    """The vectors the index was built from, and their texts."""
+    """The vectors that the index was built from, and their texts."""
 
     @property
     def vectors(self) -> Floats:
@@ -41,7 +41,7 @@ class Corpus(Protocol):
 
 
 def unit(vectors: Floats) -> NDArray[np.float32]:
-    """Vectors along the last axis scaled to length 1, float32; an all-zero one stays zero."""
+    """Vectors along the last axis scaled to norm 1, float32; zero vectors stay zero."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     result: NDArray[np.float32] = np.zeros(vectors.shape, dtype=np.float32)
     np.divide(vectors, lengths, out=result, where=lengths > 0, casting="same_kind")
@@ -50,30 +50,30 @@ def unit(vectors: Floats) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class SnapSettings:
-    """The original system's blend, "manifold snap + topic anchor"; its shares."""
+    """Settings of the snap; the original system's "manifold snap + topic anchor"."""
 
     neighbours: int = 16
-    """Nearest corpus vectors that make up the snap."""
+    """Nearest corpus vectors to average."""
     blend: tuple[float, float, float] = (0.75, 0.15, 0.10)
-    """Shares of snap, query and context mean."""
+    """Shares of that average, the query and the context mean."""
     drift_blend: tuple[float, float, float] = (0.60, 0.25, 0.15)
-    """The shares when the snap has drifted from the topic."""
+    """Shares if the average has drifted off topic."""
     min_query_cosine: float = 0.20
-    """Below it the snap has drifted from the query."""
+    """It has drifted if its cosine to the query is lower, …"""
     min_context_cosine: float = 0.30
-    """Below it the snap has drifted from the context mean."""
+    """… or its cosine to the context mean."""
 
 
 @dataclass(frozen=True)
 class Snapped:
-    """Predictions moved onto the corpus, and what moved them."""
+    """Snapped predictions."""
 
     vectors: NDArray[np.float32]
     """(B, D) unit vectors."""
     rows: Rows
-    """(B, K) corpus rows that took part, best first, -1 where fewer were found."""
+    """(B, K) corpus rows that were averaged, best first; -1 if fewer were found."""
     drifted: NDArray[np.bool_]
-    """(B,) True where the drift blend was used."""
+    """(B,) True if the drift blend was used."""
 
 
 def snap(
@@ -85,25 +85,24 @@ def snap(
     settings: SnapSettings | None = None,
     barred: Callable[[Rows], NDArray[np.bool_]] | None = None,
 ) -> Snapped:
-    """Each prediction as the similarity-weighted mean of its neighbours, anchored to its context.
+    """Replace each prediction by the mean of its neighbours, weighted by cosine, blended with its context.
 
-    predictions, queries (the last context vector) and context_means: (B, D); `vectors` is what the rows of
-    `index` point into. All three parts are scaled to length 1 before the blend, so the shares are true
-    shares. Neighbours with a negative cosine have no weight; when none has any, the prediction itself takes
-    the snap's place. `barred` maps (B, k) rows to True where a row may not be used: an evaluation bars the
-    article it holds out, whose true next chunk would otherwise be found in the index.
+    predictions, queries (the last context vectors) and context_means: (B, D); vectors: (N, D), of the rows of `index`.
+    All three are scaled to norm 1 before blending. Neighbours with a negative cosine have weight 0; if all have, the
+    prediction is used instead of their mean. barred: maps rows (B, k) to True for rows that must not be used, such as
+    the held-out article of an evaluation, whose true next chunk would otherwise be found.
     """
     settings = settings or SnapSettings()
     scores, rows = allowed_neighbours(predictions, index, settings.neighbours, len(vectors), barred)
     weights = np.where(rows >= 0, np.maximum(scores, 0.0), 0.0).astype(np.float32)
-    mixed = np.empty(predictions.shape, dtype=np.float32)
+    means = np.empty(predictions.shape, dtype=np.float32)
     for first in range(0, len(rows), 256):  # 256 x 16 x 768 float32 is 13 MB
         part = slice(first, first + 256)
         found = np.asarray(vectors[np.maximum(rows[part], 0)], dtype=np.float32)
-        mixed[part] = np.einsum("bk,bkd->bd", weights[part], found)
-    lost = ~weights.any(axis=1)
-    mixed[lost] = predictions[lost]
-    snapped, query, mean = unit(mixed), unit(queries), unit(context_means)
+        means[part] = np.einsum("bk,bkd->bd", weights[part], found)
+    no_weight = ~weights.any(axis=1)
+    means[no_weight] = predictions[no_weight]
+    snapped, query, mean = unit(means), unit(queries), unit(context_means)
     drifted = (np.einsum("bd,bd->b", snapped, query) < settings.min_query_cosine) | (
         np.einsum("bd,bd->b", snapped, mean) < settings.min_context_cosine
     )
@@ -119,8 +118,10 @@ def allowed_neighbours(
     num_vectors: int,
     barred: Callable[[Rows], NDArray[np.bool_]] | None,
 ) -> tuple[NDArray[np.float32], Rows]:
-    """Cosines and rows (B, wanted) of the nearest of `num_vectors` that are not barred, best first; row -1
-    where there are no more. `barred` as in `snap`."""
+    """Cosines and rows (B, wanted) of the nearest vectors that are not barred, best first; row -1 if there are fewer.
+
+    barred: as in `snap`.
+    """
     k = wanted if barred is None else wanted * 4
     while True:
         k = min(k, num_vectors)
@@ -131,7 +132,7 @@ def allowed_neighbours(
         if k == num_vectors or (usable.sum(axis=1) >= wanted).all():
             break
         k *= 4
-    # A stable sort on "not usable" brings the usable to the front and keeps their order.
+    # A stable sort moves the usable rows to the front and keeps their order.
     order = np.argsort(~usable, axis=1, kind="stable")[:, :wanted]
     kept = np.take_along_axis(usable, order, axis=1)
     best = np.where(kept, np.take_along_axis(rows, order, axis=1), -1)
@@ -145,31 +146,31 @@ Origin = Literal["text", "retrieved", "repeated"]
 
 @dataclass(frozen=True)
 class FillSettings:
-    """How missing context chunks are found in the corpus."""
+    """How chunks to complete a short context are chosen from the corpus."""
 
     candidates: int = 50
-    """Nearest chunks that are considered."""
+    """Nearest chunks to consider."""
     diversity: float = 0.3
-    """Weight of being unlike the supports already taken, against likeness to the text; 0 takes the nearest.
+    """Weight of dissimilarity to chunks chosen already against similarity to the text; 0 takes the nearest.
     Maximal marginal relevance, Carbonell and Goldstein 1998, with lambda = 1 - diversity."""
     max_cosine: float = 0.95
-    """A candidate nearer than this to a chunk of the context is a near-duplicate and says nothing new."""
+    """Candidates closer than this to a chunk of the context are near-duplicates and are skipped."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the predictor reads, oldest chunk first."""
+    """Input of the predictor, oldest chunk first."""
 
     vectors: NDArray[np.float32]
     """(T, D) unit vectors; (1, D) in mode "passthrough"."""
     texts: tuple[str, ...]
-    """The chunk in each place."""
+    """Text of each chunk."""
     origins: tuple[Origin, ...]
-    """Where each came from: the user's text, the corpus, or a repetition."""
+    """Origin of each chunk: the user's text, the corpus, or repetition."""
     mode: Mode
-    """"seq": all from the text. "ann": one chunk of text, the rest retrieved. "mixed": several chunks of
-    text and retrieved ones, or retrieved and repeated ones. "repeat_pad": the first chunk repeated.
-    "passthrough": the last chunk alone, for answering without a prediction."""
+    """"seq": all chunks from the text. "ann": one from the text, the others retrieved. "mixed": retrieved chunks with
+    several from the text, or with repeated ones. "repeat_pad": the first chunk repeated. "passthrough": only the last
+    chunk."""
 
 
 def build_context(
@@ -181,17 +182,15 @@ def build_context(
     corpus: Corpus | None = None,
     settings: FillSettings | None = None,
 ) -> Context:
-    """A context of `places` chunks that ends with the text's own.
+    """A context of `places` chunks that ends with the chunks of the text.
 
-    vectors (n, D) and texts (n,) are the text's chunks in order; of more than `places` the last ones count.
-    Missing places stand before the text: diverse supports from the corpus, the least like the text first,
-    and where there is no corpus, or too little in it, the first chunk again. Raises InputError on no chunks,
-    and on `fill="retrieve"` with an index but no corpus.
+    vectors (n, D), texts (n,): the text's chunks in order; the last `places` are used. If there are fewer, diverse
+    chunks from the corpus come before them, the least similar first, and if there is no corpus, or too few chunks in
+    it, repetitions of the first chunk. Raises InputError on no chunks, and on an index without its corpus.
     """
     if len(texts) == 0 or len(texts) != len(vectors):
-        raise InputError(
-            f"got {len(texts)} chunk texts and {len(vectors)} vectors; expected as many, at least one"
-        )
+        counts = f"{len(texts)} chunk texts and {len(vectors)} vectors"
+        raise InputError(f"got {counts}; expected the same number, at least one")
     if fill == "none":
         return Context(unit(vectors[-1:]), (texts[-1],), ("text",), "passthrough")
     given = unit(vectors[-places:])
@@ -204,11 +203,10 @@ def build_context(
         supports = _diverse_supports(given, missing, index, corpus.vectors, settings or FillSettings())
     repeats = missing - len(supports)
     parts = [np.repeat(given[:1], repeats, axis=0), given]
-    words = (given_texts[0],) * repeats + given_texts
+    all_texts = (given_texts[0],) * repeats + given_texts
     if supports and corpus is not None:
-        # Repetitions of the first chunk stay beside it; the supports come before them.
         parts.insert(0, unit(np.asarray(corpus.vectors[supports], dtype=np.float32)))
-        words = (*corpus.texts(supports), *words)
+        all_texts = (*corpus.texts(supports), *all_texts)
     origins: list[Origin] = ["retrieved"] * len(supports)
     origins += ["repeated"] * repeats
     origins += ["text"] * len(given)
@@ -219,29 +217,29 @@ def build_context(
         mode = "repeat_pad"
     else:
         mode = "ann" if len(given) == 1 and not repeats else "mixed"
-    return Context(np.concatenate(parts), words, tuple(origins), mode)
+    return Context(np.concatenate(parts), all_texts, tuple(origins), mode)
 
 
 def _diverse_supports(
     given: NDArray[np.float32], wanted: int, index: Neighbours, vectors: Floats, settings: FillSettings
 ) -> list[int]:
-    """Up to `wanted` corpus rows like the text but unlike each other, the least like the text first."""
+    """Up to `wanted` corpus rows, similar to the text but not to each other, the least similar to the text first."""
     centre = unit(given.mean(axis=0, keepdims=True))
     _, found = index.search(centre, min(settings.candidates, len(vectors)))
     rows = found[0][found[0] >= 0]
     candidates = unit(np.asarray(vectors[rows], dtype=np.float32))
-    likeness = candidates @ centre[0]
-    nearest_taken = (candidates @ given.T).max(axis=1, initial=-1.0)
-    open_ = nearest_taken < settings.max_cosine
-    # The text itself is no rival for place: only supports already taken count against a candidate.
-    redundancy = np.zeros(len(rows), dtype=np.float32)
+    similarity = candidates @ centre[0]
+    usable = (candidates @ given.T).max(axis=1, initial=-1.0) < settings.max_cosine
+    redundancy = np.zeros(
+        len(rows), dtype=np.float32
+    )  # similarity to the chunks chosen so far, not to the text
     chosen: list[int] = []
-    while len(chosen) < wanted and open_.any():
-        worth = (1 - settings.diversity) * likeness - settings.diversity * redundancy
-        best = int(np.where(open_, worth, -np.inf).argmax())
+    while len(chosen) < wanted and usable.any():
+        score = (1 - settings.diversity) * similarity - settings.diversity * redundancy
+        best = int(np.where(usable, score, -np.inf).argmax())
         chosen.append(best)
         near = candidates @ candidates[best]
-        open_ &= near < settings.max_cosine
-        open_[best] = False
+        usable &= near < settings.max_cosine
+        usable[best] = False
         redundancy = near if len(chosen) == 1 else np.maximum(redundancy, near)
-    return [int(rows[c]) for c in sorted(chosen, key=lambda c: float(likeness[c]))]
+    return [int(rows[c]) for c in sorted(chosen, key=lambda c: float(similarity[c]))]

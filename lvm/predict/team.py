@@ -1,7 +1,7 @@
-"""Workers that train one model together, each on its part of every batch (PyTorch's DistributedDataParallel).
+"""Data-parallel training of one model (PyTorch's DistributedDataParallel): each worker takes a part of every batch.
 
-A step's windows are those that one worker alone would take, and gradients are their mean. So the number of workers
-changes the order of sums and what dropout draws, nothing else.
+The batches are those of a single worker, and gradients are averaged over their windows. So the number of workers
+changes only the order of summation and the dropout masks.
 """
 
 from dataclasses import dataclass
@@ -16,27 +16,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Team:
-    """This worker among those of its run, which are the processes of torch's process group."""
+    """A worker's rank and the number of workers in torch's process group."""
 
     rank: int = 0
-    """0 to size - 1; the first one saves, logs and tells."""
+    """0 to size - 1; rank 0 saves and logs."""
     size: int = 1
 
     @classmethod
     def joined(cls) -> "Team":
-        """The process group that this process is in; a team of one where it is in none."""
+        """The team of the current process group; a team of one if there is none."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     def part(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], float]:
-        """This worker's windows of a batch, and what their mean weighs where the workers' means are averaged.
+        """This worker's windows of a batch, and the weight of their mean in the average over workers.
 
-        A worker for whom none is left takes the first one at no weight, since all have to take part in a step.
+        A worker without windows gets the first one with weight 0, since all workers must take part in a step.
         """
         mine = indices[self.rank :: self.size]
         return (mine, len(mine) * self.size / len(indices)) if len(mine) else (indices[:1], 0.0)
 
-    def sums(self, *values: float) -> list[float]:
-        """The sum of each value over all workers, the same for everyone."""
+    def all_reduce(self, *values: float) -> list[float]:
+        """The sum of each value over all workers; the same result on each."""
         if self.size == 1:
             return list(values)
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -44,17 +44,17 @@ class Team:
         dist.all_reduce(total)
         return [float(value) for value in total]
 
-    def of_first(self, value: float) -> float:
-        """The first worker's value; clocks differ."""
-        return self.sums(value if self.rank == 0 else 0.0)[0]
+    def broadcast(self, value: float) -> float:
+        """The value of rank 0."""
+        return self.all_reduce(value if self.rank == 0 else 0.0)[0]
 
     def forward(self, model: nn.Module) -> nn.Module:
-        """What a step calls with contexts (B, T, D) and targets (B, D), for the model's own scalar loss where it has
-        one, else for its prediction (B, D). In a team all weights become the first worker's."""
+        """A module that maps contexts (B, T, D) and targets (B, D) to the model's own scalar loss if it has one, else
+        to its predictions (B, D). With several workers, it copies the weights of rank 0 to the others."""
         step = _Forward(model)
         if self.size == 1:
             return step
-        # Not every parameter takes part in every step: Linformer's summaries need long contexts.
+        # Some steps leave parameters unused: Linformer's summaries need long contexts.
         return DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=True)
 
 
@@ -62,7 +62,7 @@ ALONE = Team()
 
 
 class _Forward(nn.Module):
-    """One call for prediction and own loss: DistributedDataParallel sees calls of `forward` alone."""
+    """Computes prediction or loss in `forward`, the only method that DistributedDataParallel intercepts."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

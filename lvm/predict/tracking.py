@@ -1,6 +1,6 @@
-"""The curves of a training run in MLflow, for those who keep theirs there; TensorBoard's are written anyway.
+"""Optional logging of learning curves to MLflow, in addition to TensorBoard.
 
-A run has the name of the training run, so that one that goes on continues it. MLflow is the extra `mlflow`.
+The MLflow run is found by the name of the training run, so resuming continues it. Needs the extra `mlflow`.
 """
 
 import os
@@ -15,9 +15,9 @@ EXPERIMENT = "latent"
 
 
 def prepare_mlflow(where: str) -> str:
-    """The tracking URI of a URI or a folder, with our experiment in it.
+    """The tracking URI of a URI or folder, after creating our experiment there.
 
-    Raises InputError when MLflow is not installed, and when it cannot use what is there.
+    Raises InputError if MLflow is not installed or cannot use the location.
     """
     if find_spec("mlflow") is None:
         raise InputError(
@@ -29,11 +29,11 @@ def prepare_mlflow(where: str) -> str:
 
 
 class MlflowCurves:
-    """One run's entry."""
+    """The MLflow run of one training run."""
 
     def __init__(self, uri: str, name: str, parameters: Mapping[str, Any]) -> None:
-        """uri: what `prepare_mlflow` gave; name: of the run; parameters: shown beside its curves. Raises InputError
-        when MLflow cannot be used."""
+        """uri: from `prepare_mlflow`; name: of the run; parameters: logged with it. Raises InputError if MLflow cannot
+        be used."""
         from mlflow.exceptions import MlflowException
 
         self._client, experiment = _open(uri)
@@ -50,7 +50,7 @@ class MlflowCurves:
             raise InputError(f"MLflow at {uri} refused the run {name}: {_first_line(err)}") from err
 
     def log(self, row: Mapping[str, Any]) -> str:
-        """Keep an entry of the curve; "" or why it could not be kept, which ends no training."""
+        """Log an entry of the learning curve; returns "", or why it failed: training continues without it."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -68,12 +68,12 @@ class MlflowCurves:
         try:
             self._client.set_terminated(self._run, "FINISHED" if finished else "FAILED")
         except MlflowException:
-            return  # its curve is there
+            return  # only the status is lost
 
 
 def _open(uri: str) -> tuple[Any, str]:
-    """A client, and the id of our experiment, made where it is not there. Raises InputError when there is no MLflow."""
-    # MLflow 3 takes a folder, which needs no server, only from those who say so.
+    """A client and the id of our experiment, created if needed. Raises InputError if MLflow cannot be used."""
+    # MLflow 3 accepts a folder as store only with this opt-in.
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient

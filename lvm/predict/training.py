@@ -1,8 +1,8 @@
-"""Fitting a predictor: plain PyTorch on batches from anywhere. Ray, disks and logs come in as functions.
+"""The training loop of predictors: plain PyTorch; checkpoints and logs are handled by callbacks.
 
-`fit` reads in the order evaluate, log, save, stop?, step. Its state is the weights, the optimiser and a
-`Progress`; learning rate, batches and dropout follow from the settings, the seed and the epoch alone. So a
-run that is killed and goes on from its last checkpoint does what it would have done.
+`fit` repeats: evaluate, log, save, stop?, train one epoch. Its state is the weights, the optimiser and a `Progress`;
+learning rate, batches and dropout depend only on settings, seed and epoch. So a run resumed from a checkpoint
+continues as if it had not been interrupted.
 
 Letters: B batch, T context vectors, D vector length.
 """
@@ -31,44 +31,43 @@ from lvm.predict.team import ALONE, Team
 
 @dataclass(frozen=True)
 class Recipe:
-    """How predictors are trained."""
+    """Training settings."""
 
     name: str
     """Shown in records."""
     learning_rates: Mapping[str, float]
     """Peak learning rate of each architecture."""
     optimiser: Literal["adam", "adamw"]
-    """AdamW decays weights (not biases, not LayerNorm) beside the gradient."""
+    """AdamW applies weight decay to matrices, not to biases and LayerNorm."""
     epochs: int
     """Passes over the training windows, or over max_windows_per_epoch of them."""
     batch_windows: int
-    """Windows a step; fewer on small sets where small_sets is on."""
+    """Windows per step; fewer with small_sets."""
     weight_decay: float = 0.0
-    """AdamW's decay a step, times the learning rate."""
+    """AdamW's coefficient; multiplied by the learning rate."""
     warmup_share: float = 0.0
-    """Part of the run in which the learning rate rises from 0 to its peak."""
+    """Share of the run in which the learning rate rises from 0 to its peak."""
     final_rate_share: float = 0.0
-    """Learning rate at the end of the cosine, as a share of the peak."""
+    """Learning rate at the end of the cosine schedule, as a share of the peak."""
     max_gradient_norm: float | None = None
-    """Longer gradients are scaled down to this; None leaves them."""
+    """Gradient clipping; None for none."""
     max_windows_per_epoch: int | None = None
-    """An epoch ends after so many windows; the next goes on where it ended."""
+    """An epoch ends after this many windows; the next one continues from there."""
     max_val_windows: int = 8192
-    """Validation windows scored after each epoch, evenly spaced over all."""
+    """Maximum validation windows evaluated after each epoch, evenly spaced."""
     patience: int | None = None
-    """Epochs without a better val cosine after which training stops."""
+    """Stop after this many epochs without a better val cosine."""
     max_minutes: float | None = None
-    """Longest training time; the learning rate falls in time for it."""
+    """Maximum training time; the learning rate schedule ends with it."""
     small_sets: bool = False
-    """Under 50,000 windows: smaller batches, and a learning rate that falls with the root of their number."""
+    """Below 50,000 windows, use smaller batches and scale the learning rate with the square root of their number."""
     solved_start: bool = False
-    """Start from a solved output layer (`lvm.predict.start`) instead of at random."""
+    """Initialise the model with `lvm.predict.start` instead of at random."""
     bfloat16: bool = False
-    """Multiply in bfloat16 where the device is faster with it; weights and loss stay float32."""
+    """Multiply in bfloat16 if that is faster on the device; weights and loss stay float32."""
     loss: LossSettings = field(default_factory=LossSettings)
-    """What is minimised."""
     rank: RankSettings | None = None
-    """How the head that searches is trained, after the predictor; None for no head."""
+    """Settings of the rank head, trained after the predictor; None for no head."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_windows", "max_val_windows"):
@@ -85,26 +84,21 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Recipe":
-        """The recipe `to_dict` gave."""
+        """Inverse of `to_dict`."""
         rank = record.get("rank")
-        return cls(
-            **{
-                **record,
-                "loss": LossSettings(**record["loss"]),
-                "rank": None if rank is None else RankSettings(**rank),
-            }
-        )
+        loss = LossSettings(**record["loss"])
+        return cls(**{**record, "loss": loss, "rank": None if rank is None else RankSettings(**rank)})
 
     def batch_size(self, num_windows: int) -> int:
-        """Windows a step for a training set of this size."""
+        """Windows per step for a training set of this size."""
         if not self.small_sets:
             return self.batch_windows
-        # About 24 steps an epoch or more, down to 64 windows a step.
+        # At least about 24 steps per epoch, and at least 64 windows per step.
         fitting: int = 2 ** int(math.log2(max(num_windows / 24, 1)))
         return max(min(self.batch_windows, fitting), min(64, self.batch_windows))
 
     def peak_rate(self, model: str, num_windows: int) -> float:
-        """Highest learning rate for this architecture on a training set of this size."""
+        """Peak learning rate for this architecture and a training set of this size."""
         shrink = min(1.0, math.sqrt(num_windows / 50_000)) if self.small_sets else 1.0
         return self.learning_rates[model] * shrink
 
@@ -117,13 +111,7 @@ class Recipe:
         return math.ceil(self.windows_per_epoch(num_windows) / self.batch_size(num_windows))
 
 
-CLASSIC = Recipe(
-    name="classic",
-    learning_rates=dict.fromkeys(MODELS, 5e-4),
-    optimiser="adam",
-    epochs=20,
-    batch_windows=32,
-)
+CLASSIC = Recipe("classic", dict.fromkeys(MODELS, 5e-4), optimiser="adam", epochs=20, batch_windows=32)
 """The original system's recipe (MSE on unit vectors, Adam, cosine schedule)."""
 
 FAST = Recipe(
@@ -148,13 +136,13 @@ FAST = Recipe(
 """The default."""
 
 LONG = replace(FAST, name="long", epochs=24, patience=4, max_minutes=120.0)
-"""`fast` with room for an architecture that `fast` cuts short: on Wikipedia and two cores the Transformer's 20 minutes
-were over after four of eight epochs (tests/bench/results). Its rank head and rates are those of `fast`."""
+"""`fast` with more time: on Wikipedia and two cores, 20 minutes suffice for only four of the Transformer's eight epochs
+(tests/bench/results)."""
 
 RECIPES = {r.name: r for r in (FAST, CLASSIC, LONG)}
 
 OWN_RECIPES = {OPTIMIZED: LONG}
-"""Recipes that belong to a name of MODELS, whatever recipe the others are trained with."""
+"""Models with a recipe of their own, which replaces any recipe asked for by name."""
 
 
 def recipe_named(name: str) -> Recipe:
@@ -165,7 +153,7 @@ def recipe_named(name: str) -> Recipe:
 
 
 def recipe_for(model: str, name: str) -> Recipe:
-    """The recipe this model is trained with when `name` is asked for. Raises InputError listing the names."""
+    """The recipe for this model if `name` is asked for. Raises InputError listing the names."""
     recipe = recipe_named(name)
     return OWN_RECIPES.get(model, recipe)
 
@@ -175,18 +163,18 @@ def recipe_for(model: str, name: str) -> Recipe:
 
 @dataclass
 class Progress:
-    """Where a run stands; with the weights and the optimiser, all it needs to go on."""
+    """State of a run; with the weights and the optimiser, all that is needed to resume."""
 
     epoch: int = 0
     """Epochs trained."""
     seconds: float = 0.0
-    """Time trained and evaluated, over all attempts."""
+    """Time of training and evaluation, over all attempts."""
     curve: list[dict[str, Any]] = field(default_factory=list)
-    """One entry an epoch: epoch, train_loss, learning_rate, val_loss, val_cosine, seconds, and with InfoNCE
-    what `LossReport` measured, each a mean over the epoch's steps. Epoch 0 is the start, before any step: a
-    candidate like the others, without what only training measures."""
+    """The learning curve, one entry per epoch: epoch, train_loss, learning_rate, val_loss, val_cosine, seconds, and
+    with InfoNCE the fields of `LossReport`, averaged over the epoch's steps. Epoch 0 is the initial model, without
+    the values measured in training."""
     stopped: str | None = None
-    """Why training ended, None while it goes on."""
+    """Why training ended; None before that."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
@@ -194,7 +182,7 @@ class Progress:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The curve's entry with the highest val cosine, the earlier of two equal ones."""
+        """The entry with the highest val cosine; the earliest if several have it."""
         return max(self.curve, key=lambda row: (row["val_cosine"], -row["epoch"]))
 
 
@@ -207,23 +195,20 @@ class Score:
     cosine: float
 
 
-# ----------------------------------------------------------------------------------------------- data order
-
-
 def shuffled_windows(total: int, recipe: Recipe, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
-    """The windows, of `total`, of each batch of one epoch, counted from 1, in an order that seed and epoch decide.
+    """Indices of each batch of an epoch (from 1), out of `total` windows, shuffled by seed and epoch.
 
-    With max_windows_per_epoch, epochs walk on through one shuffled order, so that every window is seen before
-    one comes again.
+    With max_windows_per_epoch, consecutive epochs continue through one shuffled order, so no window repeats before all
+    were seen.
     """
     wanted = recipe.windows_per_epoch(total)
-    place = (epoch - 1) * wanted
+    offset = (epoch - 1) * wanted
     chosen: list[NDArray[np.int64]] = []
     while wanted:
-        turn, start = divmod(place, total)
-        order = np.random.default_rng((seed, turn)).permutation(total)
+        cycle, start = divmod(offset, total)
+        order = np.random.default_rng((seed, cycle)).permutation(total)
         chosen.append(order[start : start + wanted])
-        place += len(chosen[-1])
+        offset += len(chosen[-1])
         wanted -= len(chosen[-1])
     indices = np.concatenate(chosen)
     size = recipe.batch_size(total)
@@ -231,14 +216,11 @@ def shuffled_windows(total: int, recipe: Recipe, seed: int, epoch: int) -> Itera
         yield indices[low : low + size]
 
 
-# --------------------------------------------------------------------------------------------- device, dtype
-
-
 def bfloat16_is_faster(device: torch.device) -> bool:
-    """Whether this device has bfloat16 multiplication of its own.
+    """Whether this device multiplies bfloat16 in hardware.
 
-    On a CPU with AVX-512 BF16 a training step takes 0.5 to 0.6 of its float32 time (measured on AMD Zen 4,
-    one thread, batch 256, all four models); without it, bfloat16 is emulated and slower.
+    With AVX-512 BF16, a training step takes 0.5 to 0.6 of its float32 time (AMD Zen 4, one thread, batch 256, the four
+    main models); without hardware support bfloat16 is slower than float32.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -252,7 +234,7 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 
 
 def learning_rate(recipe: Recipe, peak: float, done: float) -> float:
-    """The rate when this share of the run (0 to 1) is done: a straight rise, then half a cosine."""
+    """The learning rate at this share (0 to 1) of the run: linear warm-up, then a cosine decay."""
     if done < recipe.warmup_share:
         return peak * done / recipe.warmup_share
     rest = (done - recipe.warmup_share) / max(1.0 - recipe.warmup_share, 1e-9)
@@ -283,11 +265,10 @@ def train_step(
     bfloat16: bool,
     weight: float = 1.0,
 ) -> LossReport:
-    """One step on one batch; what its loss and gradients were.
+    """One optimiser step on one batch. If the loss is not finite, the weights are left unchanged.
 
-    forward: `Team.forward` of the model. contexts: (B, T, D), targets: (B, D), on the model's device, and their weight
-    (`Team.part`). What is minimised is `model.loss(contexts, targets)` where the architecture has one of its own, else
-    the recipe's. A loss that is no number leaves the weights as they were.
+    forward: `Team.forward` of the model. contexts: (B, T, D), targets: (B, D), on the model's device. weight: from
+    `Team.part`. The loss is `model.loss(contexts, targets)` if the architecture has its own, else the recipe's.
     """
     optimiser.zero_grad(set_to_none=True)
     with torch.autocast(contexts.device.type, torch.bfloat16, enabled=bfloat16):
@@ -307,9 +288,9 @@ def train_step(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[Batch], bfloat16: bool = False, team: Team = ALONE) -> Score:
-    """Loss and cosine, means over all windows, those of the whole team; the model is left in evaluation mode.
+    """Mean loss and cosine over all windows of all workers; leaves the model in evaluation mode.
 
-    Raises InputError where there is no window.
+    Raises InputError if there is no window.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -321,7 +302,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], bfloat16: bool = False,
         loss += float(mse(predicted, truth)) * len(targets)
         cosine += float(F.cosine_similarity(predicted, truth).sum())
         count += len(targets)
-    count, loss, cosine = team.sums(count, loss, cosine)
+    count, loss, cosine = team.all_reduce(count, loss, cosine)
     if not count:
         raise InputError("expected at least one window to evaluate on, got none")
     return Score(loss / count, cosine / count)
@@ -343,18 +324,15 @@ def fit(
     clock: Callable[[], float] = time.monotonic,
     team: Team = ALONE,
 ) -> Progress:
-    """Train `model` in place, on the device it is on, until the recipe or the val cosine says stop; it then has the
-    weights of its best epoch by val cosine.
+    """Train `model` in place, on its device, until the recipe says to stop. The final weights are those of the best
+    epoch by val cosine.
 
-    name: key of MODELS. Without `progress` training begins, from a solved start where the recipe says so;
-    with it the caller has loaded the weights. `save` is called once an epoch, 0 included, with a state from
-    which another call goes on (`progress`, `optimiser_state`, `best` and the weights); `log` likewise, with the curve's
-    new entry. best: weights of the best epoch so far, kept up to date in place; {} or None to begin with.
+    name: key of MODELS. progress, optimiser_state, best: state to resume from; the caller has loaded the weights. best
+    has the weights of the best epoch so far and is updated in place. save: called after each epoch, including 0, with
+    the state to resume from; log: before it, with the new entry of the learning curve. team: the workers that train
+    this model together, each of which calls this function with the same arguments.
 
-    team: the workers that train this model together, each of which calls this with the same arguments.
-
-    Raises TrainingError naming epoch and batch when the loss is no longer a number; what was saved stays
-    good.
+    Raises TrainingError, naming epoch and batch, if the loss becomes NaN or infinite; saved states remain valid.
     """
     device = next(model.parameters()).device
     bfloat16 = recipe.bfloat16 and bfloat16_is_faster(device)
@@ -362,13 +340,11 @@ def fit(
     steps_per_epoch = recipe.steps_per_epoch(len(train))
     if hasattr(model, "loss") and recipe.loss.info_nce_share:
         raise InputError(
-            f"{name} has a loss of its own, beside which InfoNCE has no place; expected info_nce_share 0 for it, got "
+            f"{name} has its own loss, which cannot be combined with InfoNCE; expected info_nce_share 0 for it, got "
             f"{recipe.loss.info_nce_share:g}"
         )
     if team.size > 1 and recipe.loss.info_nce_share:
-        raise InputError(
-            "InfoNCE beside squared distance trains with one worker a model; expected no more than 1"
-        )
+        raise InputError(f"a loss with InfoNCE needs 1 worker per model, got {team.size}; train with one")
     prepare = getattr(model, "prepare", None)
     if progress is None and prepare is not None:
         prepare(torch.from_numpy(targets) for _, targets in spread_batches(train, SOLVED_WINDOWS))
@@ -385,7 +361,7 @@ def fit(
     begun = clock() - progress.seconds
     trained: dict[str, float] = {}
     while True:
-        # Evaluate: whoever compares models, or picks a checkpoint, reads this. A resumed run has it already.
+        # Evaluate, unless the run was resumed here: then the curve has this epoch already.
         resumed = bool(progress.curve) and progress.curve[-1]["epoch"] == progress.epoch
         if not resumed:
             batches = spread_batches(val, recipe.max_val_windows, first=team.rank, every=team.size)
@@ -393,20 +369,15 @@ def fit(
             if not math.isfinite(score.loss):
                 raise TrainingError(
                     f"{name}: the validation loss is {score.loss} after epoch {progress.epoch}; expected a "
-                    f"number. Training of {name} ends here. Take a lower learning rate."
+                    f"number. Training of {name} ends here. Use a lower learning rate."
                 )
-            progress.seconds = team.of_first(clock() - begun)
-            row = {
-                "epoch": progress.epoch,
-                **trained,
-                "val_loss": score.loss,
-                "val_cosine": score.cosine,
-                "seconds": round(progress.seconds, 3),
-            }
+            progress.seconds = team.broadcast(clock() - begun)
+            row = {"epoch": progress.epoch, **trained, "val_loss": score.loss, "val_cosine": score.cosine}
+            row["seconds"] = round(progress.seconds, 3)
             progress.curve.append(row)
             if progress.best is row:
                 best.update(_copy_of_weights(model))
-            # Log, then save: a kill between the two costs the epoch, a line too many costs nothing.
+            # Log, then save: if the run is killed in between, the epoch is repeated and merely logged twice.
             if log is not None:
                 log(row)
             if save is not None:
@@ -419,7 +390,7 @@ def fit(
                 model.load_state_dict(best)
             return progress
 
-        # Step through one epoch. Dropout draws from the epoch's own seed, so resuming changes nothing.
+        # Train one epoch. Seeding dropout by epoch makes a resumed run equal to an uninterrupted one.
         progress.epoch += 1
         torch.manual_seed((seed * 1_000_003 + progress.epoch) * team.size + team.rank)
         model.train()
@@ -435,30 +406,21 @@ def fit(
             rate = learning_rate(recipe, peak, done)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            report = train_step(
-                forward,
-                model,
-                optimiser,
-                torch.from_numpy(contexts).to(device),
-                torch.from_numpy(targets).to(device),
-                recipe,
-                bfloat16,
-                weight,
-            )
-            # One of them has to know what all do next.
-            loss, seconds = team.sums(
-                report.loss * weight / team.size, clock() - begun if team.rank == 0 else 0.0
-            )
+            x, y = torch.from_numpy(contexts).to(device), torch.from_numpy(targets).to(device)
+            report = train_step(forward, model, optimiser, x, y, recipe, bfloat16, weight)
+            # The same loss and time on all workers, so that they all stop together.
+            elapsed = clock() - begun if team.rank == 0 else 0.0
+            loss, seconds = team.all_reduce(report.loss * weight / team.size, elapsed)
             report = replace(report, loss=loss)
             if not math.isfinite(report.loss):
                 raise TrainingError(
                     f"{name}: the loss is {report.loss} at epoch {progress.epoch}, batch {number} of "
                     f"{steps_per_epoch} (learning rate {rate:.2g}); expected a number. Training of {name} "
-                    "ends here. Take a lower learning rate."
+                    "ends here. Use a lower learning rate."
                 )
             reports.append(report)
             if done >= 1.0:
-                break  # out of minutes
+                break  # max_minutes are over
         trained = {**_means(reports), "learning_rate": rate}
 
 
@@ -479,7 +441,7 @@ def _reason_to_stop(progress: Progress, recipe: Recipe) -> str | None:
 
 
 def _means(reports: list[LossReport]) -> dict[str, float]:
-    """Means over an epoch's steps, of what was measured."""
+    """Means over an epoch's steps of the fields that were measured."""
     row = {"train_loss": float(np.mean([r.loss for r in reports]))}
     for name in ("info_nce", "mse_gradient_norm", "info_nce_gradient_norm", "info_nce_scale"):
         values = [getattr(r, name) for r in reports]

@@ -1,10 +1,10 @@
-"""All vectors of one encode job as one array that readers map, in order of article and position.
+"""The vectors of one encode job as one memory-mapped array, sorted by article and position.
 
-`latent encode` writes it beside its shards, before the manifest that says that all is there; opening writes nothing.
-Titles, texts and sources are in the shards alone, and are read from there.
+`latent encode` writes it beside its shards, before the manifest that marks the job as complete; opening it writes
+nothing. Titles, texts and sources are only in the shards, and are read from there.
 
-    _array/<fingerprint>-2/vectors.npy …     a file per column, named as the fields of `VectorArray`
-    _array/<fingerprint>-2/array.json        size and SHA-256 of each; on object storage it comes last
+    _array/<fingerprint>-2/vectors.npy …     one file per column, named as the fields of `VectorArray`
+    _array/<fingerprint>-2/array.json        size and SHA-256 of each; written last
 
 Letters: N chunks, D = 768.
 """
@@ -42,10 +42,10 @@ from lvm.vectors.shards import (
 )
 
 BLOCK_ROWS = 16_384
-"""Rows worked on at a time while the array is made: 48 MiB of float32 vectors."""
+"""Rows processed at a time while the array is written: 48 MiB of float32 vectors."""
 
 TEXT_BYTES = 256 << 20
-"""Most bytes of texts that a reader keeps in memory, those read last; 100 to 150 are a chunk's."""
+"""Size of a reader's text cache; a chunk takes 100 to 150 bytes."""
 
 _TEXT_COLUMNS = ["title", "text", "source"]
 _ARRAYS = (
@@ -54,49 +54,48 @@ _ARRAYS = (
 )
 _STORED = tuple(name for name in _ARRAYS if name != "neighbour_cosines")
 _LAYOUT = 2
-"""Raised when the files of an array change; one of another layout is as good as none."""
+"""Version of the file layout; arrays of another version are ignored."""
 
 Rows = Sequence[int] | NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class VectorArray:
-    """All chunks of one encode job by article and position. Every array is memory-mapped and read-only."""
+    """The chunks of one encode job, sorted by article and position. Every array is memory-mapped and read-only."""
 
     directory: Location
     """The encode job's folder."""
     fingerprint: str
-    """Fingerprint of its manifest: another array, another fingerprint."""
+    """Fingerprint of its manifest; identifies the content."""
     identity: CodecIdentity
-    """Codec of the vectors."""
     vectors: NDArray[Any] = field(repr=False)
     """(N, D) float16 or float32, as stored; norm 1."""
     doc_ids: NDArray[np.int32] = field(repr=False)
-    """(N,) the chunk's article, ascending."""
+    """(N,) article number, ascending."""
     positions: NDArray[np.int32] = field(repr=False)
-    """(N,) its place in the article, ascending within one."""
+    """(N,) position in the article, ascending within it."""
     chunk_ids: NDArray[np.str_] = field(repr=False)
     """(N,) unicode."""
     num_tokens: NDArray[np.int32] = field(repr=False)
-    """(N,) before any cut, end of sequence included."""
+    """(N,) before truncation, end of sequence included."""
     truncated: NDArray[np.bool_] = field(repr=False)
-    """(N,) True where the codec cut the text."""
+    """(N,) True if the codec truncated the text."""
     norms: NDArray[np.float32] = field(repr=False)
     """(N,) norm of the encoder's output."""
     neighbour_cosines: NDArray[np.float32] = field(repr=False)
-    """(N,) cosine of row i and row i + 1, of whatever articles; the last is 0."""
+    """(N,) cosine of rows i and i + 1, even across articles; the last is 0."""
     text_keys: NDArray[np.uint64] = field(repr=False)
-    """(N,) hash of the text without case and white space: equal key, equal text."""
+    """(N,) hash of the text, ignoring case and white space."""
     shard_rows: NDArray[np.int64] = field(repr=False)
-    """(N,) the chunk's row in the shards, counted through all of them."""
+    """(N,) the chunk's row in the concatenated shards."""
     shards: "TextShards" = field(repr=False)
-    """Where the texts are."""
+    """Reader of the texts."""
 
     def __len__(self) -> int:
         return len(self.doc_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker maps the same files; no vector travels.
+        # The worker maps the same files, so no vector is copied.
         return (_reopen, (self.directory, self.fingerprint))
 
     def texts(self, rows: Rows) -> list[str]:
@@ -104,7 +103,7 @@ class VectorArray:
         return self._column("text", rows)
 
     def titles(self, rows: Rows) -> list[str]:
-        """Titles of the articles of these rows, in their order."""
+        """Article titles of these rows, in their order."""
         return self._column("title", rows)
 
     def sources(self, rows: Rows) -> list[str]:
@@ -112,7 +111,7 @@ class VectorArray:
         return self._column("source", rows)
 
     def require_codec(self, identity: CodecIdentity, what: str) -> None:
-        """Return when `what`, of this identity, may be used with these vectors; else raise IdentityError."""
+        """Raise IdentityError unless `identity`, the codec of `what`, is that of these vectors."""
         require_same_codec(self.identity, identity, str(self.directory), what)
 
     def _column(self, name: str, rows: Rows) -> list[str]:
@@ -120,10 +119,10 @@ class VectorArray:
 
 
 class TextShards:
-    """Titles, texts and sources, read shard by shard as they are asked for, and kept up to TEXT_BYTES.
+    """Titles, texts and sources, read lazily by shard and kept in an LRU cache of TEXT_BYTES. Thread-safe.
 
-    Shards on a disk are mapped from the beginning, so that those a later encode job puts in their place take nothing
-    away; those on object storage are fetched by checksum. Threads may share it.
+    Shards on disk are memory-mapped at once, so they stay readable if a later encode job replaces the files; those on
+    object storage are fetched by checksum.
     """
 
     def __init__(self, directory: Location, shards: Sequence[Shard]) -> None:
@@ -134,7 +133,7 @@ class TextShards:
         self._lock = threading.Lock()
 
     def column(self, name: str, rows: NDArray[np.int64]) -> list[str]:
-        """Values of a column in these rows, counted through all shards; in their order."""
+        """Values of a column in these rows of the concatenated shards, in their order."""
         numbers = np.searchsorted(self._ends, rows, side="right")
         values = np.empty(len(rows), object)
         by_shard = np.argsort(numbers, kind="stable")
@@ -145,11 +144,6 @@ class TextShards:
                 values[places] = self._table(number).column(name).take(pa.array(inside)).to_pylist()
         found: list[str] = values.tolist()
         return found
-
-    @property
-    def kept_bytes(self) -> int:
-        """Of the texts in memory."""
-        return int(self._kept.currsize)
 
     def _table(self, number: int) -> pa.Table:
         with self._lock:
@@ -167,7 +161,7 @@ class TextShards:
 
 
 def _mapped(path: Path) -> pa.Buffer:
-    """A file's bytes; the mapping outlives the file's name, and takes no descriptor."""
+    """A file's bytes; the mapping survives the file's deletion and holds no file descriptor."""
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()
 
@@ -176,14 +170,14 @@ def _mapped(path: Path) -> pa.Buffer:
 
 
 def open_vectors(directory: Location | str) -> VectorArray:
-    """The vectors of a finished encode job. Nothing is written beside them; from object storage the array's files are
-    fetched into this machine's cache, once for each checksum.
+    """The vectors of a finished encode job. Read-only; from object storage, array files are downloaded into the local
+    cache once per checksum.
 
-    Shards without an array, which earlier versions left, are laid out in a temporary folder of this process, in about
-    a second for 300,000 chunks; `latent encode` or `latent index`, run again, writes the array for all.
+    If there is no array (earlier versions wrote none), it is built in a temporary folder, about a second per 300,000
+    chunks; running `latent encode` or `latent index` again stores it.
 
-    Raises InputError when the job is not finished or a shard is missing or cut off; without an array also as
-    `write_array` does, and OutputError when the temporary folder has no room.
+    Raises InputError if the job is unfinished or a shard is missing or truncated; without an array also the errors of
+    `write_array`, and OutputError if the temporary folder cannot be written.
     """
     directory = location(directory)
     manifest = Manifest.load(directory, "vectors")
@@ -195,17 +189,17 @@ def open_vectors(directory: Location | str) -> VectorArray:
     try:
         with tempfile.TemporaryDirectory(prefix="latent-") as name:
             made = _lay_out(directory, manifest, Path(name))
-            # What is mapped outlives the names.
+            # The mappings survive the deletion of the folder.
             return _map(directory, manifest, {f.file: Path(name, f.file) for f in made})
     except OSError as err:
         raise OutputError(
-            f"{directory} has no array, and none can be laid out in the temporary folder ({err}); set TMPDIR to a "
-            "folder with room, or run `latent encode` again where that folder can be written, which makes it for all"
+            f"{directory} has no array, and it cannot be built in the temporary folder ({err}); set TMPDIR to a folder "
+            "with free space, or run `latent encode` again with write access to that folder, which stores the array"
         ) from err
 
 
 def array_folder(directory: Location, manifest: Manifest) -> Location:
-    """Where the array of these shards is, if it is there."""
+    """Folder of these shards' array, whether or not it exists."""
     return directory / "_array" / f"{manifest.fingerprint}-{_LAYOUT}"
 
 
@@ -220,19 +214,21 @@ def _reopen(directory: Location, expected: str) -> VectorArray:
 
 
 def _files(folder: Location) -> list[Shard] | None:
-    """What an array consists of; None where there is none."""
+    """Files of an array; None if there is none."""
     path = folder / "array.json"
     try:
         files = [Shard(**record) for record in json.loads(path.read_bytes())]
         if {f.file for f in files} != {f"{name}.npy" for name in _ARRAYS}:
-            raise ValueError("it does not list the files of an array")
+            raise ValueError("unexpected list of files")
         return files
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as err:
-        raise InputError(
-            f"{path} is damaged ({err}); delete {folder} and run `latent encode` again, which makes it from the shards"
-        ) from err
+        raise _unusable(path, f"is damaged ({err})") from err
+
+
+def _unusable(file: Location, why: str) -> InputError:
+    return InputError(f"{file} {why}; delete {file.parent} and run `latent encode` again, which rebuilds it")
 
 
 def _map(directory: Location, manifest: Manifest, files: dict[str, Path]) -> VectorArray:
@@ -240,25 +236,17 @@ def _map(directory: Location, manifest: Manifest, files: dict[str, Path]) -> Vec
     for name in _ARRAYS:
         path = files[f"{name}.npy"]
         try:
-            # numpy cannot map a file without data.
+            # numpy cannot map an empty file.
             arrays[name] = np.load(path, mmap_mode="r" if manifest.rows else None, allow_pickle=False)
         except (OSError, ValueError) as err:
-            raise InputError(
-                f"{path} is damaged ({err}); delete {path.parent} and run `latent encode` again, which makes it from "
-                "the shards"
-            ) from err
-    shape = arrays["vectors"].shape
-    if shape != (manifest.rows, manifest.identity.dim):
-        raise InputError(
-            f"{files['vectors.npy']} holds vectors {shape}, expected ({manifest.rows}, {manifest.identity.dim}) as the "
-            "manifest says; delete its folder and run `latent encode` again, which makes it from the shards"
-        )
+            raise _unusable(path, f"is damaged ({err})") from err
+    shape, expected = arrays["vectors"].shape, (manifest.rows, manifest.identity.dim)
+    if shape != expected:
+        raise _unusable(files["vectors.npy"], f"has shape {shape}, expected {expected} as its manifest says")
     for name, values in arrays.items():
         if len(values) != manifest.rows:
-            raise InputError(
-                f"{files[f'{name}.npy']} has {len(values)} rows, expected {manifest.rows} as the manifest says; delete "
-                "its folder and run `latent encode` again, which makes it from the shards"
-            )
+            why = f"has {len(values)} rows, expected {manifest.rows} as its manifest says"
+            raise _unusable(files[f"{name}.npy"], why)
     texts = TextShards(directory, manifest.shards)
     return VectorArray(directory, manifest.fingerprint, manifest.identity, **arrays, shards=texts)
 
@@ -267,12 +255,12 @@ def _map(directory: Location, manifest: Manifest, files: dict[str, Path]) -> Vec
 
 
 def write_array(directory: Location, manifest: Manifest) -> bool:
-    """Write the array of these shards beside them; arrays of what was there before go. False where it is there.
+    """Write the array beside its shards and delete those of earlier shards; False if it already exists.
 
-    A job that writes shards calls it before it saves their manifest, so that who finds a manifest finds the array.
+    Call it before saving the manifest: a folder with a manifest then always has its array.
 
-    Raises InputError when a shard is damaged, a chunk comes twice, or a vector is NaN, not of norm 1 or of the wrong
-    dimension; IdentityError when the shards come from two codecs; OutputError when the folder cannot be written.
+    Raises InputError if a shard is damaged, a chunk id repeats, or a vector is NaN, not of norm 1 or of the wrong
+    dimension; IdentityError if shards come from different codecs; OutputError if the folder cannot be written.
     """
     folder = array_folder(directory, manifest)
     files = _files(folder)
@@ -280,9 +268,8 @@ def write_array(directory: Location, manifest: Manifest) -> bool:
         return False
     try:
         with new_folder(folder) as temporary:
-            write_json(
-                temporary / "array.json", [asdict(f) for f in _lay_out(directory, manifest, temporary)]
-            )
+            written = _lay_out(directory, manifest, temporary)
+            write_json(temporary / "array.json", [asdict(f) for f in written])
             publish_folder(temporary, folder, last="array.json")
     except OSError as err:
         raise cannot_write(folder, err) from err
@@ -293,11 +280,11 @@ def write_array(directory: Location, manifest: Manifest) -> bool:
 
 
 def _lay_out(directory: Location, manifest: Manifest, folder: Path) -> list[Shard]:
-    """Write the array's files, synced, into `folder`. Shard by shard: of a chunk, 8 bytes stay in memory, some 100
-    where the shards are not in order of article and position."""
+    """Write the array's files into `folder`, with fsync. Shards are streamed: memory use is 8 bytes per chunk, about
+    100 if the shards are not sorted by article and position."""
     if not manifest.shards:
         raise InputError(f"{directory} holds no shard, expected one or more; run `latent chunk` on some text")
-    # Ids of `latent chunk` have 32 characters. Where others are longer, all is written once more.
+    # Ids of `latent chunk` have 32 characters. If one is longer, the columns are written again, wider.
     width = 32
     while (longest := _write_columns(directory, manifest, folder, width)) > width:
         width = longest
@@ -320,8 +307,8 @@ def _lay_out(directory: Location, manifest: Manifest, folder: Path) -> list[Shar
 
 
 def _write_columns(directory: Location, manifest: Manifest, folder: Path, width: int) -> int:
-    """Write the columns of _STORED, rows as the shards have them, and return `width`; the length of a longer id as soon
-    as there is one. Raises InputError where an id comes twice."""
+    """Write the columns of _STORED in shard order, ids as `width` characters, and return `width`. On a longer id, stop
+    and return its length. Raises InputError if an id repeats."""
     hashes = np.empty(manifest.rows, np.uint64)
     row, dtype = 0, None
     with ExitStack() as stack:
@@ -336,9 +323,7 @@ def _write_columns(directory: Location, manifest: Manifest, folder: Path, width:
             ids = table.column("chunk_id").to_pylist()
             require_unit_vectors(vectors, manifest.identity.dim, f"shard {path}", ids)
             if vectors.dtype != (dtype := dtype or vectors.dtype):
-                raise InputError(
-                    f"shard {path} stores {vectors.dtype}, those before it {dtype}; encode again"
-                )
+                raise InputError(f"shard {path} stores {vectors.dtype}, earlier shards {dtype}; encode again")
             if (longest := max(map(len, ids), default=0)) > width:
                 return longest
             texts = table.column("text").to_pylist()
@@ -368,20 +353,16 @@ def _write_columns(directory: Location, manifest: Manifest, folder: Path, width:
 
 
 def _append(file: IO[bytes], values: NDArray[Any], shape: tuple[int, ...] | None) -> None:
-    """Write rows of an array at the end of its file; the first ones with its shape. Not mapped: a full disk is an error
-    then, and no signal that ends the process."""
+    """Append rows to an .npy file; with `shape`, write its header first. Not memory-mapped: a full disk then raises
+    OSError, where a mapped write would end the process with SIGBUS."""
     if shape is not None:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(values.dtype),
-            "fortran_order": False,
-            "shape": shape,
-        }
-        np.lib.format.write_array_header_1_0(file, header)
+        descr = np.lib.format.dtype_to_descr(values.dtype)
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
     file.write(np.ascontiguousarray(values).data)
 
 
 def _save(path: Path, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]) -> None:
-    """Write an array of this shape whose rows come in blocks."""
+    """Write an .npy file of this shape from blocks of rows."""
     with path.open("wb") as file:
         for number, block in enumerate(blocks):
             _append(file, block, None if number else shape)
@@ -400,7 +381,7 @@ def _blocks(rows: int) -> Iterator[slice]:
 def _neighbour_cosines(vectors: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
     for rows in _blocks(len(vectors)):
         block = vectors[rows.start : rows.stop + 1].astype(np.float32)
-        block /= np.linalg.norm(block, axis=1, keepdims=True)  # of float16, so not quite 1
+        block /= np.linalg.norm(block, axis=1, keepdims=True)  # float16 rounding moved them off 1
         cosines = np.zeros(min(BLOCK_ROWS, len(vectors) - rows.start), np.float32)
         cosines[: len(block) - 1] = np.einsum("nd,nd->n", block[:-1], block[1:])
         yield cosines
@@ -409,24 +390,22 @@ def _neighbour_cosines(vectors: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
 def _numbers(table: pa.Table, name: str, dtype: Any, directory: Location) -> NDArray[Any]:
     column = table.column(name)
     if column.null_count:
-        raise InputError(
-            f"{directory}: {column.null_count} rows have no {name}, expected one for each; encode again"
-        )
+        raise InputError(f"{directory}: {column.null_count} rows have no {name}, expected none; encode again")
     values: NDArray[Any] = column.to_numpy()
     return values.astype(dtype, copy=False)
 
 
 def _hashes(ids: NDArray[np.str_]) -> NDArray[np.uint64]:
-    """64 bits of each id (N,)."""
+    """(N,) FNV-style hash of each id."""
     hashes = np.zeros(len(ids), np.uint64)
     for column in ids.view(np.uint32).reshape(len(ids), -1).T:
-        hashes = hashes * np.uint64(0x100000001B3) + column  # modulo 2^64; FNV's factor
+        hashes = hashes * np.uint64(0x100000001B3) + column  # modulo 2^64
     return hashes
 
 
 def _require_unique(hashes: NDArray[np.uint64], path: Path, directory: Location) -> None:
-    """Return when no id comes twice. hashes: `_hashes` of them, (N,), which is sorted. path: where the ids are: equal
-    hashes are a reason to look, no more."""
+    """Raise InputError if an id repeats. hashes: (N,) of the ids in file `path`; sorted in place. Ids with equal hashes
+    are compared themselves."""
     hashes.sort()
     twice = hashes[1:][hashes[1:] == hashes[:-1]]
     if not len(twice):
@@ -437,9 +416,8 @@ def _require_unique(hashes: NDArray[np.uint64], path: Path, directory: Location)
     if (counts > 1).any():
         again = names[counts > 1]
         raise InputError(
-            f"{directory}: chunk {again[0]} comes {counts[counts > 1][0]} times ({len(again)} chunks "
-            "come more than once), expected each once. The input holds an article twice: remove it, "
-            "then chunk and encode again."
+            f"{directory}: chunk {again[0]} comes {counts[counts > 1][0]} times ({len(again)} chunks come more than "
+            "once), expected each once. The input has an article twice: remove one, then chunk and encode again."
         )
 
 
@@ -449,7 +427,7 @@ def _places(doc_ids: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray
 
 
 def _ascending(doc_ids: NDArray[np.int32], positions: NDArray[np.int32]) -> bool:
-    """True where rows are in order of article and position, and no place comes twice."""
+    """Whether rows are sorted by article and position, without repeats."""
     last = np.empty(0, np.int64)
     for rows in _blocks(len(doc_ids)):
         places = np.concatenate((last, _places(doc_ids[rows], positions[rows])))

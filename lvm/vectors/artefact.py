@@ -1,8 +1,8 @@
-"""What a stage makes, from the claim of its folder to the last cleaning; the one answer to whether it is up to date.
+"""Output folders of the stages: claim one, decide whether it is up to date, publish it, clean up.
 
-Shards of a stage lie in one folder that is brought up to date file by file (`Artefact`); an evaluation and a sweep are
-files that one of them, written last, tells whole (`finished_result`); a version of an index and a model record are
-folders that appear whole under their name and never change (`lvm.storage.new_folder`).
+There are three kinds. Stages that write shards update a folder file by file (`Artefact`). Evaluations and sweeps write
+their JSON result last, so its presence marks them as complete (`finished_result`). Index versions and model records
+are folders that appear under their name when complete and never change (`lvm.storage.new_folder`).
 """
 
 import json
@@ -30,17 +30,17 @@ class Artefact:
 
     folder: Location
     kind: str
-    """Of the manifest."""
+    """Kind of the manifest: "chunks", "vectors", …"""
     settings: dict[str, Any]
-    """All that decides the content beside the inputs."""
-    tell: Callable[[str], None] = lambda line: None
-    """Takes a line for the user."""
+    """Everything that determines the content, besides the inputs."""
+    log: Callable[[str], None] = lambda line: None
+    """Shows a line to the user."""
 
     def claim(self, overwrite: bool = False) -> None:
-        """Make the folder this artefact's, before any shard is written.
+        """Record kind and settings in the folder, before any shard is written.
 
-        Raises OutputError when other settings made or began what it holds; nothing is touched then. With `overwrite`,
-        what the other settings made is removed first; what another stage made never is.
+        Raises OutputError, without touching anything, if the folder belongs to other settings or another stage. With
+        `overwrite`, output of other settings is deleted first, but never that of another stage.
         """
         require_folder(self.folder)
         try:
@@ -55,14 +55,14 @@ class Artefact:
             self._write_claim()
 
     def manifest(self) -> Manifest | None:
-        """The manifest there is, whatever it was made from; None where there is none."""
-        there = (self.folder / "manifest.json").exists()
-        return Manifest.load(self.folder, self.kind) if there else None
+        """The folder's manifest, from whatever inputs; None if there is none."""
+        exists = (self.folder / "manifest.json").exists()
+        return Manifest.load(self.folder, self.kind) if exists else None
 
     def current(self, inputs: Mapping[str, Any], deep: bool = False) -> Manifest | None:
-        """The manifest when all is there and made from these inputs; else None. deep: files are hashed.
+        """The manifest if the folder is complete and was made from these inputs, else None. deep: check file hashes.
 
-        Raises OutputError when other settings made, or began, what the folder holds.
+        Raises OutputError if the folder belongs to other settings or another stage.
         """
         self._require_own()
         found = self.manifest()
@@ -71,9 +71,9 @@ class Artefact:
         return found
 
     def begin(self) -> dict[str, str]:
-        """Take the manifest away before shards change: a kill then leaves none of what is half redone.
+        """Delete the manifest before shards change, so that an interrupted run does not look complete.
 
-        The hash of each file that it listed comes back: nothing else knows that of a whole file.
+        Returns the SHA-256 of each file that it listed, which is recorded nowhere else.
         """
         found = self.manifest()
         self._write_claim()
@@ -81,10 +81,10 @@ class Artefact:
         return {} if found is None else {s.file: s.sha256 for s in found.shards}
 
     def finished(self, file: str, footer: Mapping[str, Any], sha256: str | None = None) -> Shard | None:
-        """The shard of this name when an earlier run made it whole and with this footer; None when it has to be made.
+        """The shard of this name if an earlier run completed it with this footer; None if it has to be written.
 
-        Every page's checksum is read, so a flipped bit in one is found; one between the pages only with `sha256`, what
-        a manifest says of the file.
+        Page checksums detect corrupt data; corruption outside the pages is detected only if `sha256`, the hash from an
+        earlier manifest, is given.
         """
         path = self.folder / file
         if not path.exists():
@@ -96,37 +96,33 @@ class Artefact:
         except InputError:
             found = "damaged"
         if found == "damaged" or sha256 not in (None, found):
-            self.tell(f"{path} is damaged and is made again")
+            self.log(f"{path} is damaged and is written again")
             return None
         return Shard(file, rows, path.stat().st_size, found)
 
     def publish(self, manifest: Manifest) -> list[str]:
-        """Write the manifest, then remove what it does not list; the names of those shards."""
+        """Write the manifest, then delete shards that it does not list; returns their names."""
         manifest.save(self.folder)
         sweep_temporaries(self.folder)
         listed = {s.file for s in manifest.shards}
-        gone = sorted(p.name for p in self.folder.glob("part-*.parquet") if p.name not in listed)
-        for name in gone:
+        stale = sorted(p.name for p in self.folder.glob("part-*.parquet") if p.name not in listed)
+        for name in stale:
             (self.folder / name).unlink(missing_ok=True)
-        return gone
+        return stale
 
     def _write_claim(self) -> None:
         write_json(self.folder / "settings.json", {"kind": self.kind, "settings": self.settings})
 
     def _clear(self) -> None:
-        """Remove what the stage wrote and nothing else; the manifest goes first."""
-        (self.folder / "manifest.json").unlink(missing_ok=True)
-        for path in [
-            *self.folder.glob("part-*.parquet"),
-            *self.folder.glob("shards-*.parquet"),
-            self.folder / "settings.json",
-        ]:
-            path.unlink(missing_ok=True)
+        """Delete what the stage wrote and nothing else, the manifest first."""
+        for pattern in ("manifest.json", "part-*.parquet", "shards-*.parquet", "settings.json"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
         remove_tree(self.folder / "_array")
         sweep_temporaries(self.folder)
 
     def _claimed(self) -> tuple[str, dict[str, Any]] | None:
-        """Kind and settings that made or began what the folder holds; None when nobody did."""
+        """Kind and settings that the folder belongs to; None if it is unclaimed."""
         for name in ("manifest.json", "settings.json"):
             try:
                 record = json.loads((self.folder / name).read_bytes())
@@ -135,7 +131,7 @@ class Artefact:
                 continue
             except (ValueError, TypeError, KeyError) as err:
                 raise OutputError(
-                    f"{self.folder / name} is not readable ({err}); expected the record of a stage. "
+                    f"{self.folder / name} is not readable ({err}); expected kind and settings of a stage as JSON. "
                     "Delete that file if the folder is this stage's, or choose another --output."
                 ) from err
         return None
@@ -152,22 +148,21 @@ class Artefact:
 
 
 def require_same(folder: Location, made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Return when the folder's settings are those asked for, else raise OutputError naming those that differ."""
+    """Raise OutputError, naming the differences, unless the folder was made with the settings `asked` for."""
     wanted = as_json(asked)
     names = [n for n in sorted({*wanted, *made_with}) if wanted.get(n) != made_with.get(n)]
     if names:
         differs = "; ".join(f"{n} was {made_with.get(n)!r}, now {wanted.get(n)!r}" for n in names)
-        raise OutputError(
-            f"{folder} was made with other settings: {differs}. Choose another --output or pass --overwrite."
-        )
+        cure = "Choose another --output or pass --overwrite."
+        raise OutputError(f"{folder} was made with other settings: {differs}. {cure}")
 
 
 def finished_result(
     output: Location, file: str, settings: Mapping[str, Any], overwrite: bool = False
 ) -> dict[str, Any] | None:
-    """What the JSON `file`, which a job writes into `output` last, says; None where there is none.
+    """Content of the JSON `file` that a job writes into `output` last; None if there is none.
 
-    Raises OutputError when it is no record of such a job, or one of other `settings`; with `overwrite` that is None.
+    Raises OutputError if the file is invalid or was made with other `settings`; with `overwrite`, returns None then.
     """
     require_folder(output)
     try:
@@ -180,13 +175,12 @@ def finished_result(
             return None
         if isinstance(err, OutputError):
             raise
-        raise OutputError(
-            f"{output / file} is not readable ({err!r}); choose another --output or delete that file"
-        ) from err
+        path = output / file
+        raise OutputError(f"{path} is not readable ({err!r}); choose another --output or delete it") from err
     return dict(found)
 
 
 def require_folder(output: Location) -> None:
-    """Return when `output` is a folder or can become one, else raise OutputError."""
+    """Raise OutputError if `output` exists and is not a folder."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"--output {output} is a file, expected a folder; choose another --output")

@@ -1,10 +1,10 @@
-"""Tables of the concept store: migrations that only go forward, and what each dataset gets.
+"""Tables of the concept store: forward-only migrations, and the tables of each dataset.
 
 cpe_entry                  a view over all rows, for people and other programs
-cpe_halfvec_768 …          one table a storage type and dimension, partitioned by dataset
-cpe_d7                     the partition of dataset 7: key, order and vector index are here
-cpe_dataset, cpe_article   what there is, and which articles were ingested from which content
-cpe_stage, cpe_staged      loads under way; their rows lie in unlogged tables until the merge
+cpe_halfvec_768 …          one table per storage type and dimension, partitioned by dataset
+cpe_d7                     the partition of dataset 7, with its primary key, uniqueness and vector index
+cpe_dataset, cpe_article   the datasets, and the content hash of each ingested article
+cpe_stage, cpe_staged      loads in progress; their rows are in unlogged tables until the merge
 """
 
 from psycopg import errors, sql
@@ -12,7 +12,7 @@ from psycopg import errors, sql
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import DatabaseError
 from lvm.vectors.entries import COLUMNS, Storage
-from lvm.vectors.postgres import Connection, fetch_one
+from lvm.vectors.postgres import Connection, execute, fetch_one
 
 MIGRATIONS = (
     """
@@ -46,16 +46,16 @@ MIGRATIONS = (
     );
     """,
 )
-"""One text a version, applied in order and never undone or changed."""
+"""SQL of each schema version, applied in order. Never edit one that was released: append another."""
 
 MIGRATION_LOCK = 0x6C61_7465_6E74  # "latent"
 
 
 def migrate(connection: Connection, where: str) -> None:
-    """Bring the tables up to this version; where: names the server. Raises DatabaseError on those of a newer one."""
+    """Apply missing migrations. where: the server, for messages. Raises DatabaseError if the schema is newer."""
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(%s)", [MIGRATION_LOCK])
-        # Asked, so that a reader needs no right to create.
+        # Not CREATE TABLE IF NOT EXISTS: that needs the CREATE privilege even if the table exists.
         if fetch_one(connection, "SELECT to_regclass('cpe_migration') IS NULL")[0]:
             connection.execute(
                 "CREATE TABLE cpe_migration "
@@ -64,8 +64,8 @@ def migrate(connection: Connection, where: str) -> None:
         at = fetch_one(connection, "SELECT coalesce(max(version), 0) FROM cpe_migration")[0]
         if at > len(MIGRATIONS):
             raise DatabaseError(
-                f"the store in {where} has version {at}, this program knows {len(MIGRATIONS)}; "
-                "install a newer version of it"
+                f"the store in {where} has schema version {at}, this program knows {len(MIGRATIONS)}; install a newer "
+                "version of it"
             )
         for version, statements in enumerate(MIGRATIONS[at:], at + 1):
             connection.execute(statements)
@@ -73,22 +73,22 @@ def migrate(connection: Connection, where: str) -> None:
 
 
 def enable_pgvector(connection: Connection) -> str:
-    """Have pgvector; what is missing where that cannot be."""
+    """Enable pgvector in this database; returns "", or why that is not possible."""
     if fetch_one(connection, "SELECT count(*) FROM pg_extension WHERE extname = 'vector'")[0]:
         return ""
     try:
         connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
-    except errors.UniqueViolation:  # another connection did so at the same moment
+    except errors.UniqueViolation:  # another connection just enabled it
         return ""
     except (errors.FeatureNotSupported, errors.UndefinedFile):
         return "pgvector is not installed on the server (Debian: postgresql-NN-pgvector)"
     except errors.InsufficientPrivilege:
-        return "pgvector is installed and not enabled; its owner may run CREATE EXTENSION vector in this database"
+        return "pgvector is installed but not enabled; ask the database's owner to run CREATE EXTENSION vector in it"
     return ""
 
 
 def parent_table(dim: int, storage: Storage) -> sql.Identifier:
-    """Name of the table of this type and dimension."""
+    """Name of the partitioned table of this storage type and dimension."""
     return sql.Identifier(f"cpe_{storage}_{dim}")
 
 
@@ -98,7 +98,7 @@ def partition_table(number: int) -> sql.Identifier:
 
 
 def make_parent(connection: Connection, dim: int, storage: Storage) -> None:
-    """Have the table of this type and dimension, and the view over all such tables."""
+    """Create the partitioned table of this type and dimension if needed, and update the view over all such tables."""
     parent = parent_table(dim, storage)
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(%s)", [MIGRATION_LOCK])
@@ -134,57 +134,37 @@ def make_parent(connection: Connection, dim: int, storage: Storage) -> None:
                 dim=sql.Literal(dim),
             )
         )
-        # In the row where it fits a page, as pgvector's README advises: the server then reads no second table for
-        # each vector it compares.
+        # Inline if a row fits on a page, as pgvector's README advises: comparing a vector then needs no TOAST lookup.
         plain = dim * (2 if storage == "halfvec" else 4) < 6000
-        connection.execute(
-            sql.SQL("ALTER TABLE {} ALTER COLUMN concept_vec SET STORAGE {}").format(
-                parent, sql.SQL("PLAIN" if plain else "EXTERNAL")
-            )
-        )
+        mode = sql.SQL("PLAIN" if plain else "EXTERNAL")
+        execute(connection, "ALTER TABLE {} ALTER COLUMN concept_vec SET STORAGE {}", parent, mode)
         tables = connection.execute(
             "SELECT relname FROM pg_class WHERE relkind = 'p' AND relname ~ '^cpe_(vector|halfvec|real)_[0-9]+$' "
             "AND pg_table_is_visible(oid) ORDER BY relname"
         ).fetchall()
         others = sql.SQL(", ").join(sql.Identifier(c) for c in COLUMNS if c != "concept_vec")
-        # Of different dimensions, so as real[]; ::real[] is pgvector's own cast, of halfvec too.
-        selects = [
-            sql.SQL("SELECT {}, concept_vec::real[] AS concept_vec FROM {}").format(
-                others, sql.Identifier(name)
-            )
-            for (name,) in tables
-        ]
-        connection.execute(
-            sql.SQL("CREATE OR REPLACE VIEW cpe_entry AS {}").format(sql.SQL(" UNION ALL ").join(selects))
-        )
+        # The dimensions differ, so the view has real[]; pgvector casts vector and halfvec to it.
+        select = sql.SQL("SELECT {}, concept_vec::real[] AS concept_vec FROM {}")
+        selects = [select.format(others, sql.Identifier(name)) for (name,) in tables]
+        execute(connection, "CREATE OR REPLACE VIEW cpe_entry AS {}", sql.SQL(" UNION ALL ").join(selects))
 
 
 def make_partition(
     connection: Connection, number: int, identity: CodecIdentity, storage: Storage, name: str
 ) -> None:
-    """The dataset's table, not yet part of its parent: making it in place would lock every reader out."""
-    table = partition_table(number)
-    connection.execute(
-        sql.SQL(
-            "CREATE TABLE {} (LIKE {} INCLUDING ALL, CONSTRAINT one_codec CHECK (codec = {}), "
-            "CONSTRAINT one_dataset CHECK (dataset_source = {}))"
-        ).format(table, parent_table(identity.dim, storage), sql.Literal(identity.digest), sql.Literal(name))
-    )
-
-
-def add_keys(connection: Connection, number: int) -> None:
-    """Key and order of a partition's rows."""
-    connection.execute(
-        sql.SQL("ALTER TABLE {} ADD PRIMARY KEY (cpe_id), ADD UNIQUE (doc_id, position)").format(
-            partition_table(number)
-        )
+    """Create a dataset's table, not yet attached to its parent: creating it in place would block all readers."""
+    tables = (partition_table(number), parent_table(identity.dim, storage))
+    execute(
+        connection,
+        "CREATE TABLE {} (LIKE {} INCLUDING ALL, CONSTRAINT one_codec CHECK (codec = {}), "
+        "CONSTRAINT one_dataset CHECK (dataset_source = {}))",
+        *(*tables, sql.Literal(identity.digest), sql.Literal(name)),
     )
 
 
 def attach(connection: Connection, number: int, dim: int, storage: Storage, name: str) -> None:
-    """Make a partition visible in its parent."""
-    connection.execute(
-        sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES IN ({})").format(
-            parent_table(dim, storage), partition_table(number), sql.Literal(name)
-        )
-    )
+    """Add keys to a partition, after its rows, and attach it to its parent, where readers see it."""
+    partition, parent = partition_table(number), parent_table(dim, storage)
+    execute(connection, "ALTER TABLE {} ADD PRIMARY KEY (cpe_id), ADD UNIQUE (doc_id, position)", partition)
+    attach_for = "ALTER TABLE {} ATTACH PARTITION {} FOR VALUES IN ({})"
+    execute(connection, attach_for, parent, partition, sql.Literal(name))

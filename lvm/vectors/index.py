@@ -1,13 +1,13 @@
-"""Nearest vectors by inner product: build a faiss index over an array, publish it, search it.
+"""Nearest-neighbour search by inner product: build a faiss index over an array, publish it, search it.
 
-    index/versions/<fingerprint>/index.faiss     a folder a version; part-00000.faiss … where it has several parts
-    index/versions/<fingerprint>/manifest.json   codec, vectors it was made from, measured recall; written last
-    index/CURRENT                                name of the version to load, replaced in one step
+    index/versions/<fingerprint>/index.faiss     one folder per version; part-00000.faiss … if it has several parts
+    index/versions/<fingerprint>/manifest.json   codec, source vectors, measured recall; written last
+    index/CURRENT                                name of the version to load, replaced atomically
 
-Of many vectors each part is an index of its own, built by itself and searched with the others: what builds one holds
-that part alone, and an earlier try's parts are taken. Files are mapped: of an index with codes, these are in memory (96
-bytes a vector), the exact vectors on disk, in pages that processes share. A reader that opened a version keeps it: the
-one before CURRENT stays on disk until the next is published.
+Large arrays are split into parts, each an independent index, searched together: building needs memory for one part
+only, and parts of an interrupted build are reused. Files are memory-mapped: product codes are read into memory (96
+bytes a vector), exact vectors stay on disk in pages that processes share. The version before CURRENT stays on disk
+until the next one is published, so open readers keep working.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,53 +36,53 @@ from lvm.vectors.shards import (
 )
 
 KEPT_VERSIONS = 2
-"""Versions left on disk: the published one and the one before it."""
+"""Versions kept on disk: the published one and the one before it."""
 
 SETTLED_LISTS = 512
-"""Lists of a part up to which a search probes what `IndexSettings` says; of twice as many it probes twice as many."""
+"""Up to this many lists in a part, a search probes as many as `IndexSettings` says; in twice as many, twice as many."""
 
 LIST_VECTORS = 2048
-"""Fewest vectors in a list, on average, where a part has more lists than SETTLED_LISTS."""
+"""Minimum mean length of a list in a part with more than SETTLED_LISTS lists."""
 
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """How vectors are grouped and how many groups a search looks into."""
+    """Type and size of the index, and how many lists a search probes."""
 
     flat_below: int = 4096
-    """Under this many vectors each search compares all of them: exact, and fast enough."""
+    """Fewer vectors than this are searched exhaustively: exact, and fast enough."""
     max_lists: int = 2048
-    """Most inverted lists of a part, nlist."""
+    """Maximum number of inverted lists per part, nlist."""
     probes: int = 16
-    """Lists a search looks into, nprobe, of up to SETTLED_LISTS; the original system's number."""
+    """Lists per search, nprobe, for up to SETTLED_LISTS lists; the original system's."""
     coded_from: int = 100_000
-    """From this many vectors on, lists hold 4-bit product codes, which are read 16 times faster than the vectors; the
-    best are then compared exactly. So a search can look into four times the lists and still takes a third of the time:
-    at 506,000 chunks of Wikipedia, recall@16 of 0.95, where 16 lists hold 0.88 at most (tests/bench/results/)."""
+    """From this many vectors, lists store 4-bit product codes, which are scanned 16 times faster than vectors, and the
+    best candidates are then compared exactly. Searching four times as many lists then takes a third of the time: at
+    506,000 chunks of Wikipedia recall@16 is 0.95, where 16 lists reach 0.88 at most (tests/bench/results/)."""
     coded_probes: int = 64
-    """Lists a search looks into where they hold codes, of up to SETTLED_LISTS."""
+    """Lists per search if they store codes, for up to SETTLED_LISTS lists."""
     candidates: int = 8
-    """Vectors compared exactly for each one asked for, where lists hold codes."""
+    """Exact comparisons per result if lists store codes."""
     training_per_list: int = 64
-    """Vectors per list that k-means sees; faiss warns under 39."""
+    """Training vectors of k-means per list; faiss warns below 39."""
     seed: int = 0
-    """Seed of k-means and of the sample recall is measured on."""
+    """Seed of k-means and of the queries that measure recall."""
     part_vectors: int = 4_000_000
-    """Most vectors of a part. To build one takes 1.7 KB of memory a vector at 768 numbers: 7 GB."""
+    """Maximum vectors per part. Building takes 1.7 KB of memory per 768-d vector: 7 GB."""
 
     def num_parts(self, num_vectors: int) -> int:
-        """Parts of an index of this many vectors; they differ by one vector at most."""
+        """Number of parts for this many vectors; their sizes differ by at most one."""
         return -(-num_vectors // self.part_vectors)
 
     def coded(self, num_vectors: int) -> bool:
-        """Whether an index of this many vectors holds codes."""
+        """Whether an index of this many vectors stores codes."""
         return num_vectors >= self.coded_from and self.num_lists(num_vectors) > 0
 
     def num_lists(self, num_vectors: int) -> int:
-        """nlist for a part of this many vectors: the power of two below their square root, 0 for no lists at all.
+        """nlist of a part: the largest power of two up to the square root of its size; 0 for exhaustive search.
 
-        The square root balances the lists against the vectors in one; 500,000 vectors give SETTLED_LISTS, the original
-        system's number. More only where each holds LIST_VECTORS: a part of 4 million has 1,024.
+        The square root balances the number of lists against their length; 500,000 vectors give SETTLED_LISTS, the
+        original system's number. A part has more only if each holds LIST_VECTORS: one of 4 million has 1,024.
         """
         if num_vectors < self.flat_below:
             return 0
@@ -92,8 +92,8 @@ class IndexSettings:
         )
 
     def num_probes(self, num_vectors: int) -> int:
-        """nprobe for a part of this many vectors. It grows with the lists beyond SETTLED_LISTS: a search reads the same
-        share of the vectors, so it finds no less."""
+        """nprobe of a part. Beyond SETTLED_LISTS it grows with nlist, so that a search scans the same share of the vectors
+        and recall does not fall."""
         probes = self.coded_probes if self.coded(num_vectors) else self.probes
         return probes * max(1, self.num_lists(num_vectors) // SETTLED_LISTS)
 
@@ -105,7 +105,7 @@ class Index:
     directory: Location
     """The version's folder."""
     manifest: Manifest
-    """What it was made from and how well it finds."""
+    """Source vectors, settings and measured recall."""
     store: Any
     """The faiss index."""
 
@@ -118,10 +118,7 @@ class Index:
         return self.manifest.identity
 
     def require_array(self, array: VectorArray) -> None:
-        """Return when the rows this index answers with are rows of `array`.
-
-        Raises IdentityError when the codecs differ, InputError when the index is of other vectors.
-        """
+        """Raise InputError unless this index was built from `array`, and IdentityError if the codecs differ."""
         require_same_codec(self.identity, array.identity, f"index {self.directory}", str(array.directory))
         made_from = self.manifest.inputs.get("vectors")
         if made_from != array.fingerprint:
@@ -133,40 +130,35 @@ class Index:
     def search(
         self, queries: NDArray[Any], k: int, probes: int | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Inner products (B, k) float32, best first, and the rows (B, k) int64 of the array they belong to.
+        """Inner products (B, k) float32, best first, and their rows (B, k) int64 in the array.
 
-        queries: (B, D) float; with unit vectors the scores are cosines. probes: lists to look into; more
-        find more and take longer. A query whose lists hold fewer than k vectors is searched again in all
-        of them.
+        queries: (B, D) float; for unit vectors the scores are cosines. probes: lists to search; more find more and
+        take longer. Queries whose lists hold fewer than k vectors are searched again in all lists.
         Raises InputError on a wrong shape, NaN, and k outside 1..N.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         dim = self.store.d
         if queries.ndim != 2 or queries.shape[1] != dim:
-            raise InputError(
-                f"queries have shape {queries.shape}, expected (B, {dim}); encode them with {self.identity}"
-            )
+            expected = f"(B, {dim}); encode them with {self.identity}"
+            raise InputError(f"queries have shape {queries.shape}, expected {expected}")
         bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
         if len(bad):
-            raise InputError(
-                f"query {bad[0]} holds NaN or infinity ({len(bad)} such), expected finite numbers"
-            )
+            raise InputError(f"query {bad[0]} holds NaN or infinity ({len(bad)} do), expected finite numbers")
         if not 1 <= k <= len(self):
             raise InputError(f"k must be between 1 and the {len(self)} vectors of the index, got {k}")
         lists = self._num_lists
-        scores, rows = self._search(queries, k, min(probes or self._probes, lists))
+        scores, rows = self._search(queries, k, min(probes or int(self.manifest.settings["probes"]), lists))
         short = np.flatnonzero(rows[:, -1] < 0)
         if len(short):
             scores[short], rows[short] = self._search(queries[short], k, lists)
         return scores, rows
 
     def reconstruct(self, rows: Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
-        """The stored vectors (B, D) float32 of these rows; float16 vectors come back as they were stored."""
+        """The stored vectors (B, D) float32 of these rows."""
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise InputError(
-                f"rows must lie between 0 and {len(self) - 1}, got {wanted.min()} to {wanted.max()}"
-            )
+            low, high = wanted.min(), wanted.max()
+            raise InputError(f"rows must be between 0 and {len(self) - 1}, got {low} to {high}")
         parts = self._parts
         if self._num_lists and not self._coded:
             for part in parts:
@@ -193,14 +185,10 @@ class Index:
     def _coded(self) -> bool:
         return bool(self.manifest.settings.get("candidates"))
 
-    @property
-    def _probes(self) -> int:
-        return int(self.manifest.settings["probes"])
-
     def _search(
         self, queries: NDArray[np.float32], k: int, probes: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        # Parameters go with the call, not into the index: several threads may search one index.
+        # As arguments, not as state of the index: threads share it.
         params: Any = None
         if self._num_lists:
             params = faiss.SearchParametersIVF(nprobe=probes)  # type: ignore[call-arg]
@@ -213,7 +201,7 @@ class Index:
 
 
 Build = Callable[[int], Shard]
-"""Builds the part of a number."""
+"""Builds the part with this number."""
 
 
 def build_index(
@@ -222,17 +210,14 @@ def build_index(
     settings: IndexSettings | None = None,
     each: Callable[[Build, range], Iterable[Shard]] = map,
 ) -> Index:
-    """Index all vectors of `array`, measure its recall, publish it in `directory`, and return it.
+    """Index all vectors of `array`, measure recall, publish the index in `directory`, and return it.
 
-    When the version CURRENT names was made from the same vectors with the same settings, it is returned as it
-    is. each: calls a function, which may be pickled, with each number, side by side if it likes, in order.
-    Raises InputError when there is no vector.
+    An up-to-date published version is returned unchanged. each: maps a picklable function over the part numbers, in
+    parallel or not, and returns the results in order. Raises InputError if there are no vectors.
     """
     settings = settings or IndexSettings()
     if not len(array):
-        raise InputError(
-            f"{array.directory} holds no vector, expected at least one; run `latent encode` first"
-        )
+        raise InputError(f"{array.directory} has no vector, expected at least one; run `latent encode` first")
     current = find_index(array, directory, settings)
     if current is not None:
         return current
@@ -240,17 +225,11 @@ def build_index(
     record = _settings_record(settings, len(array))
     version = directory / "versions" / _version_name(array, record)
     if (version / "manifest.json").exists():
-        remove_tree(version)  # published once, and damaged since
+        remove_tree(version)  # it was published, but is damaged
     sweep_temporaries(version)
     shards = tuple(each(partial(build_part, array, version, settings), range(settings.num_parts(len(array)))))
-    manifest = Manifest(
-        kind="index",
-        settings=record,
-        inputs={"vectors": array.fingerprint},
-        shards=shards,
-        rows=len(array),
-        codec=array.identity.to_dict(),
-    )
+    inputs = {"vectors": array.fingerprint}
+    manifest = Manifest("index", record, inputs, shards, len(array), array.identity.to_dict())
     recall = measure_recall(array, Index(version, manifest, _map(version, manifest)), settings.seed)
     manifest.with_report(**recall).save(version)
     write_bytes(directory / "CURRENT", f"{version.name}\n".encode())
@@ -259,7 +238,7 @@ def build_index(
 
 
 def build_part(array: VectorArray, version: Location, settings: IndexSettings, number: int) -> Shard:
-    """Put one part's file into the folder of a version, unless an earlier try did."""
+    """Build one part and write its file into the version's folder, unless an earlier run did."""
     parts = settings.num_parts(len(array))
     path = version / ("index.faiss" if parts == 1 else f"part-{number:05d}.faiss")
     low, high = (len(array) * n // parts for n in (number, number + 1))
@@ -271,7 +250,7 @@ def build_part(array: VectorArray, version: Location, settings: IndexSettings, n
                 file.parent.mkdir(parents=True, exist_ok=True)
                 faiss.write_index(store, str(temporary))
                 publish(temporary, file)
-            except (OSError, RuntimeError) as err:  # faiss raises RuntimeError when a disk is full
+            except (OSError, RuntimeError) as err:  # faiss raises RuntimeError if the disk is full
                 raise cannot_write(path, err) from err
             finally:
                 temporary.unlink(missing_ok=True)
@@ -279,19 +258,18 @@ def build_part(array: VectorArray, version: Location, settings: IndexSettings, n
 
 
 def load_index(directory: Location | str) -> Index:
-    """The version CURRENT names, memory-mapped: replicas on one machine share its pages. From object storage its file
-    is fetched first, once for each version.
+    """The published version, memory-mapped: processes on one machine share its pages. From object storage, its files
+    are downloaded into the local cache once.
 
-    Raises InputError when none is published, or its file is missing or damaged.
+    Raises InputError if none is published, or a file is missing or damaged.
     """
     directory = location(directory)
     current = directory / "CURRENT"
     try:
         name = current.read_text().strip()
     except FileNotFoundError as err:
-        raise InputError(
-            f"no {current}; expected a published index. Run `latent index` with --output {directory}."
-        ) from err
+        cure = f"Run `latent index` with --output {directory}."
+        raise InputError(f"no {current}; expected a published index. {cure}") from err
     version = directory / "versions" / name
     manifest = Manifest.load(version, "index")
     manifest.verify(version)
@@ -299,8 +277,8 @@ def load_index(directory: Location | str) -> Index:
 
 
 def _map(version: Location, manifest: Manifest) -> Any:
-    """The faiss index of a version; of several parts one that asks them all."""
-    # One flag maps lists of whole vectors, the other exact vectors beside codes or without lists; not both at once.
+    """The faiss index of a version; several parts are combined in one."""
+    # IVF_FLAT needs one mmap flag, flat and refined indexes the other; faiss does not accept both.
     flags = faiss.IO_FLAG_MMAP if manifest.settings["type"] == "IVF_FLAT" else faiss.IO_FLAG_MMAP_IFC
     stores = []
     for shard in manifest.shards:
@@ -319,17 +297,16 @@ def _map(version: Location, manifest: Manifest) -> Any:
         stores.append(store)
     if len(stores) == 1:
         return stores[0]
-    # In this thread; rows of one part come after those of the part before.
-    together = faiss.IndexShards(manifest.identity.dim, False, True)  # type: ignore[call-arg]
+    combined = faiss.IndexShards(manifest.identity.dim, False, True)  # type: ignore[call-arg]  # threaded, successive_ids
     for store in stores:
-        together.add_shard(store)
-    return together
+        combined.add_shard(store)
+    return combined
 
 
 def find_index(
     array: VectorArray, directory: Location, settings: IndexSettings | None = None
 ) -> Index | None:
-    """The published version when it was made from `array` with `settings` and is whole; else None."""
+    """The published version if it is intact and was made from `array` with `settings`, else None."""
     record = _settings_record(settings or IndexSettings(), len(array))
     name = _version_name(array, record)
     try:
@@ -346,10 +323,10 @@ def find_index(
 def measure_recall(
     array: VectorArray, index: Index, seed: int = 0, num_queries: int = 256, k: int = 16
 ) -> dict[str, Any]:
-    """Share of the true k nearest vectors that a search finds, over a sample of queries.
+    """Recall: the share of the true k nearest vectors that a search finds, averaged over a sample of queries.
 
-    Two kinds of queries: stored vectors, which lie where the lists are dense, and means of six consecutive
-    vectors, which lie between them, as predictions do. Exact search runs over the whole array in blocks.
+    Two kinds of queries: stored vectors, and means of six consecutive vectors, which like predictions lie between
+    stored ones. The truth comes from an exhaustive search of the array in blocks.
     """
     random = np.random.default_rng(seed)
     k = min(k, len(array))
@@ -363,9 +340,8 @@ def measure_recall(
     for name, queries in (("recall_stored", stored), ("recall_blended", blended)):
         exact = _exact_search(array, queries, k)
         _, found = index.search(queries, k)
-        report[name] = round(
-            float(np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)])), 4
-        )
+        shares = [np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)]
+        report[name] = round(float(np.mean(shares)), 4)
     return report
 
 
@@ -398,7 +374,7 @@ def _fill(array: VectorArray, rows: range, settings: IndexSettings) -> Any:
         centres = faiss.IndexFlatIP(dim)
         product = faiss.METRIC_INNER_PRODUCT
         if settings.coded(smallest):
-            # Four numbers in four bits: 96 bytes a vector at 768 numbers.
+            # 4 bits per 4 dimensions: 96 bytes for a 768-d vector.
             lists: Any = faiss.IndexIVFPQFastScan(centres, dim, num_lists, dim // 4, 4, product)
             lists.pq.cp.seed = settings.seed + 2
             exact = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, product)
@@ -406,13 +382,14 @@ def _fill(array: VectorArray, rows: range, settings: IndexSettings) -> Any:
         else:
             store = lists = faiss.IndexIVFFlat(centres, dim, num_lists, product)
         lists.cp.seed = settings.seed + 1
-        lists.cp.spherical = True  # centroids of unit norm, as the vectors: inner product ranks them rightly
-        num_training = min(len(rows), num_lists * settings.training_per_list)
-        sample = rows.start + np.random.default_rng(settings.seed).choice(
-            len(rows), num_training, replace=False
+        lists.cp.spherical = (
+            True  # unit-norm centroids, like the vectors, so inner products rank them correctly
         )
-        # Hundreds of k-means of 16 centroids: two threads on two busy cores wait for each other at every step, and took
-        # 76 s where one takes 4.
+        num_training = min(len(rows), num_lists * settings.training_per_list)
+        random = np.random.default_rng(settings.seed)
+        sample = rows.start + random.choice(len(rows), num_training, replace=False)
+        # Product codes train hundreds of k-means with 16 centroids each. On two busy cores, two threads wait for each
+        # other at every step: 76 s, against 4 s with one.
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1 if settings.coded(smallest) else threads)
         try:
@@ -450,7 +427,7 @@ def _drop_old_versions(directory: Location) -> None:
     sweep_temporaries(directory)
     current = (directory / "CURRENT").read_text().strip()
     made = [p for p in versions.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    # CURRENT first, then the newest: a version taken up again after an older one still comes first.
+    # The current one first, though it need not be the newest: a build can publish an old version again.
     made.sort(key=lambda p: (p.name == current, _made_at(p)), reverse=True)
     for old in made[KEPT_VERSIONS:]:
         remove_tree(old)
@@ -459,9 +436,9 @@ def _drop_old_versions(directory: Location) -> None:
 
 
 def _made_at(version: Location) -> int:
-    """When a version was published, nanoseconds; 0 for what an upload that broke off left."""
+    """Publication time of a version in nanoseconds; 0 for an incomplete upload."""
     try:
-        # Its manifest came last; on object storage a folder has no time of its own.
+        # The manifest's time: folders on object storage have none.
         return (version / "manifest.json").stat().st_mtime_ns
     except FileNotFoundError:
         return 0

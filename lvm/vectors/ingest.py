@@ -1,7 +1,7 @@
-"""Articles into the concept store: cut, encoded, divided into episodes, coded, stored, each once.
+"""Ingest articles into the concept store: chunk, encode, divide into episodes, assign TMD codes, store.
 
-An article is named by its source and id. Its rows are stored in one transaction together with a hash of all that
-decides them, so the same article is stored once however often it comes, and a changed one takes the place of the old.
+An article is identified by its source and id. Its rows are stored in one transaction with a hash of everything that
+determines them, so ingesting an unchanged article again does nothing, and a changed one replaces its rows.
 """
 
 import time
@@ -14,7 +14,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from psycopg import sql
 
 from lvm.codec.identity import CodecIdentity
 from lvm.corpus.chunker import RULES, Chunk, Chunker, Tokenizer
@@ -24,18 +23,18 @@ from lvm.corpus.tmd import Coded
 from lvm.errors import DatabaseError, InputError
 from lvm.vectors.concepts import ConceptStore, Dataset
 from lvm.vectors.entries import content_hash, entries_of, require_text
-from lvm.vectors.postgres import database_errors, fetch_one
+from lvm.vectors.postgres import database_errors, execute, fetch_one
 from lvm.vectors.shards import CHUNK_SCHEMA, VectorType, vectors_to_table
 
 STAGES = ("look up", "chunk", "encode", "episodes", "tmd", "store")
-"""What an article goes through, in order; the names of the timings."""
+"""Stages of ingestion, in order; the names of the timings."""
 
 Coder = Callable[[list[str], NDArray[np.float32]], Sequence[Coded | None]]
-"""Texts and their (N, D) vectors to their codes; None where there is none to be had."""
+"""Function from N texts and their (N, D) vectors to N TMD codes, or None if a text gets no code."""
 
 
 class Encoder(Protocol):
-    """What is needed of a codec."""
+    """The part of a codec that ingestion uses."""
 
     @property
     def identity(self) -> CodecIdentity: ...
@@ -48,10 +47,10 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one article."""
+    """Result of ingesting one article."""
 
     status: Literal["stored", "known", "refused"]
-    """Stored now; there already, with this content; or not storable."""
+    """Stored now, stored before with the same content, or refused."""
     chunks: int = 0
     """Rows stored now."""
     episodes: int = 0
@@ -63,7 +62,7 @@ class Outcome:
 
 
 class Ingester:
-    """Ingests articles into one dataset; it is one thread's."""
+    """Ingests articles into one dataset. Not thread-safe."""
 
     def __init__(
         self,
@@ -75,8 +74,8 @@ class Ingester:
         language: str = "en",
         chunker: Chunker | None = None,
     ) -> None:
-        """coded_by: names the coder with its settings; another one makes the articles' rows again. chunker: for this
-        codec and language, with the words it remembers; by default a new one."""
+        """coded_by: name and settings of the coder; articles coded by another are replaced. chunker: a chunker for
+        this codec and language whose word cache to share; by default a new one."""
         self._store, self._dataset, self._codec, self._coder = store, dataset, codec, coder
         self._chunker = chunker or Chunker(codec.tokenizer, language)
         made_by = {"codec": codec.identity.digest, "rules": RULES, "language": language, "tmd": coded_by}
@@ -93,9 +92,9 @@ class Ingester:
             self.seconds[stage] += time.perf_counter() - begun
 
     def ingest(self, articles: Sequence[Article]) -> list[Outcome]:
-        """What became of each article. More at once encode faster; a refused one keeps no other from being stored.
+        """Ingest a batch; returns the outcome of each article. Refused articles do not affect the others.
 
-        Raises DatabaseError when the server is gone; the articles before are stored then.
+        Raises DatabaseError if the connection is lost; earlier articles of the batch are stored then.
         """
         outcomes: dict[int, Outcome] = {}
         hashes = [content_hash({"title": a.title, "text": a.text, **self._made_by}) for a in articles]
@@ -106,10 +105,10 @@ class Ingester:
             except InputError as err:
                 outcomes[i] = Outcome("refused", reason=str(err))
         with self._timed("look up"):
-            sound = [(a.source, a.article_id) for i, a in enumerate(articles) if i not in outcomes]
-            there = stored_contents(self._store, self._dataset, sound)
+            valid = [(a.source, a.article_id) for i, a in enumerate(articles) if i not in outcomes]
+            contents = stored_contents(self._store, self._dataset, valid)
         for i, article in enumerate(articles):
-            if i not in outcomes and there.get((article.source, article.article_id)) == hashes[i]:
+            if i not in outcomes and contents.get((article.source, article.article_id)) == hashes[i]:
                 outcomes[i] = Outcome("known")
         new = [i for i in range(len(articles)) if i not in outcomes]
         with self._timed("chunk"):
@@ -123,17 +122,12 @@ class Ingester:
         for i, chunks in zip(new, cut, strict=True):
             rows = slice(start, start + len(chunks))
             start += len(chunks)
+            article = articles[i]
             try:
-                table, episodes = self._table(articles[i], chunks, encoded, codes, rows)
+                table, episodes = self._table(article, chunks, encoded, codes, rows)
+                key = (article.source, article.article_id)
                 with self._timed("store"):
-                    stored = store_article(
-                        self._store,
-                        self._dataset,
-                        articles[i].source,
-                        articles[i].article_id,
-                        hashes[i],
-                        table,
-                    )
+                    stored = store_article(self._store, self._dataset, *key, hashes[i], table)
             except InputError as err:
                 outcomes[i] = Outcome("refused", reason=str(err))
                 continue
@@ -144,19 +138,17 @@ class Ingester:
     def _code(self, texts: list[str], encoded: Any) -> list[Coded | None]:
         if self._coder is None or not texts:
             return [None] * len(texts)
-        sound = np.isfinite(encoded.vectors).all(axis=1)
-        vectors = np.where(
-            sound[:, None], encoded.vectors, 0
-        )  # a text without a vector is refused when it is stored
-        return list(self._coder(texts, vectors))
+        # Texts whose vector is not finite are refused later, when they are stored.
+        finite = np.isfinite(encoded.vectors).all(axis=1, keepdims=True)
+        return list(self._coder(texts, np.where(finite, encoded.vectors, 0)))
 
     def _table(
         self, article: Article, chunks: list[Chunk], encoded: Any, codes: list[Coded | None], rows: slice
     ) -> tuple[pa.Table, int]:
-        """The article's rows and the number of its episodes. Raises InputError on vectors that are none."""
+        """The article's rows and its number of episodes. Raises InputError on invalid vectors."""
         columns = {
             "chunk_id": [c.chunk_id for c in chunks],
-            "doc_id": [0] * len(chunks),  # the store numbers its articles itself
+            "doc_id": [0] * len(chunks),  # assigned by the store
             "position": [c.position for c in chunks],
             "title": [article.title] * len(chunks),
             "text": [c.text for c in chunks],
@@ -165,9 +157,8 @@ class Ingester:
         }
         table = pa.table(columns, schema=CHUNK_SCHEMA)
         dtype: VectorType = "float16" if self._dataset.storage == "halfvec" else "float32"
-        own = _rows(encoded, rows, self._codec.identity.dim)
-        table = vectors_to_table(table, *own, dtype)
-        vectors = own[0]
+        vectors, norms, num_tokens, truncated = _rows(encoded, rows, self._codec.identity.dim)
+        table = vectors_to_table(table, vectors, norms, num_tokens, truncated, dtype)
         with self._timed("episodes"):
             episodes, coherence = find_episodes(vectors, np.array([c.paragraph for c in chunks], np.int64))
         extra = {
@@ -184,7 +175,7 @@ class Ingester:
 def stored_contents(
     store: ConceptStore, dataset: Dataset, articles: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], str]:
-    """Source and id of each of these articles that is stored, to the hash of what it was stored from."""
+    """Content hash of each of these (source, id) articles that is stored."""
     with database_errors("looking up the articles"):
         rows = store.connection.execute(
             "SELECT source, article_id, content FROM cpe_article WHERE dataset = %s AND article_id = ANY(%s)",
@@ -196,15 +187,15 @@ def stored_contents(
 def store_article(
     store: ConceptStore, dataset: Dataset, source: str, article_id: str, content: str, chunks: pa.Table
 ) -> bool:
-    """Store one article's chunks in one transaction, in place of those it had; False where this content was there.
+    """Store, or replace, one article's chunks in one transaction; False if this content is stored already.
 
-    chunks: in `vector_schema` with the optional columns; its doc_id is not read, the store gives the number.
-    Raises InputError as `entries_of` does, and on an id or source that Postgres cannot hold.
+    chunks: in `vector_schema` with the optional columns; doc_id is ignored and assigned by the store.
+    Raises InputError as `entries_of` does, and on an id or source that Postgres cannot store.
     """
     require_text(article_id, "the article's id")
     require_text(source, "the article's source")
     what = f"article {article_id!r}"
-    with database_errors(f"storing {what}"), store.alone(dataset.name):
+    with database_errors(f"storing {what}"), store.locked(dataset.name):
         found = store.find(dataset.name)
         if found is None or found.id != dataset.id:
             raise DatabaseError(f"dataset {dataset.name!r} was cleared meanwhile; run the same command again")
@@ -215,22 +206,16 @@ def store_article(
         if before is not None and before[0] == content:
             return False
         if before is None and chunks.num_rows:
-            # A load may have brought the article: its first chunk's name says so.
-            before = store.connection.execute(
-                sql.SQL("SELECT NULL, doc_id FROM {} WHERE cpe_id = %s").format(dataset.table),
-                [uuid.UUID(hex=chunks.column("chunk_id")[0].as_py())],
-            ).fetchone()
+            # A load of shards may have stored the article: look for the id of its first chunk.
+            first = [uuid.UUID(hex=chunks.column("chunk_id")[0].as_py())]
+            query = "SELECT NULL, doc_id FROM {} WHERE cpe_id = %s"
+            before = execute(store.connection, query, dataset.table, parameters=first).fetchone()
         if before is None:
-            number = fetch_one(
-                store.connection,
-                "UPDATE cpe_dataset SET next_doc_id = next_doc_id + 1 WHERE name = %s RETURNING next_doc_id - 1",
-                [dataset.name],
-            )[0]
+            query = "UPDATE cpe_dataset SET next_doc_id = next_doc_id + 1 WHERE name = %s RETURNING next_doc_id - 1"
+            number = fetch_one(store.connection, query, [dataset.name])[0]
         else:
             number = before[1]
-            store.connection.execute(
-                sql.SQL("DELETE FROM {} WHERE doc_id = %s").format(dataset.table), [number]
-            )
+            execute(store.connection, "DELETE FROM {} WHERE doc_id = %s", dataset.table, parameters=[number])
         numbers = pa.array([number] * chunks.num_rows, pa.int32())
         chunks = chunks.set_column(chunks.schema.get_field_index("doc_id"), "doc_id", numbers)
         store.copy(dataset.table, entries_of(chunks, dataset.name, dataset.identity, dataset.storage, what))
@@ -240,17 +225,13 @@ def store_article(
             "DO UPDATE SET content = excluded.content, chunks = excluded.chunks, stored = now()",
             [dataset.name, source, article_id, number, content, chunks.num_rows],
         )
-        store.connection.execute(
-            "UPDATE cpe_dataset SET loaded = NULL, version = gen_random_uuid() WHERE name = %s",
-            [dataset.name],
-        )
+        update = "UPDATE cpe_dataset SET loaded = NULL, version = gen_random_uuid() WHERE name = %s"
+        store.connection.execute(update, [dataset.name])
     return True
 
 
-def _rows(
-    encoded: Any, rows: slice, dim: int
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Vectors, norms, token counts and what was truncated, of some of the texts; of none where nothing was encoded."""
+def _rows(encoded: Any, rows: slice, dim: int) -> tuple[NDArray[Any], ...]:
+    """Vectors, norms, token counts and truncation flags of some texts; empty if nothing was encoded."""
     if encoded is None:
         return np.zeros((0, dim), np.float32), np.zeros(0), np.zeros(0), np.zeros(0)
     return encoded.vectors[rows], encoded.norms[rows], encoded.num_tokens[rows], encoded.truncated[rows]

@@ -1,16 +1,16 @@
-"""Training sequences as NPZ files, written and read. Pickles are never opened; `npz_check` says what is wrong with one.
+"""Import and export of training sequences as NPZ files. Pickles are never loaded; `npz_check` validates a file.
 
 Three layouts, each with float vectors of unit norm; T is the context length, usually 5, D = 768:
 
     sequences   context_vectors (N, T, D), target_vectors (N, D), context_texts (N, T) and target_texts (N,)
                 unicode, sequence_ids (N,), article_ids (N,)
     documents   context_vectors (N, T, D), target_vectors (N, D), doc_ids (N,) int32, positions (N,) int32:
-                the target's place in its article
-    split       for train, val and test each: train_contexts (n, T, D), train_targets (n, D), train_masks
-                (n, T) bool, True where a context vector is real and not padding
+                the target's position in its article
+    split       for each of train, val and test: train_contexts (n, T, D), train_targets (n, D), train_masks
+                (n, T) bool, False for padding
 
-Any of them may hold `codec`: the codec identity as one JSON string; files of other makers lack it. Our own
-split files also hold train_doc_ids and so on, so that a check sees an article in two splits.
+Each may also contain `codec`, the codec identity as a JSON string; files of other tools lack it. Our split files also
+contain train_doc_ids and so on, so that a check finds articles that are in two splits.
 """
 
 import json
@@ -36,10 +36,10 @@ from lvm.vectors.shards import publish
 def export_npz(
     windows: Windows | Mapping[str, Windows], path: Path | str, layout: Layout = "sequences", seed: int = 0
 ) -> None:
-    """Write windows to `path` as float32, block by block, so that memory stays small; texts are deflated.
+    """Write windows to `path` as float32, streamed in blocks; texts are compressed. The file appears when complete.
 
-    windows: one set, or for layout "split" the three of `Windows.split`; one set is split by `seed` then.
-    The file appears under its name when it is whole. Raises InputError on an unknown layout.
+    windows: one set, or for layout "split" the three of `Windows.split`; a single set is then split with `seed`.
+    Raises InputError on an unknown layout.
     """
     path = Path(path)
     if layout not in LAYOUTS:
@@ -47,16 +47,13 @@ def export_npz(
     if layout == "split":
         parts = windows.split(seed) if isinstance(windows, Windows) else dict(windows)
         if missing := [s for s in SPLITS if s not in parts]:
-            raise InputError(
-                f"layout split needs windows for {', '.join(SPLITS)}; {', '.join(missing)} is missing"
-            )
+            raise InputError(f"layout split needs {', '.join(SPLITS)}; missing: {', '.join(missing)}")
         members = [m for s in SPLITS for m in _split_members(s, parts[s])]
         identity = parts["train"].identity
     else:
         if not isinstance(windows, Windows):
-            raise InputError(
-                f"layout {layout} takes one set of windows, got {', '.join(windows)}; export each alone"
-            )
+            got = ", ".join(windows)
+            raise InputError(f"layout {layout} takes one set of windows, got {got}; export each alone")
         members = _sequence_members(windows) if layout == "sequences" else _document_members(windows)
         identity = windows.identity
 
@@ -82,13 +79,10 @@ class _Member:
 
 
 def _write_member(archive: zipfile.ZipFile, member: _Member) -> None:
-    info = zipfile.ZipInfo(f"{member.name}.npy", date_time=(1980, 1, 1, 0, 0, 0))  # same windows, same bytes
+    info = zipfile.ZipInfo(f"{member.name}.npy", date_time=(1980, 1, 1, 0, 0, 0))  # fixed: reproducible files
     info.compress_type = zipfile.ZIP_DEFLATED if member.deflate else zipfile.ZIP_STORED
-    header = {
-        "descr": np.lib.format.dtype_to_descr(member.dtype),
-        "fortran_order": False,
-        "shape": member.shape,
-    }
+    descr = np.lib.format.dtype_to_descr(member.dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": member.shape}
     with archive.open(info, "w", force_zip64=True) as file:
         np.lib.format.write_array_header_2_0(file, header)
         for block in member.blocks():
@@ -96,15 +90,11 @@ def _write_member(archive: zipfile.ZipFile, member: _Member) -> None:
 
 
 def _vector_members(windows: Windows, contexts: str, targets: str) -> list[_Member]:
-    num, dim = len(windows), windows.identity.dim
+    num, dim, float32 = len(windows), windows.identity.dim, np.dtype("<f4")
+    shape = (num, windows.context, dim)
     return [
-        _Member(
-            contexts,
-            (num, windows.context, dim),
-            np.dtype("<f4"),
-            lambda: (c for c, _ in windows.batches(BLOCK_ROWS)),
-        ),
-        _Member(targets, (num, dim), np.dtype("<f4"), lambda: (t for _, t in windows.batches(BLOCK_ROWS))),
+        _Member(contexts, shape, float32, lambda: (c for c, _ in windows.batches(BLOCK_ROWS))),
+        _Member(targets, (num, dim), float32, lambda: (t for _, t in windows.batches(BLOCK_ROWS))),
     ]
 
 
@@ -117,17 +107,15 @@ def _codec_member(identity: CodecIdentity) -> _Member:
 
 
 def _text_member(windows: Windows, name: str, rows: NDArray[np.int64]) -> _Member:
-    """Texts of `rows` as one fixed-width unicode array; an object array would need pickle to be read."""
+    """Texts of `rows` as a fixed-width unicode array, since reading an object array needs pickle."""
     flat = rows.reshape(-1)
-    longest = 1
-    for low in range(0, len(flat), BLOCK_ROWS):
-        longest = max(longest, *(len(t) for t in windows.array.texts(flat[low : low + BLOCK_ROWS])))
 
-    def blocks() -> Iterator[NDArray[Any]]:
+    def texts() -> Iterator[list[str]]:
         for low in range(0, len(flat), BLOCK_ROWS):
-            yield np.array(windows.array.texts(flat[low : low + BLOCK_ROWS]), f"<U{longest}")
+            yield windows.array.texts(flat[low : low + BLOCK_ROWS])
 
-    return _Member(name, rows.shape, np.dtype(f"<U{longest}"), blocks, deflate=True)
+    dtype = np.dtype(f"<U{max((len(t) for block in texts() for t in block), default=1) or 1}")
+    return _Member(name, rows.shape, dtype, lambda: (np.array(b, dtype) for b in texts()), deflate=True)
 
 
 def _sequence_members(windows: Windows) -> list[_Member]:
@@ -135,7 +123,7 @@ def _sequence_members(windows: Windows) -> list[_Member]:
         *_vector_members(windows, "context_vectors", "target_vectors"),
         _text_member(windows, "context_texts", windows.rows_of_context),
         _text_member(windows, "target_texts", windows.rows_of_target),
-        # A sequence is named after the chunk it predicts: stable, and it leads back to the shards.
+        # The id of a sequence is that of its target chunk: stable, and found in the shards.
         _array_member(
             "sequence_ids", np.asarray(windows.array.chunk_ids[windows.rows_of_target]), deflate=True
         ),
@@ -164,20 +152,20 @@ def _split_members(split: str, windows: Windows) -> list[_Member]:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences of an NPZ file; `batch`, `batches`, `split` and `doc_ids` work as those of Windows."""
+    """Sequences of an NPZ file; `batch`, `batches`, `subset`, `split` and `doc_ids` work as in `Windows`."""
 
     contexts: NDArray[np.float32]
     """(N, T, D)."""
     targets: NDArray[np.float32]
     """(N, D)."""
     masks: NDArray[np.bool_]
-    """(N, T) True where a context vector is real."""
+    """(N, T) False for padding."""
     doc_ids: NDArray[Any] | None
-    """(N,) article of each sequence; None where the file does not tell."""
+    """(N,) article of each sequence; None if the file has none."""
     identity: CodecIdentity | None
-    """Codec of the vectors; None where the file does not tell."""
+    """Codec of the vectors; None if unknown."""
     extras: dict[str, NDArray[Any]] = field(default_factory=dict)
-    """What else the layout holds: texts, ids, positions."""
+    """Other arrays of the layout: texts, ids, positions."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -203,13 +191,13 @@ class Sequences:
         )
 
     def split(self, seed: int = 0) -> dict[str, "Sequences"]:
-        """Train, val and test by article. Raises InputError where the file names no articles, or too few."""
+        """Train, val and test by article. Raises InputError if the file has no article ids, or too few articles."""
         if self.doc_ids is None:
             raise InputError(
                 "these sequences name no articles, so they cannot be split by article; expected article_ids "
                 "or doc_ids in the file, or the layout split"
             )
-        # Article ids may be any integers or strings; their rank stands for them.
+        # Article ids may be any integers or strings, so their ranks are split.
         names, ranks = np.unique(self.doc_ids, return_inverse=True)
         parts = split_articles(np.arange(len(names)), seed)
         return {split: self.subset(np.isin(ranks, chosen)) for split, chosen in parts.items()}
@@ -218,8 +206,8 @@ class Sequences:
 def import_npz(path: Path | str, identity: CodecIdentity | None = None) -> dict[str, Sequences]:
     """Sequences of an NPZ file in any of the three layouts: {"all": …}, or train, val and test.
 
-    identity: codec the vectors must come from. Raises InputError listing all that `check_npz` finds wrong,
-    and IdentityError when the file names another codec.
+    identity: expected codec. Raises InputError listing all problems that `check_npz` finds, and IdentityError if the
+    file has another codec.
     """
     path = Path(path)
     report = check_npz(path)
@@ -232,22 +220,12 @@ def import_npz(path: Path | str, identity: CodecIdentity | None = None) -> dict[
         if report.layout == "split":
             return {s: _read_split(arrays, s, found or identity) for s in SPLITS}
         contexts = arrays["context_vectors"].astype(np.float32, copy=False)
-        extras = {
-            k: arrays[k]
-            for k in ("context_texts", "target_texts", "sequence_ids", "positions")
-            if k in arrays.files
-        }
+        targets = arrays["target_vectors"].astype(np.float32, copy=False)
+        names = ("context_texts", "target_texts", "sequence_ids", "positions")
+        extras = {k: arrays[k] for k in names if k in arrays.files}
         ids = next((arrays[k] for k in ("article_ids", "doc_ids") if k in arrays.files), None)
-        return {
-            "all": Sequences(
-                contexts,
-                arrays["target_vectors"].astype(np.float32, copy=False),
-                np.ones(contexts.shape[:2], np.bool_),
-                ids,
-                found or identity,
-                extras,
-            )
-        }
+        masks = np.ones(contexts.shape[:2], np.bool_)
+        return {"all": Sequences(contexts, targets, masks, ids, found or identity, extras)}
 
 
 def _read_split(arrays: Any, split: str, identity: CodecIdentity | None) -> Sequences:

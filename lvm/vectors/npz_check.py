@@ -1,7 +1,7 @@
-"""What is wrong with an NPZ file of training sequences, all of it, before anything is trained on it.
+"""Validation of NPZ files of training sequences: a report of all problems.
 
-Layouts and names are those of `lvm.vectors.npz`. Headers are read first, then the arrays whose headers are right, block
-by block. Pickles are never opened.
+Layouts and names are those of `lvm.vectors.npz`. Headers are read first, then, in blocks, the arrays whose headers are
+valid. Pickles are never loaded.
 """
 
 import json
@@ -9,8 +9,9 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,25 +29,21 @@ BLOCK_ROWS = 2048
 
 KEYS: dict[Layout, tuple[str, ...]] = {
     "sequences": (
-        "context_vectors",
-        "target_vectors",
-        "context_texts",
-        "target_texts",
-        "sequence_ids",
-        "article_ids",
+        *("context_vectors", "target_vectors", "context_texts", "target_texts"),
+        *("sequence_ids", "article_ids"),
     ),
     "documents": ("context_vectors", "target_vectors", "doc_ids", "positions"),
     "split": tuple(f"{s}_{n}" for s in SPLITS for n in ("contexts", "targets", "masks")),
 }
-"""Arrays each layout must hold."""
+"""Required arrays of each layout."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that keeps a file from being used."""
+    """A reason why a file cannot be used."""
 
     where: str
-    """Array, and row where it is one row."""
+    """Name of the array."""
     expected: str
     got: str
     cure: str
@@ -57,33 +54,33 @@ class Problem:
 
 @dataclass
 class NpzReport:
-    """What a check found."""
+    """Result of a check."""
 
     path: Path
     layout: Layout | None = None
-    """None where the arrays fit no layout."""
+    """None if the arrays match no layout."""
     rows: dict[str, int] = field(default_factory=dict)
-    """Sequences, by split; "all" where there are none."""
+    """Number of sequences by split; the key is "all" in layouts without splits."""
     context: int | None = None
     """T."""
     dim: int | None = None
     """D."""
     identity: CodecIdentity | None = None
-    """Codec the file names."""
+    """Codec stored in the file."""
     problems: list[Problem] = field(default_factory=list)
-    """Every one that was found."""
+    """Reasons why the file cannot be imported."""
     notes: list[str] = field(default_factory=list)
-    """Worth knowing, but no obstacle."""
+    """Remarks that do not prevent an import."""
 
     @property
     def ok(self) -> bool:
-        """True where the file can be imported."""
+        """Whether the file can be imported."""
         return not self.problems
 
 
-@dataclass(frozen=True)
-class _Header:
+class _Header(NamedTuple):
     shape: tuple[int, ...]
+    fortran: bool
     dtype: np.dtype[Any]
 
 
@@ -95,27 +92,19 @@ OTHER_NAMES = {
     "val_context_sequences": "val_contexts",
     "val_target_vectors": "val_targets",
 }
-"""What other tools call these arrays."""
+"""Names that other tools use for these arrays."""
 
-_UNREADABLE = (
-    ValueError,
-    OSError,
-    EOFError,
-    RuntimeError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What zipfile and numpy raise on damaged, encrypted or strangely compressed members."""
+_UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""Errors of zipfile and numpy for damaged or encrypted members and unknown compression (NotImplementedError is a
+RuntimeError)."""
 
-REWRITE = "Write the file again with numpy.savez"
 UNICODE = 'Store text as a unicode array, np.array(texts, dtype="U"), and save again.'
 
 
 def check_npz(path: Path | str, dim: int = DIM) -> NpzReport:
-    """All that is wrong with an NPZ file of sequences. Reads it block by block and opens no pickle.
+    """Check an NPZ file of sequences in blocks, without loading pickles.
 
-    dim: length the vectors must have. Raises InputError only where there is no such file.
+    dim: expected vector length. Raises InputError only if there is no such file.
     """
     report = NpzReport(Path(path))
     if not report.path.is_file():
@@ -123,14 +112,8 @@ def check_npz(path: Path | str, dim: int = DIM) -> NpzReport:
     try:
         archive = zipfile.ZipFile(report.path)
     except (zipfile.BadZipFile, OSError) as err:
-        report.problems.append(
-            Problem(
-                "file",
-                "a zip archive of .npy arrays",
-                str(err),
-                "It is no NPZ, or cut off: copy or write it again.",
-            )
-        )
+        cure = "It is not an NPZ file, or is truncated: copy or write it again."
+        report.problems.append(Problem("file", "a zip archive of .npy arrays", str(err), cure))
         return report
     with archive:
         _Check(report, archive, dim).run()
@@ -138,7 +121,7 @@ def check_npz(path: Path | str, dim: int = DIM) -> NpzReport:
 
 
 class _Check:
-    """One pass over an archive: headers first, then the arrays whose headers are right."""
+    """One pass over an archive: headers first, then the arrays whose headers are valid."""
 
     def __init__(self, report: NpzReport, archive: zipfile.ZipFile, dim: int) -> None:
         self.report = report
@@ -146,19 +129,19 @@ class _Check:
         self.dim = dim
         self.headers: dict[str, _Header] = {}
         self.unreadable: set[str] = set()
-        self.proven: set[str] = set()
+        self.verified: set[str] = set()
         """Arrays read to their end, where zipfile compares the checksum."""
 
     def run(self) -> None:
         self.read_headers()
-        self.prove(n for n in list(self.headers) if not n.endswith(("vectors", "contexts", "targets")))
+        self.verify(n for n in list(self.headers) if not n.endswith(("vectors", "contexts", "targets")))
         self.choose_layout()
         self.read_codec()
         if self.report.layout == "split":
             for split in SPLITS:
                 self.check_sequences(split, f"{split}_contexts", f"{split}_targets")
                 self.check_masks(split)
-            self.check_same("contexts")
+            self.check_context_lengths()
             self.check_articles()
         elif self.report.layout is not None:
             self.check_sequences("all", "context_vectors", "target_vectors")
@@ -167,14 +150,14 @@ class _Check:
                 self.check_ids()
             else:
                 self.check_documents()
-        self.prove(list(self.headers))
+        self.verify(list(self.headers))
 
-    def prove(self, names: Iterable[str]) -> None:
-        """Read arrays to their end once; a damaged one is a problem, and nothing else is checked of it."""
+    def verify(self, names: Iterable[str]) -> None:
+        """Read arrays to their end, once each; damaged ones are reported and not checked further."""
         for name in names:
-            if name in self.proven:
+            if name in self.verified:
                 continue
-            self.proven.add(name)
+            self.verified.add(name)
             try:
                 with self.archive.open(f"{name}.npy") as file:
                     while file.read(1 << 20):
@@ -191,29 +174,33 @@ class _Check:
     def problem(self, where: str, expected: str, got: str, cure: str) -> None:
         self.report.problems.append(Problem(where, expected, got, cure))
 
+    def expect_shape(self, name: str, shape: tuple[int, ...], what: str) -> bool:
+        """Report a problem unless the array has this shape: one `what`."""
+        if (got := self.headers[name].shape) == shape:
+            return True
+        self.problem(name, f"shape {shape}", f"shape {got}", f"One {what}.")
+        return False
+
     # ---- headers
 
     def read_headers(self) -> None:
         for info in self.archive.infolist():
             name = info.filename.removesuffix(".npy")
             if name == info.filename:
-                self.report.notes.append(f"{info.filename} is no .npy array and is ignored")
+                self.report.notes.append(f"{info.filename} is not an .npy array and is ignored")
                 continue
             try:
                 with self.archive.open(info) as file:
                     header = _read_header(file)
             except _UNREADABLE as err:
                 self.unreadable.add(name)
-                self.problem(name, "a .npy array", f"something unreadable ({err})", f"{REWRITE}.")
+                cure = "Write the file again with numpy.savez."
+                self.problem(name, "an .npy array", f"unreadable data ({err})", cure)
                 continue
             if header.dtype.hasobject:
                 self.unreadable.add(name)
-                self.problem(
-                    name,
-                    "numbers or unicode text",
-                    f"an object array {header.shape}, which is a pickle and could run code when opened",
-                    UNICODE,
-                )
+                got = f"an object array {header.shape}, which is a pickle and could run code when loaded"
+                self.problem(name, "numbers or unicode text", got, UNICODE)
                 continue
             self.headers[name] = header
 
@@ -223,16 +210,12 @@ class _Check:
         def share(layout: Layout) -> tuple[float, int]:
             return sum(k in present for k in KEYS[layout]) / len(KEYS[layout]), len(KEYS[layout])
 
-        # Both layouts with context_vectors share two arrays; what lies beside them decides.
+        # Two layouts share context_vectors and target_vectors; the other arrays decide.
         layout = max(LAYOUTS, key=share)
         if not any(k in present for k in KEYS[layout]):
             known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in KEYS.items())
-            self.problem(
-                "file",
-                f"the arrays of one layout ({known})",
-                ", ".join(sorted(present)) or "no array",
-                "Rename the arrays.",
-            )
+            got = ", ".join(sorted(present)) or "no array"
+            self.problem("file", f"the arrays of one layout ({known})", got, "Rename the arrays.")
             return
         self.report.layout = layout
         for key in KEYS[layout]:
@@ -248,22 +231,16 @@ class _Check:
     def read_codec(self) -> None:
         if "codec" not in self.headers:
             if "codec" not in self.unreadable:
-                self.report.notes.append(
-                    "names no codec: make sure its vectors come from the codec you use them with"
-                )
+                note = "names no codec: make sure its vectors come from the codec you use them with"
+                self.report.notes.append(note)
             return
         try:
             self.report.identity = CodecIdentity.from_dict(json.loads(str(self.array("codec"))))
         except (ValueError, TypeError, InputError) as err:
             self.problem("codec", "a codec identity as JSON", str(err), "Remove the array or export again.")
             return
-        if self.report.identity.dim != self.dim:
-            self.problem(
-                "codec",
-                f"a codec of {self.dim} dimensions",
-                str(self.report.identity.dim),
-                "Use that codec's size.",
-            )
+        if (dim := self.report.identity.dim) != self.dim:
+            self.problem("codec", f"a codec of {self.dim} dimensions", str(dim), "Use that codec's size.")
 
     # ---- vectors
 
@@ -280,19 +257,11 @@ class _Check:
                 continue
             shapes[name] = header.shape
             if header.shape[-1] != self.dim:
-                self.problem(
-                    name,
-                    f"vectors of {self.dim} numbers",
-                    f"{header.shape[-1]}",
-                    f"They come from another encoder: encode the texts with a {self.dim}-d codec.",
-                )
+                cure = f"They come from another encoder: encode the texts with a {self.dim}-d codec."
+                self.problem(name, f"vectors of {self.dim} numbers", f"{header.shape[-1]}", cure)
             if header.dtype.kind != "f":
-                self.problem(
-                    name,
-                    "float16, float32 or float64",
-                    str(header.dtype),
-                    "Convert with .astype(np.float32).",
-                )
+                cure = "Convert with .astype(np.float32)."
+                self.problem(name, "float16, float32 or float64", str(header.dtype), cure)
             elif header.shape[-1] == self.dim:
                 self.check_values(name)
         if contexts in shapes:
@@ -301,22 +270,18 @@ class _Check:
             if shapes[contexts][1] < 1:
                 self.problem(contexts, "at least one context vector", "T = 0", "Export with a context of 5.")
         if contexts in shapes and targets in shapes and shapes[contexts][0] != shapes[targets][0]:
-            self.problem(
-                targets,
-                f"{shapes[contexts][0]} rows as {contexts} has",
-                f"{shapes[targets][0]}",
-                "Each sequence needs one context and one target, in the same order.",
-            )
+            cure = "Each sequence needs one context and one target, in the same order."
+            expected = f"{shapes[contexts][0]} rows, as {contexts} has"
+            self.problem(targets, expected, f"{shapes[targets][0]}", cure)
         rows = next((shapes[n][0] for n in (contexts, targets) if n in shapes), None)
         if rows is not None:
             self.report.rows[split] = rows
             if rows == 0:
-                self.problem(
-                    contexts, "at least one sequence", "none", "Export from more, or longer, articles."
-                )
+                cure = "Export from more, or longer, articles."
+                self.problem(contexts, "at least one sequence", "none", cure)
 
     def check_values(self, name: str) -> None:
-        """Finite and of unit norm, every vector; padded context vectors may be zero."""
+        """Check that every vector is finite and of unit norm; padding may be zero."""
         mask_name = name.removesuffix("_contexts") + "_masks" if name.endswith("_contexts") else ""
         masks = None
         if mask_name in self.headers and self.headers[mask_name].shape == self.headers[name].shape[:2]:
@@ -337,93 +302,66 @@ class _Check:
                     first_off = first_off or f"norm {norms[tuple(at)]:.4f} in {_place(at, row)}"
                     off += int(wrong.sum())
                 row += len(block)
-            self.proven.add(name)
         except _UNREADABLE as err:
-            self.proven.add(name)
             self.damaged(name, err)
             return
+        finally:
+            self.verified.add(name)
         if not_finite:
-            self.problem(
-                name,
-                "finite numbers",
-                f"NaN or infinity in {not_finite} vectors, the first in {first_bad}",
-                "Remove those sequences, or encode their texts again.",
-            )
+            got = f"NaN or infinity in {not_finite} vectors, the first in {first_bad}"
+            self.problem(name, "finite numbers", got, "Remove those sequences, or encode their texts again.")
         if off:
-            self.problem(
-                name,
-                "vectors of norm 1",
-                f"{off} of another norm, the first: {first_off}",
-                "Divide each vector by its norm: v / np.linalg.norm(v, axis=-1, keepdims=True).",
-            )
+            cure = "Divide each vector by its norm: v / np.linalg.norm(v, axis=-1, keepdims=True)."
+            self.problem(name, "vectors of norm 1", f"{off} of another norm, the first: {first_off}", cure)
 
     def check_masks(self, split: str) -> None:
         name = f"{split}_masks"
         header, contexts = self.headers.get(name), self.headers.get(f"{split}_contexts")
         if header is None:
             return
-        if contexts is not None and len(contexts.shape) == 3 and header.shape != contexts.shape[:2]:
-            self.problem(
-                name, f"shape {contexts.shape[:2]}", f"shape {header.shape}", "One flag a context vector."
-            )
+        shape = contexts.shape[:2] if contexts is not None and len(contexts.shape) == 3 else header.shape
+        if not self.expect_shape(name, shape, "flag per context vector"):
             return
         values = self.array(name)
         if header.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
             self.problem(name, "bool, or 0 and 1", f"{header.dtype}", "Convert with .astype(bool).")
         elif values.ndim == 2 and len(values) and not values.astype(bool).any(axis=1).all():
             row = int(np.flatnonzero(~values.astype(bool).any(axis=1))[0])
-            self.problem(
-                name, "a real context vector in each row", f"none in row {row}", "Remove that sequence."
-            )
+            got = f"only padding in row {row}"
+            self.problem(name, "a context vector in each row", got, "Remove that sequence.")
 
-    def check_same(self, what: str) -> None:
-        lengths = {
-            s: self.headers[f"{s}_{what}"].shape[1]
-            for s in SPLITS
-            if len(self.headers.get(f"{s}_{what}", _Header((), np.dtype("f4"))).shape) == 3
-        }
+    def check_context_lengths(self) -> None:
+        headers = {s: self.headers.get(f"{s}_contexts") for s in SPLITS}
+        lengths = {s: h.shape[1] for s, h in headers.items() if h is not None and len(h.shape) == 3}
         if len(set(lengths.values())) > 1:
             got = ", ".join(f"{s} {n}" for s, n in lengths.items())
-            self.problem(what, "one context length in all splits", got, "Pad or cut them to one length.")
+            self.problem("contexts", "one context length in all splits", got, "Pad or cut to one length.")
 
     def check_articles(self) -> None:
         ids = {s: self.array(f"{s}_doc_ids") for s in SPLITS if f"{s}_doc_ids" in self.headers}
-        for split, values in ids.items():
-            if split in self.report.rows and values.shape != (self.report.rows[split],):
-                self.problem(
-                    f"{split}_doc_ids",
-                    f"shape ({self.report.rows[split]},)",
-                    f"{values.shape}",
-                    "One a sequence.",
-                )
-        for i, first in enumerate(ids):
-            for second in list(ids)[i + 1 :]:
-                shared = np.intersect1d(ids[first], ids[second])
-                if len(shared):
-                    self.problem(
-                        f"{first}_doc_ids and {second}_doc_ids",
-                        "no article in two splits",
-                        f"{len(shared)} in both, the first {shared[0]}",
-                        "Split by article, not by sequence: a model would be tested on text it has seen.",
-                    )
+        for split in ids:
+            if (rows := self.report.rows.get(split)) is not None:
+                self.expect_shape(f"{split}_doc_ids", (rows,), "id per sequence")
+        for first, second in combinations(ids, 2):
+            shared = np.intersect1d(ids[first], ids[second])
+            if len(shared):
+                got = f"{len(shared)} in both, the first {shared[0]}"
+                cure = "Split by article, not by sequence: a model would be tested on text it has seen."
+                self.problem(f"{first}_doc_ids and {second}_doc_ids", "no article in two splits", got, cure)
         if not ids:
             self.report.notes.append("names no articles: whether one is in two splits cannot be checked")
 
     # ---- texts and ids
 
     def check_texts(self) -> None:
-        contexts = self.headers.get("context_vectors")
-        targets = self.headers.get("target_vectors")
-        for name, vectors in (("context_texts", contexts), ("target_texts", targets)):
-            header = self.headers.get(name)
+        for name in ("context", "target"):
+            header, vectors = self.headers.get(f"{name}_texts"), self.headers.get(f"{name}_vectors")
             if header is None:
                 continue
             if header.dtype.kind != "U":
-                self.problem(name, "unicode text", str(header.dtype), UNICODE)
-            if vectors is not None and header.shape != vectors.shape[:-1]:
-                self.problem(
-                    name, f"shape {vectors.shape[:-1]}", f"shape {header.shape}", "One text per vector."
-                )
+                self.problem(f"{name}_texts", "unicode text", str(header.dtype), UNICODE)
+            if vectors is not None:
+                self.expect_shape(f"{name}_texts", vectors.shape[:-1], "text per vector")
 
     def check_ids(self) -> None:
         rows = self.report.rows.get("all")
@@ -431,12 +369,11 @@ class _Check:
             header = self.headers.get(name)
             if header is None:
                 continue
-            if rows is not None and header.shape != (rows,):
-                self.problem(name, f"shape ({rows},)", f"shape {header.shape}", "One id a sequence.")
+            if rows is not None:
+                self.expect_shape(name, (rows,), "id per sequence")
             if header.dtype.kind not in "iuU":
-                self.problem(
-                    name, "integers or unicode text", str(header.dtype), "Convert with .astype(str)."
-                )
+                cure = "Convert with .astype(str)."
+                self.problem(name, "integers or unicode text", str(header.dtype), cure)
             elif name == "sequence_ids":
                 values, counts = np.unique(self.array(name), return_counts=True)
                 if (counts > 1).any():
@@ -446,25 +383,23 @@ class _Check:
 
     def check_documents(self) -> None:
         rows = self.report.rows.get("all")
-        right = True
+        valid = True
         for name in ("doc_ids", "positions"):
             header = self.headers.get(name)
             if header is None:
-                right = False
+                valid = False
                 continue
+            valid &= header.dtype.kind in "iu"
             if header.dtype != np.dtype("int32"):
                 self.problem(name, "int32", str(header.dtype), "Convert with .astype(np.int32).")
-            if rows is not None and header.shape != (rows,):
-                right = False
-                self.problem(name, f"shape ({rows},)", f"shape {header.shape}", "One number a sequence.")
+            if rows is not None and not self.expect_shape(name, (rows,), "number per sequence"):
+                valid = False
             elif header.dtype.kind in "iu" and (self.array(name) < 0).any():
                 row = int(np.flatnonzero(self.array(name) < 0)[0])
                 self.problem(name, "numbers from 0", f"{self.array(name)[row]} in row {row}", "Count from 0.")
-        if not right or any(self.headers[n].dtype.kind not in "iu" for n in ("doc_ids", "positions")):
+        if not valid:
             return
-        places = np.stack(
-            [self.array("doc_ids").astype(np.int64), self.array("positions").astype(np.int64)], axis=1
-        )
+        places = np.stack([self.array(n).astype(np.int64) for n in ("doc_ids", "positions")], axis=1)
         values, counts = np.unique(places, axis=0, return_counts=True)
         if (counts > 1).any():
             doc, position = values[counts > 1][0]
@@ -481,8 +416,7 @@ class _Check:
     def blocks(self, name: str) -> Iterator[NDArray[Any]]:
         header = self.headers[name]
         with self.archive.open(f"{name}.npy") as file:
-            fortran = _read_header_fields(file)[1]
-            if fortran:  # columns first: no rows to read block by block
+            if _read_header(file).fortran:  # column-major: rows cannot be read in blocks
                 yield self.array(name)
                 return
             row_bytes = int(np.prod(header.shape[1:])) * header.dtype.itemsize
@@ -492,19 +426,13 @@ class _Check:
                 if len(data) != num * row_bytes:
                     raise EOFError(f"the data end in row {low + len(data) // max(row_bytes, 1)}")
                 yield np.frombuffer(data, header.dtype).reshape(num, *header.shape[1:])
-            file.read(1)  # the end of the member is where zipfile compares its checksum
-
-
-def _read_header_fields(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    return shape, fortran, dtype
+            file.read(1)  # zipfile compares the checksum at the member's end
 
 
 def _read_header(file: Any) -> _Header:
-    shape, _, dtype = _read_header_fields(file)
-    return _Header(shape, dtype)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return _Header(*read(file))
 
 
 def _place(at: NDArray[np.int64], first_row: int) -> str:

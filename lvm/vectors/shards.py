@@ -1,14 +1,13 @@
-"""Parquet shards and the manifest that says what they are.
+"""Parquet shards and their manifest.
 
-A stage's folder, on a disk or on object storage, holds shards (part-00000.parquet …), and manifest.json, written
-last: where it exists the stage was complete. A shard gets its name by a rename, or by the end of its upload, so a
-file with that name was whole when it got it. Each shard's footer repeats what it was made from, so a stage killed
-before its manifest still knows what is done.
+The output folder of a stage, on disk or object storage, contains shards and a manifest, which is written last and so
+marks the stage as complete. Shards appear atomically, by a rename or an upload, and each footer records what the shard
+was made from, so an interrupted stage resumes without a manifest.
 
-    settings.json   which settings claimed this folder (written first)
-    part-*.parquet  zstd, page checksums, one row a chunk, the vector a plain fixed-size list
-    manifest.json   codec identity, settings, inputs, source, licence, counts, each shard's size and SHA-256
-    shards-*.parquet   the list of shards where they are many; manifest.json then names it
+    settings.json      kind and settings of the stage that claimed the folder; written first
+    part-*.parquet     zstd, page checksums, one row per chunk, the vector as a plain fixed-size list
+    manifest.json      codec identity, settings, inputs, source, licence, counts, size and SHA-256 of each shard
+    shards-*.parquet   the list of shards if it is long; manifest.json then refers to it
 """
 
 import hashlib
@@ -39,14 +38,14 @@ from lvm.storage import (
 )
 
 DIM = 768
-"""Length of a vector, D, in every codec of this project."""
+"""Default vector length D."""
 
 NORM_TOLERANCE = 2e-3
-"""How far from 1 a stored vector's norm may lie. Rounding 768 numbers to float16 moves it by less than 2e-4
-(measured on random unit vectors); a vector nobody normalised is off by far more."""
+"""Maximum deviation of a stored vector's norm from 1. Rounding 768 numbers to float16 changes it by less than 2e-4
+(measured on random unit vectors); vectors that were not normalised deviate far more."""
 
 WRITERS = {"chunks": "latent chunk", "vectors": "latent encode", "index": "latent index"}
-"""Kind of manifest to the command that writes it, for error messages."""
+"""Command that writes each kind of manifest, for error messages."""
 
 VectorType = Literal["float16", "float32"]
 _ARROW_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
@@ -55,8 +54,8 @@ _FOOTER_KEY = b"latent"
 CHUNK_SCHEMA = pa.schema(
     [
         pa.field("chunk_id", pa.string()),  # 32 hex digits: hash of source, article id and position
-        pa.field("doc_id", pa.int32()),  # the article's number in this corpus
-        pa.field("position", pa.int32()),  # the chunk's place in its article, from 0, without gaps
+        pa.field("doc_id", pa.int32()),  # number of the article in this corpus
+        pa.field("position", pa.int32()),  # of the chunk in its article, from 0, without gaps
         pa.field("title", pa.string()),
         pa.field("text", pa.string()),
         pa.field("source", pa.string()),
@@ -66,25 +65,22 @@ CHUNK_SCHEMA = pa.schema(
 
 
 def vector_schema(dim: int = DIM, dtype: VectorType = "float16") -> pa.Schema:
-    """CHUNK_SCHEMA and what encoding adds; `vector` is a plain fixed-size list of `dim` numbers."""
+    """CHUNK_SCHEMA and the columns that encoding adds; `vector` is a plain fixed-size list of `dim` numbers."""
     return pa.schema(
         [
             *CHUNK_SCHEMA,
-            pa.field("truncated", pa.bool_()),  # the codec cut the text to its max_tokens
-            pa.field("norm", pa.float32()),  # of the encoder's own output, before it was scaled to 1
+            pa.field("truncated", pa.bool_()),  # to the codec's max_tokens
+            pa.field("norm", pa.float32()),  # of the encoder's output, before normalisation
             pa.field("vector", pa.list_(_ARROW_TYPES[dtype], dim)),
         ]
     )
 
 
-VECTOR_SCHEMA = vector_schema()
-
-
-# --------------------------------------------------------------------------------------------- small parts
+# --------------------------------------------------------------------------------------- hashes, atomic writes
 
 
 def fingerprint(value: Any) -> str:
-    """16 hex digits over a JSON-able value; the order of mapping keys takes no part."""
+    """16 hex digits of the SHA-256 of a JSON-able value, independent of the order of mapping keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -96,8 +92,8 @@ def file_sha256(path: Location) -> str:
 
 
 def sweep_temporaries(directory: Location) -> list[str]:
-    """Names of the temporary files a killed job left in `directory`; they are removed."""
-    # On object storage there are none: an unfinished file never appeared.
+    """Delete the temporary files that a killed job left in `directory`; returns their names."""
+    # On object storage there are none: an interrupted upload leaves no object.
     left: list[Location] = sorted(directory.glob(".*.tmp"), key=str)
     for path in left:
         path.unlink(missing_ok=True)
@@ -105,7 +101,7 @@ def sweep_temporaries(directory: Location) -> list[str]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished temporary file its name: its bytes reach the disk first, then the rename."""
+    """Rename a finished temporary file to `path` atomically, with fsync before and after."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -113,16 +109,16 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def cannot_write(path: Location, err: Exception) -> OutputError:
-    """What a full disk or a missing right looks like to the person at the command line."""
+    """The error to raise for a full disk or missing permissions."""
     reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
     return OutputError(
-        f"{path} cannot be written ({reason}); make room or choose another --output, then run this again: what is "
-        "finished is kept"
+        f"{path} cannot be written ({reason}); make room or choose another --output, then run this again: finished "
+        "work is kept"
     )
 
 
 def write_bytes(path: Location, data: bytes) -> None:
-    """Write a small file so that readers see the old one or the new one, never a part of it."""
+    """Write a file atomically: readers see the old content or the new, never a part."""
     if isinstance(path, RemotePath):
         path.write_bytes(data)
         return
@@ -138,7 +134,7 @@ def write_bytes(path: Location, data: bytes) -> None:
 
 
 def write_json(path: Location, value: Any) -> None:
-    """`write_bytes` of a value as indented JSON."""
+    """Write a value as indented JSON, atomically."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -147,48 +143,40 @@ def write_json(path: Location, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file as a manifest lists it."""
+    """A manifest's entry for one file."""
 
     file: str
     """Name inside the stage's folder."""
     rows: int
-    """Chunks in it."""
+    """Number of chunks."""
     bytes: int
-    """Size of the file."""
     sha256: str
     """Hash of the file, 64 hex digits."""
 
 
 def with_footer(table: pa.Table, record: Mapping[str, Any]) -> pa.Table:
-    """`table` with a JSON-able record that `write_table` puts into the Parquet footer."""
+    """`table` with a JSON-able record that `write_table` stores in the Parquet footer."""
     return table.replace_schema_metadata({_FOOTER_KEY: json.dumps(record, sort_keys=True).encode()})
 
 
 def read_footer(path: Location) -> dict[str, Any]:
-    """The record `with_footer` put there, {} where there is none.
-
-    Raises InputError when the file is no whole Parquet file.
-    """
+    """The record that `with_footer` stored in this file, or {}. Raises InputError if the file is not valid Parquet."""
     return footer_in(_open(path, whole=False).schema_arrow)
 
 
 def footer_in(schema: pa.Schema) -> dict[str, Any]:
-    """The record `with_footer` put into the table of this schema, {} where there is none."""
+    """The record that `with_footer` stored in a table with this schema, or {}."""
     record = json.loads((schema.metadata or {}).get(_FOOTER_KEY, b"{}"))
     return record if isinstance(record, dict) else {}
 
 
 def write_table(path: Location, table: pa.Table) -> Shard:
-    """`write_bytes` of a table as Parquet; what the manifest needs comes back."""
-    options: dict[str, Any] = {
-        "compression": "zstd",
-        # A dictionary pays where values repeat; on vectors it triples the time (0.09 against 0.03 s
-        # for 2,048 rows) and makes the file larger.
-        "use_dictionary": [n for n in ("title", "source", "doc_id") if n in table.column_names],
-        "write_page_checksum": True,
-    }
+    """Write a table as Parquet, atomically; returns its manifest entry."""
+    # Dictionaries only where values repeat: with one for vectors, 2,048 rows take 0.09 s instead of 0.03 and the file
+    # is larger.
+    repetitive: Any = [n for n in ("title", "source", "doc_id") if n in table.column_names]
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, **options)
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=repetitive, write_page_checksum=True)
     data = buffer.getvalue()
     write_bytes(path, data)
     return Shard(path.name, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
@@ -197,9 +185,9 @@ def write_table(path: Location, table: pa.Table) -> Shard:
 def read_table(
     path: Location, columns: Sequence[str] | None = None, contents: pa.Buffer | None = None
 ) -> pa.Table:
-    """A shard's rows, in file order; only `columns` where given. contents: the file's bytes, where they are at hand.
+    """A shard's rows in file order, of all columns or these. contents: the file's bytes, if loaded already.
 
-    Raises InputError naming the shard when it is absent, cut off, or fails a page checksum.
+    Raises InputError naming the shard if it is missing, truncated, or fails a page checksum.
     """
     try:
         file = _open(path, whole=columns is None, contents=contents)
@@ -212,8 +200,8 @@ def read_table(
 def _open(path: Location, whole: bool, contents: pa.Buffer | None = None) -> pq.ParquetFile:
     try:
         with storage_errors(path):
-            # A shard weighs a few megabytes: one request brings it whole. Without its vectors it is a thirtieth of
-            # that, and Arrow asks for the columns alone.
+            # One request reads all of a shard, a few megabytes. For single columns Arrow requests only their ranges;
+            # without the vectors that is a thirtieth.
             if whole and contents is None:
                 contents = pa.py_buffer(path.read_bytes())
             filesystem, key = on_arrow(path)
@@ -227,13 +215,13 @@ def _open(path: Location, whole: bool, contents: pa.Buffer | None = None) -> pq.
 
 def _damaged(path: Location, err: Exception) -> InputError:
     return InputError(
-        f"shard {path} is damaged: expected a whole Parquet file, got {str(err).strip()}. "
+        f"shard {path} is damaged: expected a complete Parquet file, got {str(err).strip()}. "
         "Delete it and run the stage that writes it again; only this shard is redone."
     )
 
 
 def damaged_files(directory: Location, files: Sequence[Shard], deep: bool = False) -> dict[str, str]:
-    """Name to what is wrong with it; empty when all are there with their size (deep: hash)."""
+    """Missing files and files of a wrong size (deep: or hash), each with a description of the fault."""
     sizes = sizes_in(directory, [f.file for f in files])
 
     def fault(file: Shard) -> str:
@@ -248,17 +236,14 @@ def damaged_files(directory: Location, files: Sequence[Shard], deep: bool = Fals
 
     with ThreadPoolExecutor(
         16
-    ) as threads:  # object storage answers slowly, and hashing leaves the interpreter free
-        return {
-            file.file: wrong for file, wrong in zip(files, threads.map(fault, files), strict=True) if wrong
-        }
+    ) as threads:  # reads have high latency on object storage; hashing releases the GIL
+        return {f.file: wrong for f, wrong in zip(files, threads.map(fault, files), strict=True) if wrong}
 
 
 # ------------------------------------------------------------------------------------------------- manifest
 
 MOST_IN_JSON = 4096
-"""Most shards that manifest.json lists itself, where a person can read them. In Parquet a shard takes 37 bytes, there
-190."""
+"""Maximum number of shards listed in manifest.json, at 190 bytes each; longer lists go to Parquet, at 37 bytes each."""
 
 
 def _now() -> str:
@@ -267,30 +252,28 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a stage's folder holds and what it was made from. Saved last, so its presence means complete."""
+    """Contents and origin of a stage's output folder. Saved last, so its presence marks the stage as complete."""
 
     kind: str
     """"chunks", "vectors" or "index"."""
     settings: dict[str, Any]
-    """Every setting that decides the content; another value needs another folder."""
+    """Every setting that determines the content; other values need another folder."""
     inputs: dict[str, Any]
-    """What it was made from: a file's size and time, or the fingerprint of the manifest before it."""
+    """Identifies the input: a file's size and time, or the fingerprint of the previous stage's manifest."""
     shards: tuple[Shard, ...]
     """The files, in corpus order."""
     rows: int
-    """Rows of all shards."""
     codec: dict[str, Any] | None = None
-    """CodecIdentity.to_dict() of the vectors, None where there are none yet."""
+    """CodecIdentity.to_dict() of the vectors; None if there are none yet."""
     source: str = ""
-    """Where the text comes from, in words."""
+    """Where the text comes from."""
     licence: str = ""
-    """Licence of the text."""
     report: dict[str, Any] = field(default_factory=dict)
     """Counts: articles, broken records, truncated chunks and so on."""
     created: str = field(default_factory=_now)
     """UTC, ISO 8601."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Versions of the packages that made it."""
+    """Package versions."""
 
     def __post_init__(self) -> None:
         total = sum(s.rows for s in self.shards)
@@ -299,7 +282,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over content and origin; when and with which versions it was made take no part."""
+        """16 hex digits over content and origin, independent of time and package versions."""
         return fingerprint(
             {
                 "kind": self.kind,
@@ -312,15 +295,13 @@ class Manifest:
 
     @property
     def identity(self) -> CodecIdentity:
-        """Codec of the vectors. Raises InputError where the manifest carries none."""
+        """Codec of the vectors. Raises InputError if the manifest has none."""
         if self.codec is None:
-            raise InputError(
-                f"a manifest of {self.kind} carries no codec identity; expected one made by `latent encode`"
-            )
+            raise InputError(f"a manifest of {self.kind} has no codec; expected one of `latent encode`")
         return CodecIdentity.from_dict(self.codec)
 
     def save(self, directory: Location) -> None:
-        """Write manifest.json into `directory` in one step; before it, the list of many shards."""
+        """Write manifest.json into `directory` atomically, after a separate list of shards if there are many."""
         listed: Any = [asdict(s) for s in self.shards]
         if len(listed) > MOST_IN_JSON:
             path = directory / f"shards-{self.fingerprint}.parquet"
@@ -333,9 +314,9 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Location, kind: str | None = None) -> Self:
-        """The manifest of a finished stage; of any kind unless `kind` is given.
+        """The manifest of a finished stage, of any kind unless `kind` is given.
 
-        Raises InputError when it is absent, unreadable, edited, or of another kind.
+        Raises InputError if it is missing, unreadable, edited, or of another kind.
         """
         path = directory / "manifest.json"
         command = f"`{WRITERS[kind]}`" if kind in WRITERS else "the stage that writes it"
@@ -346,7 +327,7 @@ class Manifest:
                 try:
                     listed = read_table(directory / listed["file"]).to_pylist()
                 except InputError as err:
-                    raise ValueError(f"its list of shards, {err}") from err
+                    raise ValueError(f"its list of shards: {err}") from err
             shards = tuple(Shard(**s) for s in listed)
             claimed = record.pop("fingerprint")
             manifest = cls(**record, shards=shards)
@@ -366,20 +347,16 @@ class Manifest:
                 f"edited or damaged. Delete it and run {command} again; finished shards are kept."
             )
         if kind is not None and manifest.kind != kind:
-            raise InputError(
-                f"{directory} holds {manifest.kind}, expected {kind}; name the folder that {command} wrote"
-            )
+            expected = f"{kind}; name the folder that {command} wrote"
+            raise InputError(f"{directory} holds {manifest.kind}, expected {expected}")
         return manifest
 
     def damaged(self, directory: Location, deep: bool = False) -> dict[str, str]:
-        """Shard name to what is wrong with it; empty when all are there with their size (deep: hash)."""
+        """`damaged_files` of its shards."""
         return damaged_files(directory, self.shards, deep)
 
     def verify(self, directory: Location, deep: bool = False) -> None:
-        """Return when every shard is there with its size (deep: and its SHA-256).
-
-        Raises InputError naming the first shard that is not, and how many others.
-        """
+        """Raise InputError, naming the first, if shards are missing or have a wrong size (deep: or SHA-256)."""
         wrong = self.damaged(directory, deep)
         if not wrong:
             return
@@ -387,16 +364,16 @@ class Manifest:
         others = f" ({len(wrong) - 1} more shards are damaged)" if len(wrong) > 1 else ""
         raise InputError(
             f"shard {directory / name} {what}{others}. "
-            f"Run `{WRITERS.get(self.kind, self.kind)}` into {directory} again; only that is redone."
+            f"Run `{WRITERS.get(self.kind, self.kind)}` into {directory} again; only these shards are redone."
         )
 
     def with_report(self, **counts: Any) -> Self:
-        """A copy with more counts in its report."""
+        """A copy with these counts added to its report."""
         return replace(self, report={**self.report, **counts})
 
 
 def as_json(value: Any) -> Any:
-    """The value as JSON gives it back (tuples become lists), so that saved and asked compare equal."""
+    """The value after a round trip through JSON (tuples become lists), to compare it with saved values."""
     return json.loads(json.dumps(value))
 
 
@@ -404,9 +381,9 @@ def as_json(value: Any) -> Any:
 
 
 def require_unit_vectors(vectors: np.ndarray, dim: int, what: str, ids: Sequence[Any] | None = None) -> None:
-    """Return when `vectors` is (N, dim), finite, and each row has norm 1 within NORM_TOLERANCE.
+    """Raise InputError, naming the first bad row and its id, unless all rows are finite with norm 1 (NORM_TOLERANCE).
 
-    vectors: float16, float32 or float64. Raises InputError naming `what` and the first bad row (and its id).
+    vectors: (N, dim) float16, float32 or float64. what: the array, for the message.
     """
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise InputError(
@@ -419,7 +396,7 @@ def require_unit_vectors(vectors: np.ndarray, dim: int, what: str, ids: Sequence
     def name(row: int) -> str:
         return f"row {row}" if ids is None else f"row {row} (id {ids[row]})"
 
-    # In blocks, so that checking a memory-mapped array does not copy it whole.
+    # In blocks, so a memory-mapped array is not copied as a whole.
     block = 16_384
     for start in range(0, len(vectors), block):
         part = vectors[start : start + block].astype(np.float32, copy=False)
@@ -428,8 +405,8 @@ def require_unit_vectors(vectors: np.ndarray, dim: int, what: str, ids: Sequence
         if len(bad):
             raise InputError(
                 f"{what}: the vector of {name(start + int(bad[0]))} holds NaN or infinity "
-                f"({len(bad)} such rows from there on), expected finite numbers. Encode that text again; "
-                "if it comes back, the encoder's weights are damaged."
+                f"({len(bad)} such rows from there on), expected finite numbers. Encode that text again; if this "
+                "persists, the encoder's weights are damaged."
             )
         norms = np.sqrt(squares)
         off = np.flatnonzero(np.abs(norms - 1.0) > NORM_TOLERANCE)
@@ -450,16 +427,14 @@ def vectors_to_table(
 ) -> pa.Table:
     """The rows of a vector shard, in the order of `chunks`, in `vector_schema(D, dtype)`.
 
-    chunks: N rows of CHUNK_SCHEMA; vectors: (N, D) float32 of unit norm; norms: (N,) float32, of the
-    encoder's output before it was scaled; num_tokens: (N,) int, before any cut; truncated: (N,) bool.
-    The vectors are handed to Arrow as one buffer, never as Python objects.
-    Raises InputError on another number of rows, NaN, infinity, or a norm that is not 1, naming the chunk.
+    chunks: N rows of CHUNK_SCHEMA; vectors: (N, D) float32 of unit norm; norms: (N,) float32, of the encoder's output
+    before normalisation; num_tokens: (N,) int, before truncation; truncated: (N,) bool.
+    Raises InputError, naming the chunk, on a wrong number of rows, NaN, infinity, or a norm other than 1.
     """
     rows = chunks.num_rows
     dim = DIM if vectors.ndim != 2 else vectors.shape[1]
-    lengths = {"vectors": len(vectors), "norms": len(norms), "num_tokens": len(num_tokens)}
-    lengths["truncated"] = len(truncated)
-    if wrong := {n: c for n, c in lengths.items() if c != rows}:
+    arrays = {"vectors": vectors, "norms": norms, "num_tokens": num_tokens, "truncated": truncated}
+    if wrong := {n: len(a) for n, a in arrays.items() if len(a) != rows}:
         raise InputError(f"the encoder returned {wrong} for {rows} chunks, expected {rows} of each")
     ids = chunks.column("chunk_id").to_pylist()
     require_unit_vectors(vectors, dim, "the encoder's output", ids)
@@ -481,9 +456,9 @@ def vectors_to_table(
 
 
 def table_to_vectors(table: pa.Table, what: str = "table") -> np.ndarray:
-    """The `vector` column as (N, D), of the type it is stored in; a view of Arrow's memory where possible.
+    """The `vector` column as (N, D), in its stored type; a view of Arrow's memory if possible.
 
-    Raises InputError when there is no such column, it is no fixed-size list of floats, or a vector is null.
+    Raises InputError if the column is missing or not a fixed-size list of floats, or a vector is null.
     """
     if "vector" not in table.column_names:
         raise InputError(
@@ -499,6 +474,6 @@ def table_to_vectors(table: pa.Table, what: str = "table") -> np.ndarray:
     column = table.column("vector").combine_chunks()
     values = column.flatten()
     if column.null_count or values.null_count or len(values) != len(column) * kind.list_size:
-        raise InputError(f"{what} has rows without a vector; expected one for each. Encode it again.")
+        raise InputError(f"{what} has rows without a vector; expected one each. Encode it again.")
     array: np.ndarray = values.to_numpy(zero_copy_only=False)
     return array.reshape(len(column), kind.list_size)

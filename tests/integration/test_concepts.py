@@ -235,9 +235,7 @@ def test_articles_of_other_loads_stay_unless_they_are_to_be_replaced(
         load(store, "wiki", tmp_path / "more")
         assert len(rows(store, "wiki")) == 66
         before = rows(store, "wiki")
-        with pytest.raises(
-            OutputError, match="holds other articles under these numbers: it has 'Article 100'"
-        ):
+        with pytest.raises(OutputError, match="holds other articles under these numbers: 'Article 100'"):
             load(store, "wiki", tmp_path / "other")
         assert rows(store, "wiki") == before
         load(store, "wiki", tmp_path / "other", replace_all=True)
@@ -339,13 +337,13 @@ def broken(kind: str) -> pa.Table:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("NUL in the text", r"text of row 1 \(id [0-9a-f]{32}\) holds a NUL character at place 5"),
+        ("NUL in the text", r"text of row 1 \(id [0-9a-f]{32}\) holds a NUL character at position 5"),
         ("NUL in the title", "title of row 1"),
         ("NUL in the source", "source of row 0"),
         ("no UTF-8", "Invalid UTF8"),
         ("no id", "chunk_id of row 1 is 'no hex'; expected 32 hex digits"),
-        ("twice", "hold a chunk or a place in an article twice"),
-        ("one place twice", "hold a chunk or a place in an article twice"),
+        ("twice", "hold a chunk or a position in an article twice"),
+        ("one place twice", "hold a chunk or a position in an article twice"),
         ("no title", "has no title"),
         ("NaN", "holds NaN or infinity"),
         ("infinity", "holds NaN or infinity"),
@@ -443,7 +441,7 @@ def test_a_disk_that_is_really_full_is_said_and_the_load_goes_on_when_there_is_r
 
 def test_a_server_that_is_not_there_and_an_address_that_is_none() -> None:
     with pytest.raises(
-        DatabaseError, match=r"Postgres at 127\.0\.0\.1:1, database a gives no connection: .*refused"
+        DatabaseError, match=r"cannot connect to Postgres at 127\.0\.0\.1:1, database a: .*refused"
     ):
         connect("postgresql://me:secret@127.0.0.1:1/a")
     for url in ("mysql://a", "no address", "postgresql://a:secret@h/x?nonsense=1"):
@@ -484,7 +482,7 @@ def test_a_full_server_is_asked_again_until_one_leaves(server: str, database: st
         admin.execute("CREATE ROLE narrow LOGIN CONNECTION LIMIT 1")
     url = database.replace("postgres:@", "narrow:@")
     first = connect(url)
-    with pytest.raises(DatabaseError, match=r"no connection was free for 0\.3 s: pass --workers"):
+    with pytest.raises(DatabaseError, match=r"no free connection for 0\.3 s: pass --workers"):
         connect(url, wait_s=0.3)
     timer = threading.Timer(0.4, first.close)
     timer.start()
@@ -535,7 +533,7 @@ def test_a_user_who_may_not_write_is_told_so(server: str, database: str, source:
         store.connection.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO reader")  # type: ignore[arg-type]
     with ConceptStore(database.replace("postgres:@", "reader:@")) as store:
         assert len(search(store, dataset, None, 5)) == 5
-        with pytest.raises(DatabaseError, match=r"must be owner.*grant this user the right"):
+        with pytest.raises(DatabaseError, match=r"must be owner.*grant this user the privilege"):
             store.clear("wiki")
     with psycopg.connect(database, autocommit=True) as admin:
         admin.execute("DROP OWNED BY reader")
@@ -549,7 +547,7 @@ def test_without_pgvector_vectors_are_arrays_and_searches_give_the_same(
 ) -> None:
     query = table_to_vectors(read_table(source / "part-00001.parquet"))[5].astype(np.float32)
     with ConceptStore(plain) as store:
-        assert "pgvector is installed and not enabled" in store.missing
+        assert "pgvector is installed but not enabled" in store.missing
         dataset = load(store, "plain", source)
         assert dataset.storage == "real"
         assert "CREATE EXTENSION vector" in ensure_index(store, dataset, "hnsw")
@@ -681,5 +679,7 @@ def test_stores_that_open_at_once_make_the_tables_once_and_newer_ones_are_refuse
     with psycopg.connect(database, autocommit=True) as admin:
         assert admin.execute("SELECT version FROM cpe_migration").fetchall() == [(1,)]
         admin.execute("INSERT INTO cpe_migration VALUES (2)")
-    with pytest.raises(DatabaseError, match="has version 2, this program knows 1; install a newer version"):
+    with pytest.raises(
+        DatabaseError, match="has schema version 2, this program knows 1; install a newer version"
+    ):
         ConceptStore(database)

@@ -134,7 +134,7 @@ def test_a_bad_article_is_refused_with_its_reason_and_the_others_are_stored(serv
     articles = [article("good-1"), article("nul", "one\0two"), article("good-2")]
     outcomes = ingest(service, *articles)
     assert [o["status"] for o in outcomes] == ["stored", "refused", "stored"]
-    assert "NUL character at place 3" in outcomes[1]["reason"]
+    assert "NUL character at position 3" in outcomes[1]["reason"]
 
 
 def test_hostile_strings_are_stored_and_searched_as_they_are(service: Service, store: ConceptStore) -> None:
@@ -251,7 +251,7 @@ def test_a_server_that_is_gone_is_said_and_the_rest_answers(service: Service, fo
     for path, body in (("/v1/ingest", {"articles": [article("gone")]}), ("/v1/search", {"query": "a"})):
         reply = service.post(path, body)
         assert reply.status == 503, reply.body
-        assert "gives no connection" in reply.message
+        assert "cannot connect to Postgres" in reply.message
         assert reply.headers["retry-after"]
     assert service.post("/v1/search", {"query": "a", "corpus": "run"}).status == 200
     embedded(folder)
@@ -265,8 +265,11 @@ def test_a_server_that_is_gone_is_said_and_the_rest_answers(service: Service, fo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dataset", "x", "--database-url", "nix"], "no address of a Postgres server"),
-        (["--dataset", "x", "--database-url", "postgresql://nobody@127.0.0.1:1/x"], "gives no connection"),
+        (["--dataset", "x", "--database-url", "nix"], "is not a Postgres URL"),
+        (
+            ["--dataset", "x", "--database-url", "postgresql://nobody@127.0.0.1:1/x"],
+            "cannot connect to Postgres",
+        ),
         (["--dataset", " x"], "no space at its ends"),
         (["--dataset", "x", "--inbox", "here"], "articles go one way"),
         (["--dataset", "x", "--address", "10.0.0.5:6379"], "needs --database-url"),

@@ -123,13 +123,13 @@ def test_a_folder_is_fetched_again_when_a_file_changed(bucket: RemotePath, own_c
     assert (first.name, (first / "config.json").read_bytes()) == ("codec", b"1")
     (bucket / "codec/config.json").write_bytes(b"22")
     assert (local_folder(bucket / "codec") / "config.json").read_bytes() == b"22"
-    with pytest.raises(InputError, match="nothing lies in"):
+    with pytest.raises(InputError, match="is empty or missing"):
         local_folder(bucket / "none")
 
 
 def test_storage_that_refuses_is_one_line(bucket: RemotePath) -> None:
     nowhere = location("s3://no-such-bucket/x")
-    with pytest.raises(StorageError, match=r"^s3://no-such-bucket/x: .*Expected storage that answers"):
+    with pytest.raises(StorageError, match=r"^s3://no-such-bucket/x: .*Expected reachable storage"):
         nowhere.write_bytes(b"x")
 
 

@@ -68,7 +68,7 @@ def test_learned_weights_find_the_member_that_knows() -> None:
 def test_the_best_members_make_a_record_like_any_other(array: VectorArray, tmp_path: Path) -> None:
     names = {"amn": 0.5, "lstm": 0.1, "mamba2": 0.4}
     members = {n: save(tmp_path, array, n, c, context=2 if n == "amn" else 3) for n, c in names.items()}
-    folder, there = make_ensemble(tmp_path, array, members, most=2)
+    folder, there = make_ensemble(tmp_path, array, members, max_members=2)
     assert not there
     set_alias(tmp_path, "ensemble", folder)
     record = load_record(tmp_path, "ensemble")
@@ -89,7 +89,7 @@ def test_the_best_members_make_a_record_like_any_other(array: VectorArray, tmp_p
     uneven = len({round(w, 3) for w in record.metrics["weights"]}) > 1
     assert uneven == (second["learned_weights"] > second["mean"])
 
-    again, there = make_ensemble(tmp_path, array, members, most=2)
+    again, there = make_ensemble(tmp_path, array, members, max_members=2)
     assert there
     assert again == folder
     assert read_aliases(tmp_path) == {"ensemble": folder.name}
@@ -98,10 +98,10 @@ def test_the_best_members_make_a_record_like_any_other(array: VectorArray, tmp_p
 def test_members_of_another_split_or_too_few_are_refused(array: VectorArray, tmp_path: Path) -> None:
     one = save(tmp_path, array, "amn", 0.5)
     with pytest.raises(InputError, match="at least 2 trained models for an ensemble, got 1"):
-        make_ensemble(tmp_path, array, {"amn": one}, most=3)
+        make_ensemble(tmp_path, array, {"amn": one}, max_members=3)
     other = save(tmp_path, array, "lstm", 0.4, seed=1)
     with pytest.raises(InputError, match="must share filters and split"):
-        make_ensemble(tmp_path, array, {"amn": one, "lstm": other}, most=3)
+        make_ensemble(tmp_path, array, {"amn": one, "lstm": other}, max_members=3)
 
 
 def test_an_ensemble_of_nothing_known_is_refused() -> None:

@@ -67,9 +67,7 @@ def test_a_folder_of_that_name_does_not_take_the_place_of_what_ships(
 
 
 def test_a_predictor_there_is_not_is_refused_with_those_there_are(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"no model 'lstm'; expected one that ships \(.*gru.*\), passthrough"
-    ):
+    with pytest.raises(InputError, match=r"no model 'lstm'; expected a bundled one \(.*gru.*\), passthrough"):
         load_predictor("lstm")
     with pytest.raises(InputError, match=r"no model .*nowhere"):
         load_predictor(tmp_path / "nowhere")

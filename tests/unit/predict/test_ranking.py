@@ -103,7 +103,7 @@ def test_a_record_keeps_its_head_and_a_damaged_one_is_refused(array: VectorArray
     assert not np.allclose(found, fitted(contexts), atol=0.01)
     again = load_predictor("gru", tmp_path)
     assert np.array_equal(again.search(contexts), found)
-    assert "Head that searches" in (fitted.record.folder / "MODEL_CARD.md").read_text()
+    assert "Rank head" in (fitted.record.folder / "MODEL_CARD.md").read_text()
     without = fit(array, tmp_path, "gru", replace(recipe, rank=None), device="cpu")
     assert without.name != fitted.name
     assert np.array_equal(without.search(contexts), without(contexts))

@@ -127,7 +127,7 @@ def test_an_alias_whose_record_is_gone_says_so(tmp_path: Path) -> None:
     folder = save(tmp_path)
     set_alias(tmp_path, "lstm", folder)
     folder.rename(tmp_path / "moved")
-    with pytest.raises(InputError, match=r"points to .* which is not there"):
+    with pytest.raises(InputError, match=r"points to .* which does not exist"):
         load_record(tmp_path, "lstm")
 
 
@@ -293,7 +293,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     path.write_text("hello")
     with pytest.raises(InputError, match=r"model\.pt"):
         import_checkpoint(path, tmp_path / "models", IDENTITY)
-    with pytest.raises(InputError, match="no checkpoint torch can read"):
+    with pytest.raises(InputError, match="not a checkpoint that torch can read"):
         import_checkpoint(tmp_path / "absent.pt", tmp_path / "models", IDENTITY)
 
 

@@ -197,7 +197,7 @@ def test_texts_are_kept_in_memory_up_to_a_bound(folder: Path, monkeypatch: pytes
     expected = [text for article in fake_articles(12, 8) for text in article]
     for _ in range(2):
         assert array.texts(range(96)) == expected
-        assert array.shards.kept_bytes <= size * 1.2
+        assert array.shards._kept.currsize <= size * 1.2
 
 
 def test_a_worker_maps_the_same_files_and_receives_no_vectors(array: VectorArray) -> None:

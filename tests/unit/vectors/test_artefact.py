@@ -69,7 +69,7 @@ def test_a_finished_shard_is_whole_and_has_its_footer(artefact: Artefact, said: 
     assert artefact.finished(shard.file, FOOTER, sha256="0" * 64) is None
     (artefact.folder / shard.file).write_bytes((artefact.folder / shard.file).read_bytes()[:-8])
     assert artefact.finished(shard.file, FOOTER) is None
-    assert said == [f"{artefact.folder / shard.file} is damaged and is made again"] * 2
+    assert said == [f"{artefact.folder / shard.file} is damaged and is written again"] * 2
 
 
 def test_publishing_removes_what_the_manifest_does_not_list_and_nothing_else(artefact: Artefact) -> None:

@@ -195,7 +195,7 @@ def test_a_missing_file_is_an_error_of_its_own(tmp_path: Path) -> None:
 def test_a_cut_off_file_is_found(exported: Any, tmp_path: Path) -> None:
     whole = exported("documents").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    assert "cut off" in only_problem(tmp_path / "cut.npz")
+    assert "truncated" in only_problem(tmp_path / "cut.npz")
 
 
 def test_a_flipped_bit_in_the_vectors_is_found(exported: Any) -> None:
@@ -287,7 +287,7 @@ def test_flat_contexts_are_found(exported: Any) -> None:
 def test_a_target_without_a_context_is_found(exported: Any) -> None:
     vectors = load(exported("documents"))["target_vectors"][:-1]
     message = only_problem(changed(exported("documents"), target_vectors=vectors))
-    assert message.startswith("target_vectors: expected 210 rows as context_vectors has, got 209")
+    assert message.startswith("target_vectors: expected 210 rows, as context_vectors has, got 209")
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.complex64])
@@ -360,7 +360,9 @@ def test_padding_may_be_zero_where_the_mask_says_so(exported: Any) -> None:
     masks[2, :2] = False
     assert problems(changed(exported("split"), val_contexts=contexts, val_masks=masks)) == []
     masks[2] = False
-    assert "none in row 2" in only_problem(changed(exported("split"), val_contexts=contexts, val_masks=masks))
+    assert "only padding in row 2" in only_problem(
+        changed(exported("split"), val_contexts=contexts, val_masks=masks)
+    )
 
 
 def test_masks_must_be_flags_of_the_shape_of_their_contexts(exported: Any) -> None:
@@ -426,4 +428,4 @@ def test_a_foreign_member_is_named_and_a_damaged_one_is_a_problem(exported: Any)
         archive.writestr("extra.npy", b"garbage")
     report = check_npz(path)
     assert [p.where for p in report.problems] == ["extra"]
-    assert "README.txt is no .npy array and is ignored" in report.notes
+    assert "README.txt is not an .npy array and is ignored" in report.notes

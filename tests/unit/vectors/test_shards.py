@@ -15,7 +15,6 @@ from lvm.vectors import shards
 from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import (
     CHUNK_SCHEMA,
-    VECTOR_SCHEMA,
     Manifest,
     fingerprint,
     read_footer,
@@ -71,7 +70,7 @@ def test_a_stored_vector_is_a_plain_fixed_size_list_that_any_parquet_reader_open
 ) -> None:
     write_table(tmp_path / "a.parquet", to_table(chunks, encode(chunks)))
     kind = pq.read_schema(tmp_path / "a.parquet").field("vector").type
-    assert kind == pa.list_(pa.float16(), 768) == VECTOR_SCHEMA.field("vector").type
+    assert kind == pa.list_(pa.float16(), 768) == vector_schema().field("vector").type
     assert not isinstance(kind, pa.BaseExtensionType)
 
 
@@ -170,7 +169,7 @@ def test_a_cut_off_shard_is_named(tmp_path: Path, chunks: pa.Table) -> None:
     path = tmp_path / "part-00003.parquet"
     write_table(path, chunks)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"part-00003\.parquet is damaged: expected a whole Parquet file"):
+    with pytest.raises(InputError, match=r"part-00003\.parquet is damaged: expected a complete Parquet file"):
         read_footer(path)
 
 
@@ -394,4 +393,4 @@ def test_begin_takes_the_manifest_away_but_keeps_the_claim(tmp_path: Path) -> No
 
 
 def test_the_chunk_schema_is_the_first_part_of_the_vector_schema() -> None:
-    assert VECTOR_SCHEMA.names == [*CHUNK_SCHEMA.names, "truncated", "norm", "vector"]
+    assert vector_schema().names == [*CHUNK_SCHEMA.names, "truncated", "norm", "vector"]
