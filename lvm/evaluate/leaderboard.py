@@ -1,7 +1,8 @@
 """The tables of an evaluation, the leaderboard first, and its Markdown page."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 from lvm.evaluate.evaluation import Entry, Evaluation, Example, ExampleText, bounds
 from lvm.evaluate.table import UNKNOWN, Table, as_markdown
@@ -12,7 +13,7 @@ SEED_MEASURES = {
     "in_article_mrr": "MRR article",
     "in_pool_r10": "R@10 corpus",
 }
-"""What is measured for each seed, and how it is shown."""
+"""Measures that are taken for each seed, with their column headers."""
 
 
 def ranking(evaluation: Evaluation) -> list[Entry]:
@@ -24,17 +25,21 @@ def tables(evaluation: Evaluation) -> list[Table]:
     """Every table of the report, the leaderboard first."""
     made = [leaderboard(evaluation), _vectors(evaluation), _retrieval(evaluation), _texts(evaluation)]
     if any(e["ood"] for e in evaluation["entries"]):
-        made.append(_out_of_domain(evaluation))
-    made.append(_controls(evaluation))
+        note = (
+            "Mean cosine, and reciprocal rank within the article with its 95 % interval, on corpora no predictor was "
+            "trained on."
+        )
+        made.append(_by_set(evaluation, "ood", "Out of domain", note))
+    made.append(_by_set(evaluation, "controls", "Controls", evaluation["rules"]["controls"]))
     if any("seeds" in e for e in evaluation["entries"]):
         made.append(_seeds(evaluation))
     return [*made, _latency(evaluation), _size(evaluation), _gates(evaluation)]
 
 
 def leaderboard(evaluation: Evaluation) -> Table:
-    """The one table that is printed; its lines stay under 110 characters, 115 with seeds.
+    """The table that is also printed; its lines have fewer than 110 characters, 115 with seeds.
 
-    Where models were trained with several seeds, their test cosine over the seeds stands in place of R@1.
+    Where models were trained with several seeds, the test cosine over seeds replaces R@1.
     """
     rows = []
     ranked = ranking(evaluation)
@@ -73,8 +78,8 @@ def leaderboard(evaluation: Evaluation) -> Table:
             "gate",
         ),
         tuple(rows),
-        f"{split['test_windows']:,} windows of {split['test_articles']:,} test articles. {measured}: finding the true "
-        f"next chunk in its article; R@10: among {pool}. ms: mean of one query.",
+        f"{split['test_windows']:,} windows of {split['test_articles']:,} test articles. {measured}: rank of the true "
+        f"next chunk in its article; R@10: among {pool}. ms: mean time of one query.",
         _models(ranked),
     )
 
@@ -121,14 +126,13 @@ def _retrieval(evaluation: Evaluation) -> Table:
     ranked = ranking(evaluation)
     names = ("r1", "r5", "r10", "mrr")
 
-    def bounds(entry: Entry) -> tuple[str, str]:
-        pool = entry["in_pool_r10"]
-        return _mrr(entry["in_article_mrr"]), f"{pool['mean']:.3f} [{pool['low']:.3f}, {pool['high']:.3f}]"
-
     def cells(entry: Entry, prefix: str) -> list[str]:
         return [_share(ranks[prefix + n]) for ranks in (entry["in_article"], entry["in_pool"]) for n in names]
 
-    rows = [(e["name"], *cells(e, ""), *bounds(e)) for e in ranked]
+    rows = [
+        (e["name"], *cells(e, ""), _interval(e["in_article_mrr"]), _interval(e["in_pool_r10"]))
+        for e in ranked
+    ]
     rows.append(("(random order)", *cells(ranked[0], "chance_"), "", ""))
     article = ranked[0]["in_article"]
     mean = article["mean_candidates"]
@@ -226,13 +230,7 @@ def _size(evaluation: Evaluation) -> Table:
     ]
     return Table(
         "Size and efficiency",
-        (
-            "model",
-            "parameters",
-            "weights MB",
-            f"peak MB, batch {ranked[0]['peak_batch']}",
-            "efficiency",
-        ),
+        ("model", "parameters", "weights MB", f"peak MB, batch {ranked[0]['peak_batch']}", "efficiency"),
         tuple(rows),
         f"Peak: memory one call needs beyond the weights. Efficiency: {evaluation['rules']['efficiency']}",
         _models(ranked),
@@ -244,47 +242,16 @@ def efficiency(entry: Entry) -> float:
     return float(entry["cosine"]["mean"] / max(entry["latency"][0]["mean_ms"], 1e-6) * 1000)
 
 
-def _out_of_domain(evaluation: Evaluation) -> Table:
-    ranked = ranking(evaluation)
-    names = list(ranked[0]["ood"])
-    rows = [
-        (
-            e["name"],
-            *(c for n in names for c in (f"{e['ood'][n]['cosine']['mean']:.4f}", _mrr(e["ood"][n]["mrr"]))),
-        )
-        for e in ranked
-    ]
-    return Table(
-        "Out of domain",
-        ("model", *(header for n in names for header in (n, f"{n}, MRR"))),
-        tuple(rows),
-        "Mean cosine, and reciprocal rank within the article with its 95 % interval, on corpora no predictor was "
-        "trained on.",
-        _models(ranked),
-    )
-
-
-def _controls(evaluation: Evaluation) -> Table:
-    ranked = [e for e in ranking(evaluation) if e["controls"]]
-    names = list(ranked[0]["controls"]) if ranked else []
-    rows = [
-        (
-            e["name"],
-            *(
-                c
-                for n in names
-                for c in (f"{e['controls'][n]['cosine']['mean']:.4f}", _mrr(e["controls"][n]["mrr"]))
-            ),
-        )
-        for e in ranked
-    ]
-    return Table(
-        "Controls",
-        ("model", *(header for n in names for header in (n, f"{n}, MRR"))),
-        tuple(rows),
-        evaluation["rules"]["controls"],
-        frozenset(range(len(rows))),
-    )
+def _by_set(evaluation: Evaluation, key: Literal["ood", "controls"], title: str, note: str) -> Table:
+    """Mean cosine and MRR of each entry that has `key`, by out-of-domain set or control."""
+    ranked = [e for e in ranking(evaluation) if e[key]]
+    names = list(ranked[0][key]) if ranked else []
+    rows = []
+    for entry in ranked:
+        cells = ((f"{entry[key][n]['cosine']['mean']:.4f}", _interval(entry[key][n]["mrr"])) for n in names)
+        rows.append((entry["name"], *chain.from_iterable(cells)))
+    headers = ("model", *(header for n in names for header in (n, f"{n}, MRR")))
+    return Table(title, headers, tuple(rows), note, _models(ranked))
 
 
 def _seeds(evaluation: Evaluation) -> Table:
@@ -301,9 +268,9 @@ def _seeds(evaluation: Evaluation) -> Table:
         "Over seeds",
         ("model", "seeds", *SEED_MEASURES.values()),
         tuple(rows),
-        "Mean and standard deviation over trainings on the same split that differ in their seed alone. All other "
-        "tables show the one that the alias points to, the best by val cosine.",
-        frozenset(range(len(rows))),
+        "Mean and standard deviation over trainings that differ only in their seed. All other tables show the one that "
+        "the alias points to, the best by val cosine.",
+        _models(ranked),
     )
 
 
@@ -312,16 +279,14 @@ def _over_seeds(entry: Entry, measure: str) -> str:
 
 
 def spread_text(spread: Mapping[str, Any]) -> str:
-    """Mean and deviation of a `Spread.to_dict`."""
+    """A `Spread.to_dict` as mean and standard deviation."""
     return f"{spread['mean']:.4f} ±{spread['deviation']:.4f}"
 
 
-def _mrr(interval: dict[str, Any] | None) -> str:
-    return (
-        UNKNOWN
-        if interval is None
-        else f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
-    )
+def _interval(interval: dict[str, Any] | None) -> str:
+    if interval is None:
+        return UNKNOWN
+    return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
 def _gates(evaluation: Evaluation) -> Table:
@@ -349,7 +314,7 @@ def _ms(value: float) -> str:
 
 
 def markdown_page(evaluation: Evaluation) -> str:
-    """leaderboard.md: every table, the rules of what is scored, and where the numbers come from."""
+    """leaderboard.md: provenance, scoring rules and every table."""
     where, rules = evaluation["provenance"], evaluation["rules"]
     head = [
         "# Evaluation",
@@ -373,7 +338,9 @@ def example_text(example: Example, number: int) -> str:
     lines.append(f"  true next: {example['truth']}")
     for decoded in example["decoded"]:
         lines.append(f"  {_label(decoded):{width}}  {decoded['text'] or '(empty)'}")
-        why = f", for want of a better one ({'; '.join(decoded['refusals'])})" if decoded["refusals"] else ""
+        why = (
+            f", refused but the best found ({'; '.join(decoded['refusals'])})" if decoded["refusals"] else ""
+        )
         lines.append(
             f"  {'':{width}}    {SOURCES[decoded['source']]}{why}; cosine of the vector to the true next "
             f"{decoded['vector_cosine']:+.3f}, of the text {decoded['text_cosine']:+.3f}"
@@ -383,10 +350,10 @@ def example_text(example: Example, number: int) -> str:
 
 
 FORMS = {"raw": "raw", "snap": "snapped", "found": "found"}
-"""How a form is shown."""
+"""Displayed names of the forms."""
 
 SOURCES = {"exact": "read back", "writer": "written", "corpus": "found in the corpus"}
-"""What a text's source is called for a reader."""
+"""Displayed names of a text's sources."""
 
 
 def _label(decoded: ExampleText) -> str:

@@ -1,8 +1,4 @@
-"""What a sweep found: the leaderboard of architectures and one page with plots, from the table of trials alone.
-
-A row is one trial: number, model, context, learning_rate, info_nce_share, sizes (JSON), parameters, val_cosine (its
-best epoch's), epochs, seconds, state (one of STATES), note.
-"""
+"""Report of a sweep: the leaderboard of architectures and an HTML page with plots, from the table of trials alone."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +17,7 @@ STATES = ("finished", "stopped early", "out of time", "failed")
 
 
 class Trial(TypedDict):
-    """One row of the table."""
+    """One row of the table of trials."""
 
     number: int
     model: str
@@ -29,11 +25,14 @@ class Trial(TypedDict):
     learning_rate: float
     info_nce_share: float
     sizes: str
+    """JSON object."""
     parameters: int | None
     val_cosine: float | None
+    """Of the best epoch."""
     epochs: int
     seconds: float
     state: str
+    """One of STATES."""
     note: str
 
 
@@ -51,7 +50,7 @@ def best_of_each(trials: Sequence[Trial]) -> dict[str, Trial]:
 
 
 def leaderboard(trials: Sequence[Trial], intervals: Mapping[int, Interval]) -> Table:
-    """Architectures by their best trial. intervals: by trial number, of those that were measured."""
+    """Architectures by their best trial. intervals: of the val cosine, by trial number."""
     rows = []
     for place, (model, best) in enumerate(best_of_each(trials).items(), 1):
         own = [t for t in scored(trials) if t["model"] == model]
@@ -92,34 +91,34 @@ def leaderboard(trials: Sequence[Trial], intervals: Mapping[int, Interval]) -> T
         ),
         tuple(rows),
         "Val cosine: mean over the same validation targets for every trial, at its best epoch; the interval "
-        "resamples articles. The best of many trials is a little lucky: the test articles, which no trial has seen, "
-        "say how much.",
+        "resamples articles. The best of many trials is biased upwards: compare it with the test articles, which no "
+        "trial has seen.",
         frozenset(range(len(rows))),
     )
 
 
 def compare(trials: Sequence[Trial], key: str, name: str) -> Table:
-    """Val cosine by one setting, over all architectures: the difference to the own architecture's mean, with a 95 %
-    interval of that difference's mean (normal, from the spread of the trials)."""
+    """Effect of one setting: mean difference of the val cosine to the architecture's mean, with its normal 95 %
+    interval over trials."""
     rows = scored(trials)
     by_model: dict[str, list[float]] = {}
     for trial in rows:
         by_model.setdefault(trial["model"], []).append(trial["val_cosine"] or 0.0)
     means = {model: float(np.mean(values)) for model, values in by_model.items()}
-    found: dict[Any, list[float]] = {}
+    by_value: dict[Any, list[float]] = {}
     for trial in rows:
         row: Mapping[str, Any] = trial
-        found.setdefault(row[key], []).append((trial["val_cosine"] or 0.0) - means[trial["model"]])
+        by_value.setdefault(row[key], []).append((trial["val_cosine"] or 0.0) - means[trial["model"]])
     cells = []
-    for value, differences in sorted(found.items()):
+    for value, differences in sorted(by_value.items()):
         mean, count = float(np.mean(differences)), len(differences)
         spread = 1.96 * float(np.std(differences, ddof=1)) / count**0.5 if count > 1 else float("nan")
         cells.append((f"{value:g}", str(count), f"{mean:+.4f}", f"±{spread:.4f}" if count > 1 else ""))
     return Table(
         f"By {name}",
-        (name, "trials", "against the architecture's mean", "95 %"),
+        (name, "trials", "difference to the architecture's mean", "95 %"),
         tuple(cells),
-        "Early stops are among them: a setting that is slow to start looks worse than it is.",
+        "Includes trials stopped early, so a setting that converges slowly looks worse than it is.",
     )
 
 
@@ -199,7 +198,7 @@ def plot_parallel(trials: Sequence[Trial]) -> str:
 
 
 def plot_cost(trials: Sequence[Trial], key: str, label: str) -> str:
-    """Val cosine against what a trial costs, `seconds` or `parameters`, with the front no other trial beats."""
+    """Val cosine against a trial's cost, `seconds` or `parameters`, with the Pareto front."""
     rows, colours = scored(trials), colours_of(trials)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8, 3.8), layout="constrained")
@@ -228,7 +227,7 @@ def plot_cost(trials: Sequence[Trial], key: str, label: str) -> str:
 def html_page(
     trials: Sequence[Trial], intervals: Mapping[int, Interval], title: str, lines: Mapping[str, str]
 ) -> str:
-    """The whole page. title: what was swept; lines: settings and provenance."""
+    """The report page. lines: settings and provenance, by name."""
     states = ", ".join(
         f"{sum(t['state'] == s for t in trials)} {s}" for s in STATES if any(t["state"] == s for t in trials)
     )
@@ -243,9 +242,11 @@ def html_page(
         section("Every trial across its settings", f"<figure>{plot_parallel(trials)}</figure>"),
         '<div class="grid">'
         + figure_card(
-            "Quality and time", plot_cost(trials, "seconds", "seconds of training"), "Line: not beaten."
+            "Quality and time", plot_cost(trials, "seconds", "seconds of training"), "Line: Pareto front."
         )
-        + figure_card("Quality and size", plot_cost(trials, "parameters", "parameters"), "Line: not beaten.")
+        + figure_card(
+            "Quality and size", plot_cost(trials, "parameters", "parameters"), "Line: Pareto front."
+        )
         + "</div>",
         *(
             section(table.title, table_of(table))

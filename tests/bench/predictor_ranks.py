@@ -24,7 +24,7 @@ from lvm.evaluate.baselines import (
     copy_last,
     fit_ridge,
 )
-from lvm.evaluate.contest import at_most, find
+from lvm.evaluate.contest import at_most, score_in_article
 from lvm.evaluate.controls import as_written
 from lvm.evaluate.metrics import Pool, Predict, clustered_interval, score_windows, summarise_ranks
 from lvm.predict.predictor import load_predictor
@@ -51,7 +51,9 @@ def main() -> None:
     few, val = at_most(train, 5_000, 0), at_most(parts["val"], settings.max_val_windows, 0)
 
     def reciprocal_rank(predict: Predict) -> float:
-        return summarise_ranks(find(predict, None, array, as_written(few)).in_article)["mrr"] or 0.0
+        return (
+            summarise_ranks(score_in_article(predict, None, array, as_written(few)).in_article)["mrr"] or 0.0
+        )
 
     batches = partial(train.batches, 1024)
     rows: dict[str, tuple[Predict, Predict | None]] = {
