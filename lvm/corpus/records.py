@@ -159,8 +159,8 @@ def article_of(record: dict[str, Any], source: str, place: str) -> Article:
         raise BrokenRecordError("its text is empty")
     own = record.get("source")
     named = own if isinstance(own, str) and own else source
-    fields = map(replace_surrogates, (str(article_id), title or "", text, named))
-    return Article(*fields, place)
+    own_id, title, text, named = map(replace_surrogates, (str(article_id), title or "", text, named))
+    return Article(own_id, title, text, named, place)
 
 
 def replace_surrogates(text: str) -> str:
