@@ -31,7 +31,6 @@ class AMNConfig:
 
 TOY = AMNConfig(key_dim=16, hidden=32)
 SPACE = {"hidden": (256, 512, 1024), "key_dim": (128, 256, 512)}
-"""Sizes that `latent sweep` tries."""
 
 
 class AMN(nn.Module):

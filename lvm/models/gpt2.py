@@ -20,30 +20,23 @@ from torch import Tensor, nn
 
 from lvm.errors import InputError
 from lvm.models.attention import CausalAttention
-from lvm.models.trunk import Trunk, wide, with_feed_forward
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 
 @dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
     width: int = 768
-    """Width of the residual stream, W."""
     num_layers: int = 6
-    """Pairs of attention and feed-forward."""
     head_dim: int = 64
     """Must divide the width."""
     num_positions: int = 1024
     """Learned position embeddings."""
-    dropout: float = 0.1
-    """Applied to the output of each mixer and feed-forward."""
 
 
 TOY = GPT2Config(width=32, num_layers=2, head_dim=16, num_positions=8)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 class GPT2(Trunk):

@@ -30,7 +30,6 @@ class GRUConfig:
 
 TOY = GRUConfig(hidden=32, num_layers=2)
 SPACE = {"hidden": (256, 512, 1024), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 class Block(nn.Module):

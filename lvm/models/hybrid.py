@@ -13,19 +13,14 @@ from torch import nn
 
 from lvm.models.attention import CausalAttention
 from lvm.models.mamba2 import SSD
-from lvm.models.trunk import Trunk
+from lvm.models.trunk import Trunk, TrunkConfig
 
 
 @dataclass(frozen=True)
-class HybridConfig:
+class HybridConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Width of the residual stream, W."""
     num_layers: int = 6
-    """Mamba-2 and attention blocks."""
     attention_every: int = 6
     """Every attention_every-th block is attention."""
     state: int = 64
@@ -36,13 +31,10 @@ class HybridConfig:
     """Mamba-2's inner width as a multiple of the width."""
     taps: int = 4
     """Kernel size of Mamba-2's short convolution."""
-    dropout: float = 0.1
-    """Applied to each block's output."""
 
 
 TOY = HybridConfig(width=32, num_layers=3, attention_every=3, state=8, head_dim=16)
 SPACE = {"width": (256, 512, 768), "num_layers": (6, 12)}
-"""Sizes that `latent sweep` tries."""
 
 
 class Hybrid(Trunk):

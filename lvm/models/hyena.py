@@ -16,22 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from lvm.models.convolution import ShortConvolution, causal_convolution
-from lvm.models.trunk import Trunk, with_feed_forward
+from lvm.models.trunk import Trunk, TrunkConfig, with_feed_forward
 
 SLOWEST, FASTEST = math.log(100) / 1.5, math.log(100) / 0.3
 """Range of the window's decay rates: to a hundredth after 1.5 or 0.3 scales, as in the authors' code."""
 
 
 @dataclass(frozen=True)
-class HyenaConfig:
+class HyenaConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Width of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of Hyena and feed-forward."""
     order: int = 2
     """Convolutions, and gates, per layer."""
     scale: int = 64
@@ -40,13 +34,10 @@ class HyenaConfig:
     """Frequencies of the filters' position encoding."""
     filter_width: int = 64
     """Inner width of the filter network."""
-    dropout: float = 0.1
-    """Applied to the output of each mixer and feed-forward."""
 
 
 TOY = HyenaConfig(width=32, num_layers=2, bands=2, filter_width=8)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 class Filters(nn.Module):

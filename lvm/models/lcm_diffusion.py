@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lvm.errors import InputError
 from lvm.models.attention import CausalAttention
 from lvm.models.transformer import sinusoidal_positions
-from lvm.models.trunk import Trunk, wide, with_feed_forward
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 Schedule = Literal["cosine", "quadratic", "sigmoid"]
 Context = tuple[list[Any], Tensor]
@@ -35,19 +35,11 @@ SIGMOID_GAMMA, SIGMOID_DELTA = 1.5, -1.0
 
 
 @dataclass(frozen=True)
-class LCMDiffusionConfig:
+class LCMDiffusionConfig(TrunkConfig):
     """Sizes of the network, and settings of sampling."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Width of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of attention and feed-forward."""
     head_dim: int = 64
     """Must divide the width."""
-    dropout: float = 0.1
-    """Applied to the output of each mixer and feed-forward."""
     schedule: Schedule = "cosine"
     """Noise schedule."""
     drop_context: float = 0.15
@@ -72,7 +64,6 @@ class LCMDiffusionConfig:
 
 TOY = LCMDiffusionConfig(width=32, num_layers=2, head_dim=16, steps=3)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6), "schedule": ("cosine", "quadratic", "sigmoid")}
-"""Sizes and settings that `latent sweep` tries."""
 
 
 def signal_and_noise(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -104,6 +95,7 @@ class LCMDiffusion(Trunk):
     """Next vector by denoising, given the context."""
 
     has_steps = False
+    config: LCMDiffusionConfig
 
     def __init__(self, config: LCMDiffusionConfig) -> None:
         attention = partial(CausalAttention, config.width, config.head_dim)
@@ -121,7 +113,7 @@ class LCMDiffusion(Trunk):
 
     def sample(self, contexts: Tensor, seed: int) -> Tensor:
         """(B, D) unit vectors from contexts (B, T, D), all from the one initial noise vector of this seed."""
-        config: LCMDiffusionConfig = self.config
+        config = self.config
         times = torch.linspace(1.0, 0.0, config.steps + 1, device=contexts.device, dtype=wide(contexts).dtype)
         alpha, sigma = signal_and_noise(times, config.schedule)
         x = (config.noise_scale * sigma[0] * self._noise(contexts, seed)).expand(len(contexts), -1)
@@ -193,5 +185,5 @@ class LCMDiffusion(Trunk):
     def _noise(self, like: Tensor, seed: int) -> Tensor:
         """(1, D) noise of norm about 1; drawn on the CPU, to be the same on every device."""
         generator = torch.Generator().manual_seed(seed)
-        dim: int = self.config.dim
+        dim = self.config.dim
         return (torch.randn(1, dim, generator=generator) / math.sqrt(dim)).to(like.device, wide(like).dtype)

@@ -23,30 +23,22 @@ from torch import Tensor, nn
 
 from lvm.errors import InputError
 from lvm.models.attention import CausalAttention
-from lvm.models.trunk import Trunk, wide, with_feed_forward
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 KMEANS_ROUNDS = 12
 """Iterations of Lloyd's algorithm for each codebook."""
 
 
 @dataclass(frozen=True)
-class LCMQuantConfig:
+class LCMQuantConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Width of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of attention and feed-forward."""
     head_dim: int = 64
     """Must divide the width."""
     levels: int = 8
     """Levels, and so codewords per vector, L."""
     codes: int = 256
     """Codewords per level, K."""
-    dropout: float = 0.1
-    """Applied to the output of each mixer and feed-forward."""
     answer: Literal["expected", "likeliest"] = "expected"
     """Whether the prediction uses the expected or the likeliest codeword of each level."""
 
@@ -57,7 +49,6 @@ class LCMQuantConfig:
 
 TOY = LCMQuantConfig(width=32, num_layers=2, head_dim=16, levels=2, codes=8)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6), "levels": (4, 8)}
-"""Sizes that `latent sweep` tries."""
 
 
 class LCMQuant(Trunk):
@@ -67,6 +58,7 @@ class LCMQuant(Trunk):
     solves_output = False
     """The outputs are logits, not vectors, so regression on the targets cannot initialise the last layer."""
     codebooks: Tensor
+    config: LCMQuantConfig
 
     def __init__(self, config: LCMQuantConfig) -> None:
         levels, codes, width, dim = config.levels, config.codes, config.width, config.dim

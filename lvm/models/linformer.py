@@ -19,32 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvm.models.attention import heads_of, joined
-from lvm.models.trunk import Trunk, wide, with_feed_forward
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 
 @dataclass(frozen=True)
-class LinformerConfig:
+class LinformerConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Width of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of attention and feed-forward."""
     head_dim: int = 64
     """P; must divide the width."""
     block: int = 8
     """Positions per block, L."""
     rank: int = 2
     """Summaries per block, R."""
-    dropout: float = 0.1
-    """Applied to the output of each mixer and feed-forward."""
 
 
 TOY = LinformerConfig(width=32, num_layers=2, head_dim=16, block=2, rank=1)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 class BlockAttention(nn.Module):

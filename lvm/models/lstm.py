@@ -30,7 +30,6 @@ class LSTMConfig:
 
 TOY = LSTMConfig(hidden=32)
 SPACE = {"hidden": (256, 512, 1024), "num_layers": (2, 3, 4)}
-"""Sizes that `latent sweep` tries."""
 
 
 class LSTM(nn.Module):

@@ -18,22 +18,17 @@ from torch import Tensor, nn
 from lvm.models.attention import heads_of, joined
 from lvm.models.convolution import ShortConvolution
 from lvm.models.recurrence import fading_sum
-from lvm.models.trunk import Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide
 
 DT_MIN, DT_MAX = 0.001, 0.1
 """Range of the initial step sizes, log-uniform (from S4, by way of Mamba, arXiv 2312.00752, section 6)."""
 
 
 @dataclass(frozen=True)
-class Mamba2Config:
+class Mamba2Config(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Width of the residual stream, W."""
     num_layers: int = 6
-    """Mamba-2 blocks."""
     state: int = 64
     """Length of B and C, N."""
     head_dim: int = 64
@@ -42,13 +37,10 @@ class Mamba2Config:
     """Inner width as a multiple of the width."""
     taps: int = 4
     """Kernel size of the short convolution."""
-    dropout: float = 0.1
-    """Applied to each block's output."""
 
 
 TOY = Mamba2Config(width=32, num_layers=2, state=8, head_dim=16)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 Memory = tuple[Tensor, Tensor]
 """Inputs of the convolution (B, taps - 1, E + 2 N), state (B, H, N, P)."""

@@ -17,33 +17,24 @@ from torch import Tensor, nn
 
 from lvm.models.attention import heads_of, joined
 from lvm.models.recurrence import fading_sum
-from lvm.models.trunk import Trunk, wide, with_feed_forward
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 EPSILON = 1e-6
 """Added to each feature, as in the authors' code: keys so long that all features vanish get equal weight."""
 
 
 @dataclass(frozen=True)
-class PerformerConfig:
+class PerformerConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Width of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of attention and feed-forward."""
     head_dim: int = 64
     """P; must divide the width."""
     num_features: int = 128
     """Random features per layer, M."""
-    dropout: float = 0.1
-    """Applied to the output of each mixer and feed-forward."""
 
 
 TOY = PerformerConfig(width=32, num_layers=2, head_dim=16, num_features=32)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 def orthogonal_features(count: int, size: int) -> Tensor:

@@ -19,28 +19,19 @@ from torch import Tensor, nn
 
 from lvm.models.attention import heads_of, joined
 from lvm.models.recurrence import fading_sum
-from lvm.models.trunk import Trunk, wide, with_feed_forward
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 
 @dataclass(frozen=True)
-class RetNetConfig:
+class RetNetConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Width of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of retention and feed-forward."""
     head_dim: int = 64
     """Size of a head's keys, P, even; must divide the width. Values are twice as long."""
-    dropout: float = 0.1
-    """Applied to the output of each mixer and feed-forward."""
 
 
 TOY = RetNetConfig(width=32, num_layers=2, head_dim=16)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 Memory = tuple[int, Tensor]
 """Positions so far, state (B, H, P, 2 P)."""

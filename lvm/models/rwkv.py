@@ -16,35 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvm.models.attention import heads_of, joined
-from lvm.models.trunk import Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide
 
 CHUNK = 8
 """Positions per chunk: the pairwise decays take L times the memory of the keys."""
 
 
 @dataclass(frozen=True)
-class RWKVConfig:
+class RWKVConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Width of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of time mix and channel mix."""
     head_dim: int = 64
     """N; must divide the width."""
     shift_rank: int = 32
     """Rank of the token-shift maps."""
     decay_rank: int = 64
     """Rank of the decay map."""
-    dropout: float = 0.1
-    """Share of the outputs of a mix zeroed while training."""
 
 
 TOY = RWKVConfig(width=32, num_layers=2, head_dim=16, shift_rank=4, decay_rank=4)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 def wkv(

@@ -18,31 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvm.models.convolution import causal_convolution
-from lvm.models.trunk import Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide
 
 DT_MIN, DT_MAX = 0.01, 1.0
 """Range of the initial step sizes, log-uniform: channels that forget within 2 to 200 positions."""
 
 
 @dataclass(frozen=True)
-class S4Config:
+class S4Config(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
     width: int = 768
-    """Width of the residual stream, W: one state space per channel."""
     num_layers: int = 6
-    """Blocks of convolution and gated linear layer."""
     state: int = 32
     """Complex numbers in a channel's state, N: half the paper's N, which includes the conjugates."""
-    dropout: float = 0.1
-    """Applied to each block's output."""
 
 
 TOY = S4Config(width=32, num_layers=2, state=4)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 Pair = tuple[Tensor, Tensor]
 """Real and imaginary part."""

@@ -36,7 +36,6 @@ class TransformerConfig:
 
 TOY = TransformerConfig(width=32, num_layers=2, num_heads=4, feed_forward=64)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 def sinusoidal_positions(length: int, width: int, like: Tensor) -> Tensor:

@@ -25,6 +25,20 @@ from lvm.errors import InputError
 from lvm.models.transformer import sinusoidal_positions
 
 
+@dataclass(frozen=True)
+class TrunkConfig:
+    """Sizes that all architectures with a trunk have."""
+
+    dim: int = 768
+    """Length of a vector, D."""
+    width: int = 512
+    """Width of the residual stream, W."""
+    num_layers: int = 4
+    """Mixers, each with its feed-forward where the architecture has one."""
+    dropout: float = 0.1
+    """Applied to the output of each mixer and feed-forward."""
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in at least float32: bfloat16 is too narrow for sums over positions."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -46,7 +60,7 @@ class FeedForward(nn.Module):
 
 
 def with_feed_forward(
-    config: Any, mixer: Callable[[], nn.Module], factor: int = 4, approximate: str = "none"
+    config: TrunkConfig, mixer: Callable[[], nn.Module], factor: int = 4, approximate: str = "none"
 ) -> list[nn.Module]:
     """config.num_layers times: a new mixer, and a feed-forward of `factor` times the width."""
     mixers: list[nn.Module] = []
@@ -94,12 +108,12 @@ class Trunk(nn.Module):
 
     def __init__(
         self,
-        config: Any,
+        config: TrunkConfig,
         mixers: Sequence[nn.Module],
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         positions: bool = False,
     ) -> None:
-        """config: has dim, width and dropout. positions: add sinusoidal codes, for mixers that ignore order."""
+        """positions: add sinusoidal codes, for mixers that ignore order."""
         super().__init__()
         if (head := getattr(config, "head_dim", None)) and config.width % head:
             raise InputError(f"head_dim must divide the width, got {head} and {config.width}")
@@ -150,8 +164,7 @@ class Trunk(nn.Module):
     @property
     def num_directions(self) -> int:
         """Number of rows of `start_from`'s directions."""
-        width: int = self.config.width
-        return width
+        return self.config.width
 
     @torch.no_grad()
     def start_from(self, directions: Tensor) -> None:
@@ -161,7 +174,7 @@ class Trunk(nn.Module):
         tenth; the mean has weight eight, as in the Transformer's start. The mean of the first five position codes is
         subtracted from the input.
         """
-        width: int = self.config.width
+        width = self.config.width
         self.input_proj.weight.copy_(directions * math.sqrt(width))
         self.input_proj.bias.zero_()
         if self.positions:
