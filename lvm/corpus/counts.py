@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lvm.corpus.records import BROKEN_SHOWN
@@ -58,21 +58,12 @@ class Counts:
 
     def to_report(self) -> dict[str, Any]:
         """The form stored in the manifest, with means; needs at least one chunk."""
-        return {
-            "articles": self.articles,
-            "chunks": self.chunks,
-            "words": self.words,
+        kept = {k: v for k, v in asdict(self).items() if k not in ("tokens", "letters", "num_broken")}
+        return kept | {
             "mean_tokens": round(self.tokens / self.chunks, 2),
             "tokens_per_word": round(self.tokens / max(1, self.words), 2),
             "tokens_per_letter": round(self.tokens / max(1, self.letters), 3),
-            "long_words": self.long_words,
-            "broken_files": self.broken_files,
             "broken_records": self.num_broken,
-            "broken": self.broken,
-            "skipped": self.skipped,
-            "duplicates": self.duplicates,
-            "first_duplicates": self.first_duplicates,
-            "sources": self.sources,
         }
 
 

@@ -1,11 +1,11 @@
 """The tables of an evaluation, the leaderboard first, and its Markdown page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
-from lvm.evaluate.evaluation import Entry, Evaluation, Example, ExampleText, bounds
-from lvm.evaluate.table import UNKNOWN, Table, as_markdown
+from lvm.evaluate.evaluation import Entry, Evaluation, Example, ExampleText, TextRow, bounds
+from lvm.evaluate.table import UNKNOWN, Table, as_markdown, table_of_columns
 
 SEED_MEASURES = {
     "val_cosine": "val cosine",
@@ -41,47 +41,34 @@ def leaderboard(evaluation: Evaluation) -> Table:
 
     Where models were trained with several seeds, the test cosine over seeds replaces R@1.
     """
-    rows = []
     ranked = ranking(evaluation)
+    places = {e["name"]: str(place) for place, e in enumerate(ranked, 1)}
     seeds = any("seeds" in e for e in ranked)
-    for place, entry in enumerate(ranked, 1):
-        rows.append(
-            (
-                str(place),
-                entry["name"],
-                f"{entry['cosine']['mean']:.4f}",
-                bounds(entry["cosine"]),
-                f"{entry['margin']['mean']:+.4f}",
-                _over_seeds(entry, "cosine") if seeds else _share(entry["in_article"]["r1"]),
-                _share(entry["in_article"]["mrr"]),
-                _share(entry["in_pool"]["r10"]),
-                _ms(entry["latency"][0]["mean_ms"]),
-                ("pass" if entry["gate"]["passed"] else "fail") if "gate" in entry else entry["kind"],
-            )
-        )
+
+    def seeds_or_r1(entry: Entry) -> str:
+        return _over_seeds(entry, "cosine") if seeds else _share(entry["in_article"]["r1"])
+
+    columns: dict[str, Callable[[Entry], str]] = {
+        "#": lambda e: places[e["name"]],
+        "model": lambda e: e["name"],
+        "cosine": lambda e: f"{e['cosine']['mean']:.4f}",
+        "95 % interval": lambda e: bounds(e["cosine"]),
+        "margin": lambda e: f"{e['margin']['mean']:+.4f}",
+        "over seeds" if seeds else "R@1 art.": seeds_or_r1,
+        "MRR art.": lambda e: _share(e["in_article"]["mrr"]),
+        "R@10 all": lambda e: _share(e["in_pool"]["r10"]),
+        "ms": lambda e: _ms(e["latency"][0]["mean_ms"]),
+        "gate": lambda e: ("pass" if e["gate"]["passed"] else "fail") if "gate" in e else e["kind"],
+    }
     split = evaluation["split"]
     candidates = ranked[0]["in_pool"]["mean_candidates"]
     measured = "Over seeds: mean and deviation of the cosine. MRR" if seeds else "R@1 and MRR"
     pool = "all chunks" if candidates is None else f"{candidates:,.0f} chunks of the corpus"
-    return Table(
-        "Leaderboard",
-        (
-            "#",
-            "model",
-            "cosine",
-            "95 % interval",
-            "margin",
-            "over seeds" if seeds else "R@1 art.",
-            "MRR art.",
-            "R@10 all",
-            "ms",
-            "gate",
-        ),
-        tuple(rows),
+    note = (
         f"{split['test_windows']:,} windows of {split['test_articles']:,} test articles. {measured}: rank of the true "
-        f"next chunk in its article; R@10: among {pool}. ms: mean time of one query.",
-        _models(ranked),
+        f"next chunk in its article; R@10: among {pool}. ms: mean time of one query."
     )
+    return table_of_columns("Leaderboard", ranked, columns, note, _models(ranked))
 
 
 def _models(ranked: Sequence[Entry]) -> frozenset[int]:
@@ -89,37 +76,22 @@ def _models(ranked: Sequence[Entry]) -> frozenset[int]:
 
 
 def _vectors(evaluation: Evaluation) -> Table:
+    def gain(entry: Entry) -> str:
+        return f"{entry['gain']['mean']:+.4f} {bounds(entry['gain'], signed=True)}" if "gain" in entry else ""
+
     ranked = ranking(evaluation)
-    rows = [
-        (
-            e["name"],
-            f"{e['val_cosine']:.4f}",
-            f"{e['cosine']['mean']:.4f}",
-            f"{e['mse']:.6f}",
-            f"{e['norm']:.4f}",
-            f"{e['margin']['mean']:+.4f}",
-            bounds(e["margin"], signed=True),
-            f"{e['gain']['mean']:+.4f} {bounds(e['gain'], signed=True)}" if "gain" in e else "",
-        )
-        for e in ranked
-    ]
-    rules = evaluation["rules"]
-    return Table(
-        "Predicted vectors",
-        (
-            "model",
-            "val cosine",
-            "test cosine",
-            "MSE",
-            "norm",
-            "margin",
-            "its 95 % interval",
-            "test cosine above the best baseline's",
-        ),
-        tuple(rows),
-        f"Margin: {rules['margin']} MSE: {rules['mse']}",
-        _models(ranked),
-    )
+    columns: dict[str, Callable[[Entry], str]] = {
+        "model": lambda e: e["name"],
+        "val cosine": lambda e: f"{e['val_cosine']:.4f}",
+        "test cosine": lambda e: f"{e['cosine']['mean']:.4f}",
+        "MSE": lambda e: f"{e['mse']:.6f}",
+        "norm": lambda e: f"{e['norm']:.4f}",
+        "margin": lambda e: f"{e['margin']['mean']:+.4f}",
+        "its 95 % interval": lambda e: bounds(e["margin"], signed=True),
+        "test cosine above the best baseline's": gain,
+    }
+    note = f"Margin: {evaluation['rules']['margin']} MSE: {evaluation['rules']['mse']}"
+    return table_of_columns("Predicted vectors", ranked, columns, note, _models(ranked))
 
 
 def _retrieval(evaluation: Evaluation) -> Table:
@@ -153,45 +125,24 @@ def _retrieval(evaluation: Evaluation) -> Table:
 
 
 def _texts(evaluation: Evaluation) -> Table:
-    rows = [
-        (
-            row["name"],
-            FORMS[row["form"]],
-            f"{row['vector_cosine']:.4f}",
-            f"{row['text_cosine']:.4f}",
-            f"{row['off_manifold']:+.3f}",
-            f"{row['keyword']:.0%}",
-            f"{row['distinct_2']:.2f}",
-            "–" if row["log_prob"] is None else f"{row['log_prob']:.2f}",
-            f"{row['rouge1']:.3f}",
-            f"{row['rouge2']:.3f}",
-            f"{row['rougeL']:.3f}",
-            f"{row['bleu']:.2f}",
-            ", ".join(f"{source} {n}" for source, n in row["sources"].items()),
-        )
-        for row in evaluation["text"]
-    ]
-    return Table(
-        "Text",
-        (
-            "model",
-            "form",
-            "cosine of vector",
-            "cosine of text",
-            "off manifold",
-            "keyword",
-            "distinct-2",
-            "language",
-            "ROUGE-1",
-            "ROUGE-2",
-            "ROUGE-L",
-            "BLEU",
-            "sources",
-        ),
-        tuple(rows),
-        f"{evaluation['text_windows']} test windows. {evaluation['rules']['text']} "
-        f"{evaluation['rules']['snap']}",
-    )
+    columns: dict[str, Callable[[TextRow], str]] = {
+        "model": lambda row: row["name"],
+        "form": lambda row: FORMS[row["form"]],
+        "cosine of vector": lambda row: f"{row['vector_cosine']:.4f}",
+        "cosine of text": lambda row: f"{row['text_cosine']:.4f}",
+        "off manifold": lambda row: f"{row['off_manifold']:+.3f}",
+        "keyword": lambda row: f"{row['keyword']:.0%}",
+        "distinct-2": lambda row: f"{row['distinct_2']:.2f}",
+        "language": lambda row: "–" if row["log_prob"] is None else f"{row['log_prob']:.2f}",
+        "ROUGE-1": lambda row: f"{row['rouge1']:.3f}",
+        "ROUGE-2": lambda row: f"{row['rouge2']:.3f}",
+        "ROUGE-L": lambda row: f"{row['rougeL']:.3f}",
+        "BLEU": lambda row: f"{row['bleu']:.2f}",
+        "sources": lambda row: ", ".join(f"{source} {n}" for source, n in row["sources"].items()),
+    }
+    rules = evaluation["rules"]
+    note = f"{evaluation['text_windows']} test windows. {rules['text']} {rules['snap']}"
+    return table_of_columns("Text", evaluation["text"], columns, note)
 
 
 def _latency(evaluation: Evaluation) -> Table:
@@ -217,24 +168,19 @@ def _latency(evaluation: Evaluation) -> Table:
 
 
 def _size(evaluation: Evaluation) -> Table:
+    def peak(entry: Entry) -> str:
+        return UNKNOWN if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:.2f}"
+
     ranked = ranking(evaluation)
-    rows = [
-        (
-            e["name"],
-            f"{e['parameters']:,}",
-            f"{e['weight_bytes'] / 1e6:.2f}",
-            UNKNOWN if e["peak_bytes"] is None else f"{e['peak_bytes'] / 1e6:.2f}",
-            f"{efficiency(e):,.0f}" if e["kind"] == "model" else "",
-        )
-        for e in ranked
-    ]
-    return Table(
-        "Size and efficiency",
-        ("model", "parameters", "weights MB", f"peak MB, batch {ranked[0]['peak_batch']}", "efficiency"),
-        tuple(rows),
-        f"Peak: memory one call needs beyond the weights. Efficiency: {evaluation['rules']['efficiency']}",
-        _models(ranked),
-    )
+    columns: dict[str, Callable[[Entry], str]] = {
+        "model": lambda e: e["name"],
+        "parameters": lambda e: f"{e['parameters']:,}",
+        "weights MB": lambda e: f"{e['weight_bytes'] / 1e6:.2f}",
+        f"peak MB, batch {ranked[0]['peak_batch']}": peak,
+        "efficiency": lambda e: f"{efficiency(e):,.0f}" if e["kind"] == "model" else "",
+    }
+    note = f"Peak: memory one call needs beyond the weights. Efficiency: {evaluation['rules']['efficiency']}"
+    return table_of_columns("Size and efficiency", ranked, columns, note, _models(ranked))
 
 
 def efficiency(entry: Entry) -> float:

@@ -1,7 +1,7 @@
 """Report of a sweep: the leaderboard of architectures and an HTML page with plots, from the table of trials alone."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, TypedDict
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lvm.evaluate.metrics import Interval
 from lvm.evaluate.report import STYLE, figure_card, section, svg_of, table_of, whole_page
-from lvm.evaluate.table import Table
+from lvm.evaluate.table import Table, table_of_columns
 
 STATES = ("finished", "stopped early", "out of time", "failed")
 
@@ -36,6 +36,15 @@ class Trial(TypedDict):
     note: str
 
 
+_SETTINGS: dict[str, Callable[[Trial], str]] = {
+    "context": lambda t: str(t["context"]),
+    "learning rate": lambda t: f"{t['learning_rate']:.1e}",
+    "InfoNCE": lambda t: f"{t['info_nce_share']:g}",
+    "sizes": lambda t: ", ".join(f"{k} {v}" for k, v in json.loads(t["sizes"]).items()),
+}
+"""Columns of a trial's settings."""
+
+
 def scored(trials: Sequence[Trial]) -> list[Trial]:
     """Trials with a val cosine, best first."""
     return sorted((t for t in trials if t["val_cosine"] is not None), key=lambda t: -(t["val_cosine"] or 0.0))
@@ -51,50 +60,32 @@ def best_of_each(trials: Sequence[Trial]) -> dict[str, Trial]:
 
 def leaderboard(trials: Sequence[Trial], intervals: Mapping[int, Interval]) -> Table:
     """Architectures by their best trial. intervals: of the val cosine, by trial number."""
-    rows = []
-    for place, (model, best) in enumerate(best_of_each(trials).items(), 1):
-        own = [t for t in scored(trials) if t["model"] == model]
-        middle = float(np.median([t["val_cosine"] or 0.0 for t in own]))
-        interval = intervals.get(best["number"])
-        sizes = ", ".join(f"{k} {v}" for k, v in json.loads(best["sizes"]).items())
-        rows.append(
-            (
-                str(place),
-                model,
-                f"{best['val_cosine']:.4f}",
-                "" if interval is None else f"[{interval.low:.4f}, {interval.high:.4f}]",
-                f"{middle:.4f}",
-                str(len(own)),
-                str(best["context"]),
-                f"{best['learning_rate']:.1e}",
-                f"{best['info_nce_share']:g}",
-                sizes,
-                f"{best['parameters']:,}",
-                f"{best['seconds']:.0f}",
-            )
-        )
-    return Table(
-        "Architectures by their best trial",
-        (
-            "#",
-            "architecture",
-            "val cosine",
-            "95 % interval",
-            "median trial",
-            "trials",
-            "context",
-            "learning rate",
-            "InfoNCE",
-            "sizes",
-            "parameters",
-            "seconds",
-        ),
-        tuple(rows),
+    best = best_of_each(trials)
+    places = {model: str(place) for place, model in enumerate(best, 1)}
+    values = {m: [t["val_cosine"] or 0.0 for t in scored(trials) if t["model"] == m] for m in best}
+
+    def interval(trial: Trial) -> str:
+        known = intervals.get(trial["number"])
+        return "" if known is None else f"[{known.low:.4f}, {known.high:.4f}]"
+
+    columns: dict[str, Callable[[Trial], str]] = {
+        "#": lambda t: places[t["model"]],
+        "architecture": lambda t: t["model"],
+        "val cosine": lambda t: f"{t['val_cosine']:.4f}",
+        "95 % interval": interval,
+        "median trial": lambda t: f"{np.median(values[t['model']]):.4f}",
+        "trials": lambda t: str(len(values[t["model"]])),
+        **_SETTINGS,
+        "parameters": lambda t: f"{t['parameters']:,}",
+        "seconds": lambda t: f"{t['seconds']:.0f}",
+    }
+    note = (
         "Val cosine: mean over the same validation targets for every trial, at its best epoch; the interval "
         "resamples articles. The best of many trials is biased upwards: compare it with the test articles, which no "
-        "trial has seen.",
-        frozenset(range(len(rows))),
+        "trial has seen."
     )
+    every = frozenset(range(len(best)))
+    return table_of_columns("Architectures by their best trial", list(best.values()), columns, note, every)
 
 
 def compare(trials: Sequence[Trial], key: str, name: str) -> Table:
@@ -266,35 +257,24 @@ def html_page(
 
 
 def _failures(failed: Sequence[Trial]) -> Table:
-    rows = tuple((str(t["number"]), t["model"], t["sizes"], t["note"]) for t in failed)
-    return Table("Failed", ("trial", "architecture", "sizes", "why"), rows)
+    columns: dict[str, Callable[[Trial], str]] = {
+        "trial": lambda t: str(t["number"]),
+        "architecture": lambda t: t["model"],
+        "sizes": lambda t: t["sizes"],
+        "why": lambda t: t["note"],
+    }
+    return table_of_columns("Failed", failed, columns)
 
 
 def _all(trials: Sequence[Trial]) -> Table:
-    rows = tuple(
-        (
-            str(t["number"]),
-            t["model"],
-            f"{t['val_cosine']:.4f}",
-            str(t["context"]),
-            f"{t['learning_rate']:.1e}",
-            f"{t['info_nce_share']:g}",
-            ", ".join(f"{k} {v}" for k, v in json.loads(t["sizes"]).items()),
-            f"{t['parameters'] or 0:,}",
-            str(t["epochs"]),
-            f"{t['seconds']:.0f}",
-            t["state"],
-        )
-        for t in scored(trials)
-    )
-    headers = (
-        "trial",
-        "architecture",
-        "val cosine",
-        "context",
-        "learning rate",
-        "InfoNCE",
-        "sizes",
-        "parameters",
-    )
-    return Table("All trials, best first", (*headers, "epochs", "seconds", "state"), rows)
+    columns: dict[str, Callable[[Trial], str]] = {
+        "trial": lambda t: str(t["number"]),
+        "architecture": lambda t: t["model"],
+        "val cosine": lambda t: f"{t['val_cosine']:.4f}",
+        **_SETTINGS,
+        "parameters": lambda t: f"{t['parameters'] or 0:,}",
+        "epochs": lambda t: str(t["epochs"]),
+        "seconds": lambda t: f"{t['seconds']:.0f}",
+        "state": lambda t: t["state"],
+    }
+    return table_of_columns("All trials, best first", scored(trials), columns)

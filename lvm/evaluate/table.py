@@ -1,7 +1,10 @@
 """Tables of formatted cells, as text and as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 UNKNOWN = "-"
 """Cell of a value that was not measured."""
@@ -18,6 +21,18 @@ class Table:
     """Explains the columns in a sentence or two."""
     emphasised: frozenset[int] = frozenset()
     """Indices of the rows that are models, not baselines."""
+
+
+def table_of_columns(
+    title: str,
+    items: Sequence[T],
+    columns: Mapping[str, Callable[[T], str]],
+    note: str = "",
+    emphasised: frozenset[int] = frozenset(),
+) -> Table:
+    """A table with a row per item. columns: header to the function that formats an item's cell."""
+    rows = tuple(tuple(cell(item) for cell in columns.values()) for item in items)
+    return Table(title, tuple(columns), rows, note, emphasised)
 
 
 def as_text(table: Table) -> str:
