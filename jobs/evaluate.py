@@ -26,6 +26,8 @@ import typer
 
 from jobs._ray import (
     Address,
+    CodecName,
+    CodecPath,
     PathOrUrl,
     connect,
     echo,
@@ -36,6 +38,7 @@ from jobs._ray import (
     path_option,
     progress_bar,
     run,
+    timing,
     unseen_gpu,
     versions,
     worker_device,
@@ -497,10 +500,8 @@ def main(
         list[PathOrUrl] | None, path_option("Vectors of out-of-domain text; may be given several times.")
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Test windows shown with all their texts.")] = 3,
-    codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
-    codec_path: Annotated[
-        PathOrUrl | None, path_option("Folder with a codec's weights, instead of the shipped ones.")
-    ] = None,
+    codec: CodecName = "mini",
+    codec_path: CodecPath = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -520,23 +521,19 @@ def main(
     if up_to_date:
         echo(f"evaluate: {output} is up to date")
     print_result(evaluation)
-    seconds = time.perf_counter() - started
     rows = evaluation["split"]["test_windows"]
     best = ranking(evaluation)[0]
     finish(
-        {
-            "stage": "evaluate",
-            "rows": rows,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(rows / max(seconds, 1e-9), 1),
-            "paths": [str(output / name) for name in FILES],
-            "up_to_date": up_to_date,
-            "redone": 0 if up_to_date else 1,
-            "cosine": {e["name"]: round(e["cosine"]["mean"], 4) for e in ranking(evaluation)},
-            "best": best["name"],
-            "gate": {e["name"]: gate_word(e["gate"]) for e in evaluation["entries"] if "gate" in e},
-            "codec": evaluation["provenance"]["codec"],
-        }
+        "evaluate",
+        rows=rows,
+        **timing(started, rows),
+        paths=[str(output / name) for name in FILES],
+        up_to_date=up_to_date,
+        redone=0 if up_to_date else 1,
+        cosine={e["name"]: round(e["cosine"]["mean"], 4) for e in ranking(evaluation)},
+        best=best["name"],
+        gate={e["name"]: gate_word(e["gate"]) for e in evaluation["entries"] if "gate" in e},
+        codec=evaluation["provenance"]["codec"],
     )
 
 

@@ -22,13 +22,14 @@ import pyarrow.parquet as pq
 import typer
 
 from jobs._ray import Address, PathOrUrl, articles_of, connect, echo, finish, path_option, run, worker_device
+from jobs._training import output_on_disk, train_on_one_worker
 from lvm.codec.mini import MiniConfig
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.codec.training import TrainingSettings, fit, load_weights, require_same_run
 from lvm.codec.zoo import CODECS
 from lvm.corpus.chunker import Chunker
-from lvm.errors import InputError, OutputError
-from lvm.storage import RemotePath, local_folder
+from lvm.errors import InputError
+from lvm.storage import local_folder
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
@@ -63,7 +64,7 @@ def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
             )
         if found != wanted:
             raise InputError(
-                f"{folder} was cut with tokenizer {found['tokenizer_sha256'][:16]}, got --tokenizer "
+                f"{folder} was made with tokenizer {found['tokenizer_sha256'][:16]}, got --tokenizer "
                 f"{tokenizer.sha256[:16]}; choose another --output"
             )
         return
@@ -110,13 +111,7 @@ def main(
         raise InputError("expected either --input (articles) or --chunks (made by `latent chunk`)")
     tokenizer = local_folder(tokenizer.parent) / tokenizer.name
     cut_with = ChunkTokenizer.load(tokenizer, MiniConfig().max_tokens)
-    if isinstance(output, RemotePath):
-        raise OutputError(
-            f"--output {output} is on object storage, expected a folder on a disk: training updates its files "
-            "continually. Choose a disk that the workers share, and copy the folder when it is done."
-        )
-    output = output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_on_disk(output)
     if input is not None:
         chunks = output / "chunks"
         cut_chunks(input, cut_with, chunks)
@@ -129,39 +124,21 @@ def main(
     shutil.copyfile(tokenizer, output / "tokenizer.json")
     begun = time.perf_counter()
     connect(address)
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    echo(
-        f"training for {minutes:g} minutes on {'a GPU' if use_gpu else 'CPUs'}; curve in {output / 'curve.jsonl'}"
-    )
-    trainer = TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={
-            "chunks": chunks.absolute(),
-            "output": output,
-            "settings": settings,
-            "init": None if init is None else init.absolute(),
-        },
-        scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu),
-        # The checkpoint is in `output`; a restarted worker resumes from it.
-        run_config=RunConfig(
-            name="codec", storage_path=str(output / "ray"), failure_config=FailureConfig(max_failures=2)
-        ),
-    )
-    trainer.fit()
+    config = {
+        "chunks": chunks.absolute(),
+        "output": output,
+        "settings": settings,
+        "init": None if init is None else init.absolute(),
+    }
+    train_on_one_worker(train_loop_per_worker, config, "codec", minutes)
     # Ray keeps metrics only of reports with a checkpoint, and this loop's checkpoint is in `output`.
     score = json.loads((output / "config.json").read_text())["held_out"]
     finish(
-        {
-            "stage": "train-codec",
-            "rows": int(score["chunks_seen"]),
-            "score": score,
-            "seconds": round(time.perf_counter() - begun, 1),
-            "paths": {"codec": str(output)},
-        }
+        "train-codec",
+        rows=int(score["chunks_seen"]),
+        score=score,
+        seconds=round(time.perf_counter() - begun, 1),
+        paths={"codec": str(output)},
     )
 
 
