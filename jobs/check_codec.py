@@ -22,15 +22,11 @@ from lvm.errors import InputError
 
 def main(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to check; default: --input.")] = None,
-    input: Annotated[
-        str, typer.Option(help="Articles to take chunks from, when no texts are given.")
-    ] = "sample",
+    input: Annotated[str, typer.Option(help="Articles to chunk if no texts are given.")] = "sample",
     num_chunks: Annotated[int, typer.Option(min=1, help="Chunks of --input, evenly spread.")] = 64,
     codec: CodecName = "mini",
     codec_path: CodecPath = None,
-    steps: Annotated[
-        int | None, typer.Option(min=0, help="Corrector steps; default: 1 if supported.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Corrector steps; default: 1 if possible.")] = None,
     engine: Engine = "lvm",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON, not a table.")] = False,
 ) -> None:

@@ -140,9 +140,7 @@ def load_shards(
 
 
 def load(
-    input: Annotated[
-        PathOrUrl, path_option("Folder that `latent encode` wrote, or `latent concepts export`.")
-    ],
+    input: Annotated[PathOrUrl, path_option("Folder of `latent encode` or `latent concepts export`.")],
     dataset: DatasetName,
     database_url: DatabaseUrl = None,
     index: Annotated[
@@ -336,9 +334,7 @@ def publish(
 def search(
     dataset: DatasetName,
     text: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
-    vector: Annotated[
-        PathOrUrl | None, path_option("Vector to search for: a file with a list of numbers in JSON.")
-    ] = None,
+    vector: Annotated[PathOrUrl | None, path_option("Or for this vector: a JSON file of numbers.")] = None,
     database_url: DatabaseUrl = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number of rows.")] = 10,
     source: Annotated[str | None, typer.Option(help="Only rows of this source.")] = None,

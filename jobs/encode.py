@@ -486,9 +486,7 @@ def main(
     output: Annotated[PathOrUrl, path_option("Folder for the vector shards.")],
     codec: CodecName = "mini",
     codec_path: CodecPath = None,
-    dtype: Annotated[
-        Literal["float16", "float32"], typer.Option(help="Storage type of the vectors.")
-    ] = "float16",
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Type of stored vectors.")] = "float16",
     overwrite: Annotated[bool, typer.Option(help="Replace vectors made with other settings.")] = False,
     address: Address = None,
     max_workers: Annotated[

@@ -496,9 +496,7 @@ def main(
     index: Annotated[PathOrUrl, path_option("Folder that `latent index` wrote, of the same vectors.")],
     models: Annotated[PathOrUrl, path_option("Folder that `latent train` wrote, on the same vectors.")],
     output: Annotated[PathOrUrl, path_option("Folder for the record, leaderboard and report.")],
-    ood: Annotated[
-        list[PathOrUrl] | None, path_option("Vectors of out-of-domain text; may be given several times.")
-    ] = None,
+    ood: Annotated[list[PathOrUrl] | None, path_option("Out-of-domain vectors; repeatable.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Test windows shown with all their texts.")] = 3,
     codec: CodecName = "mini",
     codec_path: CodecPath = None,

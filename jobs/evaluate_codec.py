@@ -131,15 +131,11 @@ def main(
     ridge_windows: Annotated[
         int, typer.Option(min=0, help="Also fit a ridge regression on this many windows; 0 for none.")
     ] = 0,
-    run: Annotated[
-        PathOrUrl | None, path_option("Also read back the predictions of this run's models.")
-    ] = None,
+    run: Annotated[PathOrUrl | None, path_option("Also decode the predictions of this run's models.")] = None,
     beside: Annotated[
         PathOrUrl | None, path_option("Folder of a sentence-transformers model to compare retrieval with.")
     ] = None,
-    candidates: Annotated[
-        int, typer.Option(min=10, help="Chunks among which the next one is searched.")
-    ] = NUM_CANDIDATES,
+    candidates: Annotated[int, typer.Option(min=10, help="Candidates for the next chunk.")] = NUM_CANDIDATES,
     engine: Engine = "lvm",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON, not a table.")] = False,
 ) -> None:

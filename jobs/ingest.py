@@ -179,11 +179,9 @@ def main(
         typer.Option("--tmd", help="Source of TMD codes: the nearest label, a language model, or none."),
     ] = "prototype",
     llm_url: Annotated[
-        str, typer.Option(envvar="LATENT_LLM_URL", help="OpenAI-compatible endpoint, http://HOST/v1.")
+        str, typer.Option(envvar="LATENT_LLM_URL", help="Chat endpoint, http://HOST/v1.")
     ] = "",
-    llm_model: Annotated[
-        str, typer.Option(help="Model of that endpoint; its key is read from LATENT_LLM_API_KEY.")
-    ] = "",
+    llm_model: Annotated[str, typer.Option(help="Model there; its key is in LATENT_LLM_API_KEY.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N articles.")] = None,
     language: Annotated[str, typer.Option(help="Language (ISO 639-1), for sentence splitting.")] = "en",
     licence: Annotated[str, typer.Option(help="Licence of the text, stored with a new dataset.")] = "",
@@ -194,9 +192,7 @@ def main(
         "out/ingest-metrics.json"
     ),
     workers: Annotated[int | None, typer.Option(min=1, help="Workers; default: one per CPU.")] = None,
-    run: Annotated[
-        PathOrUrl | None, path_option("Folder of a run to publish the dataset's vectors and index to.")
-    ] = None,
+    run: Annotated[PathOrUrl | None, path_option("Publish vectors and index to this run's folder.")] = None,
     address: Address = None,
 ) -> None:
     """Ingest articles into the concept store, each exactly once."""

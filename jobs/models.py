@@ -104,12 +104,8 @@ def promote(
     model: Annotated[str, typer.Argument(help="Alias or record to promote.")],
     run_folder: RunFolder,
     alias: Annotated[str, typer.Option(help="Alias to point to it.")] = "best",
-    evaluation: Annotated[
-        PathOrUrl | None, path_option("Evaluation to check; default: RUN/evaluation.")
-    ] = None,
-    force: Annotated[
-        str | None, typer.Option(metavar="REASON", help="Promote without the gate, for this reason.")
-    ] = None,
+    evaluation: Annotated[PathOrUrl | None, path_option("Evaluation; default: RUN/evaluation.")] = None,
+    force: Annotated[str | None, typer.Option(metavar="REASON", help="Promote without the gate.")] = None,
 ) -> None:
     """Point an alias to a record that passed its evaluation's gate."""
     started = time.perf_counter()

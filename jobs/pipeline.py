@@ -67,9 +67,7 @@ def main(
     codec: CodecName = "mini",
     codec_path: CodecPath = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N articles.")] = None,
-    model: Annotated[
-        str, typer.Option(help="Architectures, comma-separated; or all, or original.")
-    ] = "original",
+    model: Annotated[str, typer.Option(help="Architectures, comma-separated, all or original.")] = "original",
     recipe: Annotated[str, typer.Option(help="Training recipe: fast, classic or long.")] = "fast",
     max_minutes: Annotated[float | None, typer.Option(help="Maximum training time, minutes.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split by article and of training.")] = 0,

@@ -57,9 +57,7 @@ def main(
     codec_path: CodecPath = None,
     writer: WriterFolder = None,
     language_model: LanguageModel = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one line of JSON per chunk, with all details.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per chunk.")] = False,
 ) -> None:
     """Predict and print the next text."""
     if run is not None and not run.is_dir():

@@ -120,7 +120,7 @@ class SweepSettings:
     epochs: int
     """Maximum epochs per trial."""
     windows_per_epoch: int
-    """Maximum training windows per epoch."""
+    """Training windows per epoch."""
     seed: int
     """Seed of the sampling, the split and the training."""
 
@@ -532,15 +532,11 @@ def main(
     contexts: Annotated[str, typer.Option(help="Context lengths to try, comma-separated.")] = "5,10,20",
     recipe: Annotated[str, typer.Option(help="Recipe for everything that is not searched.")] = "fast",
     epochs: Annotated[int, typer.Option(min=1, help="Maximum epochs per trial.")] = 8,
-    windows_per_epoch: Annotated[
-        int, typer.Option(min=1, help="Maximum training windows per epoch.")
-    ] = 10_000,
+    windows_per_epoch: Annotated[int, typer.Option(min=1, help="Training windows per epoch.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, the split and the training.")] = 0,
     allow_non_sequential: NonSequential = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace a sweep of other settings or other vectors.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a sweep of other settings or vectors.")] = False,
     address: Address = None,
 ) -> None:
     """Search architectures and settings; a second run with the same settings resumes."""

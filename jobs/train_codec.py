@@ -84,21 +84,13 @@ def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
 
 
 def main(
-    output: Annotated[
-        PathOrUrl, path_option("Folder of the codec, on a disk; an unfinished run is resumed.")
-    ],
-    input: Annotated[
-        str | None, typer.Option(help="Articles: JSON lines, Parquet, a dump, a folder, or sample.")
-    ] = None,
-    chunks: Annotated[
-        PathOrUrl | None, path_option("Instead of --input: chunk shards made by `latent chunk`.")
-    ] = None,
+    output: Annotated[PathOrUrl, path_option("Folder of the codec, on a disk; resumes a run in it.")],
+    input: Annotated[str | None, typer.Option(help="Articles, as for `latent chunk`, or sample.")] = None,
+    chunks: Annotated[PathOrUrl | None, path_option("Chunks of `latent chunk` instead of --input.")] = None,
     minutes: Annotated[float, typer.Option(help="Total training time, resumed runs included.")] = 60.0,
     tokenizer: Annotated[PathOrUrl, path_option("tokenizer.json of the chunks.")] = CODECS["mini"]
     / "tokenizer.json",
-    init: Annotated[
-        PathOrUrl | None, path_option("Folder of a codec whose weights a new run starts from.")
-    ] = None,
+    init: Annotated[PathOrUrl | None, path_option("Codec whose weights a new run starts from.")] = None,
     freeze_encoder: Annotated[
         bool, typer.Option("--freeze-encoder", help="Fit only the hypothesizer; needs --init.")
     ] = False,

@@ -45,15 +45,11 @@ def train_loop_per_worker(loop: dict[str, Any]) -> None:
 
 def main(
     vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
-    output: Annotated[
-        PathOrUrl, path_option("Folder of the writer, on a disk; an unfinished run is resumed.")
-    ],
+    output: Annotated[PathOrUrl, path_option("Folder of the writer, on a disk; resumes a run in it.")],
     minutes: Annotated[float, typer.Option(help="Total training time, resumed runs included.")] = 60.0,
-    init: Annotated[
-        PathOrUrl | None, path_option("Folder of a writer whose weights a new run starts from.")
-    ] = None,
+    init: Annotated[PathOrUrl | None, path_option("Writer whose weights a new run starts from.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first shards, up to this many chunks.")
+        int | None, typer.Option(min=1, help="Use only the first shards, up to N chunks.")
     ] = None,
     language_model: LanguageModel = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 5,

@@ -29,7 +29,7 @@ RULES = 2
 SHORT_TOKENS = 5
 """A chunk with fewer content tokens says too little to be predicted; it is merged into a neighbour with room."""
 
-MEMORY_WORDS = 400_000
+MAX_CACHED_WORDS = 400_000
 """Most words in the cache of token counts; 8,320 Wikipedia articles hold 389,772 distinct ones."""
 
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
@@ -156,7 +156,7 @@ class Chunker:
 
     def _learn(self, words: Iterable[str]) -> None:
         """Add the words' token counts to the cache."""
-        if len(self._counts) > MEMORY_WORDS:
+        if len(self._counts) > MAX_CACHED_WORDS:
             self._counts.clear()
         new = list(set(words) - self._counts.keys())
         if new:
