@@ -35,6 +35,10 @@ import numpy.typing as npt
 
 from lvm.errors import InputError
 
+Floats = npt.NDArray[np.floating[Any]]
+Float32Array = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.integer[Any]]
+
 OVERRIDE = "I know this text is not sequential"
 """The value that --allow-non-sequential must have."""
 
@@ -112,12 +116,7 @@ class Coherence:
         return asdict(self)
 
 
-def measure_coherence(
-    vectors: npt.NDArray[np.floating[Any]],
-    doc_ids: npt.NDArray[np.integer[Any]],
-    positions: npt.NDArray[np.integer[Any]],
-    seed: int = 0,
-) -> Coherence:
+def measure_coherence(vectors: Floats, doc_ids: Ints, positions: Ints, seed: int = 0) -> Coherence:
     """Coherence of a random sample of articles.
 
     vectors: (N, D) unit vectors of any float type, memory-mapped or not; only the sample is read. doc_ids and
@@ -157,7 +156,7 @@ def measure_coherence(
     )
 
 
-def _sample(doc_ids: npt.NDArray[np.integer[Any]], random: np.random.Generator) -> npt.NDArray[np.int64]:
+def _sample(doc_ids: Ints, random: np.random.Generator) -> npt.NDArray[np.int64]:
     """Rows of random articles, a run of consecutive chunks from each, in ascending order."""
     if not len(doc_ids):
         return np.empty(0, np.int64)
@@ -176,9 +175,7 @@ def _sample(doc_ids: npt.NDArray[np.integer[Any]], random: np.random.Generator) 
     return np.sort(np.concatenate(taken))
 
 
-def _wins(
-    nearness: npt.NDArray[np.float32], others: npt.NDArray[np.float32], counted: npt.NDArray[np.bool_]
-) -> float:
+def _wins(nearness: Float32Array, others: Float32Array, counted: npt.NDArray[np.bool_]) -> float:
     """How often nearness (S,) exceeds others (S, K) where `counted`; a tie counts half, and no pair gives 0.5."""
     if not counted.any():
         return 0.5
@@ -186,9 +183,7 @@ def _wins(
     return float(won[counted].mean())
 
 
-def find_episodes(
-    vectors: npt.NDArray[np.floating[Any]], paragraphs: npt.NDArray[np.integer[Any]]
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+def find_episodes(vectors: Floats, paragraphs: Ints) -> tuple[npt.NDArray[np.int32], Float32Array]:
     """Index of each chunk's episode, from 0, and that episode's coherence, for one article; both (N,).
 
     vectors: (N, D) unit vectors in reading order; paragraphs: (N,) index of each chunk's paragraph, ascending. An
@@ -226,13 +221,13 @@ def find_episodes(
     return of_chunk, coherence
 
 
-def _direction(sums: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _direction(sums: Float32Array) -> Float32Array:
     """Direction of the mean, (D,) unit norm."""
     total = sums.sum(axis=0)
     return np.asarray(total / max(float(np.linalg.norm(total)), 1e-12), np.float32)
 
 
-def _peak(gaps: npt.NDArray[np.float32]) -> float:
+def _peak(gaps: Float32Array) -> float:
     """Similarity at the first peak, starting from gaps[0]."""
     falls = np.flatnonzero(gaps[1:] < gaps[:-1])
     return float(gaps[falls[0]] if len(falls) else gaps[-1])
@@ -249,9 +244,9 @@ def non_sequential_label(names: Iterable[str]) -> str | None:
 
 
 def require_sequential(
-    vectors: npt.NDArray[np.floating[Any]],
-    doc_ids: npt.NDArray[np.integer[Any]],
-    positions: npt.NDArray[np.integer[Any]],
+    vectors: Floats,
+    doc_ids: Ints,
+    positions: Ints,
     names: Iterable[str],
     override: str | None = None,
     seed: int = 0,

@@ -4,7 +4,7 @@ All other elements (dates, contributors, those of later schema versions) are ign
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from xml.etree.ElementTree import Element, ParseError, iterparse
 
 from lvm.corpus.inputs import PACKING_ERRORS, InputFile, damaged, opened, printable_name, stem_of
@@ -12,6 +12,7 @@ from lvm.corpus.records import (
     MAX_RECORD_BYTES,
     Article,
     BrokenRecordError,
+    OnPosition,
     ReadReport,
     Record,
     has_text,
@@ -40,9 +41,7 @@ _DISAMBIGUATION = re.compile(
 )
 
 
-def read_dump(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
-) -> Iterator[Record]:
+def read_dump(input_file: InputFile, report: ReadReport, on_position: OnPosition) -> Iterator[Record]:
     """Articles of a dump, in file order. Raises InputError with the position where the file is damaged."""
     path = input_file.path
     source, place, media, titles = stem_of(path), input_file.name, MEDIA_NAMESPACES, {}

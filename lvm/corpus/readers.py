@@ -32,6 +32,7 @@ from lvm.corpus.records import (
     MAX_RECORD_BYTES,
     Article,
     BrokenRecordError,
+    OnPosition,
     ReadReport,
     Record,
     article_of,
@@ -74,11 +75,10 @@ def read_articles(
 
 
 def read_records(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None] | None = None
+    input_file: InputFile, report: ReadReport, on_position: OnPosition | None = None
 ) -> Iterator[Record]:
     """Records of one input, in file order, with markup unparsed.
 
-    on_position: called now and then with the number of stored bytes read so far.
     Raises InputError with name and position of a broken file.
     """
     reader = {
@@ -100,9 +100,7 @@ def read_records(
 # ------------------------------------------------------------------------------------------------ JSON
 
 
-def _read_json(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
-) -> Iterator[Record]:
+def _read_json(input_file: InputFile, report: ReadReport, on_position: OnPosition) -> Iterator[Record]:
     """One object per line; or, by the first line, an array or objects that span several lines."""
     path, name = input_file.path, input_file.name
     source = stem_of(path)
@@ -196,9 +194,7 @@ def _values(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 # ------------------------------------------------------------------------------------------------- CSV
 
 
-def _read_csv(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
-) -> Iterator[Record]:
+def _read_csv(input_file: InputFile, report: ReadReport, on_position: OnPosition) -> Iterator[Record]:
     path, name = input_file.path, input_file.name
     source = stem_of(path)
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
@@ -257,9 +253,7 @@ def _require_columns(path: Location, names: list[str]) -> None:
 # --------------------------------------------------------------------------------------------- Parquet
 
 
-def _read_parquet(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
-) -> Iterator[Record]:
+def _read_parquet(input_file: InputFile, report: ReadReport, on_position: OnPosition) -> Iterator[Record]:
     path, name = input_file.path, input_file.name
     source = stem_of(path)
     number = 0
@@ -316,9 +310,7 @@ def _cells(column: Any) -> Callable[[int], Any]:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def _read_text_folder(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
-) -> Iterator[Record]:
+def _read_text_folder(input_file: InputFile, report: ReadReport, on_position: OnPosition) -> Iterator[Record]:
     folder = input_file.path
     source = stem_of(folder) if folder.is_file() else printable_name(folder.resolve().name)
     position = 0

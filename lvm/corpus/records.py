@@ -10,6 +10,9 @@ from lvm.errors import LvmError, StorageError
 
 T = TypeVar("T")
 
+OnPosition = Callable[[int], None]
+"""Called now and then with the number of stored bytes of the input read so far."""
+
 FIELDS = ("id", "title", "text")
 """Required fields of a record; `source` is optional."""
 

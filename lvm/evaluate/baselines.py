@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from lvm.errors import InputError
-from lvm.evaluate.metrics import Predict, cosines
+from lvm.evaluate.metrics import Float32Array, Predict, cosines
 from lvm.predict.steer import unit
 
-Batches = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
+Batches = Callable[[], Iterator[tuple[Float32Array, Float32Array]]]
 """Called once per pass over the data; yields (B, T, D) contexts with their (B, D) targets."""
 
 
@@ -23,10 +23,10 @@ Batches = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]
 class CorpusMean:
     """The best constant prediction."""
 
-    vector: NDArray[np.float32]
+    vector: Float32Array
     """(D,) unit vector, the mean of the training targets."""
 
-    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, contexts: Float32Array) -> Float32Array:
         return np.repeat(self.vector[None], len(contexts), axis=0)
 
     @classmethod
@@ -41,12 +41,12 @@ class CorpusMean:
         return cls(unit(total[None].astype(np.float32))[0])
 
 
-def context_mean(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+def context_mean(contexts: Float32Array) -> Float32Array:
     """The mean of the context, scaled to norm 1."""
     return unit(contexts.mean(axis=1))
 
 
-def copy_last(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+def copy_last(contexts: Float32Array) -> Float32Array:
     """The last context vector: `passthrough`."""
     return unit(contexts[:, -1])
 
@@ -61,7 +61,7 @@ class WeightedMean:
 
     decay: float
 
-    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, contexts: Float32Array) -> Float32Array:
         weights = self.decay ** np.arange(contexts.shape[1] - 1, -1, -1, dtype=np.float32)
         return unit(np.einsum("t,btd->bd", weights, contexts))
 
@@ -79,14 +79,14 @@ NEIGHBOUR_WINDOWS = 50_000
 class NearestNeighbour:
     """The successor of the most similar training context, by cosine of the context means."""
 
-    means: NDArray[np.float32]
+    means: Float32Array
     """(N, D) unit means of training contexts."""
-    successors: NDArray[np.float32]
+    successors: Float32Array
     """(N, D) unit vectors, the next vector of each context."""
 
-    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, contexts: Float32Array) -> Float32Array:
         nearest = (context_mean(contexts) @ self.means.T).argmax(axis=1)
-        predicted: NDArray[np.float32] = self.successors[nearest]
+        predicted: Float32Array = self.successors[nearest]
         return predicted
 
     @classmethod
@@ -116,7 +116,7 @@ RIDGE_CONTEXT = 8
 """Last context vectors that the regression reads; its cost grows with the cube of their number."""
 
 
-def inputs_of(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+def inputs_of(contexts: Float32Array) -> Float32Array:
     """(B, T * D) concatenation of the last vectors of contexts (B, any T, D)."""
     return contexts[:, -RIDGE_CONTEXT:].reshape(len(contexts), -1)
 
@@ -125,9 +125,9 @@ def inputs_of(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
 class Ridge:
     """Ridge regression from the context's last vectors, concatenated, to the next vector."""
 
-    weights: NDArray[np.float32]
+    weights: Float32Array
     """(T * D, D), T at most RIDGE_CONTEXT."""
-    bias: NDArray[np.float32]
+    bias: Float32Array
     """(D,), not penalised."""
     penalty: float
     """The chosen one of RidgeSettings.penalties."""
@@ -136,7 +136,7 @@ class Ridge:
     num_windows: int
     """Training windows it was fitted on."""
 
-    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, contexts: Float32Array) -> Float32Array:
         return unit(inputs_of(contexts) @ self.weights + self.bias)
 
 

@@ -33,6 +33,7 @@ from lvm.evaluate.evaluation import Entry, judge
 from lvm.evaluate.leaderboard import SEED_MEASURES
 from lvm.evaluate.metrics import (
     LATENCY_BATCHES,
+    Float32Array,
     Ints,
     Pool,
     Predict,
@@ -134,7 +135,7 @@ class Contest:
 class ArticleScores:
     """Cosine and rank within the article, one value per window."""
 
-    cosine: NDArray[np.float32]
+    cosine: Float32Array
     in_article: Ranks
     articles: Ints
     """(M,) each window's article."""
@@ -154,9 +155,9 @@ class Scored:
     ood: dict[str, ArticleScores]
     controls: dict[str, ArticleScores]
     """By name of the control, on at most MAX_CONTROL_WINDOWS test windows; empty for baselines."""
-    sample: NDArray[np.float32]
+    sample: Float32Array
     """(S, D) unit predictions for the sample."""
-    sample_search: NDArray[np.float32]
+    sample_search: Float32Array
     """(S, D) unit vectors that snapping the sample searches with: the rank head's, or else the predictions."""
     peak_bytes: int | None
     """Working memory of one call at the largest latency batch; None for baselines, as torch's profiler does not see
@@ -175,10 +176,10 @@ def model_predictor(model: torch.nn.Module, device: torch.device, context: int |
     model = model.to(device).eval()
     read = slice(None) if context is None else slice(-context, None)
 
-    def predict(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    def predict(contexts: Float32Array) -> Float32Array:
         with torch.inference_mode():
             output = model(torch.from_numpy(contexts[:, read]).to(device))
-            predicted: NDArray[np.float32] = output.float().cpu().numpy()
+            predicted: Float32Array = output.float().cpu().numpy()
         return predicted
 
     return predict

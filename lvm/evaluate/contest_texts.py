@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lvm.codec.ladder import Answer, Ladder, LadderSettings, Nearest, keywords
 from lvm.evaluate.contest import CEILING, CodecLoader, Contest, Form, Scored
 from lvm.evaluate.evaluation import Example, ExampleText, TextRow
-from lvm.evaluate.metrics import Ints, cosines, text_scores
+from lvm.evaluate.metrics import Float32Array, Ints, cosines, text_scores
 from lvm.predict.extract import Extractor
 from lvm.predict.steer import snap, unit
 from lvm.storage import Location
@@ -24,11 +24,11 @@ from lvm.vectors.index import Index, load_index
 class Block:
     """Vectors to decode in one task."""
 
-    vectors: NDArray[np.float32]
+    vectors: Float32Array
     """(B, D) unit vectors."""
-    truths: NDArray[np.float32]
+    truths: Float32Array
     """(B, D) the true next vectors."""
-    contexts: NDArray[np.float32]
+    contexts: Float32Array
     """(B, T, D) contexts, which a text should not repeat."""
     doc_ids: NDArray[np.int32]
     """(B,) articles that are held out of retrieval."""
@@ -53,7 +53,7 @@ def decode_block(
     codec, index = load(), load_index(index_folder)
     extractor = Extractor(array, index)
 
-    def nearest(vectors: NDArray[np.float32], rows: Sequence[int]) -> list[Nearest]:
+    def nearest(vectors: Float32Array, rows: Sequence[int]) -> list[Nearest]:
         chunks, near = extractor.nearest(vectors, barring(array, block.doc_ids[list(rows)]))
         texts = array.texts(np.maximum(chunks, 0))
         return [Nearest(text, float(cosine)) for text, cosine in zip(texts, near, strict=True)]
@@ -108,7 +108,7 @@ def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> Text
     sample, array = contest.sample, contest.sample.array
     contexts, targets = sample.batch(slice(None))
     truths, held_out = unit(targets), barring(array, sample.doc_ids)
-    wanted: list[tuple[tuple[str, Form], NDArray[np.float32]]] = []
+    wanted: list[tuple[tuple[str, Form], Float32Array]] = []
     for one in scored:
         if one.kind == "model":
             means = contexts.mean(axis=1)

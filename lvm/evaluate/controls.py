@@ -9,12 +9,11 @@ Letters: B windows in a batch, T chunks in a context, D vector length.
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lvm.evaluate.metrics import Ints
+from lvm.evaluate.metrics import Float32Array, Ints
 from lvm.vectors.sequences import Windows
 
-RowBatch = tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]
+RowBatch = tuple[Float32Array, Float32Array, Ints, Ints]
 """Contexts (B, T, D), targets (B, D), rows of the contexts (B, T) and of the targets (B,)."""
 
 BATCH_WINDOWS = 1024

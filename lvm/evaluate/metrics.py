@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from lvm.errors import InputError
 from lvm.predict.steer import unit
 
+Float32Array = NDArray[np.float32]
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
-Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Predict = Callable[[Float32Array], Float32Array]
 """(B, T, D) contexts to (B, D) predictions."""
 
 TIE = 1e-6
@@ -26,11 +27,11 @@ TIE = 1e-6
 about 1e-7 with the order of summation."""
 
 
-def cosines(first: Floats, second: Floats) -> NDArray[np.float32]:
+def cosines(first: Floats, second: Floats) -> Float32Array:
     """Row by row cosine of two (B, D) arrays, (B,) float32; 0 where a row is all zeros."""
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     products = np.einsum("bd,bd->b", first, second)
-    result: NDArray[np.float32] = np.zeros(len(products), dtype=np.float32)
+    result: Float32Array = np.zeros(len(products), dtype=np.float32)
     np.divide(products, lengths, out=result, where=lengths > 0, casting="same_kind")
     return result
 
@@ -101,7 +102,7 @@ class Pool:
 
     rows: NDArray[np.int64]
     """(P,) rows of the vector array, ascending, unique."""
-    vectors: NDArray[np.float32]
+    vectors: Float32Array
     """(P, D) their vectors, scaled to norm 1: stored as float16 their norms are off by up to 2e-4, which would decide
     between near-duplicates."""
 
@@ -130,11 +131,7 @@ class Ranks:
 
 
 def ranks_in_pool(
-    predicted: NDArray[np.float32],
-    truth: NDArray[np.float32],
-    target_rows: Ints,
-    context_rows: Ints,
-    pool: Pool,
+    predicted: Float32Array, truth: Float32Array, target_rows: Ints, context_rows: Ints, pool: Pool
 ) -> Ranks:
     """Rank of the truth among itself and the pool, without the window's context chunks.
 
@@ -151,8 +148,8 @@ def ranks_in_pool(
 
 
 def ranks_in_article(
-    predicted: NDArray[np.float32],
-    truth: NDArray[np.float32],
+    predicted: Float32Array,
+    truth: Float32Array,
     target_rows: Ints,
     context_rows: Ints,
     vectors: Floats,
@@ -205,13 +202,13 @@ def summarise_ranks(found: Ranks) -> dict[str, float | None]:
 class WindowScores:
     """One predictor's measures, one value per window, in the windows' order."""
 
-    cosine: NDArray[np.float32]
+    cosine: Float32Array
     """(M,) cosine of prediction and true next vector."""
-    squared_error: NDArray[np.float32]
+    squared_error: Float32Array
     """(M,) mean over D of the squared difference, before the prediction is normalised."""
-    norm: NDArray[np.float32]
+    norm: Float32Array
     """(M,) norm of the prediction before it is normalised; expected to be 1."""
-    margin: NDArray[np.float32]
+    margin: Float32Array
     """(M,) cosine(prediction, truth) - cosine(prediction, last context vector); below 0 the prediction is closer to the
     last chunk read."""
     in_article: Ranks
@@ -221,7 +218,7 @@ class WindowScores:
 def score_windows(
     predict: Predict,
     search: Predict | None,
-    batches: Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]],
+    batches: Iterator[tuple[Float32Array, Float32Array, Ints, Ints]],
     pool: Pool,
     vectors: Floats,
     doc_ids: Ints,
