@@ -24,9 +24,9 @@ from lvm.evaluate.baselines import (
     copy_last,
     fit_ridge,
 )
-from lvm.evaluate.contest import at_most, score_in_article
 from lvm.evaluate.controls import as_written
 from lvm.evaluate.metrics import Pool, Predict, clustered_interval, score_windows, summarise_ranks
+from lvm.evaluate.scoring import at_most, score_in_article
 from lvm.predict.predictor import load_predictor
 from lvm.predict.record import read_aliases
 from lvm.vectors.array import open_vectors

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm.codec.ladder import Answer, Ladder, LadderSettings, Nearest, keywords
-from lvm.evaluate.contest import CEILING, CodecLoader, Contest, Form, Scored
 from lvm.evaluate.evaluation import Example, ExampleText, TextRow
 from lvm.evaluate.metrics import Float32Array, Ints, cosines, text_scores
+from lvm.evaluate.scoring import CEILING, CodecLoader, EvaluationData, Form, Scored
 from lvm.predict.extract import Extractor
 from lvm.predict.steer import snap, unit
 from lvm.storage import Location
@@ -102,10 +102,10 @@ class TextPlan:
     """len(names) * S vectors, in order of names."""
 
 
-def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> TextPlan:
+def plan_texts(data: EvaluationData, scored: Sequence[Scored], index: Index) -> TextPlan:
     """For each model: predictions, snapped predictions (as in `latent generate`) and nearest corpus chunks; then the
     last context vectors, and the true next ones."""
-    sample, array = contest.sample, contest.sample.array
+    sample, array = data.sample, data.sample.array
     contexts, targets = sample.batch(slice(None))
     truths, held_out = unit(targets), barring(array, sample.doc_ids)
     wanted: list[tuple[tuple[str, Form], Float32Array]] = []
@@ -143,13 +143,13 @@ def distinct_2(texts: Sequence[str]) -> float:
 
 
 def measure_texts(
-    contest: Contest, plan: TextPlan, texts: Sequence[TextAnswer]
+    data: EvaluationData, plan: TextPlan, texts: Sequence[TextAnswer]
 ) -> tuple[list[TextRow], list[Example]]:
     """Text measures for each name of the plan, and the first windows of the sample as examples.
 
     texts: one per vector of the plan's block, in order.
     """
-    sample, array = contest.sample, contest.sample.array
+    sample, array = data.sample, data.sample.array
     size = len(sample)
     true_texts, titles = array.texts(sample.rows_of_target), array.titles(sample.rows_of_target)
     contexts = [array.texts(rows) for rows in sample.rows_of_context]
@@ -182,7 +182,7 @@ def measure_texts(
             }
         )
     examples: list[Example] = []
-    for i in range(min(contest.settings.examples, size)):
+    for i in range(min(data.settings.examples, size)):
         decoded: list[ExampleText] = []
         for number, (name, form) in enumerate(plan.names):
             one = texts[number * size + i]

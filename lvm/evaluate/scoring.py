@@ -1,4 +1,4 @@
-"""Score predictors and baselines on the same windows; decoded texts are in `contest_texts`.
+"""Score predictors and baselines on the same windows; decoded texts are in `lvm.evaluate.texts`.
 
 Each function is one task of the evaluate job, or combines the results of tasks. Arguments and results are frozen
 dataclasses of arrays, as they are pickled; vector arrays are pickled as paths and memory-mapped again.
@@ -115,7 +115,7 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
-class Contest:
+class EvaluationData:
     """The windows that every predictor is scored on; pickled to the workers, which map the same files."""
 
     train: Windows
@@ -210,22 +210,22 @@ def text_sample(windows: Windows, number: int, seed: int) -> Windows:
 # ------------------------------------------------------------------------------------ scoring
 
 
-def fit_corpus_mean(contest: Contest) -> Predict:
+def fit_corpus_mean(data: EvaluationData) -> Predict:
     """The fitted corpus mean."""
-    return CorpusMean.fit(batches_of(contest.train))
+    return CorpusMean.fit(batches_of(data.train))
 
 
-def fit_ridge_regression(contest: Contest) -> Predict:
+def fit_ridge_regression(data: EvaluationData) -> Predict:
     """The fitted ridge regression."""
-    torch.set_num_threads(contest.threads)
-    settings = contest.settings.ridge
-    val = at_most(contest.val, settings.max_val_windows, contest.settings.seed)
-    return fit_ridge(batches_of(contest.train), batches_of(val), settings)
+    torch.set_num_threads(data.threads)
+    settings = data.settings.ridge
+    val = at_most(data.val, settings.max_val_windows, data.settings.seed)
+    return fit_ridge(batches_of(data.train), batches_of(val), settings)
 
 
-def fit_weighted_mean(contest: Contest) -> Predict:
+def fit_weighted_mean(data: EvaluationData) -> Predict:
     """The weighted mean with the best reciprocal rank on training windows."""
-    train = at_most(contest.train, MAX_CONTROL_WINDOWS, contest.settings.seed)
+    train = at_most(data.train, MAX_CONTROL_WINDOWS, data.settings.seed)
 
     def reciprocal_rank(predict: Predict) -> float:
         scores = score_in_article(predict, None, train.array, as_written(train))
@@ -234,9 +234,9 @@ def fit_weighted_mean(contest: Contest) -> Predict:
     return WeightedMean.fit(reciprocal_rank)
 
 
-def fit_nearest_neighbour(contest: Contest) -> Predict:
+def fit_nearest_neighbour(data: EvaluationData) -> Predict:
     """The fitted nearest neighbour."""
-    return NearestNeighbour.fit(batches_of(at_most(contest.train, NEIGHBOUR_WINDOWS, contest.settings.seed)))
+    return NearestNeighbour.fit(batches_of(at_most(data.train, NEIGHBOUR_WINDOWS, data.settings.seed)))
 
 
 def score_in_article(
@@ -256,28 +256,28 @@ def score_in_article(
     return ArticleScores(np.concatenate(cosine), in_article, np.concatenate(articles))
 
 
-def score_baseline(contest: Contest, name: str, predict: Predict) -> Scored:
+def score_baseline(data: EvaluationData, name: str, predict: Predict) -> Scored:
     """All measures of a baseline except latency."""
     details = describe(predict)
     parameters = int(details.pop("parameters"))
-    return _score(contest, name, "baseline", predict, parameters, 4 * parameters, details)
+    return _score(data, name, "baseline", predict, parameters, 4 * parameters, details)
 
 
-def score_model(contest: Contest, name: str, models: Location, folder: str) -> Scored:
+def score_model(data: EvaluationData, name: str, models: Location, folder: str) -> Scored:
     """All measures of a model record except latency."""
     record = load_record(models, folder)
     model = record.model
     parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     predict, search = _predict_and_search(record)
-    scored = _score(contest, name, "model", predict, parameters, weight_bytes, model_details(record), search)
+    scored = _score(data, name, "model", predict, parameters, weight_bytes, model_details(record), search)
     attention = getattr(model, "attention", None)
     if attention is None:
         return scored
     with torch.inference_mode():
         weights = [
             attention(torch.from_numpy(c[:, -record.context :])).numpy()
-            for c, _ in contest.test.batches(BATCH_WINDOWS)
+            for c, _ in data.test.batches(BATCH_WINDOWS)
         ]
     return replace(scored, attention=summarise_attention(np.concatenate(weights)))
 
@@ -289,15 +289,15 @@ def _predict_and_search(record: Record) -> tuple[Predict, Predict | None]:
     return lambda contexts: predictor(contexts[:, read]), search
 
 
-def score_seed(contest: Contest, models: Location, folder: str) -> dict[str, float | None]:
-    """SEED_MEASURES of a record that differs from one of the contest only in its training seed."""
-    torch.set_num_threads(contest.threads)
+def score_seed(data: EvaluationData, models: Location, folder: str) -> dict[str, float | None]:
+    """SEED_MEASURES of a record that differs from an evaluated one only in its training seed."""
+    torch.set_num_threads(data.threads)
     predict, search = _predict_and_search(load_record(models, folder))
-    array, settings = contest.test.array, contest.settings
+    array, settings = data.test.array, data.settings
     pool = Pool.draw(array.vectors, settings.pool_chunks, settings.seed)
-    scores = score_windows(predict, search, as_written(contest.test), pool, array.vectors, array.doc_ids)
+    scores = score_windows(predict, search, as_written(data.test), pool, array.vectors, array.doc_ids)
     return {
-        "val_cosine": mean_cosine(predict, batches_of(contest.val)),
+        "val_cosine": mean_cosine(predict, batches_of(data.val)),
         "cosine": float(scores.cosine.mean(dtype=np.float64)),
         "in_article_mrr": summarise_ranks(scores.in_article)["mrr"],
         "in_pool_r10": summarise_ranks(scores.in_pool)["r10"],
@@ -317,7 +317,7 @@ def over_seeds(entry: Entry, others: Sequence[dict[str, float | None]]) -> dict[
 
 
 def _score(
-    contest: Contest,
+    data: EvaluationData,
     name: str,
     kind: Literal["model", "baseline"],
     predict: Predict,
@@ -326,15 +326,15 @@ def _score(
     details: dict[str, Any],
     search: Predict | None = None,
 ) -> Scored:
-    torch.set_num_threads(contest.threads)
-    array, settings = contest.test.array, contest.settings
+    torch.set_num_threads(data.threads)
+    array, settings = data.test.array, data.settings
     pool = Pool.draw(array.vectors, settings.pool_chunks, settings.seed)
-    contexts, _ = contest.sample.batch(slice(None))
+    contexts, _ = data.sample.batch(slice(None))
     _, length, dim = contexts.shape
-    scores = score_windows(predict, search, as_written(contest.test), pool, array.vectors, array.doc_ids)
+    scores = score_windows(predict, search, as_written(data.test), pool, array.vectors, array.doc_ids)
     controls = {}
     if kind == "model":
-        some = at_most(contest.test, MAX_CONTROL_WINDOWS, settings.seed)
+        some = at_most(data.test, MAX_CONTROL_WINDOWS, settings.seed)
         controls = {n: score_in_article(predict, search, array, order(some)) for n, order in CONTROLS.items()}
     return Scored(
         name,
@@ -343,8 +343,8 @@ def _score(
         weight_bytes,
         details,
         scores=scores,
-        val_cosine=mean_cosine(predict, batches_of(contest.val)),
-        ood={n: score_in_article(predict, search, w.array, as_written(w)) for n, w in contest.ood.items()},
+        val_cosine=mean_cosine(predict, batches_of(data.val)),
+        ood={n: score_in_article(predict, search, w.array, as_written(w)) for n, w in data.ood.items()},
         controls=controls,
         sample=unit(predict(contexts)),
         sample_search=unit((search or predict)(contexts)),
