@@ -197,9 +197,9 @@ def evaluate(
     predictors = baselines | {n: model_predictor(r.model, device, r.context) for n, r in records.items()}
     latency = {
         name: [
-            measure_latency(
-                predict, test.context, identity.dim, b, budget_s=settings.latency_budget_s
-            ).to_dict()
+            asdict(
+                measure_latency(predict, test.context, identity.dim, b, budget_s=settings.latency_budget_s)
+            )
             for b in LATENCY_BATCHES
         ]
         for name, predict in predictors.items()

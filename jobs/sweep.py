@@ -462,7 +462,7 @@ def sweep(
         "complete": not any(r["state"] == "out of time" for r in rows),
         "vectors": array.fingerprint,
         "best": {m: {**t, "sizes": json.loads(t["sizes"])} for m, t in best_of_each(rows).items()},
-        "intervals": {str(n): i.to_dict() for n, i in intervals.items()},
+        "intervals": {str(n): asdict(i) for n, i in intervals.items()},
         "ensemble": ensemble,
     }
     write_results(output, rows, intervals, record, manifest)

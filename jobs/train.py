@@ -437,9 +437,9 @@ def prototypes_of(vectors: Location, codec_path: Location | None) -> Prototypes:
 
 
 def over_seeds(made: Sequence[Trained]) -> dict[str, Any]:
-    """`Spread.to_dict` of the val cosine over seeds, and the records' folders."""
+    """The fields of `Spread` for the val cosine over seeds, and the records' folders."""
     spread = Spread.of([float(t.metrics["val_cosine"]) for t in made])
-    return {"val_cosine": spread.to_dict(), "folders": [t.folder.name for t in made]}
+    return {"val_cosine": asdict(spread), "folders": [t.folder.name for t in made]}
 
 
 def seeds_table(result: TrainResult) -> Table:

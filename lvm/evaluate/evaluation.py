@@ -64,7 +64,7 @@ class Entry(TypedDict):
     kind: Literal["model", "baseline"]
     cosine: dict[str, Any]
     margin: dict[str, Any]
-    """Both Interval.to_dict()."""
+    """Both the fields of Interval."""
     mse: float
     norm: float
     in_article: dict[str, Any]
@@ -81,7 +81,7 @@ class Entry(TypedDict):
     """The same by name of the control (`lvm.evaluate.controls`); empty for baselines."""
     histogram: list[int]
     latency: list[dict[str, Any]]
-    """Latency.to_dict() for each batch size."""
+    """The fields of Latency, for each batch size."""
     parameters: int
     weight_bytes: int
     peak_bytes: int | None
@@ -90,7 +90,7 @@ class Entry(TypedDict):
     details: dict[str, Any]
     """A model's folder, recipe and curve; a baseline's fitted settings."""
     seeds: NotRequired[dict[str, dict[str, Any]]]
-    """Models trained with several seeds: Spread.to_dict() of SEED_MEASURES over all seeds."""
+    """Models trained with several seeds: Spread of each of SEED_MEASURES over all seeds."""
     gain: NotRequired[dict[str, Any]]
     """Models only: Interval of the difference to the best baseline's cosine, window by window."""
     gate: NotRequired[Gate]

@@ -225,7 +225,7 @@ def _over_seeds(entry: Entry, measure: str) -> str:
 
 
 def spread_text(spread: Mapping[str, Any]) -> str:
-    """A `Spread.to_dict` as mean and standard deviation."""
+    """The fields of a `Spread` as mean and standard deviation."""
     return f"{spread['mean']:.4f} ±{spread['deviation']:.4f}"
 
 

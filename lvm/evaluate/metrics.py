@@ -6,7 +6,7 @@ Vectors are scored batch by batch, so memory does not grow with the number of wi
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,16 +43,12 @@ class Spread:
     mean: float
     deviation: float
     """Sample standard deviation (n - 1)."""
-    values: tuple[float, ...]
+    values: list[float]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """The spread of at least two values."""
-        return cls(float(np.mean(values)), float(np.std(values, ddof=1)), tuple(values))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {"mean": self.mean, "deviation": self.deviation, "values": list(self.values)}
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1)), list(values))
 
 
 @dataclass(frozen=True)
@@ -66,10 +62,6 @@ class Interval:
     """97.5 % quantile of the resampled means."""
     num_articles: int
     """Articles in the sample."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
 
 
 def clustered_interval(values: Floats, articles: Ints, resamples: int = 1000, seed: int = 0) -> Interval:
@@ -330,10 +322,6 @@ class Latency:
     p99_ms: float
     vector_ms: float
     """mean_ms / batch."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
 
 
 def measure_latency(

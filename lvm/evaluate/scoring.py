@@ -7,7 +7,7 @@ Letters: B windows in a batch, S windows in the text sample, T chunks in a conte
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -305,7 +305,7 @@ def score_seed(data: EvaluationData, models: Location, folder: str) -> dict[str,
 
 
 def over_seeds(entry: Entry, others: Sequence[dict[str, float | None]]) -> dict[str, dict[str, Any]]:
-    """`Spread.to_dict` of each of SEED_MEASURES that all seeds have: the entry's own and the others'."""
+    """The fields of `Spread` for each of SEED_MEASURES that all seeds have: the entry's own and the others'."""
     own = {
         "val_cosine": entry["val_cosine"],
         "cosine": entry["cosine"]["mean"],
@@ -313,7 +313,7 @@ def over_seeds(entry: Entry, others: Sequence[dict[str, float | None]]) -> dict[
         "in_pool_r10": entry["in_pool"]["r10"],
     }
     values = {name: [own[name], *(other[name] for other in others)] for name in SEED_MEASURES}
-    return {name: Spread.of(known).to_dict() for name, known in values.items() if None not in known}
+    return {name: asdict(Spread.of(known)) for name, known in values.items() if None not in known}
 
 
 def _score(
@@ -371,7 +371,7 @@ def make_entries(
     """The leaderboard's entries. Models also have the gain over the best baseline, and the gate."""
 
     def interval(values: NDArray[Any], clusters: Ints = articles) -> dict[str, Any]:
-        return clustered_interval(values, clusters, settings.resamples, settings.seed).to_dict()
+        return asdict(clustered_interval(values, clusters, settings.resamples, settings.seed))
 
     def reciprocal(ranks: Ranks, clusters: Ints = articles) -> dict[str, Any] | None:
         kept = ranks.candidates > 1  # with one candidate a rank means nothing

@@ -9,6 +9,7 @@ stdout is one JSON object. Nothing is timed.
 
 import argparse
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def main() -> None:
         measured = {key: clustered_interval(v, articles[key]) for key, v in by_window[name].items()}
         cells = " | ".join(f"{m.mean:.4f} [{m.low:.4f}, {m.high:.4f}]" for m in measured.values())
         print(f"| {name} | {cells} |", flush=True)
-        found[name] = {key: m.to_dict() for key, m in measured.items()}
+        found[name] = {key: asdict(m) for key, m in measured.items()}
     print("\n| ahead of the best baseline by | cosine | MRR in the article | R@10 of 10,000 |")
     print("| --- | --- | --- | --- |")
     baselines = [name for name in rows if "," not in name]

@@ -286,7 +286,7 @@ def test_entries_carry_the_lead_over_the_best_baseline_window_by_window(
     best = max(baselines, key=lambda e: e["cosine"]["mean"])["name"]
     lead = scored["amn"].scores.cosine - scored[best].scores.cosine
     expected = clustered_interval(lead, data.test.doc_ids)
-    assert entries["amn"]["gain"] == expected.to_dict()
+    assert entries["amn"]["gain"] == asdict(expected)
     assert [c["name"] for c in entries["amn"]["gate"]["checks"]][-1] == "every baseline"
     assert "gate" not in entries["ridge"]
     assert entries["passthrough"]["margin"]["mean"] == pytest.approx(
