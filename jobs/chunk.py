@@ -78,7 +78,7 @@ def _chunker(tokenizer_sha256: str, max_tokens: int, language: str) -> list[Chun
     return []
 
 
-def cut_block(
+def chunk_block(
     records: list[Record],
     tokenizer: Sequence[Any],
     settings: ChunkSettings,
@@ -120,7 +120,7 @@ class _Reading:
     """Set when the input is fully read."""
 
 
-class BlockCutter:
+class BlockChunker:
     """Reads inputs and chunks their blocks on Ray, with a bounded number in flight."""
 
     def __init__(self, folder: ChunkFolder, tokenizer: Tokenizer, settings: ChunkSettings) -> None:
@@ -130,7 +130,7 @@ class BlockCutter:
         self._read = ray.remote(num_cpus=0)(read_blocks).options(
             num_returns="streaming", _generator_backpressure_num_objects=BLOCKS_AHEAD
         )
-        self._cut = ray.remote(num_cpus=1)(cut_block)
+        self._chunk = ray.remote(num_cpus=1)(chunk_block)
         self._tokenizer = [ray.put(tokenizer)]
         self._cpus = int(sum(n.get("CPU", 0) for n in nodes_with()))
         self._readers: dict[Any, _Reading] = {}
@@ -196,7 +196,7 @@ class BlockCutter:
             reading.position = min(got.position, reading.work.size)
             if not got.ready:
                 footer, path = reading.work.footer(got.number), self._folder.staged(reading.work, got.number)
-                task = self._cut.remote(
+                task = self._chunk.remote(
                     next(generator), self._tokenizer, self._settings, path, footer, got.first_record
                 )
                 self._tasks[task] = reading
@@ -275,7 +275,7 @@ def chunk_corpus(
         for work in works:
             if work.key not in taken and folder.is_read(work):
                 num_records[work.key] = folder.read_end(work)["num_records"]
-        BlockCutter(folder, tokenizer, settings).run(todo, limit, num_records)
+        BlockChunker(folder, tokenizer, settings).run(todo, limit, num_records)
 
     # The old manifest's parts keep their names until the new one is written, so that a kill does not break it.
     entries = folder.assign(works, taken, () if old is None else [s.file for s in old.shards])

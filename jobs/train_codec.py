@@ -49,7 +49,7 @@ def train_loop_per_worker(loop: dict[str, Any]) -> None:
     )
 
 
-def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
+def make_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
     """Write the chunks of all articles as one shard with `doc_id`, `position` and `text`, as training reads them.
 
     Done once: a second run reuses them. Raises InputError when the folder's chunks have another source or tokenizer.
@@ -102,17 +102,19 @@ def main(
     if (input is None) == (chunks is None):
         raise InputError("expected either --input (articles) or --chunks (made by `latent chunk`)")
     tokenizer = local_folder(tokenizer.parent) / tokenizer.name
-    cut_with = ChunkTokenizer.load(tokenizer, MiniConfig().max_tokens)
+    chunk_tokenizer = ChunkTokenizer.load(tokenizer, MiniConfig().max_tokens)
     output = output_on_disk(output)
     if input is not None:
         chunks = output / "chunks"
-        cut_chunks(input, cut_with, chunks)
+        make_chunks(input, chunk_tokenizer, chunks)
     assert chunks is not None
     if not list(chunks.glob("*.parquet")):
         raise InputError(f"no *.parquet in {chunks}; expected a folder made by `latent chunk`")
     if init is not None:
-        load_weights(local_folder(init), MiniConfig(), cut_with)  # fail here, not in a worker minutes later
-    require_same_run(output, local_folder(chunks), cut_with, MiniConfig(), settings)
+        load_weights(
+            local_folder(init), MiniConfig(), chunk_tokenizer
+        )  # fail here, not in a worker minutes later
+    require_same_run(output, local_folder(chunks), chunk_tokenizer, MiniConfig(), settings)
     shutil.copyfile(tokenizer, output / "tokenizer.json")
     begun = time.perf_counter()
     connect(address)
