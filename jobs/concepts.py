@@ -1,12 +1,12 @@
-"""The concept store in Postgres: load vector shards into it, export shards and an index from it, search, count, clear.
+"""The concept store in Postgres: load vector shards, export shards and an index, search, count, clear.
 
     python -m jobs.concepts load --input out/vectors --dataset wiki
     ray job submit --working-dir . -- python -m jobs.concepts export --dataset wiki --output /shared/vectors
 
-Without --database-url a Postgres of this machine keeps the data (`lvm/vectors/postgres.py`); the workers of a cluster
-need a server that every node reaches. Shards are copied in side by side, a connection each, and become visible all at
-once; killed at any moment, the same command goes on. An export reads ranges of articles side by side, all from one
-snapshot, and writes the shards that `latent encode` writes, with the store's codes beside them.
+Without --database-url the data is in a local Postgres (`lvm/vectors/postgres.py`); the workers of a cluster need a
+server that every node can reach. Shards are copied in parallel, one connection each, and become visible in one
+transaction. A killed load, run again, resumes. An export reads ranges of articles in parallel, all from one snapshot,
+and writes shards like those of `latent encode`, with the TMD codes of the store.
 """
 
 import json
@@ -22,6 +22,8 @@ import typer
 
 from jobs._ray import (
     Address,
+    CodecName,
+    CodecPath,
     DatabaseUrl,
     PathOrUrl,
     accepted,
@@ -36,6 +38,7 @@ from jobs._ray import (
     ray_data,
     run,
     run_stage,
+    timing,
     versions,
 )
 from lvm.codec.identity import require_same_codec
@@ -50,22 +53,18 @@ from lvm.vectors.concept_search import Filters, ensure_index
 from lvm.vectors.concept_search import search as search_store
 from lvm.vectors.concepts import ConceptStore, Dataset
 from lvm.vectors.postgres import embedded, server_name
-from lvm.vectors.shards import (
-    Manifest,
-    Shard,
-    with_footer,
-    write_table,
-)
+from lvm.vectors.shards import Manifest, Shard, with_footer, write_table
 
 MAX_WORKERS = 8
-"""Connections at once unless --workers says more; a server takes 100 as it comes, and others want some."""
+"""Default maximum of connections; a server's default limit is 100, for all its clients."""
 
 DatasetName = Annotated[str, typer.Option(help="Name of the dataset in the store.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Connections at once; none: one a CPU, at most 8.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Connections; default: one per CPU, at most 8.")]
+RowsPerShard = Annotated[int, typer.Option(min=1, help="Target number of rows per shard.")]
 
 
 def store_at(url: str | None) -> ConceptStore:
-    """The store at this URL, or of this machine; what its server lacks is said once."""
+    """The store at this URL, or the local one; prints what its server lacks."""
     store = ConceptStore(url or embedded())
     if store.missing:
         echo(f"concepts: vectors are stored as real[] and searched by a scan: {store.missing}")
@@ -79,15 +78,12 @@ def in_parallel(
     address: str | None,
     what: str,
 ) -> Iterator[dict[str, Any]]:
-    """`task` of each item as Ray Data tasks, as they end. items: each with the `rows` it counts for."""
+    """Results of `task` on each item, run by Ray Data, as they finish. items: each with `rows`, for the progress."""
     connect(address)
     cpus = int(sum(n.get("CPU", 0) for n in nodes_with()))
-    side_by_side = min(workers or min(max(1, cpus), MAX_WORKERS), len(items))
-    done = (
-        ray_data()
-        .from_items(list(items), override_num_blocks=len(items))
-        .map(task, num_cpus=min(1.0, cpus / side_by_side), concurrency=side_by_side)
-    )
+    at_once = min(workers or min(max(1, cpus), MAX_WORKERS), len(items))
+    dataset = ray_data().from_items(list(items), override_num_blocks=len(items))
+    done = dataset.map(task, num_cpus=min(1.0, cpus / at_once), concurrency=at_once)
     with closing(accepted(done.iter_rows(), what, len(items), sum(i["rows"] for i in items), "rows")) as rows:
         yield from rows
 
@@ -97,14 +93,14 @@ def in_parallel(
 
 @dataclass(frozen=True)
 class CopyShard:
-    """Copies one shard into the staging table; pickled on its way to the workers."""
+    """Ray Data task: copies one shard into the staging table."""
 
     url: str
     """Of the server."""
     source: Location
     """Folder of the shards."""
     load: Load
-    """Where they go."""
+    """The load it belongs to."""
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         def work() -> dict[str, Any]:
@@ -122,9 +118,9 @@ def load_shards(
     workers: int | None = None,
     address: str | None = None,
 ) -> tuple[Dataset, int]:
-    """The dataset, brought to hold the shards of a finished encode job, and how many rows were copied for it now.
+    """Make `dataset` hold the shards of a finished encode job; returns it, and how many rows this run copied.
 
-    Raises as `ConceptStore.loading`, `copy` and `merge` do; what is copied stays in each case.
+    Raises as `loading`, `copy_shard` and `merge` do; copied shards are kept in each case.
     """
     manifest = Manifest.load(source, "vectors")
     manifest.verify(source)
@@ -135,7 +131,7 @@ def load_shards(
         there = staged(store, load)
         pending = [asdict(s) for s in manifest.shards if s.file not in there]
         if there:
-            echo(f"load: {len(there)} of {len(manifest.shards)} shards are copied already")
+            echo(f"load: {len(there)} of {len(manifest.shards)} shards are already copied")
         copied = 0
         if pending:
             task = CopyShard(store.url, source.resolve(), load)
@@ -144,25 +140,23 @@ def load_shards(
 
 
 def load(
-    input: Annotated[
-        PathOrUrl, path_option("Folder that `latent encode` wrote, or `latent concepts export`.")
-    ],
+    input: Annotated[PathOrUrl, path_option("Folder of `latent encode` or `latent concepts export`.")],
     dataset: DatasetName,
     database_url: DatabaseUrl = None,
     index: Annotated[
-        Literal["hnsw", "ivfflat", "none"], typer.Option(help="Index made after the load, for vector search.")
+        Literal["hnsw", "ivfflat", "none"], typer.Option(help="Vector index to build after the load.")
     ] = "hnsw",
     replace: Annotated[
-        bool, typer.Option(help="Rows that are not in these shards go; else those of other articles stay.")
+        bool, typer.Option(help="Delete rows that are not in these shards; default: keep other articles.")
     ] = False,
     workers: Workers = None,
     address: Address = None,
 ) -> None:
-    """Load vector shards into a dataset; a second run of the same changes nothing."""
+    """Load vector shards into a dataset; a second run changes nothing."""
     started = time.perf_counter()
     with store_at(database_url) as store:
         found, copied = load_shards(store, input, dataset, replace, workers, address)
-        seconds = time.perf_counter() - started
+        loaded = timing(started, copied)
         no_index = ensure_index(store, found, index)
         rows = Manifest.load(input).rows
         what = f"{copied:,} rows copied" if copied else "up to date"
@@ -171,20 +165,17 @@ def load(
         )
         echo(f"load: no index ({no_index})" if no_index else f"load: index {store.index_kind(found)}")
         finish(
-            {
-                "stage": "concepts load",
-                "rows": rows,
-                "copied": copied,
-                "seconds": round(seconds, 3),
-                "rows_per_second": round(copied / max(seconds, 1e-9), 1),
-                "index_seconds": round(time.perf_counter() - started - seconds, 3),
-                "paths": [server_name(store.url)],
-                "dataset": dataset,
-                "up_to_date": not copied,
-                "storage": found.storage,
-                "index": store.index_kind(found),
-                "codec": found.identity.to_dict(),
-            }
+            "concepts load",
+            rows=rows,
+            copied=copied,
+            **loaded,
+            index_seconds=round(time.perf_counter() - started - loaded["seconds"], 3),
+            paths=[server_name(store.url)],
+            dataset=dataset,
+            up_to_date=not copied,
+            storage=found.storage,
+            index=store.index_kind(found),
+            codec=found.identity.to_dict(),
         )
 
 
@@ -193,16 +184,15 @@ def load(
 
 @dataclass(frozen=True)
 class ExportRange:
-    """Reads one range of articles and writes it as a shard; pickled on its way to the workers."""
+    """Ray Data task: reads a range of articles and writes it as a shard."""
 
     url: str
     """Of the server."""
     target: Location
     """Folder of the shards."""
     dataset: Dataset
-    """What is read."""
     snapshot: str
-    """State of the database that all ranges are read from."""
+    """Snapshot of the database that all ranges are read from."""
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         def work() -> dict[str, Any]:
@@ -215,7 +205,7 @@ class ExportRange:
 
 
 def range_footer(dataset: Dataset, item: dict[str, Any]) -> dict[str, Any]:
-    """What the footer of a range's shard says: which rows, of which state of the dataset."""
+    """Footer of a range's shard: its rows, and the dataset's version."""
     return {
         "codec": dataset.identity.to_dict(),
         "dataset": dataset.name,
@@ -233,14 +223,13 @@ def export_dataset(
     workers: int | None = None,
     address: str | None = None,
 ) -> tuple[Manifest, int]:
-    """The manifest of `target`, brought to hold the dataset's rows in order of article and position, and how many
-    shards were written for it now. Raises InputError where there is no such dataset or it has no rows."""
+    """Make `target` hold the dataset's rows in order of article and position; returns the manifest, and how many shards
+    this run wrote. Raises InputError for an unknown or empty dataset."""
     snapshot = begin_snapshot(store)
     found = store.dataset(dataset)
-    dtype = "float16" if found.storage == "halfvec" else "float32"
     settings = {
         "codec": found.identity.digest,
-        "dtype": dtype,
+        "dtype": "float16" if found.storage == "halfvec" else "float32",
         "dataset": dataset,
         "rows_per_shard": rows_per_shard,
     }
@@ -258,17 +247,13 @@ def export_dataset(
     ]
     if not items:
         raise InputError(f"dataset {dataset!r} has no rows; load or ingest something first")
-    shards = {
-        i["file"]: shard
-        for i in items
-        if (shard := vectors.finished(i["file"], range_footer(found, i))) is not None
-        and shard.rows == i["rows"]
-    }
+    kept = ((i, vectors.finished(i["file"], range_footer(found, i))) for i in items)
+    shards = {i["file"]: shard for i, shard in kept if shard is not None and shard.rows == i["rows"]}
     if pending := [i for i in items if i["file"] not in shards]:
         task = ExportRange(store.url, target.resolve(), found, snapshot)
         for row in in_parallel(task, pending, workers, address, "export"):
             shards[row["file"]] = Shard(row["file"], row["rows"], row["bytes"], row["sha256"])
-    store.connection.execute("ROLLBACK")  # lets the snapshot go
+    store.connection.execute("ROLLBACK")  # ends the snapshot
     manifest = Manifest(
         kind="vectors",
         settings=settings,
@@ -289,7 +274,7 @@ def export(
     dataset: DatasetName,
     output: Annotated[PathOrUrl, path_option("Folder for the vector shards.")],
     database_url: DatabaseUrl = None,
-    rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows a shard is aimed to have.")] = 2048,
+    rows_per_shard: RowsPerShard = 2048,
     overwrite: Annotated[bool, typer.Option(help="Replace shards made with other settings.")] = False,
     workers: Workers = None,
     address: Address = None,
@@ -298,35 +283,29 @@ def export(
     started = time.perf_counter()
     with store_at(database_url) as store:
         manifest, made = export_dataset(store, dataset, output, rows_per_shard, overwrite, workers, address)
-    seconds = time.perf_counter() - started
     echo(f"export: {manifest.rows:,} rows in {len(manifest.shards)} shards in {output}, {made} of them new")
     finish(
-        {
-            "stage": "concepts export",
-            "rows": manifest.rows,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(manifest.rows / max(seconds, 1e-9), 1),
-            "paths": [str(output)],
-            "up_to_date": not made,
-            "redone": made,
-            "shards": len(manifest.shards),
-            "codec": manifest.codec,
-        }
+        "concepts export",
+        rows=manifest.rows,
+        **timing(started, manifest.rows),
+        paths=[str(output)],
+        up_to_date=not made,
+        redone=made,
+        shards=len(manifest.shards),
+        codec=manifest.codec,
     )
 
 
 def publish(
     dataset: DatasetName,
-    run: Annotated[
-        PathOrUrl, path_option("Folder of the run: vectors/ and index/ in it are brought up to date.")
-    ],
+    run: Annotated[PathOrUrl, path_option("Folder of the run whose vectors/ and index/ to update.")],
     database_url: DatabaseUrl = None,
-    rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows a shard is aimed to have.")] = 2048,
+    rows_per_shard: RowsPerShard = 2048,
     overwrite: Annotated[bool, typer.Option(help="Replace vectors made with other settings.")] = False,
     workers: Workers = None,
     address: Address = None,
 ) -> None:
-    """Export a dataset to a run and publish the search index over it; who has the old ones open keeps them."""
+    """Export a dataset to a run and publish its search index; readers that have the old files open keep them."""
     import ray
 
     started = time.perf_counter()
@@ -337,19 +316,15 @@ def publish(
     joined = address_of_cluster() if ray.is_initialized() else address
     options = [] if joined is None else ["--address", joined]
     indexed = run_stage("index", ["--vectors", str(vectors), "--output", str(index), *options]).summary
-    seconds = time.perf_counter() - started
     finish(
-        {
-            "stage": "concepts publish",
-            "rows": manifest.rows,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(manifest.rows / max(seconds, 1e-9), 1),
-            "paths": [str(vectors), str(index)],
-            "up_to_date": not made and indexed["up_to_date"],
-            "redone": made,
-            "version": indexed["version"],
-            "codec": manifest.codec,
-        }
+        "concepts publish",
+        rows=manifest.rows,
+        **timing(started, manifest.rows),
+        paths=[str(vectors), str(index)],
+        up_to_date=not made and indexed["up_to_date"],
+        redone=made,
+        version=indexed["version"],
+        codec=manifest.codec,
     )
 
 
@@ -358,22 +333,20 @@ def publish(
 
 def search(
     dataset: DatasetName,
-    text: Annotated[str | None, typer.Argument(help="What the found texts are to be like.")] = None,
-    vector: Annotated[
-        PathOrUrl | None, path_option("The same as a vector: a file with a list of numbers in JSON.")
-    ] = None,
+    text: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
+    vector: Annotated[PathOrUrl | None, path_option("Or for this vector: a JSON file of numbers.")] = None,
     database_url: DatabaseUrl = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most rows to show.")] = 10,
-    source: Annotated[str | None, typer.Option(help="Only of this source.")] = None,
-    contains: Annotated[str | None, typer.Option(help="Only texts that hold these characters.")] = None,
-    code: Annotated[int | None, typer.Option(help="Only with this TMD code.")] = None,
-    domain: Annotated[str | None, typer.Option(help="Only of this domain, by name.")] = None,
-    task: Annotated[str | None, typer.Option(help="Only of this task.")] = None,
-    modifier: Annotated[str | None, typer.Option(help="Only with this modifier.")] = None,
-    codec: Annotated[str, typer.Option(help="Codec that encodes the text.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder with that codec's weights.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number of rows.")] = 10,
+    source: Annotated[str | None, typer.Option(help="Only rows of this source.")] = None,
+    contains: Annotated[str | None, typer.Option(help="Only texts that contain this string.")] = None,
+    code: Annotated[int | None, typer.Option(help="Only rows with this TMD code.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Only rows of this domain, by name.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
+    modifier: Annotated[str | None, typer.Option(help="Only rows with this modifier.")] = None,
+    codec: CodecName = "mini",
+    codec_path: CodecPath = None,
 ) -> None:
-    """Find rows near a text or vector, that pass every filter; without either, the first that pass."""
+    """Search the rows that pass every filter for those nearest to a text or vector; without one, list the first."""
     started = time.perf_counter()
     if text is not None and vector is not None:
         raise InputError("got a text and --vector; expected one of them")
@@ -393,32 +366,30 @@ def search(
         names = "" if hit.tmd_code is None else f"  [{', '.join(tmd.unpack(hit.tmd_code).names)}]"
         echo(f"{score}{hit.title} {hit.position}: {hit.text}{names}")
     finish(
-        {
-            "stage": "concepts search",
-            "rows": len(hits),
-            "seconds": round(time.perf_counter() - started, 3),
-            "dataset": dataset,
-            "hits": [asdict(h) for h in hits],
-        }
+        "concepts search",
+        rows=len(hits),
+        seconds=round(time.perf_counter() - started, 3),
+        dataset=dataset,
+        hits=[asdict(h) for h in hits],
     )
 
 
 def read_query(path: Location) -> Any:
-    """(D,) float32 of a file with a list of numbers. Raises InputError."""
+    """(D,) float32 vector from a JSON file. Raises InputError unless it holds a list of numbers."""
     try:
         values = json.loads(path.read_text())
         return np.asarray(values, np.float32).reshape(len(values))
     except (OSError, ValueError, TypeError) as err:
         raise InputError(
-            f"--vector {path} is no list of numbers in JSON ({err}); expected [0.1, -0.2, …]"
+            f"--vector {path} is not a list of numbers in JSON ({err}); expected [0.1, -0.2, …]"
         ) from err
 
 
 def stats(
-    dataset: Annotated[str | None, typer.Option(help="Only this one; none: all.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only this dataset; default: all.")] = None,
     database_url: DatabaseUrl = None,
 ) -> None:
-    """Count datasets: rows, articles, codec, size, index, and how their TMD codes are distributed."""
+    """Show rows, articles, codec, size, index and TMD codes of each dataset."""
     with store_at(database_url) as store:
         found = store.datasets() if dataset is None else [store.dataset(dataset)]
         records = []
@@ -430,46 +401,38 @@ def stats(
                 f"{record['storage']}({record['dim']}), {record['bytes'] / 1e6:,.1f} MB, index {record['index']}"
             )
             if record["unfinished_loads"]:
-                echo("  a load is under way or was killed; the same `latent concepts load` ends it")
+                echo("  a load is running or was killed; the same `latent concepts load` resumes it")
             if codes:
                 echo(tmd.distribution_table(codes))
             records.append(record | {"tmd": tmd.distribution(codes)})
         if not records:
             echo(f"no dataset in {server_name(store.url)}")
-    finish({"stage": "concepts stats", "rows": sum(r["rows"] for r in records), "datasets": records})
+    finish("concepts stats", rows=sum(r["rows"] for r in records), datasets=records)
 
 
 def clear(
     dataset: DatasetName,
     database_url: DatabaseUrl = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Remove one dataset with its rows, index and unfinished loads."""
+    """Delete a dataset with its rows, index and unfinished loads."""
     with store_at(database_url) as store:
         found = store.dataset(dataset)
         rows = store.stats(found)["rows"]
-        question = f"remove dataset {dataset!r} with {rows:,} rows from {server_name(store.url)}?"
         if not yes:
-            echo(f"{question} [y/N]")
+            echo(f"delete dataset {dataset!r} with {rows:,} rows from {server_name(store.url)}? [y/N]")
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-                raise OutputError(f"dataset {dataset!r} stays; pass --yes to remove it without being asked")
+                raise OutputError(f"dataset {dataset!r} is kept; confirm, or pass --yes, to delete it")
         rows = store.clear(dataset)
-    echo(f"clear: dataset {dataset!r} and its {rows:,} rows are gone")
-    finish({"stage": "concepts clear", "rows": rows, "dataset": dataset})
+    echo(f"clear: deleted dataset {dataset!r} and its {rows:,} rows")
+    finish("concepts clear", rows=rows, dataset=dataset)
 
 
-COMMANDS = {
-    "load": load,
-    "export": export,
-    "publish": publish,
-    "search": search,
-    "stats": stats,
-    "clear": clear,
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command for command in (load, export, publish, search, stats, clear)
 }
 
 if __name__ == "__main__":
-    from jobs.concepts import (
-        COMMANDS as commands,  # by name, so that what travels to workers is not of __main__
-    )
+    from jobs.concepts import COMMANDS as commands  # by name: workers cannot unpickle classes of __main__
 
     run(commands)

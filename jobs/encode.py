@@ -3,17 +3,15 @@
     python -m jobs.encode --input out/chunks --output out/vectors --codec mini
     ray job submit --working-dir . -- python -m jobs.encode --input /shared/chunks --output /shared/vectors
 
-Each chunk shard becomes a vector shard of the same name with the same rows in the same order, the vector as a
-plain fixed-size list. A shard is written under a temporary name and renamed; its footer names the codec and
-the SHA-256 of the chunk shard it was made from. So a job killed at any moment and run again encodes exactly
-what is missing. The ids that come out are the ids that went in: each shard's are compared with its chunks' by the
-worker that made it, or side by side where an earlier run did, and that none comes twice is seen where the array is made
-that readers map (lvm/vectors/array.py), before the manifest is written. The job's own process holds a row a shard and,
-while it makes the array, 8 bytes a chunk. A chunk takes 1.4 KB in float16 and 2.9 KB in float32 in its shard, and as
-much again in the array.
+Each chunk shard becomes a vector shard with the same name, rows and order, vectors being plain fixed-size lists. A
+shard is written to a temporary file and renamed; its footer names the codec and the SHA-256 of its chunk shard, so a
+job that is killed and run again encodes only what is missing. Workers compare the ids of each vector shard with those
+of its chunk shard; duplicate ids are detected when the memory-mapped array is made (lvm/vectors/array.py), before the
+manifest is written. The driver holds one row per shard and, while it makes the array, 8 bytes per chunk. On disk a
+chunk takes 1.4 KB in float16 or 2.9 KB in float32 in its shard, and as much again in the array.
 
-With --tmd a shard also has `tmd_code` and `tmd_confidence`, by nearest prototype (lvm/corpus/tmd.py), as an export of
-the concept store has; vectors that are there already stay and get codes.
+With --tmd a shard also has `tmd_code` and `tmd_confidence`, by nearest prototype (lvm/corpus/tmd.py), as in an export
+of the concept store; existing vectors are kept and get codes.
 """
 
 import functools
@@ -34,6 +32,8 @@ from jobs._ray import (
     GPUS_HELP,
     START_TIMEOUT_S,
     Address,
+    CodecName,
+    CodecPath,
     PathOrUrl,
     accepted,
     connect,
@@ -47,6 +47,7 @@ from jobs._ray import (
     path_option,
     ray_data,
     run,
+    timing,
     unseen_gpu,
     versions,
 )
@@ -91,18 +92,17 @@ MAX_THREADS = 8
 MOST_WORKERS = 1000
 """Default maximum of actors: Ray's autoscaler ignores all requests beyond this number."""
 
-MOST_CHECKERS = 16
-"""Shards of an earlier run that are checked in parallel."""
+MAX_CHECKS = 16
+"""Maximum number of existing shards that are checked in parallel."""
 
-CHECKING_BYTES = 256 << 20
-"""Memory for these checks, in the job's own process."""
+CHECK_BYTES = 256 << 20
+"""Memory for these checks, in the driver."""
 
-SIDE_BY_SIDE = {"CPU": 1, "GPU": 3}
-"""Shards encoded at once per actor, a thread each, by what the actor holds; one more is queued so that it never idles.
-On a CPU one: that takes 1.08 times as long as a loop without Ray, two at once 1.25 (tests/bench/results/LOG.md).
-On a GPU three: while one is multiplied, the CPU reads and tokenises the next and writes the last. Tokenizer, Arrow and
-torch release the GIL, so threads do what CPU actors feeding a GPU actor would, and no text or id travels between
-processes. A shard's vectors do not depend on other shards, so they are the same."""
+SHARDS_PER_ACTOR = {"CPU": 1, "GPU": 3}
+"""Shards that an actor encodes in parallel, one thread each; one more is queued, so that it never idles. On a CPU one
+shard takes 1.08 times as long as a loop without Ray, two in parallel 1.25 (tests/bench/results/LOG.md). On a GPU three:
+while the GPU encodes one, the CPU reads and tokenizes the next and writes the last. Tokenizer, Arrow and torch release
+the GIL, so threads suffice and no text is sent between processes. A shard's vectors do not depend on other shards."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class EncodeSettings:
     dtype: VectorType = "float16"
     """Storage type of vectors. float16 halves the size and changes a cosine by less than 0.001."""
     tmd: str | None = None
-    """What codes the chunks (`coder_name`); None for shards without codes."""
+    """Name of the TMD coder (`coder_name`); None for shards without codes."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, as footers have it; codes are named where there are some."""
+        """The JSON form, as in footers; without `tmd` where there are no codes."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -130,11 +130,9 @@ class EncodeJob:
     target: Location
     """Folder of the vectors."""
     settings: EncodeSettings
-    """How vectors are made."""
     identity: CodecIdentity
     """Codec that the worker must load."""
     load: CodecLoader
-    """Loads the codec."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,9 @@ class EncodeResult:
     manifest: Manifest
     """Of the vectors."""
     encoded: tuple[str, ...]
-    """Shards this run made; empty if nothing was missing."""
+    """Shards that this run made."""
     up_to_date: bool
-    """True when nothing had to be done, not even the manifest."""
+    """True if nothing had to be done, not even the manifest."""
 
 
 # ------------------------------------------------------------------------------------------------ one shard
@@ -165,15 +163,15 @@ def encode_shard(
     settings: EncodeSettings,
     prototypes: Prototypes | None = None,
 ) -> Shard:
-    """Encode one chunk shard into `target`, unless its vectors are there; code it where `settings` say so.
+    """Encode one chunk shard into `target`, unless its vectors exist; with `prototypes`, add TMD codes.
 
-    Raises InputError naming the shard when its bytes are not those its manifest lists, or its vectors are no
-    unit vectors.
+    Raises InputError naming the shard when its checksum differs from its manifest's, or its vectors are not of unit
+    norm.
     """
-    if (found := file_sha256(source)) != chunks.sha256:
+    if (actual := file_sha256(source)) != chunks.sha256:
         raise InputError(
-            f"chunk shard {source} has SHA-256 {found[:16]}…, its manifest says {chunks.sha256[:16]}…: "
-            "it changed or was damaged. Run `latent chunk` again; it redoes only that."
+            f"chunk shard {source} has SHA-256 {actual[:16]}…, expected {chunks.sha256[:16]}… as in its manifest: "
+            "it changed or was damaged. Run `latent chunk` again; it redoes only that shard."
         )
     table = read_table(source)
     footer = footer_of(chunks, codec.identity, settings)
@@ -188,7 +186,7 @@ def encode_shard(
         except InputError as err:
             raise InputError(f"shard {source.name}: {err}") from err
     if prototypes is not None:
-        # Of the vectors as they are stored: the same whether they are made now or were there.
+        # From the vectors as stored, so that new and existing ones get the same codes.
         codes, confidences = prototypes.code(table_to_vectors(vectors).astype(np.float32))
         vectors = vectors.append_column("tmd_code", pa.array(codes))
         vectors = vectors.append_column("tmd_confidence", pa.array(confidences))
@@ -198,9 +196,9 @@ def encode_shard(
 def kept_vectors(
     target: Location, chunks: pa.Table, plain: dict[str, Any], schema: pa.Schema
 ) -> pa.Table | None:
-    """Rows of the shard at `target`, without codes, if it is complete and only its codes may differ; else None.
+    """Rows of the shard at `target`, without codes, if it is complete and up to date but for its codes; else None.
 
-    plain: the footer expected of a shard without codes. schema: of its rows.
+    plain, schema: expected footer and schema of a shard without codes.
     """
     if not target.exists():
         return None
@@ -212,14 +210,13 @@ def kept_vectors(
     found.get("settings", {}).pop("tmd", None)
     if found != plain or not table.column("chunk_id").equals(chunks.column("chunk_id")):
         return None
-    return table.select(schema.names).cast(schema)  # what Parquet calls its parts otherwise
+    return table.select(schema.names).cast(schema)  # Parquet renames the lists' elements
 
 
 _SHARD = [f.name for f in fields(Shard)]
 
-
 Made = tuple[Shard, int]
-"""A vector shard and how many of its texts were truncated: all that the job's own process keeps of it."""
+"""A vector shard, and the number of its texts that were truncated."""
 
 
 def finished_shard(
@@ -227,7 +224,7 @@ def finished_shard(
 ) -> Made | None:
     """The vector shard at `target` if it is complete and has the expected footer and the ids of `source`; None if it
     must be encoded. known_sha256: the file's checksum in a manifest."""
-    made = Artefact(target.parent, "vectors", {}, _tell).finished(target.name, footer, known_sha256)
+    made = Artefact(target.parent, "vectors", {}, _log).finished(target.name, footer, known_sha256)
     if made is None:
         return None
     try:
@@ -237,7 +234,7 @@ def finished_shard(
 
 
 def require_same_ids(source: Location, target: Location) -> int:
-    """The number of truncated chunks, when a vector shard holds its chunk shard's ids in order.
+    """The number of truncated chunks of a vector shard that has its chunk shard's ids in order.
 
     Raises InputError naming the shard and the first id that is missing or unexpected.
     """
@@ -249,23 +246,22 @@ def require_same_ids(source: Location, target: Location) -> int:
         missing, extra = sorted(before - after), sorted(after - before)
         what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}" if extra else "has another order"
         raise InputError(
-            f"vector shard {target} {what}: expected the {len(wanted)} ids of its chunk "
-            f"shard in order, got {len(got)} ({len(missing)} missing, {len(extra)} too many). Delete "
-            "that file and run `latent encode` again."
+            f"vector shard {target} {what}: expected the {len(wanted)} ids of its chunk shard in order, got {len(got)} "
+            f"({len(missing)} missing, {len(extra)} unexpected). Delete that file and run `latent encode` again."
         )
     return int(np.sum(table.column("truncated").to_numpy()))
 
 
-def _tell(line: str) -> None:
+def _log(line: str) -> None:
     echo(f"encode: {line}")
 
 
 class ShardEncoder:
     """Ray Data's stateful worker: holds the codec, encodes the shards it receives. Several threads may call it."""
 
-    def __init__(self, job: "EncodeJob") -> None:
-        # How many threads PyTorch takes is Ray's doing: it sets OMP_NUM_THREADS to the actor's num_cpus. The
-        # tokenizer would take as many as the machine has cores, in each worker.
+    def __init__(self, job: EncodeJob) -> None:
+        # Ray limits PyTorch's threads: it sets OMP_NUM_THREADS to the actor's num_cpus. The tokenizer would use a
+        # thread per core in each worker.
         os.environ.setdefault("RAYON_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
         self.job = job
         self.failure: LvmError | None = None
@@ -314,14 +310,12 @@ def encode_chunks(
 ) -> EncodeResult:
     """Make `target` hold exactly the vectors of `source`, the folder of a finished chunk job.
 
-    tmd: with each chunk's code; a folder that has codes keeps them.
+    tmd: add each chunk's code; a folder that has codes keeps them. max_workers: maximum number of actors, with one CPU
+    or GPU each; None for as many as the cluster may grow to. gpus: how many to wait for; None for those available.
 
-    max_workers: maximum number of actors, with a CPU or a GPU each; None for all CPUs that an autoscaling cluster may
-    grow to. gpus: how many to wait for; None for those there are.
-
-    Raises InputError when chunks are missing or damaged, or the cluster does not come to have what is asked for,
-    IdentityError when they were cut for another tokenizer, OutputError when `target` was made with other settings.
-    Finished shards stay in each case.
+    Raises InputError when chunks are missing or damaged, or the cluster does not get the requested resources,
+    IdentityError when the chunks were made for another tokenizer, OutputError when `target` was made with other
+    settings. Finished shards are kept in each case.
     """
     if source.resolve() == target.resolve():
         raise OutputError(f"--output {target} is the --input; choose another folder for the vectors")
@@ -333,11 +327,11 @@ def encode_chunks(
     require_tokenizer(chunks, identity, source)
     settings = EncodeSettings(identity.digest, dtype)
     inputs = {"chunks": chunks.fingerprint}
-    vectors = Artefact(target, "vectors", settings.to_dict(), _tell)
+    vectors = Artefact(target, "vectors", settings.to_dict(), _log)
     vectors.claim(overwrite)
     earlier = vectors.manifest()
     if tmd or (earlier is not None and "tmd" in earlier.inputs):
-        # Codes are made from vectors and labels: with other ones, or none, the folder is no other folder.
+        # An input and not a setting, as adding or changing codes keeps the vectors.
         inputs["tmd"] = coder_name()
         settings = replace(settings, tmd=inputs["tmd"])
     done = vectors.current(inputs, deep=True)
@@ -351,11 +345,11 @@ def encode_chunks(
         footer = footer_of(shard, identity, settings)
         return finished_shard(target / shard.file, source / shard.file, footer, known.get(shard.file))
 
-    # A thread holds a shard, as it is and unpacked.
+    # Each thread holds one shard in memory.
     largest = max((s.rows for s in chunks.shards), default=1) * identity.dim * 4
-    with ThreadPoolExecutor(max(1, min(MOST_CHECKERS, CHECKING_BYTES // largest))) as threads:
-        found = dict(zip((s.file for s in chunks.shards), threads.map(find, chunks.shards), strict=True))
-    finished = {file: made for file, made in found.items() if made is not None}
+    with ThreadPoolExecutor(max(1, min(MAX_CHECKS, CHECK_BYTES // largest))) as threads:
+        found = zip(chunks.shards, threads.map(find, chunks.shards), strict=True)
+        finished = {shard.file: made for shard, made in found if made is not None}
     pending = [s for s in chunks.shards if s.file not in finished]
     if finished:
         echo(f"encode: keeping {len(finished)} of {len(chunks.shards)} shards that are finished")
@@ -375,7 +369,7 @@ def encode_chunks(
         codec=identity.to_dict(),
         source=chunks.source,
         licence=chunks.licence,
-        report={**chunks.report, "truncated": sum(cut for _, cut in finished.values())},
+        report={**chunks.report, "truncated": sum(truncated for _, truncated in finished.values())},
         versions=versions(),
     )
     write_array(target, manifest)
@@ -384,33 +378,30 @@ def encode_chunks(
 
 
 def require_tokenizer(chunks: Manifest, identity: CodecIdentity, source: Location) -> None:
-    """Raise IdentityError unless the chunks were cut with this codec's tokenizer and within its limit.
-
-    The error names both tokenizers or both limits.
-    """
-    cut_with = chunks.settings.get("tokenizer_sha256")
+    """Raise IdentityError, naming both, unless the chunks fit this codec's tokenizer and token limit."""
+    made_with = chunks.settings.get("tokenizer_sha256")
     limit = chunks.settings.get("max_tokens")
     cure = f"Run `latent chunk` with --codec {identity.name} into another --output, then encode that."
-    if cut_with != identity.tokenizer_sha256:
+    if made_with != identity.tokenizer_sha256:
         raise IdentityError(
-            f"the chunks in {source} were cut with tokenizer {str(cut_with)[:16]}…, codec {identity} has "
-            f"tokenizer {identity.tokenizer_sha256[:16]}…; their lengths do not agree. {cure}"
+            f"the chunks in {source} were made with tokenizer {str(made_with)[:16]}…, codec {identity} has "
+            f"tokenizer {identity.tokenizer_sha256[:16]}…, so their token counts differ. {cure}"
         )
     if not isinstance(limit, int) or limit > identity.max_tokens:
         raise IdentityError(
             f"the chunks in {source} have up to {limit} tokens, codec {identity} takes "
-            f"{identity.max_tokens}; the rest would be cut off. {cure}"
+            f"{identity.max_tokens}; the rest would be truncated. {cure}"
         )
 
 
 def _encode_with_ray(
     job: EncodeJob, pending: list[Shard], max_workers: int | None = None, gpus: int | None = None
 ) -> Iterator[Made]:
-    """Encode shards in parallel; each comes back as soon as it is on disk, in any order."""
+    """Encode shards in parallel; yields each as soon as it is on disk, in any order."""
     import ray
 
-    # Ray Data's own scaling uses `request_resources`, where an unsatisfiable request starts nothing and blocks other
-    # jobs'. The pending actors ask for the same nodes. Read when ray.data is imported.
+    # Turn off Ray Data's own scaling: with its `request_resources`, an unsatisfiable request starts nothing and blocks
+    # other jobs'. The pending actors request the same nodes. Read when ray.data is imported.
     os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_CPU_RESOURCE_DELTA", "0")
     os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MAX_GPU_RESOURCE_DELTA", "0")
     data = ray_data()
@@ -423,13 +414,12 @@ def _encode_with_ray(
     kind = "GPU" if "num_gpus" in resources else "CPU"
     most = min(max_workers or MOST_WORKERS, len(pending))
     if grows() and most > num_actors and (max_workers or kind == "CPU"):
-        # All actors at once, of a CPU each, as what the nodes to come are like is not known yet. Those for which there
-        # is no room are what an autoscaler starts nodes for, as far as it may; they end with this process.
+        # Request all actors at once, with one CPU each, as the size of future nodes is unknown. The autoscaler starts
+        # nodes for pending ones, up to its limit; they end with this process.
         sizes, resources = {"size": most}, {**resources, "num_cpus": 1}
         context.wait_for_min_actors_s = -1
     else:
-        # Ray Data begins once the minimum has started, so that is what has room now; a core that another job holds is
-        # used when it is free.
+        # Ray Data waits for the minimum, so that is what fits now; cores of other jobs are used once they are free.
         num_actors = min(num_actors, most)
         room = ray.available_resources().get(kind, 0) // resources[f"num_{kind.lower()}s"]
         sizes = {"min_size": max(1, min(num_actors, int(room))), "max_size": num_actors}
@@ -441,9 +431,9 @@ def _encode_with_ray(
         batch_size=1,
         compute=data.ActorPoolStrategy(
             **sizes,
-            max_tasks_in_flight_per_actor=SIDE_BY_SIDE[kind] + 1,
-            max_concurrent_calls_per_actor=SIDE_BY_SIDE[kind],
-            enable_true_multi_threading=SIDE_BY_SIDE[kind] > 1,
+            max_tasks_in_flight_per_actor=SHARDS_PER_ACTOR[kind] + 1,
+            max_concurrent_calls_per_actor=SHARDS_PER_ACTOR[kind],
+            enable_true_multi_threading=SHARDS_PER_ACTOR[kind] > 1,
         ),
         **resources,
     )
@@ -451,14 +441,14 @@ def _encode_with_ray(
     num_chunks = sum(s.rows for s in pending)
     with closing(accepted(rows_done, "encode", len(pending), num_chunks, "chunks")) as made:
         for row in made:
-            cut = row.pop("truncated")
-            yield Shard(**row), cut
+            truncated = row.pop("truncated")
+            yield Shard(**row), truncated
 
 
 def _or_no_workers(
     rows: Iterable[dict[str, Any]], asked: Mapping[str, Any], nodes: Sequence[Mapping[str, float]]
 ) -> Generator[dict[str, Any], None, None]:
-    """The rows. Raises InputError when the cluster does not come up with a worker in START_TIMEOUT_S."""
+    """The rows. Raises InputError when no worker starts within START_TIMEOUT_S."""
     from ray.exceptions import GetTimeoutError
 
     try:
@@ -471,11 +461,11 @@ def _or_no_workers(
 
 
 def plan(nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[int, dict[str, Any]]:
-    """Number of actors, and what each takes: one GPU and one CPU if there are GPUs, else its share of the CPUs.
+    """Number of actors, and resources of each: one GPU and one CPU if there are GPUs, else its share of the CPUs.
 
-    nodes: Ray resources of each live node. On CPUs an actor per core with one thread each beats fewer with more,
-    as texts are short and matrices small; with fewer shards than cores, each also gets some of the free cores, all on
-    one node: an actor that asked for more than any node has would wait for ever.
+    nodes: Ray resources of each live node. On CPUs one actor per core, with one thread, is fastest, as texts are short
+    and matrices small. With fewer shards than cores each actor gets several, but no more than fit on one node: a larger
+    request would stay pending for ever.
     """
     num_gpus = sum(int(n.get("GPU", 0)) for n in nodes)
     if num_gpus:
@@ -494,21 +484,17 @@ def plan(nodes: Sequence[Mapping[str, float]], num_shards: int) -> tuple[int, di
 def main(
     input: Annotated[PathOrUrl, path_option("Folder that `latent chunk` wrote.")],
     output: Annotated[PathOrUrl, path_option("Folder for the vector shards.")],
-    codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
-    codec_path: Annotated[
-        PathOrUrl | None, path_option("Folder with a codec's weights, instead of the shipped ones.")
-    ] = None,
-    dtype: Annotated[
-        Literal["float16", "float32"], typer.Option(help="Storage type of the vectors.")
-    ] = "float16",
+    codec: CodecName = "mini",
+    codec_path: CodecPath = None,
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Type of stored vectors.")] = "float16",
     overwrite: Annotated[bool, typer.Option(help="Replace vectors made with other settings.")] = False,
     address: Address = None,
     max_workers: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Maximum number of workers (not nodes), each with one CPU, or one GPU and one CPU; default: as many "
-            "as the cluster may grow to.",
+            help="Maximum number of workers, each with one CPU, or one GPU and one CPU; default: as many as the "
+            "cluster may grow to.",
         ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
@@ -516,26 +502,16 @@ def main(
         bool,
         typer.Option(
             "--tmd",
-            help="Write each chunk's TMD code and its confidence beside its vector, by nearest label; existing vectors "
-            "get codes without being encoded again, and a folder that has codes keeps them.",
+            help="Add each chunk's TMD code and confidence, by nearest label; existing vectors are not encoded again, "
+            "and a folder that has codes keeps them.",
         ),
     ] = False,
 ) -> None:
     """Encode chunks to vectors; a second run encodes only what is missing."""
     started = time.perf_counter()
     path = None if codec_path is None else codec_path.resolve()
-    result = encode_chunks(
-        input,
-        output,
-        functools.partial(load_codec_at, codec, path),
-        dtype,
-        overwrite,
-        address,
-        max_workers,
-        gpus,
-        tmd,
-    )
-    seconds = time.perf_counter() - started
+    load = functools.partial(load_codec_at, codec, path)
+    result = encode_chunks(input, output, load, dtype, overwrite, address, max_workers, gpus, tmd)
     made = {s.file: s.rows for s in result.manifest.shards if s.file in result.encoded}
     rows = sum(made.values())
     report = result.manifest.report
@@ -550,19 +526,16 @@ def main(
             shards = (read_table(output / s.file, ["tmd_code"]) for s in result.manifest.shards)
             echo(distribution_table(c for shard in shards for c in shard.column("tmd_code").to_pylist()))
     finish(
-        {
-            "stage": "encode",
-            "rows": result.manifest.rows,
-            "encoded_rows": rows,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(rows / max(seconds, 1e-9), 1),
-            "paths": [str(output)],
-            "up_to_date": result.up_to_date,
-            "redone": len(made),
-            "shards": len(result.manifest.shards),
-            "truncated": report["truncated"],
-            "codec": result.manifest.codec,
-        }
+        "encode",
+        rows=result.manifest.rows,
+        encoded_rows=rows,
+        **timing(started, rows),
+        paths=[str(output)],
+        up_to_date=result.up_to_date,
+        redone=len(made),
+        shards=len(result.manifest.shards),
+        truncated=report["truncated"],
+        codec=result.manifest.codec,
     )
 
 

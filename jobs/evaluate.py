@@ -26,6 +26,8 @@ import typer
 
 from jobs._ray import (
     Address,
+    CodecName,
+    CodecPath,
     PathOrUrl,
     connect,
     echo,
@@ -36,6 +38,7 @@ from jobs._ray import (
     path_option,
     progress_bar,
     run,
+    timing,
     unseen_gpu,
     versions,
     worker_device,
@@ -43,10 +46,13 @@ from jobs._ray import (
 from lvm.codec.ladder import decoder_digest
 from lvm.errors import InputError
 from lvm.evaluate.baselines import context_mean, copy_last
-from lvm.evaluate.contest import (
+from lvm.evaluate.evaluation import RULES, SCHEMA, Evaluation, gate_word
+from lvm.evaluate.leaderboard import example_text, leaderboard, markdown_page, ranking
+from lvm.evaluate.metrics import LATENCY_BATCHES, Predict, measure_latency
+from lvm.evaluate.scoring import (
     CodecLoader,
-    Contest,
     EvaluateSettings,
+    EvaluationData,
     Scored,
     at_most,
     fit_corpus_mean,
@@ -61,19 +67,8 @@ from lvm.evaluate.contest import (
     score_seed,
     text_sample,
 )
-from lvm.evaluate.contest_texts import (
-    Block,
-    TextAnswer,
-    TextPlan,
-    decode_block,
-    measure_texts,
-    part_of,
-    plan_texts,
-)
-from lvm.evaluate.evaluation import RULES, SCHEMA, Evaluation, gate_word
-from lvm.evaluate.leaderboard import example_text, leaderboard, markdown_page, ranking
-from lvm.evaluate.metrics import LATENCY_BATCHES, Predict, measure_latency
 from lvm.evaluate.table import as_text
+from lvm.evaluate.texts import Block, TextAnswer, TextPlan, decode_block, measure_texts, part_of, plan_texts
 from lvm.predict.record import Record, load_record, read_aliases, series_of
 from lvm.predict.steer import CONTEXT_CHUNKS
 from lvm.storage import Location
@@ -167,7 +162,7 @@ def evaluate(
     test = at_most(parts["test"], settings.max_test_windows, settings.seed)
     connect(address)
     cpus, gpus, largest = cluster_size()
-    contest = Contest(
+    data = EvaluationData(
         train=at_most(parts["train"], settings.ridge.max_train_windows, settings.seed),
         val=at_most(parts["val"], settings.max_val_windows, settings.seed),
         test=test,
@@ -186,14 +181,14 @@ def evaluate(
         f"evaluate: {len(test):,} test windows of {len(np.unique(test.doc_ids)):,} articles, "
         f"{len(records)} models, {NUM_BASELINES} baselines"
     )
-    scored, baselines = score_all(contest, {n: r.folder.name for n, r in records.items()}, paths.models)
-    trained_alike = score_seeds(contest, seeds, paths.models)
+    scored, baselines = score_all(data, {n: r.folder.name for n, r in records.items()}, paths.models)
+    trained_alike = score_seeds(data, seeds, paths.models)
     seconds["score"] = time.perf_counter() - began
 
     began = time.perf_counter()
-    plan = plan_texts(contest, list(scored.values()), index)
+    plan = plan_texts(data, list(scored.values()), index)
     texts = decode_all(array, plan, load, paths.index, cpus, gpus, settings.candidates)
-    text, examples = measure_texts(contest, plan, texts)
+    text, examples = measure_texts(data, plan, texts)
     seconds["decode"] = time.perf_counter() - began
 
     began = time.perf_counter()
@@ -202,9 +197,9 @@ def evaluate(
     predictors = baselines | {n: model_predictor(r.model, device, r.context) for n, r in records.items()}
     latency = {
         name: [
-            measure_latency(
-                predict, test.context, identity.dim, b, budget_s=settings.latency_budget_s
-            ).to_dict()
+            asdict(
+                measure_latency(predict, test.context, identity.dim, b, budget_s=settings.latency_budget_s)
+            )
             for b in LATENCY_BATCHES
         ]
         for name, predict in predictors.items()
@@ -238,12 +233,12 @@ def evaluate(
             "articles": {name: len(np.unique(part.doc_ids)) for name, part in parts.items()},
             "test_windows": len(test),
             "test_articles": len(np.unique(test.doc_ids)),
-            "ridge_windows": len(contest.train),
+            "ridge_windows": len(data.train),
             "report": windows.report,
         },
         "rules": dict(RULES),
         "entries": make_entries(scored, latency, test.doc_ids, settings),
-        "text_windows": len(contest.sample),
+        "text_windows": len(data.sample),
         "text": text,
         "examples": examples,
         "seconds": {name: round(s, 3) for name, s in seconds.items()},
@@ -379,16 +374,16 @@ def as_they_finish(references: Sequence[Any]) -> Iterator[Any]:
 
 
 def score_all(
-    contest: Contest, folders: dict[str, str], models: Location
+    data: EvaluationData, folders: dict[str, str], models: Location
 ) -> tuple[dict[str, Scored], dict[str, Predict]]:
     """Scores of every predictor, by name, and the fitted baselines. All are scored in parallel."""
     import ray
 
     def task(function: Callable[..., Any], *arguments: Any) -> Any:
-        remote = ray.remote(num_cpus=contest.threads)(function)
+        remote = ray.remote(num_cpus=data.threads)(function)
         return remote.remote(*arguments)
 
-    shared = ray.put(contest)
+    shared = ray.put(data)
     models = models.resolve()
     # The ridge regression takes longest and is scored after its fit, so it is submitted first.
     fits = {
@@ -412,15 +407,15 @@ def score_all(
 
 
 def score_seeds(
-    contest: Contest, seeds: dict[str, list[str]], models: Location
+    data: EvaluationData, seeds: dict[str, list[str]], models: Location
 ) -> dict[str, list[dict[str, float | None]]]:
     """`score_seed` of these folders, by alias. All are scored in parallel."""
     import ray
 
     if not seeds:
         return {}
-    remote = ray.remote(num_cpus=contest.threads)(score_seed)
-    shared = ray.put(contest)
+    remote = ray.remote(num_cpus=data.threads)(score_seed)
+    shared = ray.put(data)
     tasks = {n: [remote.remote(shared, models.resolve(), f) for f in folders] for n, folders in seeds.items()}
     for _ in as_they_finish([reference for references in tasks.values() for reference in references]):
         pass
@@ -493,14 +488,10 @@ def main(
     index: Annotated[PathOrUrl, path_option("Folder that `latent index` wrote, of the same vectors.")],
     models: Annotated[PathOrUrl, path_option("Folder that `latent train` wrote, on the same vectors.")],
     output: Annotated[PathOrUrl, path_option("Folder for the record, leaderboard and report.")],
-    ood: Annotated[
-        list[PathOrUrl] | None, path_option("Vectors of out-of-domain text; may be given several times.")
-    ] = None,
+    ood: Annotated[list[PathOrUrl] | None, path_option("Out-of-domain vectors; repeatable.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Test windows shown with all their texts.")] = 3,
-    codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
-    codec_path: Annotated[
-        PathOrUrl | None, path_option("Folder with a codec's weights, instead of the shipped ones.")
-    ] = None,
+    codec: CodecName = "mini",
+    codec_path: CodecPath = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -520,23 +511,19 @@ def main(
     if up_to_date:
         echo(f"evaluate: {output} is up to date")
     print_result(evaluation)
-    seconds = time.perf_counter() - started
     rows = evaluation["split"]["test_windows"]
     best = ranking(evaluation)[0]
     finish(
-        {
-            "stage": "evaluate",
-            "rows": rows,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(rows / max(seconds, 1e-9), 1),
-            "paths": [str(output / name) for name in FILES],
-            "up_to_date": up_to_date,
-            "redone": 0 if up_to_date else 1,
-            "cosine": {e["name"]: round(e["cosine"]["mean"], 4) for e in ranking(evaluation)},
-            "best": best["name"],
-            "gate": {e["name"]: gate_word(e["gate"]) for e in evaluation["entries"] if "gate" in e},
-            "codec": evaluation["provenance"]["codec"],
-        }
+        "evaluate",
+        rows=rows,
+        **timing(started, rows),
+        paths=[str(output / name) for name in FILES],
+        up_to_date=up_to_date,
+        redone=0 if up_to_date else 1,
+        cosine={e["name"]: round(e["cosine"]["mean"], 4) for e in ranking(evaluation)},
+        best=best["name"],
+        gate={e["name"]: gate_word(e["gate"]) for e in evaluation["entries"] if "gate" in e},
+        codec=evaluation["provenance"]["codec"],
     )
 
 

@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from jobs._ray import Engine, PathOrUrl, articles_of, echo, load_codec_at, path_option, run
+from jobs._ray import CodecName, CodecPath, Engine, PathOrUrl, articles_of, echo, load_codec_at, path_option
+from jobs._ray import run as run_main
 from lvm.codec.quality import (
     next_chunk_retrieval,
     rank_correlation,
@@ -39,7 +40,7 @@ from lvm.errors import InputError
 from lvm.evaluate.predictability import contexts_of, ridge_retrieval, targets_of
 from lvm.predict.predictor import load_predictor
 from lvm.predict.record import read_aliases
-from lvm.storage import Location, location
+from lvm.storage import Location
 
 STEPS = (0, 1, 3, 5)
 NUM_DECODED = 2_000
@@ -119,8 +120,8 @@ def parse_cosines(text: str | None) -> list[float]:
 
 def main(
     input: Annotated[str, typer.Option(help="Articles the codec was not trained on; or sample.")],
-    codec: Annotated[str, typer.Option(help="Codec: mini, gtr-jxe or gtr-ielab.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder of your own codec.")] = None,
+    codec: CodecName = "mini",
+    codec_path: CodecPath = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N articles.")] = None,
     decoded: Annotated[int, typer.Option(min=1, help="Chunks to decode, evenly spread.")] = NUM_DECODED,
     cosines: Annotated[
@@ -130,21 +131,11 @@ def main(
     ridge_windows: Annotated[
         int, typer.Option(min=0, help="Also fit a ridge regression on this many windows; 0 for none.")
     ] = 0,
-    run_folder: Annotated[
-        PathOrUrl | None,
-        typer.Option(
-            "--run",
-            parser=location,
-            metavar="PATH",
-            help="Also read back the predictions of this run's models.",
-        ),
-    ] = None,
+    run: Annotated[PathOrUrl | None, path_option("Also decode the predictions of this run's models.")] = None,
     beside: Annotated[
         PathOrUrl | None, path_option("Folder of a sentence-transformers model to compare retrieval with.")
     ] = None,
-    candidates: Annotated[
-        int, typer.Option(min=10, help="Chunks among which the next one is searched.")
-    ] = NUM_CANDIDATES,
+    candidates: Annotated[int, typer.Option(min=10, help="Candidates for the next chunk.")] = NUM_CANDIDATES,
     engine: Engine = "lvm",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON, not a table.")] = False,
 ) -> None:
@@ -187,9 +178,9 @@ def main(
             echo(f"{len(few)} vectors at cosine {distance:g} to the true ones")
             off = rotated(vectors[picked[few]], distance)
             summary["at_cosine"][f"{distance:g}"] = read_back_by_steps(loaded, some, off, steps[:3])
-    if run_folder is not None:
+    if run is not None:
         summary["predicted"] = read_back_predictions(
-            loaded, run_folder / "models", texts, vectors, doc_ids, min(NUM_NOISED, len(picked))
+            loaded, run / "models", texts, vectors, doc_ids, min(NUM_NOISED, len(picked))
         )
     head = slice(0, candidates)
     dim = loaded.identity.dim
@@ -227,4 +218,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

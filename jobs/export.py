@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs._ray import PathOrUrl, echo, finish, path_option, run
+from jobs._ray import PathOrUrl, echo, finish, path_option, run, timing
 from lvm.errors import OutputError
 from lvm.storage import local_output
 from lvm.vectors.array import open_vectors
@@ -37,20 +37,16 @@ def main(
     windows = make_windows(open_vectors(vectors), WindowSettings(context=context))
     with local_output(output) as file:
         export_npz(windows, file, layout, seed)
-    seconds = time.perf_counter() - started
     size = output.stat().st_size
     echo(f"export: {len(windows):,} sequences of {windows.identity} in {output}, {size / 1e6:,.1f} MB")
     finish(
-        {
-            "stage": "export",
-            "rows": len(windows),
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(len(windows) / max(seconds, 1e-9), 1),
-            "paths": [str(output)],
-            "layout": layout,
-            "bytes": size,
-            "codec": windows.identity.to_dict(),
-        }
+        "export",
+        rows=len(windows),
+        **timing(started, len(windows)),
+        paths=[str(output)],
+        layout=layout,
+        bytes=size,
+        codec=windows.identity.to_dict(),
     )
 
 

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -29,6 +28,8 @@ import typer
 
 from jobs._ray import (
     Address,
+    CodecName,
+    CodecPath,
     LanguageModel,
     PathOrUrl,
     WriterFolder,
@@ -42,6 +43,7 @@ from jobs._ray import (
     nodes_with,
     path_option,
     ray_data,
+    timing,
     unseen_gpu,
     versions,
 )
@@ -52,15 +54,7 @@ from lvm.errors import InputError, LvmError, OutputError
 from lvm.predict.generate import BATCH_TEXTS, Generator
 from lvm.storage import Location
 from lvm.vectors.artefact import Artefact
-from lvm.vectors.shards import (
-    Manifest,
-    Shard,
-    fingerprint,
-    read_table,
-    with_footer,
-    write_bytes,
-    write_table,
-)
+from lvm.vectors.shards import Manifest, Shard, fingerprint, read_table, with_footer, write_bytes, write_table
 
 KIND = "predictions"
 
@@ -227,7 +221,6 @@ def generate(
     source: str,
     target: Location,
     load: Loader,
-    settings_of: Any,
     length: int,
     per_article: int,
     limit: int | None,
@@ -235,11 +228,19 @@ def generate(
     address: str | None = None,
 ) -> tuple[Manifest, int]:
     """Make `target` hold exactly the predictions; returns the manifest, and how many this run made."""
-
     generator = load()
     if generator.codec.no_writer is not None:
         echo(f"generate: {generator.codec.no_writer}")
-    settings: GenerateSettings = settings_of(generator)
+    corpus = "" if generator.array is None else generator.array.fingerprint
+    settings = GenerateSettings(
+        generator.predictor.name,
+        generator.ladder.digest,
+        corpus,
+        length,
+        per_article,
+        limit,
+        asdict(load.ladder),
+    )
     predictions = Artefact(target, KIND, asdict(settings), lambda line: echo(f"generate: {line}"))
     predictions.claim(overwrite)
     blocks: list[dict[str, Any]] = []
@@ -319,16 +320,6 @@ def rows_of(target: Location, manifest: Manifest) -> Iterator[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------ command
 
 
-def settings_for(
-    generator: Generator, length: int, per_article: int, limit: int | None, ladder: LadderSettings
-) -> GenerateSettings:
-    """The job's settings with this generator."""
-    corpus = "" if generator.array is None else generator.array.fingerprint
-    return GenerateSettings(
-        generator.predictor.name, generator.ladder.digest, corpus, length, per_article, limit, asdict(ladder)
-    )
-
-
 def main(
     input: Annotated[str, typer.Option(help="Articles in any format of `latent chunk`, or sample.")],
     output: Annotated[PathOrUrl, path_option("Folder of shards to write, or one file ending in .jsonl.")],
@@ -341,8 +332,8 @@ def main(
     per_article: Annotated[int, typer.Option(min=1, help="Contexts per article, evenly spread.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Chunks to predict after each context.")] = 1,
     candidates: Annotated[int, typer.Option(min=1, help="Drafts per vector; the best is returned.")] = 4,
-    codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder of your own codec.")] = None,
+    codec: CodecName = "mini",
+    codec_path: CodecPath = None,
     writer: WriterFolder = None,
     language_model: LanguageModel = None,
     overwrite: Annotated[bool, typer.Option(help="Replace predictions made with other settings.")] = False,
@@ -356,31 +347,24 @@ def main(
         raise OutputError(f"--output {output} is a folder, expected a file; choose another name")
     target = output.with_name(f"{output.name}.parts") if one_file else output
     load = Loader(codec, codec_path, writer, language_model, run, model, ladder)
-    settings_of = partial(settings_for, length=length, per_article=per_article, limit=limit, ladder=ladder)
-    manifest, made = generate(
-        input, target, load, settings_of, length, per_article, limit, overwrite, address
-    )
+    manifest, made = generate(input, target, load, length, per_article, limit, overwrite, address)
     predictions = list(rows_of(target, manifest))
     if one_file:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
         write_bytes(output, lines.encode())
         if isinstance(target, os.PathLike):
             shutil.rmtree(target)
-    seconds = time.perf_counter() - began
     sources = [row["source"] for row in predictions]
     finish(
-        {
-            "stage": "generate",
-            "rows": manifest.rows,
-            "made": made,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(made / max(seconds, 1e-9), 2),
-            "paths": [str(output)],
-            "up_to_date": made == 0,
-            "sources": {name: sources.count(name) for name in ("exact", "writer", "corpus")},
-            "refused": sum(bool(row["refusals"]) for row in predictions),
-            "settings": manifest.settings,
-        }
+        "generate",
+        rows=manifest.rows,
+        made=made,
+        **timing(began, made),
+        paths=[str(output)],
+        up_to_date=made == 0,
+        sources={name: sources.count(name) for name in ("exact", "writer", "corpus")},
+        refused=sum(bool(row["refusals"]) for row in predictions),
+        settings=manifest.settings,
     )
 
 

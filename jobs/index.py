@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Address, PathOrUrl, connect, echo, finish, get, nodes_with, path_option, run
+from jobs._ray import Address, PathOrUrl, connect, echo, finish, get, nodes_with, path_option, run, timing
 from lvm.errors import OutputError, StorageError
 from lvm.storage import Location
 from lvm.vectors.array import open_vectors, write_array
@@ -27,7 +27,7 @@ from lvm.vectors.shards import Manifest, Shard
 
 
 def build_one(part: Build, number: int, threads: int) -> Shard:
-    """Build a part, with as many threads."""
+    """Build a part of the index with this many threads."""
     import faiss
 
     faiss.omp_set_num_threads(threads)
@@ -35,7 +35,7 @@ def build_one(part: Build, number: int, threads: int) -> Shard:
 
 
 def build(source: Location, target: Location, settings: IndexSettings, threads: int) -> None:
-    """Build and publish: parts in tasks of their own where there are several."""
+    """Build and publish the index; several parts are built in Ray tasks."""
     import faiss
     import ray
 
@@ -54,8 +54,8 @@ def build_with_ray(source: Location, target: Location, settings: IndexSettings, 
     import ray
 
     connect(address)
-    # All CPUs of the smallest node: k-means and adding vectors are multi-threaded. While this task waits for those of
-    # the parts, Ray lends them its CPUs.
+    # All CPUs of the smallest node: k-means and adding vectors are multi-threaded. While this task waits, its parts'
+    # tasks can use its CPUs.
     threads = min(int(n["CPU"]) for n in nodes_with() if n.get("CPU", 0) >= 1)
     task = ray.remote(num_cpus=threads)(build)
     get(task.remote(source.resolve(), target.resolve(), settings, threads))
@@ -68,8 +68,7 @@ def main(
         int | None,
         typer.Option(
             min=1,
-            help="Lists that a search probes of up to 512; where a part has 1,024, twice as many. Default: 16, or 64 "
-            "with --codes.",
+            help="Lists that a search probes, twice as many in parts of 1,024 lists; default: 16, or 64 with --codes.",
         ),
     ] = None,
     codes: Annotated[
@@ -121,21 +120,17 @@ def main(
         f"vectors, {kind}; recall@{recall['recall_k']} {recall['recall_stored']:.3f} for stored vectors, "
         f"{recall['recall_blended']:.3f} between them"
     )
-    seconds = time.perf_counter() - started
     finish(
-        {
-            "stage": "index",
-            "rows": len(index),
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(len(index) / max(seconds, 1e-9), 1),
-            "paths": [str(output)],
-            "up_to_date": up_to_date,
-            "redone": 0 if up_to_date else 1,
-            "version": index.directory.name,
-            "settings": asdict(settings) | record,
-            "recall": recall,
-            "codec": index.identity.to_dict(),
-        }
+        "index",
+        rows=len(index),
+        **timing(started, len(index)),
+        paths=[str(output)],
+        up_to_date=up_to_date,
+        redone=0 if up_to_date else 1,
+        version=index.directory.name,
+        settings=asdict(settings) | record,
+        recall=recall,
+        codec=index.identity.to_dict(),
     )
 
 

@@ -1,13 +1,13 @@
-"""Ingest articles into the concept store: cut, encoded, divided into episodes, coded and stored, each exactly once.
+"""Ingest articles into the concept store: chunk, encode, split into episodes, add TMD codes, store each exactly once.
 
     python -m jobs.ingest --input articles.jsonl.gz --dataset notes --run out/notes
     ray job submit --working-dir . -- python -m jobs.ingest --input /shared/dump.xml.bz2 --dataset wiki --tmd none
 
-One transaction an article: killed at any moment and run again, the job stores what is missing and nothing twice. An
-article that came before with the same content is left alone; one that changed takes the place of the old. A record that
-cannot be used is counted with its reason and ends nothing. Workers, one a CPU, hold codec and connection; the driver
-reads. The metrics file has the seconds of each stage, over all workers, and what one article took. With --run the whole
-dataset is then a run's vectors and search index, published as `latent concepts publish` does.
+Each article is one transaction: a job that is killed and run again stores only what is missing. An article that is
+already stored with the same content is skipped; a changed one replaces the old. A broken record is counted with its
+reason, and the job goes on. The driver reads; workers, one per CPU, hold a codec and a connection. The metrics file has
+the seconds of each stage, summed over workers, and the seconds per article. With --run the dataset is then published as
+the run's vectors and search index, as by `latent concepts publish`.
 """
 
 import itertools
@@ -24,6 +24,8 @@ import typer
 from jobs._ray import (
     PROGRESS_LINE_S,
     Address,
+    CodecName,
+    CodecPath,
     DatabaseUrl,
     PathOrUrl,
     address_of_cluster,
@@ -36,6 +38,7 @@ from jobs._ray import (
     path_option,
     run,
     run_stage,
+    timing,
     versions,
 )
 from lvm.codec.identity import require_same_codec
@@ -52,39 +55,36 @@ from lvm.vectors.postgres import embedded, server_name
 from lvm.vectors.shards import write_json
 
 BATCH_ARTICLES = 16
-"""Articles a worker gets at once: some 500 chunks of Wikipedia, enough to encode at full speed."""
+"""Articles per batch: some 500 chunks of Wikipedia, enough to encode at full speed."""
 
 BATCHES_PER_WORKER = 2
-"""Batches handed to a worker: the one at work, and the next."""
+"""Batches in flight per worker: one being ingested, one queued."""
 
-LOG_SHOWN = 5
-"""Refused articles that are spelled out on the screen."""
+BROKEN_PRINTED = 5
+"""Maximum number of broken records that are printed."""
 
 
 @dataclass(frozen=True)
 class IngestJob:
-    """All a worker needs; pickled on its way there."""
+    """Everything a worker needs; must be picklable."""
 
     url: str
-    """Of the server."""
+    """Of the database server."""
     dataset: Dataset
-    """Where articles go."""
     codec: str
-    """Name of the codec."""
     codec_path: Location | None
-    """Folder with its weights."""
     language: str
     """Of the text, ISO 639-1."""
     tmd: Literal["prototype", "llm", "none"]
-    """How codes are found."""
+    """Source of TMD codes."""
     chat: ChatSettings | None
     """The endpoint, for "llm"."""
     answers: Path
-    """File that keeps its answers."""
+    """Cache of its answers."""
 
 
 class IngestWorker:
-    """An actor: holds codec and connection, ingests the batches it is handed."""
+    """Ray actor: holds a codec and a connection, and ingests batches."""
 
     def __init__(self, job: IngestJob) -> None:
         self._job = job
@@ -110,14 +110,14 @@ class IngestWorker:
         return self._ingester
 
     def ingest(self, articles: Sequence[Article]) -> dict[str, Any]:
-        """What became of each, the seconds of each stage, and what the language model's endpoint last failed of."""
+        """The outcome of each article, the seconds of each stage, and the endpoint's last failure as `note`."""
         ingester = self._ready()
         before = dict(ingester.seconds)
         outcomes = [asdict(o) for o in ingester.ingest(articles)]
         seconds = {stage: ingester.seconds[stage] - before[stage] for stage in STAGES}
         failures = self._chat.failures if self._chat else []
-        told, failures[:] = failures[-1:], []
-        return {"outcomes": outcomes, "seconds": seconds, "note": "".join(told)}
+        last, failures[:] = failures[-1:], []
+        return {"outcomes": outcomes, "seconds": seconds, "note": "".join(last)}
 
 
 def in_batches(articles: Iterable[Article]) -> Iterator[list[Article]]:
@@ -130,9 +130,9 @@ def in_batches(articles: Iterable[Article]) -> Iterator[list[Article]]:
 def ingest_articles(
     job: IngestJob, articles: Iterable[Article], workers: int | None, address: str | None
 ) -> Iterator[tuple[list[Article], dict[str, Any]]]:
-    """Each batch and what a worker made of it, as they end. Reading waits while all workers have enough.
+    """Each batch with its worker's result, as they finish. Reading waits while all workers have enough batches.
 
-    Raises what a worker was refused; what others had in hand is finished first.
+    Raises the first LvmError of a worker, after batches in flight are finished.
     """
     import ray
 
@@ -141,61 +141,58 @@ def ingest_articles(
     actor = ray.remote(num_cpus=1)(IngestWorker)
     actors = [actor.remote(job) for _ in range(min(workers or cpus, cpus))]
     free = actors * BATCHES_PER_WORKER
-    flying: dict[Any, tuple[Any, list[Article]]] = {}
-    refused: LvmError | None = None
+    in_flight: dict[Any, tuple[Any, list[Article]]] = {}
+    failure: LvmError | None = None
     batches = in_batches(articles)
     while True:
-        while free and refused is None and (batch := next(batches, None)) is not None:
+        while free and failure is None and (batch := next(batches, None)) is not None:
             worker = free.pop(0)
-            flying[worker.ingest.remote(batch)] = (worker, batch)
-        if not flying:
+            in_flight[worker.ingest.remote(batch)] = (worker, batch)
+        if not in_flight:
             break
-        (ref,), _ = ray.wait(list(flying), num_returns=1)
-        worker, batch = flying.pop(ref)
+        (ref,), _ = ray.wait(list(in_flight), num_returns=1)
+        worker, batch = in_flight.pop(ref)
         free.append(worker)
         try:
             result = get(ref)
         except LvmError as err:
-            refused = refused or err
+            failure = failure or err
             continue
         yield batch, result
-    if refused is not None:
-        raise refused
+    if failure is not None:
+        raise failure
 
 
 def main(
-    dataset: Annotated[str, typer.Option(help="Name of the dataset in the store; made where there is none.")],
+    dataset: Annotated[str, typer.Option(help="Name of the dataset in the store; created if missing.")],
     input: Annotated[
-        str, typer.Option(help="Dump, JSON lines, Parquet, a folder of them or of .txt files, or sample.")
+        str, typer.Option(help="Dump, JSON lines, Parquet, a folder of these or of .txt files, or sample.")
     ] = "sample",
     database_url: DatabaseUrl = None,
-    codec: Annotated[str, typer.Option(help="Name of the codec.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder with that codec's weights.")] = None,
+    codec: CodecName = "mini",
+    codec_path: CodecPath = None,
     dtype: Annotated[
-        Literal["float16", "float32"], typer.Option(help="How a new dataset stores a vector's numbers.")
+        Literal["float16", "float32"], typer.Option(help="Storage type of a new dataset's vectors.")
     ] = "float16",
     tmd_by: Annotated[
         Literal["prototype", "llm", "none"],
-        typer.Option("--tmd", help="How codes are found: nearest label, a language model, or not at all."),
+        typer.Option("--tmd", help="Source of TMD codes: the nearest label, a language model, or none."),
     ] = "prototype",
     llm_url: Annotated[
-        str, typer.Option(envvar="LATENT_LLM_URL", help="OpenAI-compatible endpoint, http://HOST/v1.")
+        str, typer.Option(envvar="LATENT_LLM_URL", help="Chat endpoint, http://HOST/v1.")
     ] = "",
-    llm_model: Annotated[str, typer.Option(help="Its model; the key is read from LATENT_LLM_API_KEY.")] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="Articles to take, from the first.")] = None,
-    language: Annotated[str, typer.Option(help="Language of the text, ISO 639-1, for its sentences.")] = "en",
-    licence: Annotated[str, typer.Option(help="Licence of the text, kept with a new dataset.")] = "",
+    llm_model: Annotated[str, typer.Option(help="Model there; its key is in LATENT_LLM_API_KEY.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N articles.")] = None,
+    language: Annotated[str, typer.Option(help="Language (ISO 639-1), for sentence splitting.")] = "en",
+    licence: Annotated[str, typer.Option(help="Licence of the text, stored with a new dataset.")] = "",
     index: Annotated[
-        Literal["hnsw", "ivfflat", "none"], typer.Option(help="Index of a dataset large enough to want one.")
+        Literal["hnsw", "ivfflat", "none"], typer.Option(help="Vector index of a large dataset.")
     ] = "hnsw",
     metrics: Annotated[PathOrUrl, path_option("File for counts and the seconds of each stage.")] = Path(
         "out/ingest-metrics.json"
     ),
-    workers: Annotated[int | None, typer.Option(min=1, help="Workers; none: one a CPU.")] = None,
-    run: Annotated[
-        PathOrUrl | None,
-        path_option("Folder of a run: its vectors and search index are then made of the whole dataset."),
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers; default: one per CPU.")] = None,
+    run: Annotated[PathOrUrl | None, path_option("Publish vectors and index to this run's folder.")] = None,
     address: Address = None,
 ) -> None:
     """Ingest articles into the concept store, each exactly once."""
@@ -217,8 +214,7 @@ def main(
         path = None if codec_path is None else codec_path.resolve()
         answers = cache_folder() / "tmd-answers.db"
         job = IngestJob(store.url, found, codec, path, language, tmd_by, chat, answers)
-        ready = time.perf_counter()
-        said = ready
+        ready = printed = time.perf_counter()
         for batch, result in ingest_articles(job, read_articles(root, limit, report), workers, address):
             note = result["note"] or note
             seconds.update(result["seconds"])
@@ -228,8 +224,8 @@ def main(
                     counts[name] += outcome[name]
                 if outcome["status"] == "refused" and len(refused) < BROKEN_SHOWN:
                     refused.append({"article": article.article_id, "reason": outcome["reason"]})
-            if time.perf_counter() - said > PROGRESS_LINE_S:
-                said = time.perf_counter()
+            if time.perf_counter() - printed > PROGRESS_LINE_S:
+                printed = time.perf_counter()
                 done = counts["stored"] + counts["known"] + counts["refused"]
                 echo(f"ingest: {done:,} articles, {counts['chunks']:,} new chunks")
         ingested = time.perf_counter() - ready
@@ -245,7 +241,7 @@ def main(
         )
     published: dict[str, Any] = {}
     if run is not None:
-        if database_url is not None:  # read from there by the child, whose arguments all can read
+        if database_url is not None:  # not an argument of the child process, as every user can read those
             os.environ["LATENT_DATABASE_URL"] = database_url
         options = ["--dataset", dataset, "--run", str(run.resolve()), "--address", address_of_cluster()]
         published = run_stage("concepts", ["publish", *options]).summary
@@ -276,31 +272,25 @@ def main(
         f"ingest: {counts['stored']:,} articles stored, {counts['chunks']:,} chunks, {counts['episodes']:,} episodes; "
         f"{counts['known']:,} known, {num_refused:,} refused; dataset {dataset!r} in {server_name(store.url)}"
     )
-    for line in [f"{r['article']}: {r['reason']}" for r in refused] + [
-        f"{b.place}: {b.reason}" for b in report.broken
-    ][:LOG_SHOWN]:
-        echo(f"  refused: {line}")
+    for one in refused:
+        echo(f"  refused: {one['article']}: {one['reason']}")
+    for broken in report.broken[:BROKEN_PRINTED]:
+        echo(f"  refused: {broken.place}: {broken.reason}")
     if note:
-        echo(f"ingest: {counts['chunks'] - counts['coded']:,} chunks have no code; the last answer: {note}")
+        echo(f"ingest: {counts['chunks'] - counts['coded']:,} chunks have no code; the last failure: {note}")
     if codes:
         echo(tmd.distribution_table(codes))
     echo(f"ingest: no index ({no_index})" if no_index else f"ingest: index {index}")
-    total = time.perf_counter() - started
     finish(
-        {
-            "stage": "ingest",
-            "rows": counts["chunks"],
-            "seconds": round(total, 3),
-            "rows_per_second": round(counts["chunks"] / max(total, 1e-9), 1),
-            "paths": [server_name(store.url), str(metrics), *published.get("paths", [])],
-            **record,
-        }
+        "ingest",
+        rows=counts["chunks"],
+        **timing(started, counts["chunks"]),
+        paths=[server_name(store.url), str(metrics), *published.get("paths", [])],
+        **record,
     )
 
 
 if __name__ == "__main__":
-    from jobs.ingest import (
-        main as command,  # by name, so that workers import the class instead of unpickling it
-    )
+    from jobs.ingest import main as command  # by name: workers cannot unpickle classes of __main__
 
     run(command)

@@ -21,15 +21,7 @@ from rich.table import Table
 from jobs._ray import PathOrUrl, echo, finish, path_option, run
 from lvm.errors import InputError
 from lvm.evaluate.evaluation import SCHEMA, gate_word
-from lvm.predict.record import (
-    CONFIG,
-    METRICS,
-    load_record,
-    read_aliases,
-    record_folders,
-    resolve,
-    set_alias,
-)
+from lvm.predict.record import CONFIG, METRICS, load_record, read_aliases, record_folders, resolve, set_alias
 from lvm.storage import Location, location
 
 PROMOTIONS = "promotions.jsonl"
@@ -105,19 +97,15 @@ def list_models(run_folder: RunFolder) -> None:
     else:
         echo(f"{run_folder}/models has no model yet; run `latent train`")
     seconds = round(time.perf_counter() - started, 3)
-    finish({"stage": "models", "rows": len(rows), "seconds": seconds, "models": rows})
+    finish("models", rows=len(rows), seconds=seconds, models=rows)
 
 
 def promote(
     model: Annotated[str, typer.Argument(help="Alias or record to promote.")],
     run_folder: RunFolder,
     alias: Annotated[str, typer.Option(help="Alias to point to it.")] = "best",
-    evaluation: Annotated[
-        PathOrUrl | None, path_option("Evaluation to check; default: RUN/evaluation.")
-    ] = None,
-    force: Annotated[
-        str | None, typer.Option(metavar="REASON", help="Promote without the gate, for this reason.")
-    ] = None,
+    evaluation: Annotated[PathOrUrl | None, path_option("Evaluation; default: RUN/evaluation.")] = None,
+    force: Annotated[str | None, typer.Option(metavar="REASON", help="Promote without the gate.")] = None,
 ) -> None:
     """Point an alias to a record that passed its evaluation's gate."""
     started = time.perf_counter()
@@ -147,7 +135,7 @@ def promote(
     held = path.read_text() if path.exists() else ""
     path.write_text(held + json.dumps(entry, ensure_ascii=False) + "\n")
     echo(f"{alias} now points to {folder.name} ({gate}); before: {before or 'nothing'}")
-    finish({"stage": "promote", "seconds": round(time.perf_counter() - started, 3), **entry})
+    finish("promote", seconds=round(time.perf_counter() - started, 3), **entry)
 
 
 COMMANDS = {"list": list_models, "promote": promote}

@@ -16,6 +16,9 @@ import typer
 
 from jobs._ray import (
     Address,
+    CodecName,
+    CodecPath,
+    NonSequential,
     PathOrUrl,
     StageRun,
     address_of_cluster,
@@ -61,21 +64,14 @@ def main(
         ),
     ] = None,
     output: Annotated[PathOrUrl | None, path_option("Output folder; created if missing.")] = None,
-    codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder of your own codec.")] = None,
+    codec: CodecName = "mini",
+    codec_path: CodecPath = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N articles.")] = None,
-    model: Annotated[
-        str, typer.Option(help="Architectures, comma-separated; or all, or original.")
-    ] = "original",
+    model: Annotated[str, typer.Option(help="Architectures, comma-separated, all or original.")] = "original",
     recipe: Annotated[str, typer.Option(help="Training recipe: fast, classic or long.")] = "fast",
     max_minutes: Annotated[float | None, typer.Option(help="Maximum training time, minutes.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split by article and of training.")] = 0,
-    allow_non_sequential: Annotated[
-        str | None,
-        typer.Option(
-            help="Confirmation sentence to train on non-sequential text; the error message states it."
-        ),
-    ] = None,
+    allow_non_sequential: NonSequential = None,
     demo: Annotated[bool, typer.Option("--demo", help="Run the bundled sample into out/demo.")] = False,
     address: Address = None,
 ) -> None:
@@ -89,11 +85,9 @@ def main(
     output = output.absolute()
     if source != "sample" and "://" not in source:
         source = str(Path(source).absolute())
-    codec_options = [
-        "--codec",
-        codec,
-        *([] if codec_path is None else ["--codec-path", str(codec_path.absolute())]),
-    ]
+    codec_options = ["--codec", codec]
+    if codec_path is not None:
+        codec_options += ["--codec-path", str(codec_path.absolute())]
     training = ["--model", model, "--recipe", recipe, "--seed", str(seed)]
     if max_minutes is not None:
         training += ["--max-minutes", str(max_minutes)]
@@ -119,13 +113,11 @@ def main(
     report = output / "evaluation" / "report.html"
     print(f"\nReport: {report}")
     finish(
-        {
-            "stage": "pipeline",
-            "rows": {s: r.summary.get("rows") for s, r in runs.items()},
-            "up_to_date": {s: bool(r.summary.get("up_to_date")) for s, r in runs.items()},
-            "seconds": {**seconds, "total": round(time.perf_counter() - begun, 1)},
-            "paths": {"output": str(output), "report": str(report)},
-        }
+        "pipeline",
+        rows={s: r.summary.get("rows") for s, r in runs.items()},
+        up_to_date={s: bool(r.summary.get("up_to_date")) for s, r in runs.items()},
+        seconds={**seconds, "total": round(time.perf_counter() - begun, 1)},
+        paths={"output": str(output), "report": str(report)},
     )
 
 

@@ -16,7 +16,16 @@ from typing import Annotated
 
 import typer
 
-from jobs._ray import LanguageModel, PathOrUrl, WriterFolder, echo, load_codec_at, path_option
+from jobs._ray import (
+    CodecName,
+    CodecPath,
+    LanguageModel,
+    PathOrUrl,
+    WriterFolder,
+    echo,
+    load_codec_at,
+    path_option,
+)
 from jobs._ray import run as run_main
 from lvm.codec.ladder import LadderSettings
 from lvm.corpus.chunker import chunk_article
@@ -44,13 +53,11 @@ def main(
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="Number of chunks to predict.")] = 1,
     candidates: Annotated[int, typer.Option(min=1, help="Drafts per vector; the best is returned.")] = 4,
-    codec: Annotated[str, typer.Option(help="Codec name.")] = "mini",
-    codec_path: Annotated[PathOrUrl | None, path_option("Folder of your own codec.")] = None,
+    codec: CodecName = "mini",
+    codec_path: CodecPath = None,
     writer: WriterFolder = None,
     language_model: LanguageModel = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one line of JSON per chunk, with all details.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per chunk.")] = False,
 ) -> None:
     """Predict and print the next text."""
     if run is not None and not run.is_dir():

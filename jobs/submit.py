@@ -219,9 +219,7 @@ def main(
             help="The head's dashboard (http://host:8265); default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS."
         ),
     ] = None,
-    no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Print the job's id and return at once.")
-    ] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job's id and return.")] = False,
     driver_cpus: Annotated[
         float, typer.Option(min=0, help="CPUs of the job's driver; above 0 it runs on a worker node.")
     ] = 0,

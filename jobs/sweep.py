@@ -37,6 +37,7 @@ import typer
 from jobs._ray import (
     GPUS_HELP,
     Address,
+    NonSequential,
     PathOrUrl,
     connect,
     echo,
@@ -46,6 +47,7 @@ from jobs._ray import (
     path_option,
     refusal_in,
     run,
+    timing,
 )
 from jobs._training import for_ray, plan_resources, publish_run, runs_at_once
 from lvm.corpus.coherence import Coherence
@@ -118,7 +120,7 @@ class SweepSettings:
     epochs: int
     """Maximum epochs per trial."""
     windows_per_epoch: int
-    """Maximum training windows per epoch."""
+    """Training windows per epoch."""
     seed: int
     """Seed of the sampling, the split and the training."""
 
@@ -233,7 +235,7 @@ def tune_trials(
     from ray.tune.schedulers import ASHAScheduler
 
     nodes = nodes_with(gpus)
-    at_once = runs_at_once(nodes, len(trials), runs_a_cpu=1)
+    at_once = runs_at_once(nodes, len(trials), runs_per_cpu=1)
     resources, threads, _ = plan_resources(nodes, at_once)
     resources = {k.lower(): v for k, v in resources.items()}
     trainable = tune.with_resources(
@@ -256,8 +258,7 @@ def tune_trials(
             resume_unfinished=True,
             storage_filesystem=where["storage_filesystem"],
         )
-        with redirect_stdout(sys.stderr):  # Tune prints its paths to stdout
-            return tuner.fit()
+        return _fit(tuner)
     tuner = tune.Tuner(
         trainable,
         param_space=space,
@@ -286,7 +287,11 @@ def tune_trials(
             verbose=0,
         ),
     )
-    with redirect_stdout(sys.stderr):
+    return _fit(tuner)
+
+
+def _fit(tuner: Any) -> Any:
+    with redirect_stdout(sys.stderr):  # Tune prints its paths to stdout
         return tuner.fit()
 
 
@@ -301,16 +306,16 @@ def _progress_lines(total: int) -> Any:
 
     class Lines(tune.Callback):  # type: ignore[misc]
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._say(trials, trial)
+            self._print(trials, trial)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._say(trials, trial)
+            self._print(trials, trial)
 
-        def _say(self, trials: list[Any], trial: Any) -> None:
+        def _print(self, trials: list[Any], trial: Any) -> None:
             ended = len({t.trial_id for t in trials if t.is_finished()} | {trial.trial_id})
             last = trial.last_result
-            said = refusal_in(last) or f"val cosine {last.get('best_val_cosine', float('nan')):.4f}"
-            echo(f"sweep: {ended} of {total}: {trial} epoch {last.get('epoch', 0)}, {said}")
+            result = refusal_in(last) or f"val cosine {last.get('best_val_cosine', float('nan')):.4f}"
+            echo(f"sweep: {ended} of {total}: {trial} epoch {last.get('epoch', 0)}, {result}")
 
     return Lines()
 
@@ -338,12 +343,7 @@ def rows_of(
             parameters = None if note else sum(p.numel() for p in this.build().parameters())
         rows.append(
             Trial(
-                number=trial["number"],
-                model=trial["model"],
-                context=trial["context"],
-                learning_rate=trial["learning_rate"],
-                info_nce_share=trial["info_nce_share"],
-                sizes=json.dumps(trial["sizes"]),
+                **{**trial, "sizes": json.dumps(trial["sizes"])},
                 parameters=parameters,
                 val_cosine=None if note else cosine,
                 epochs=done,
@@ -462,7 +462,7 @@ def sweep(
         "complete": not any(r["state"] == "out of time" for r in rows),
         "vectors": array.fingerprint,
         "best": {m: {**t, "sizes": json.loads(t["sizes"])} for m, t in best_of_each(rows).items()},
-        "intervals": {str(n): i.to_dict() for n, i in intervals.items()},
+        "intervals": {str(n): asdict(i) for n, i in intervals.items()},
         "ensemble": ensemble,
     }
     write_results(output, rows, intervals, record, manifest)
@@ -514,9 +514,8 @@ def read_trials(output: Location) -> list[Trial]:
 def discard_checkpoints(folder: Location) -> None:
     """Delete the trials' checkpoints: the best are records now, and the others keep their row in the table."""
     for checkpoint in folder.glob("*/checkpoint_*"):
-        if isinstance(checkpoint, RemotePath):
-            continue  # left to the bucket's expiry rules
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        if not isinstance(checkpoint, RemotePath):  # those are left to the bucket's expiry rules
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------- command
@@ -533,20 +532,11 @@ def main(
     contexts: Annotated[str, typer.Option(help="Context lengths to try, comma-separated.")] = "5,10,20",
     recipe: Annotated[str, typer.Option(help="Recipe for everything that is not searched.")] = "fast",
     epochs: Annotated[int, typer.Option(min=1, help="Maximum epochs per trial.")] = 8,
-    windows_per_epoch: Annotated[
-        int, typer.Option(min=1, help="Maximum training windows per epoch.")
-    ] = 10_000,
+    windows_per_epoch: Annotated[int, typer.Option(min=1, help="Training windows per epoch.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, the split and the training.")] = 0,
-    allow_non_sequential: Annotated[
-        str | None,
-        typer.Option(
-            help="Confirmation sentence to train on non-sequential text; the error message states it."
-        ),
-    ] = None,
+    allow_non_sequential: NonSequential = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace a sweep of other settings or other vectors.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a sweep of other settings or vectors.")] = False,
     address: Address = None,
 ) -> None:
     """Search architectures and settings; a second run with the same settings resumes."""
@@ -574,21 +564,17 @@ def main(
         echo(f"sweep: {output} is up to date")
     intervals = {int(n): Interval(**i) for n, i in record["intervals"].items()}
     print(as_text(leaderboard(rows, intervals)))
-    seconds = time.perf_counter() - started
     best = scored(rows)[0]
     finish(
-        {
-            "stage": "sweep",
-            "rows": len(rows),
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(len(rows) / max(seconds, 1e-9), 3),
-            "paths": [str(output / n) for n in ("trials.parquet", "trials.csv", "sweep.html", "sweep.json")],
-            "up_to_date": up_to_date,
-            "complete": record["complete"],
-            "states": {s: sum(r["state"] == s for r in rows) for s in sorted({r["state"] for r in rows})},
-            "best": {"model": best["model"], "val_cosine": best["val_cosine"]},
-            "ensemble": record["ensemble"],
-        }
+        "sweep",
+        rows=len(rows),
+        **timing(started, len(rows)),
+        paths=[str(output / n) for n in ("trials.parquet", "trials.csv", "sweep.html", "sweep.json")],
+        up_to_date=up_to_date,
+        complete=record["complete"],
+        states={s: sum(r["state"] == s for r in rows) for s in sorted({r["state"] for r in rows})},
+        best={"model": best["model"], "val_cosine": best["val_cosine"]},
+        ensemble=record["ensemble"],
     )
 
 

@@ -30,6 +30,7 @@ import typer
 from jobs._ray import (
     GPUS_HELP,
     Address,
+    NonSequential,
     PathOrUrl,
     connect,
     echo,
@@ -40,6 +41,7 @@ from jobs._ray import (
     path_option,
     refusal_in,
     run,
+    timing,
     unseen_gpu,
 )
 from jobs._training import Trained, for_ray, plan_resources, publish_run, runs_at_once
@@ -427,7 +429,7 @@ def train_models(
 
 
 def prototypes_of(vectors: Location, codec_path: Location | None) -> Prototypes:
-    """TMD labels in the space of these vectors, whose codec encodes them. Raises IdentityError where it is another."""
+    """TMD labels encoded by the codec of these vectors. Raises IdentityError when the loaded codec is another."""
     identity = Manifest.load(vectors, "vectors").identity
     codec = load_codec_at(identity.name, codec_path)
     require_same_codec(identity, codec.identity, str(vectors), f"codec {identity.name}")
@@ -435,9 +437,9 @@ def prototypes_of(vectors: Location, codec_path: Location | None) -> Prototypes:
 
 
 def over_seeds(made: Sequence[Trained]) -> dict[str, Any]:
-    """`Spread.to_dict` of the val cosine over seeds, and the records' folders."""
+    """The fields of `Spread` for the val cosine over seeds, and the records' folders."""
     spread = Spread.of([float(t.metrics["val_cosine"]) for t in made])
-    return {"val_cosine": spread.to_dict(), "folders": [t.folder.name for t in made]}
+    return {"val_cosine": asdict(spread), "folders": [t.folder.name for t in made]}
 
 
 def seeds_table(result: TrainResult) -> Table:
@@ -547,12 +549,7 @@ def main(
             min=1, help="Number of seeds to train each architecture with; the alias points to the best."
         ),
     ] = 1,
-    allow_non_sequential: Annotated[
-        str | None,
-        typer.Option(
-            help="Confirmation sentence to train on non-sequential text; the error message states it."
-        ),
-    ] = None,
+    allow_non_sequential: NonSequential = None,
     import_checkpoint: Annotated[
         PathOrUrl | None,
         path_option(
@@ -560,12 +557,10 @@ def main(
         ),
     ] = None,
     gpt2_layers: Annotated[
-        PathOrUrl | None,
-        path_option("Folder of a checkpoint in GPT-2's layout to initialise gpt2 from."),
+        PathOrUrl | None, path_option("Folder of a checkpoint in GPT-2's layout to initialise gpt2 from.")
     ] = None,
     workers_per_model: Annotated[
-        int,
-        typer.Option(min=1, help="Data-parallel workers per model; each takes its share of every batch."),
+        int, typer.Option(min=1, help="Data-parallel workers per model; each takes its share of every batch.")
     ] = 1,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
     mlflow: Annotated[
@@ -575,12 +570,11 @@ def main(
     tmd: Annotated[
         bool,
         typer.Option(
-            "--tmd",
-            help="Models read the 16 bits of each vector's TMD code beside it; their aliases end in -tmd.",
+            "--tmd", help="Models also read each vector's TMD code, 16 bits; their aliases end in -tmd."
         ),
     ] = False,
     codec_path: Annotated[
-        PathOrUrl | None, path_option("Folder with the vectors' codec, for --tmd; none: the one of its name.")
+        PathOrUrl | None, path_option("Folder with the vectors' codec, for --tmd; default: the shipped one.")
     ] = None,
     address: Address = None,
 ) -> None:
@@ -624,32 +618,28 @@ def main(
             f"{len(result.failed)} of {len(result.failed) + num_ready} models failed, see above: "
             f"{', '.join(result.failed)}. Saved and ready: {saved}."
         )
-    seconds = time.perf_counter() - started
     new = [t for n, made in result.trained.items() for t in result.seeds.get(n, [made]) if not t.up_to_date]
     seen = sum(t.metrics.get("epochs", 0) * result.windows.get("train", 0) for t in new)
     finish(
-        {
-            "stage": "train",
-            "rows": result.windows.get("train", 0),
-            "windows": result.windows,
-            "seconds": round(seconds, 3),
-            "rows_per_second": round(seen / max(seconds, 1e-9), 1),
-            "paths": [str(t.folder) for t in result.trained.values()],
-            "up_to_date": not new,
-            "redone": len(new),
-            "models": {
-                n: {
-                    "folder": t.folder.name,
-                    "up_to_date": t.up_to_date,
-                    **{
-                        k: t.metrics.get(k)
-                        for k in ("val_cosine", "context_mean_val_cosine", "epochs", "seconds")
-                    },
-                    **({"seeds": over_seeds(result.seeds[n])} if len(result.seeds.get(n, ())) > 1 else {}),
-                }
-                for n, t in result.trained.items()
-            },
-        }
+        "train",
+        rows=result.windows.get("train", 0),
+        windows=result.windows,
+        **timing(started, seen),
+        paths=[str(t.folder) for t in result.trained.values()],
+        up_to_date=not new,
+        redone=len(new),
+        models={
+            n: {
+                "folder": t.folder.name,
+                "up_to_date": t.up_to_date,
+                **{
+                    k: t.metrics.get(k)
+                    for k in ("val_cosine", "context_mean_val_cosine", "epochs", "seconds")
+                },
+                **({"seeds": over_seeds(result.seeds[n])} if len(result.seeds.get(n, ())) > 1 else {}),
+            }
+            for n, t in result.trained.items()
+        },
     )
 
 

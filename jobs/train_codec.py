@@ -22,13 +22,14 @@ import pyarrow.parquet as pq
 import typer
 
 from jobs._ray import Address, PathOrUrl, articles_of, connect, echo, finish, path_option, run, worker_device
+from jobs._training import output_on_disk, train_on_one_worker
 from lvm.codec.mini import MiniConfig
 from lvm.codec.tokenizer import ChunkTokenizer
 from lvm.codec.training import TrainingSettings, fit, load_weights, require_same_run
 from lvm.codec.zoo import CODECS
 from lvm.corpus.chunker import Chunker
-from lvm.errors import InputError, OutputError
-from lvm.storage import RemotePath, local_folder
+from lvm.errors import InputError
+from lvm.storage import local_folder
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
@@ -48,7 +49,7 @@ def train_loop_per_worker(loop: dict[str, Any]) -> None:
     )
 
 
-def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
+def make_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
     """Write the chunks of all articles as one shard with `doc_id`, `position` and `text`, as training reads them.
 
     Done once: a second run reuses them. Raises InputError when the folder's chunks have another source or tokenizer.
@@ -63,7 +64,7 @@ def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
             )
         if found != wanted:
             raise InputError(
-                f"{folder} was cut with tokenizer {found['tokenizer_sha256'][:16]}, got --tokenizer "
+                f"{folder} was made with tokenizer {found['tokenizer_sha256'][:16]}, got --tokenizer "
                 f"{tokenizer.sha256[:16]}; choose another --output"
             )
         return
@@ -83,21 +84,13 @@ def cut_chunks(source: str, tokenizer: ChunkTokenizer, folder: Path) -> None:
 
 
 def main(
-    output: Annotated[
-        PathOrUrl, path_option("Folder of the codec, on a disk; an unfinished run is resumed.")
-    ],
-    input: Annotated[
-        str | None, typer.Option(help="Articles: JSON lines, Parquet, a dump, a folder, or sample.")
-    ] = None,
-    chunks: Annotated[
-        PathOrUrl | None, path_option("Instead of --input: chunk shards made by `latent chunk`.")
-    ] = None,
+    output: Annotated[PathOrUrl, path_option("Folder of the codec, on a disk; resumes a run in it.")],
+    input: Annotated[str | None, typer.Option(help="Articles, as for `latent chunk`, or sample.")] = None,
+    chunks: Annotated[PathOrUrl | None, path_option("Chunks of `latent chunk` instead of --input.")] = None,
     minutes: Annotated[float, typer.Option(help="Total training time, resumed runs included.")] = 60.0,
     tokenizer: Annotated[PathOrUrl, path_option("tokenizer.json of the chunks.")] = CODECS["mini"]
     / "tokenizer.json",
-    init: Annotated[
-        PathOrUrl | None, path_option("Folder of a codec whose weights a new run starts from.")
-    ] = None,
+    init: Annotated[PathOrUrl | None, path_option("Codec whose weights a new run starts from.")] = None,
     freeze_encoder: Annotated[
         bool, typer.Option("--freeze-encoder", help="Fit only the hypothesizer; needs --init.")
     ] = False,
@@ -109,59 +102,37 @@ def main(
     if (input is None) == (chunks is None):
         raise InputError("expected either --input (articles) or --chunks (made by `latent chunk`)")
     tokenizer = local_folder(tokenizer.parent) / tokenizer.name
-    cut_with = ChunkTokenizer.load(tokenizer, MiniConfig().max_tokens)
-    if isinstance(output, RemotePath):
-        raise OutputError(
-            f"--output {output} is on object storage, expected a folder on a disk: training updates its files "
-            "continually. Choose a disk that the workers share, and copy the folder when it is done."
-        )
-    output = output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
+    chunk_tokenizer = ChunkTokenizer.load(tokenizer, MiniConfig().max_tokens)
+    output = output_on_disk(output)
     if input is not None:
         chunks = output / "chunks"
-        cut_chunks(input, cut_with, chunks)
+        make_chunks(input, chunk_tokenizer, chunks)
     assert chunks is not None
     if not list(chunks.glob("*.parquet")):
         raise InputError(f"no *.parquet in {chunks}; expected a folder made by `latent chunk`")
     if init is not None:
-        load_weights(local_folder(init), MiniConfig(), cut_with)  # fail here, not in a worker minutes later
-    require_same_run(output, local_folder(chunks), cut_with, MiniConfig(), settings)
+        load_weights(
+            local_folder(init), MiniConfig(), chunk_tokenizer
+        )  # fail here, not in a worker minutes later
+    require_same_run(output, local_folder(chunks), chunk_tokenizer, MiniConfig(), settings)
     shutil.copyfile(tokenizer, output / "tokenizer.json")
     begun = time.perf_counter()
     connect(address)
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    echo(
-        f"training for {minutes:g} minutes on {'a GPU' if use_gpu else 'CPUs'}; curve in {output / 'curve.jsonl'}"
-    )
-    trainer = TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={
-            "chunks": chunks.absolute(),
-            "output": output,
-            "settings": settings,
-            "init": None if init is None else init.absolute(),
-        },
-        scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu),
-        # The checkpoint is in `output`; a restarted worker resumes from it.
-        run_config=RunConfig(
-            name="codec", storage_path=str(output / "ray"), failure_config=FailureConfig(max_failures=2)
-        ),
-    )
-    trainer.fit()
+    config = {
+        "chunks": chunks.absolute(),
+        "output": output,
+        "settings": settings,
+        "init": None if init is None else init.absolute(),
+    }
+    train_on_one_worker(train_loop_per_worker, config, "codec", minutes)
     # Ray keeps metrics only of reports with a checkpoint, and this loop's checkpoint is in `output`.
     score = json.loads((output / "config.json").read_text())["held_out"]
     finish(
-        {
-            "stage": "train-codec",
-            "rows": int(score["chunks_seen"]),
-            "score": score,
-            "seconds": round(time.perf_counter() - begun, 1),
-            "paths": {"codec": str(output)},
-        }
+        "train-codec",
+        rows=int(score["chunks_seen"]),
+        score=score,
+        seconds=round(time.perf_counter() - begun, 1),
+        paths={"codec": str(output)},
     )
 
 

@@ -16,19 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import (
-    Address,
-    LanguageModel,
-    PathOrUrl,
-    connect,
-    echo,
-    finish,
-    path_option,
-    run,
-    worker_device,
-)
-from lvm.errors import InputError, OutputError
-from lvm.storage import RemotePath, local_folder
+from jobs._ray import Address, LanguageModel, PathOrUrl, connect, finish, path_option, run, worker_device
+from jobs._training import output_on_disk, train_on_one_worker
+from lvm.errors import InputError
+from lvm.storage import local_folder
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
@@ -54,15 +45,11 @@ def train_loop_per_worker(loop: dict[str, Any]) -> None:
 
 def main(
     vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
-    output: Annotated[
-        PathOrUrl, path_option("Folder of the writer, on a disk; an unfinished run is resumed.")
-    ],
+    output: Annotated[PathOrUrl, path_option("Folder of the writer, on a disk; resumes a run in it.")],
     minutes: Annotated[float, typer.Option(help="Total training time, resumed runs included.")] = 60.0,
-    init: Annotated[
-        PathOrUrl | None, path_option("Folder of a writer whose weights a new run starts from.")
-    ] = None,
+    init: Annotated[PathOrUrl | None, path_option("Writer whose weights a new run starts from.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first shards, up to this many chunks.")
+        int | None, typer.Option(min=1, help="Use only the first shards, up to N chunks.")
     ] = None,
     language_model: LanguageModel = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 5,
@@ -73,58 +60,30 @@ def main(
     from lvm.codec.writer_training import WriterSettings
 
     settings = WriterSettings(minutes=minutes, seed=seed)
-    if isinstance(output, RemotePath):
-        raise OutputError(
-            f"--output {output} is on object storage, expected a folder on a disk: training updates its files "
-            "continually. Choose a disk that the workers share, and copy the folder when it is done."
-        )
     if not (vectors / "manifest.json").exists():
         raise InputError(f"no manifest.json in {vectors}; expected the folder of a finished `latent encode`")
     if language_model is None and base_file() is None:  # fail here, not in a worker minutes later
         raise InputError(missing_base())
-    output = output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_on_disk(output)
     begun = time.perf_counter()
     connect(address)
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    cpus = 1 if use_gpu else max(1, int(min(8, ray.available_resources().get("CPU", 1))))
-    echo(
-        f"training for {minutes:g} minutes on {'a GPU' if use_gpu else f'{cpus} CPUs'}; "
-        f"curve in {output / 'curve.jsonl'}"
-    )
-    trainer = TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={
-            "vectors": vectors.absolute(),
-            "language_model": None if language_model is None else language_model.absolute(),
-            "output": output,
-            "settings": settings,
-            "limit": limit,
-            "init": None if init is None else init.absolute(),
-        },
-        scaling_config=ScalingConfig(
-            num_workers=1, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": cpus}
-        ),
-        # The checkpoint is in `output`; a restarted worker resumes from it.
-        run_config=RunConfig(
-            name="writer", storage_path=str(output / "ray"), failure_config=FailureConfig(max_failures=2)
-        ),
-    )
-    trainer.fit()
+    config = {
+        "vectors": vectors.absolute(),
+        "language_model": None if language_model is None else language_model.absolute(),
+        "output": output,
+        "settings": settings,
+        "limit": limit,
+        "init": None if init is None else init.absolute(),
+    }
+    train_on_one_worker(train_loop_per_worker, config, "writer", minutes, max_cpus=8)
     record = json.loads((output / "writer.json").read_text())
     finish(
-        {
-            "stage": "train-writer",
-            "rows": record["chunks_seen"],
-            "score": record["held_out"],
-            "seconds": round(time.perf_counter() - begun, 1),
-            "paths": {"writer": str(output)},
-            "codec": record["codec"],
-        }
+        "train-writer",
+        rows=record["chunks_seen"],
+        score=record["held_out"],
+        seconds=round(time.perf_counter() - begun, 1),
+        paths={"writer": str(output)},
+        codec=record["codec"],
     )
 
 

@@ -1,4 +1,4 @@
-"""An input as blocks of whole articles, and a block as rows of chunks with the account of what was left out."""
+"""Split an input into blocks of whole articles, and chunk a block into a table with counts of what was left out."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,57 +15,57 @@ from lvm.errors import LvmError, OutputError, StorageError
 from lvm.vectors.shards import CHUNK_SCHEMA
 
 MARKUP_FACTOR = 2.5
-"""Bytes of wiki markup to one of the prose inside it, roughly."""
+"""Rough ratio of a wiki page's bytes of markup to its bytes of prose."""
 
 STAGED_SCHEMA = CHUNK_SCHEMA.append(pa.field("place", pa.string()))
-"""Of a block that waits for its article numbers; place: where in its input the article was found."""
+"""Rows of a block whose articles have no final number yet; `place` is where the article stands in its input."""
 
 
 def rows_of(record: Record, bytes_per_row: float) -> float:
-    """About how many chunks a record gives."""
-    if record.media_namespaces is not None:
-        return max(1.0, len(record.article.text) / (bytes_per_row * MARKUP_FACTOR))
+    """Estimated number of chunks in a record."""
     text = record.article.text
+    if record.media_namespaces is not None:
+        return max(1.0, len(text) / (bytes_per_row * MARKUP_FACTOR))
     return max(1 + text.count("\n\n"), len(text) / bytes_per_row)
 
 
 @dataclass(frozen=True)
 class NextBlock:
-    """What is known of a block before its records."""
+    """Precedes the records of a block."""
 
     number: int
-    """Its place in the input, from 0."""
+    """Index of the block in the input, from 0."""
     first_record: int
-    """Number of its first record in the input."""
+    """Index of its first record in the input, from 0."""
     position: int
-    """Bytes read so far."""
+    """Bytes of the input read so far."""
     ready: bool
-    """True where nothing is to be cut; its records do not follow."""
+    """True where the block was chunked by an earlier run; its records do not follow."""
 
 
 @dataclass(frozen=True)
 class InputEnd:
-    """What is known when all of an input is read."""
+    """Follows the last block of an input."""
 
     num_records: int
-    """Each takes an article number."""
+    """Records read; each takes an article number."""
     counts: Counts
-    """What was skipped, and what was too broken to reach a block."""
+    """Records that were skipped or too broken to reach a block."""
 
 
 def read_blocks(
     input_file: InputFile, limit: int | None, block_rows: int, bytes_per_row: float, staged: frozenset[int]
 ) -> Iterator[NextBlock | list[Record] | InputEnd]:
-    """Blocks of whole articles of one input: a NextBlock, then, unless its number is in `staged`, its records; at last
-    an InputEnd.
+    """For each block of whole articles a NextBlock, then its records unless its number is in `staged`; then an
+    InputEnd.
 
-    limit: records to take. A broken file ends where it breaks, and is in the counts. Raises what is no fault of the
-    file: StorageError, OutputError.
+    limit: most records to read. A broken file is read up to the damage and counted. Raises only errors that are not the
+    file's fault: StorageError, OutputError.
     """
     report = ReadReport()
     position = 0
 
-    def moved(to: int) -> None:
+    def set_position(to: int) -> None:
         nonlocal position
         position = to
 
@@ -82,7 +82,7 @@ def read_blocks(
 
     try:
         if limit is None or limit > 0:
-            for record in read_records(input_file, report, moved):
+            for record in read_records(input_file, report, set_position):
                 block.append(record)
                 rows += rows_of(record, bytes_per_row)
                 last = limit is not None and report.articles >= limit
@@ -105,7 +105,7 @@ def read_blocks(
 def block_table(
     records: Sequence[Record], chunker: Chunker, first_record: int, name: str
 ) -> tuple[pa.Table, Counts]:
-    """Chunks of the records, their doc_id counted from the input's first record, and where each was found."""
+    """A block's chunks, as STAGED_SCHEMA with doc_id counted from the input's first record, and its counts."""
     counts, report = Counts(), ReadReport()
     articles: list[tuple[int, str, Article]] = []
     for number, record in enumerate(records, first_record):
@@ -116,7 +116,7 @@ def block_table(
     columns: dict[str, list[Any]] = {n: [] for n in STAGED_SCHEMA.names}
     try:
         cut = chunker.chunk([article for _, _, article in articles])
-    except Exception:  # one of them; which one shows when each is cut alone
+    except Exception:  # one article is at fault: chunk each alone to find it
         alone = [(entry, report.read(f"{name}, {entry[1]}", chunker.chunk, [entry[2]])) for entry in articles]
         articles = [entry for entry, chunks in alone if chunks is not None]
         cut = [chunks[0] for _, chunks in alone if chunks is not None]

@@ -1,11 +1,11 @@
-"""Articles to chunks: whole sentences within the codec's token limit, in order, nothing lost.
+"""Split articles into chunks: whole sentences within the codec's token limit, in order, nothing lost.
 
-A chunk is as many whole consecutive sentences of one paragraph as fit. A sentence that does not fit alone is
-cut at its clauses into pieces of like length. An article's chunks, joined, are its text up to white space.
+A chunk holds as many consecutive sentences of one paragraph as fit. A sentence that is too long alone is split at
+clause boundaries into pieces of similar length. An article's chunks, joined, are its text up to white space.
 
-Speed comes from arithmetic. Tokenizers cut text at white space first, so a text has the tokens of its words,
-and words repeat: each new word is counted once, and where to cut follows from sums. Then all chunks are
-counted as they are, and the few for which the sum was wrong (a tokenizer may merge over a space) cut again.
+Each distinct word is tokenized once and its token count cached; chunk boundaries then follow from sums, since
+tokenizers split text at white space first. At the end every chunk is tokenized as a whole, and the few whose sum was
+too low (a tokenizer may merge across a space) are split again.
 """
 
 import hashlib
@@ -24,128 +24,53 @@ from lvm.corpus.records import Article
 from lvm.errors import InputError
 
 RULES = 2
-"""Version of the rules below; raised when the same text would be cut in another way."""
+"""Version of the rules below; raised when the same text would be split differently."""
 
 SHORT_TOKENS = 5
-"""A chunk with fewer content tokens says too little to be predicted; a neighbour with room takes it in."""
+"""A chunk with fewer content tokens says too little to be predicted; it is merged into a neighbour with room."""
 
-MEMORY_WORDS = 400_000
-"""Words whose token counts are remembered; 8,320 Wikipedia articles hold 389,772 different ones."""
+MAX_CACHED_WORDS = 400_000
+"""Most words in the cache of token counts; 8,320 Wikipedia articles hold 389,772 distinct ones."""
 
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 _LINE_ENDS = str.maketrans(
     {"\r": "\n", "\v": "\n", "\f": "\n", "\x85": "\n", "\u2028": "\n", "\u2029": "\n\n"}
 )
-"""What ends a line or (U+2029) a paragraph in other systems; a carriage return before a newline goes first."""
+"""Other line separators, and U+2029, which separates paragraphs. CRLF is replaced before."""
 
 _CLUSTER = regex.compile(r"\X")
-"""What a reader takes for one character (Unicode Standard Annex 29): a letter and its marks, a joined emoji."""
+"""A grapheme cluster (Unicode Standard Annex 29): a letter with its marks, a joined emoji."""
 
-# What cutting between two words costs, and what an unequal cut costs. Chosen by reading some 300 cuts of
-# Wikipedia sentences: any punctuation goes before a conjunction, that before any other place, and a comma may
-# lie a third of a chunk off the middle before a bare word boundary is taken instead.
+# Cost of a cut between two words, and of pieces of unequal length. Chosen by reading some 300 cuts of Wikipedia
+# sentences: any punctuation is preferred to a conjunction, a conjunction to any other place, and a comma up to a third
+# of a chunk off the middle to a bare word boundary in the middle.
 _AT_SENTENCE, _AT_SEMICOLON, _AT_DASH, _AT_COMMA, _AT_BRACKET, _AT_CONJUNCTION = -3.0, 0.0, 0.5, 1.0, 1.2, 2.0
 _ANYWHERE, _IN_PHRASE = 4.5, 7.0
 _CLAUSE = _AT_CONJUNCTION
-"""The dearest cut that still lies between clauses."""
+"""Highest cost of a cut between clauses."""
 _PER_CHUNK_OFF = 6.0
 _SHORT_PIECE = 6.0
 
-_CONJUNCTIONS = frozenset(
-    {
-        *(
-            "and",
-            "or",
-            "but",
-            "nor",
-            "yet",
-            "so",
-            "because",
-            "although",
-            "though",
-            "while",
-            "whereas",
-            "when",
-        ),
-        *(
-            "where",
-            "which",
-            "who",
-            "whom",
-            "whose",
-            "that",
-            "if",
-            "unless",
-            "until",
-            "since",
-            "after",
-            "before",
-        ),
-        *("as", "than", "including", "such"),
-    }
-)
-_LEANS_FORWARD = frozenset(
-    {
-        *(
-            "the",
-            "a",
-            "an",
-            "of",
-            "in",
-            "on",
-            "at",
-            "to",
-            "for",
-            "from",
-            "by",
-            "with",
-            "and",
-            "or",
-            "but",
-            "as",
-        ),
-        *(
-            "his",
-            "her",
-            "its",
-            "their",
-            "this",
-            "that",
-            "these",
-            "those",
-            "is",
-            "are",
-            "was",
-            "were",
-            "be",
-            "not",
-        ),
-        *(
-            "no",
-            "than",
-            "into",
-            "between",
-            "under",
-            "over",
-            "about",
-            "which",
-            "who",
-            "whose",
-            "has",
-            "had",
-            "c.",
-        ),
-    }
-)
+_CONJUNCTIONS_TEXT = """
+and or but nor yet so because although though while whereas when where which who whom whose that if unless
+until since after before as than including such
+"""
+_CONJUNCTIONS = frozenset(_CONJUNCTIONS_TEXT.split())
+_LEANS_FORWARD_TEXT = """
+the a an of in on at to for from by with and or but as his her its their this that these those is are was
+were be not no than into between under over about which who whose has had c.
+"""
+_LEANS_FORWARD = frozenset(_LEANS_FORWARD_TEXT.split())
 _CLOSERS = "\"'”’»)]"
 
 
 class Tokenizer(Protocol):
-    """What the chunker asks of a codec's tokenizer."""
+    """What the chunker needs of a codec's tokenizer."""
 
     max_tokens: int
+    """Most tokens of a text, end of sequence included."""
     num_special: int
-    """Tokens a text may have, end of sequence included."""
+    """Special tokens added to a text."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, end of sequence included."""
@@ -161,29 +86,29 @@ class Chunk:
     chunk_id: str
     """32 hex digits over the article's namespace, its id and position: the same on every run and machine."""
     position: int
-    """Place in the article, from 0."""
+    """Index in the article, from 0."""
     text: str
-    """White space runs are one space."""
+    """With single spaces."""
     num_tokens: int
     """End of sequence included; at most the tokenizer's max_tokens (see `Chunker` for the one exception)."""
     paragraph: int = 0
-    """Place of its paragraph in the article, from 0, those without words left out. A chunk never has two."""
+    """Index of its one paragraph in the article, from 0; paragraphs without words are not counted."""
 
 
 def chunk_id(namespace: str, article_id: str, position: int) -> str:
-    """The name of a chunk for good, 32 hex digits; `Article.namespace` is where its article's id is unique."""
+    """A chunk's permanent id, 32 hex digits. namespace: `Article.namespace`, within which article ids are unique."""
     return hashlib.sha256(f"{namespace}\0{article_id}\0{position}".encode()).hexdigest()[:32]
 
 
 def chunk_article(article: Article, tokenizer: Tokenizer, language: str = "en") -> list[Chunk]:
-    """Chunks of one article, in order. For many, keep a `Chunker`: it remembers words."""
+    """Chunks of one article, in order. For many articles keep a `Chunker`, which caches token counts."""
     return Chunker(tokenizer, language).chunk([article])[0]
 
 
 class Chunker:
-    """Cuts articles for one tokenizer and remembers the token counts of words it has met.
+    """Splits articles for one tokenizer, with a cache of token counts by word.
 
-    A single code point that takes more tokens than the limit is the one chunk that may exceed it.
+    Only a single code point that alone takes more tokens than the limit makes a chunk that exceeds it.
     """
 
     def __init__(self, tokenizer: Tokenizer, language: str = "en") -> None:
@@ -230,8 +155,8 @@ class Chunker:
         return chunks
 
     def _learn(self, words: Iterable[str]) -> None:
-        """Have a token count for every word."""
-        if len(self._counts) > MEMORY_WORDS:
+        """Add the words' token counts to the cache."""
+        if len(self._counts) > MAX_CACHED_WORDS:
             self._counts.clear()
         new = list(set(words) - self._counts.keys())
         if new:
@@ -259,9 +184,9 @@ class Chunker:
         return [self._counts[w] for w in words]
 
     def _cut_word(self, word: str) -> list[str]:
-        """A word longer than the limit in pieces of like length, cut between characters as readers see them.
+        """Pieces of similar length of a word over the limit, split between grapheme clusters.
 
-        A cluster that alone is over the limit (a letter under a hundred marks) is cut inside.
+        A cluster that alone is over the limit (a letter with a hundred marks) is split inside.
         """
         if len(word) < 2:
             return [word]
@@ -269,7 +194,7 @@ class Chunker:
         num_pieces = max(2, math.ceil(len(spans) / self._limit))
         begins = [m.start() for m in _CLUSTER.finditer(word)][1:] or list(range(1, len(word)))
         wanted = [spans[len(spans) * i // num_pieces][0] for i in range(1, num_pieces)] if spans else []
-        # The last cluster that begins before a token where a piece of like length would.
+        # The last cluster boundary before each evenly spaced token.
         places = sorted({begins[max(0, bisect_right(begins, w) - 1)] for w in wanted if w})
         places = places or [begins[len(begins) // 2]]
         pieces = [word[a:b] for a, b in zip([0, *places], [*places, len(word)], strict=True)]
@@ -281,18 +206,16 @@ class Chunker:
         ]
 
     def _cut_again(self, text: str, count: int) -> list[tuple[str, int]]:
-        """Pieces, with token counts, of a text whose words' counts promised too little."""
+        """Pieces, with token counts, of a text that has more tokens than the sum over its words."""
         words = text.split(" ")
         if len(words) == 1:
             pieces = self._cut_word(text)
         else:
             tokens = self._count_words(words)
-            # As if the limit were lower by what the sum was wrong, and never the whole text again.
+            # Lower the limit in proportion to the error of the sum, and far enough to split the text at all.
             limit = min(self._limit * max(1, sum(tokens)) // (count - 1), sum(tokens) - 1)
-            if limit < max(tokens):
-                middle = len(words) // 2
-                cuts = [middle]
-            else:
+            cuts = [len(words) // 2]
+            if limit >= max(tokens):
                 cuts = _Cutter(words, tokens, [len(words)], limit).cuts()
             pieces = [" ".join(words[a:b]) for a, b in zip([0, *cuts], [*cuts, len(words)], strict=True)]
         if len(pieces) == 1:
@@ -313,12 +236,12 @@ class _Paragraph:
     ends: list[int]
     """Number of words up to the end of each sentence; the last is len(words)."""
     glued: frozenset[int]
-    """Words that follow the one before without a space (a sentence ended inside a run of letters)."""
+    """Indices of words that follow the one before without a space (a sentence ended inside a run of letters)."""
 
     @classmethod
     def of(cls, text: str, language: str) -> "_Paragraph":
         sentences: list[str] = sentencex.segment(language, text)
-        if "".join(sentences) != text:  # then nothing would be right; one long sentence is cut at clauses
+        if "".join(sentences) != text:  # the splitter lost text: treat it as one sentence, split at clauses
             sentences = [text]
         words: list[str] = []
         ends: list[int] = []
@@ -335,7 +258,7 @@ class _Paragraph:
         return cls(words, ends, frozenset(glued))
 
     def with_words_cut(self, pieces: dict[str, list[str]]) -> "_Paragraph":
-        """The same with each word in `pieces` replaced by its pieces."""
+        """A copy with each word in `pieces` replaced by its pieces."""
         words: list[str] = []
         glued: set[int] = set()
         moved = [0]
@@ -349,7 +272,7 @@ class _Paragraph:
         return _Paragraph(words, [moved[e] for e in self.ends], frozenset(glued))
 
     def text(self, start: int, end: int) -> str:
-        """Words start..end as they stood, with single spaces."""
+        """Words start..end joined as in the source, with single spaces."""
         if not self.glued:
             return " ".join(self.words[start:end])
         spaced = [w if i in self.glued else f" {w}" for i, w in enumerate(self.words[start:end], start)]
@@ -357,7 +280,7 @@ class _Paragraph:
 
 
 class _Cutter:
-    """Where to cut one paragraph whose words have at most `limit` tokens each."""
+    """Finds the chunk boundaries of one paragraph whose words have at most `limit` tokens each."""
 
     def __init__(self, words: list[str], tokens: list[int], ends: list[int], limit: int) -> None:
         self._words = words
@@ -367,7 +290,7 @@ class _Cutter:
         self._limit = limit
 
     def cuts(self) -> list[int]:
-        """Word indices where a new chunk begins, ascending, without 0."""
+        """Word indices at which a new chunk begins, ascending, without 0."""
         total, limit = self._sum, self._limit
         starts: list[int] = []
         first = 0  # first word of the chunk being filled
@@ -386,14 +309,14 @@ class _Cutter:
         return self._without_short([s for s in starts if s < len(self._words)])
 
     def _pieces(self, start: int, end: int) -> list[int]:
-        """Cuts inside the one sentence start..end, at clauses and of like length."""
+        """Cuts inside the sentence start..end, at clause boundaries and into pieces of similar length."""
         tokens = self._sum[end] - self._sum[start]
         if tokens <= self._limit:
             return []
         fewest = math.ceil(tokens / self._limit)
         cut, cost = self._best_cut(start, end, fewest)
         if cut is None or cost > _CLAUSE:
-            # One piece more leaves more places to choose from; worth it for a clause.
+            # One more piece leaves more places to choose from; worth it to cut at a clause.
             other, other_cost = self._best_cut(start, end, fewest + 1)
             if other is not None and (cut is None or other_cost <= _CLAUSE):
                 cut = other
@@ -404,7 +327,7 @@ class _Cutter:
         return [*self._pieces(start, cut), cut, *self._pieces(cut, end)]
 
     def _best_cut(self, start: int, end: int, num_pieces: int) -> tuple[int | None, float]:
-        """The best place for the middle cut of start..end into `num_pieces`, and what that place costs.
+        """The best middle cut of start..end into `num_pieces`, and its cost without that of unequal length.
 
         None where no word boundary leaves both sides small enough for their share of the pieces.
         """
@@ -431,7 +354,7 @@ class _Cutter:
         return best, best_cost
 
     def _cost(self, cut: int) -> float:
-        """What cutting before word `cut` costs the reader."""
+        """Cost of cutting before word `cut`."""
         if cut in self._end_set:
             return _AT_SENTENCE
         before, after = self._words[cut - 1], self._words[cut]
@@ -455,7 +378,7 @@ class _Cutter:
         return _ANYWHERE
 
     def _without_short(self, starts: list[int]) -> list[int]:
-        """The cuts, with each chunk under SHORT_TOKENS given to a neighbour or filled from one if it fits."""
+        """The cuts, with each chunk under SHORT_TOKENS merged into a neighbour or filled from one if it fits."""
         total, limit = self._sum, self._limit
         bounds = [0, *starts, len(self._words)]
         i = 0
@@ -463,29 +386,20 @@ class _Cutter:
             if len(bounds) == 2 or total[bounds[i + 1]] - total[bounds[i]] >= SHORT_TOKENS:
                 i += 1
                 continue
-            merged = False
-            for inner in (i, i + 1):  # the bound towards the chunk before, then towards the one after
-                if (
-                    0 < inner < len(bounds) - 1
-                    and total[bounds[inner + 1]] - total[bounds[inner - 1]] <= limit
-                ):
-                    del bounds[inner]
-                    merged = True
-                    break
-            if merged:
+            # The boundary with the chunk before, then that with the one after.
+            inner = [b for b in (i, i + 1) if 0 < b < len(bounds) - 1]
+            spans = {b: (bounds[b - 1], bounds[b + 1]) for b in inner}
+            fits = [b for b, (low, high) in spans.items() if total[high] - total[low] <= limit]
+            if fits:
+                del bounds[fits[0]]
                 i = max(0, i - 1)
                 continue
-            for inner in (i, i + 1):
-                if not 0 < inner < len(bounds) - 1:
+            for b, (low, high) in spans.items():
+                cut, cost = self._best_cut(low, high, 2)
+                if cut is None or cost > _CLAUSE:
                     continue
-                cut, cost = self._best_cut(bounds[inner - 1], bounds[inner + 1], 2)
-                low, high = (total[bounds[inner - 1]], total[bounds[inner + 1]])
-                if (
-                    cut is not None
-                    and cost <= _CLAUSE
-                    and min(total[cut] - low, high - total[cut]) >= SHORT_TOKENS
-                ):
-                    bounds[inner] = cut
+                if min(total[cut] - total[low], total[high] - total[cut]) >= SHORT_TOKENS:
+                    bounds[b] = cut
                     break
             i += 1
         return bounds[1:-1]

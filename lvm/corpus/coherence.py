@@ -1,13 +1,13 @@
-"""Is this text sequential? Taxonomies and lists of facts are refused, by their vectors and by their label.
+"""Test whether a corpus is sequential text; taxonomies and lists of facts are refused by their vectors or their name.
 
 Predicting the next chunk only means something where one chunk leads to the next. Models trained on WordNet
-chains ("ormer", "abalone", "gastropod", ...) learn the taxonomy's upper ends, which all chains share, and
+chains ("ormer", "abalone", "gastropod", ...) learn the upper levels of the taxonomy, which all chains share, and
 nothing about text. Two things are measured on a sample of articles, with vectors of any codec:
 
-- shared steps: the share of steps (chunk to next chunk) that some other article takes as well, both chunks
-  being near copies. An article tells its own story; chains of a taxonomy run together.
-- continuity: how often the next chunk lies nearer than a chunk of another article, 0.5 being chance. Isolated
-  facts put under one title do not follow from each other.
+- shared steps: the share of steps (a chunk and the next) that also occur in another article, both chunks being
+  near copies. Articles differ; chains of a taxonomy converge.
+- continuity: how often the next chunk is nearer than a chunk of another article; chance is 0.5. Isolated facts
+  under one title do not follow from each other.
 
                          shared steps          continuity
                          mini     TF-IDF       mini     TF-IDF
@@ -35,8 +35,12 @@ import numpy.typing as npt
 
 from lvm.errors import InputError
 
+Floats = npt.NDArray[np.floating[Any]]
+Float32Array = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.integer[Any]]
+
 OVERRIDE = "I know this text is not sequential"
-"""What --allow-non-sequential must say."""
+"""The value that --allow-non-sequential must have."""
 
 NEAR_COPY = 0.97
 """Cosine from which two chunks count as the same text."""
@@ -49,19 +53,19 @@ MIN_CONTINUITY = 0.52
 had 0.50, give or take 0.02."""
 
 MIN_STEPS = 50
-"""Below this many steps nothing can be said, and only the label counts."""
+"""With fewer steps the measures mean nothing, and only the name counts."""
 
 MAX_ARTICLES = 400
 MAX_CHUNKS = 4096
-"""Chunks looked at, at most; all pairs of them are compared, in under a second."""
+"""Most chunks in the sample; all pairs of them are compared, in under a second."""
 CHUNKS_PER_ARTICLE = 32
 STRANGERS = 16
-"""Chunks of other articles each step is compared with."""
+"""Chunks of other articles that each step is compared with."""
 FAR = 3
-"""Chunks of an article this far or farther apart count as distant."""
+"""Chunks of an article at least this far apart count as distant."""
 
 EPISODE_BLOCK = 2
-"""Paragraphs before and after a gap that are compared; one alone is too short to say what it is about."""
+"""Paragraphs compared on each side of a gap; a single one is too short to tell its topic."""
 
 _LABELS = frozenset(
     {
@@ -77,25 +81,25 @@ class Coherence:
     """How sequential a sample of a corpus is."""
 
     num_articles: int
-    """Articles looked at."""
+    """Articles in the sample."""
     num_steps: int
     """Pairs of a chunk and the next of the same article."""
     shared_steps: float
-    """Share of steps that another article has as well, 0 to 1."""
+    """Share of steps that also occur in another article, 0 to 1."""
     continuity: float
-    """How often the next chunk is nearer than a stranger, 0 to 1; 0.5 is chance."""
+    """How often the next chunk is nearer than a chunk of another article, 0 to 1; chance is 0.5."""
     locality: float
-    """How often the next chunk is nearer than one of the same article at least FAR away. For the record only:
-    a story that stays on its subject has 0.5, a taxonomy more."""
+    """How often the next chunk is nearer than one of the same article at least FAR away. Reported, never judged: a
+    story that stays on its subject has 0.5, a taxonomy more."""
 
     @property
     def fault(self) -> str | None:
-        """Why this is not sequential text, None where it is or where there is too little to say."""
+        """Why this is not sequential text; None where it is, or where there are too few steps to judge."""
         if self.num_steps < MIN_STEPS:
             return None
         if self.shared_steps > MAX_SHARED_STEPS:
             return (
-                f"{self.shared_steps:.0%} of its steps from chunk to chunk occur in other articles as well, "
+                f"{self.shared_steps:.0%} of its steps from chunk to chunk also occur in other articles, "
                 f"expected at most {MAX_SHARED_STEPS:.0%}: these are chains of a taxonomy, or the same "
                 "articles several times"
             )
@@ -112,12 +116,7 @@ class Coherence:
         return asdict(self)
 
 
-def measure_coherence(
-    vectors: npt.NDArray[np.floating[Any]],
-    doc_ids: npt.NDArray[np.integer[Any]],
-    positions: npt.NDArray[np.integer[Any]],
-    seed: int = 0,
-) -> Coherence:
+def measure_coherence(vectors: Floats, doc_ids: Ints, positions: Ints, seed: int = 0) -> Coherence:
     """Coherence of a random sample of articles.
 
     vectors: (N, D) unit vectors of any float type, memory-mapped or not; only the sample is read. doc_ids and
@@ -126,7 +125,7 @@ def measure_coherence(
     if not len(vectors) == len(doc_ids) == len(positions):
         raise InputError(
             f"{len(vectors)} vectors, {len(doc_ids)} article numbers and {len(positions)} positions; "
-            "expected one of each for a chunk"
+            "expected one of each per chunk"
         )
     random = np.random.default_rng(seed)
     rows = _sample(np.asarray(doc_ids), random)
@@ -157,7 +156,7 @@ def measure_coherence(
     )
 
 
-def _sample(doc_ids: npt.NDArray[np.integer[Any]], random: np.random.Generator) -> npt.NDArray[np.int64]:
+def _sample(doc_ids: Ints, random: np.random.Generator) -> npt.NDArray[np.int64]:
     """Rows of random articles, a run of consecutive chunks from each, in ascending order."""
     if not len(doc_ids):
         return np.empty(0, np.int64)
@@ -176,28 +175,23 @@ def _sample(doc_ids: npt.NDArray[np.integer[Any]], random: np.random.Generator) 
     return np.sort(np.concatenate(taken))
 
 
-def _wins(
-    nearness: npt.NDArray[np.float32], others: npt.NDArray[np.float32], counted: npt.NDArray[np.bool_]
-) -> float:
-    """How often nearness (S,) exceeds others (S, K) where counted; a tie is half, and 0.5 without any."""
+def _wins(nearness: Float32Array, others: Float32Array, counted: npt.NDArray[np.bool_]) -> float:
+    """How often nearness (S,) exceeds others (S, K) where `counted`; a tie counts half, and no pair gives 0.5."""
     if not counted.any():
         return 0.5
     won = (nearness[:, None] > others) + 0.5 * (nearness[:, None] == others)
     return float(won[counted].mean())
 
 
-def find_episodes(
-    vectors: npt.NDArray[np.floating[Any]], paragraphs: npt.NDArray[np.integer[Any]]
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Episode of each chunk of one article, from 0 in order, and that episode's coherence; both (N,).
+def find_episodes(vectors: Floats, paragraphs: Ints) -> tuple[npt.NDArray[np.int32], Float32Array]:
+    """Index of each chunk's episode, from 0, and that episode's coherence, for one article; both (N,).
 
-    vectors: (N, D) unit vectors in reading order; paragraphs: (N,) number of each chunk's paragraph, never falling. An
-    episode is a run of whole paragraphs, and ends where the similarity of the text before and after drops: at a gap
-    that lies lower than its neighbours and whose depth (how far the similarity rises from there to the peak on either
-    side, added) exceeds the article's mean depth less half a standard deviation. Coherence is the mean cosine of
-    neighbouring chunks inside the episode, 1 for a single chunk.
-    Source: Hearst 1997, TextTiling (Computational Linguistics 23:1), sections 5.2 and 5.3, over vectors of paragraphs
-    in place of counts of words.
+    vectors: (N, D) unit vectors in reading order; paragraphs: (N,) index of each chunk's paragraph, ascending. An
+    episode is a run of whole paragraphs. It ends at a gap whose similarity is a local minimum and whose depth (the rise
+    to the nearest peak on the left plus that on the right) exceeds the article's mean depth minus half a standard
+    deviation. Coherence is the mean cosine of neighbouring chunks in the episode, 1 for a single chunk.
+    Source: Hearst 1997, TextTiling (Computational Linguistics 23:1), sections 5.2 and 5.3, with paragraph vectors in
+    place of word counts.
     """
     if len(vectors) != len(paragraphs):
         raise InputError(
@@ -227,23 +221,20 @@ def find_episodes(
     return of_chunk, coherence
 
 
-def _direction(sums: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The mean's direction, (D,) unit norm."""
+def _direction(sums: Float32Array) -> Float32Array:
+    """Direction of the mean, (D,) unit norm."""
     total = sums.sum(axis=0)
     return np.asarray(total / max(float(np.linalg.norm(total)), 1e-12), np.float32)
 
 
-def _peak(gaps: npt.NDArray[np.float32]) -> float:
-    """Similarity of the first peak on the way from gaps[0] on."""
+def _peak(gaps: Float32Array) -> float:
+    """Similarity at the first peak, starting from gaps[0]."""
     falls = np.flatnonzero(gaps[1:] < gaps[:-1])
     return float(gaps[falls[0]] if len(falls) else gaps[-1])
 
 
 def non_sequential_label(names: Iterable[str]) -> str | None:
-    """The first name that says its text is a taxonomy or a list of facts; None where none does.
-
-    names: of sources and input files.
-    """
+    """The first of the names (sources, input files) that denotes a taxonomy or list of facts, or None."""
     for name in names:
         words = [w for w in re.split(r"[^a-z]+", name.lower()) if w]
         stem = set(words) - {"jsonl", "json", "gz", "bz", "parquet", "txt"}
@@ -253,27 +244,29 @@ def non_sequential_label(names: Iterable[str]) -> str | None:
 
 
 def require_sequential(
-    vectors: npt.NDArray[np.floating[Any]],
-    doc_ids: npt.NDArray[np.integer[Any]],
-    positions: npt.NDArray[np.integer[Any]],
+    vectors: Floats,
+    doc_ids: Ints,
+    positions: Ints,
     names: Iterable[str],
     override: str | None = None,
     seed: int = 0,
 ) -> Coherence:
-    """What was measured, where the text is sequential or the user says to take it nevertheless.
+    """The coherence of a text that is sequential, or that the user asked to accept anyway; else raises InputError.
 
-    vectors, doc_ids, positions: as `measure_coherence` takes them. names: of sources and input files.
-    override: what --allow-non-sequential said. Raises InputError with what was found and the way out.
+    vectors, doc_ids, positions: as in `measure_coherence`. names: of sources and input files. override: the value of
+    --allow-non-sequential.
     """
-    found = measure_coherence(vectors, doc_ids, positions, seed)
+    coherence = measure_coherence(vectors, doc_ids, positions, seed)
     label = non_sequential_label(names)
-    fault = found.fault if label is None else f"its source is named {label!r}, a taxonomy or list of facts"
+    fault = (
+        coherence.fault if label is None else f"its source is named {label!r}, a taxonomy or list of facts"
+    )
     if fault is None or (override is not None and _plain(override) == _plain(OVERRIDE)):
-        return found
-    wrong = "" if override is None else f" (it says {override!r})"
+        return coherence
+    wrong = "" if override is None else f" (got {override!r})"
     raise InputError(
         f"this text is not sequential: {fault}. Predictors need articles, stories, tutorials or papers whose "
-        f'chunks follow each other. To train nevertheless, pass --allow-non-sequential "{OVERRIDE}"{wrong}.'
+        f'chunks follow each other. To train anyway, pass --allow-non-sequential "{OVERRIDE}"{wrong}.'
     )
 
 

@@ -1,9 +1,9 @@
-"""The account of a corpus's chunks: how many there are, and what was left out of them and why."""
+"""Counts of a corpus's chunks, and of what was left out and why."""
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lvm.corpus.records import BROKEN_SHOWN
@@ -13,13 +13,13 @@ _IDEOGRAPH = re.compile("[\u2e80-\U0010ffff]")
 
 @dataclass
 class Counts:
-    """What became of the records of an input or a block; adds up."""
+    """Outcome of the records of an input or a block; instances can be added up."""
 
     articles: int = 0
     """Articles with at least one chunk."""
     chunks: int = 0
     words: int = 0
-    """Runs of anything but white space in the chunks."""
+    """Words of the chunks, separated by white space."""
     tokens: int = 0
     """End of sequence included."""
     letters: int = 0
@@ -30,24 +30,24 @@ class Counts:
     broken: list[dict[str, str]] = field(default_factory=list)
     """Place and reason of the first BROKEN_SHOWN."""
     broken_files: list[dict[str, str]] = field(default_factory=list)
-    """Files that broke, and why; their records before that place were taken."""
+    """Damaged files, and why; their records before the damage were used."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Sound records that are no articles, by kind."""
+    """Valid records that are not articles, by kind."""
     duplicates: int = 0
-    """Articles left out because one with the same id came before in the same file or wiki."""
+    """Articles left out because an earlier one of the same file or wiki has the same id."""
     first_duplicates: list[dict[str, str]] = field(default_factory=list)
     """Title and place of the first BROKEN_SHOWN."""
     sources: list[str] = field(default_factory=list)
-    """Names the records give as their source; the first BROKEN_SHOWN."""
+    """The first BROKEN_SHOWN source names of the records."""
 
     def measure(self, texts: Sequence[str], num_tokens: Sequence[int]) -> None:
-        """Count these chunks instead of those counted before."""
+        """Replace the measures of chunks by those of these chunks."""
         self.chunks, self.tokens = len(texts), sum(num_tokens)
         self.words = sum(len(text.split()) for text in texts)
         self.letters = sum(letters_of(text) for text in texts)
 
     def add(self, other: "Counts") -> None:
-        """Add another's counts and append its examples."""
+        """Add the counts of `other` and append its examples."""
         sums = ("articles", "chunks", "words", "tokens", "letters", "long_words", "num_broken", "duplicates")
         for name in (*sums, "broken_files"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -57,25 +57,16 @@ class Counts:
         self.sources = list(dict.fromkeys([*self.sources, *other.sources]))[:BROKEN_SHOWN]
 
     def to_report(self) -> dict[str, Any]:
-        """As the manifest of a corpus's chunks keeps them, with means. There has to be a chunk."""
-        return {
-            "articles": self.articles,
-            "chunks": self.chunks,
-            "words": self.words,
+        """The form stored in the manifest, with means; needs at least one chunk."""
+        kept = {k: v for k, v in asdict(self).items() if k not in ("tokens", "letters", "num_broken")}
+        return kept | {
             "mean_tokens": round(self.tokens / self.chunks, 2),
             "tokens_per_word": round(self.tokens / max(1, self.words), 2),
             "tokens_per_letter": round(self.tokens / max(1, self.letters), 3),
-            "long_words": self.long_words,
-            "broken_files": self.broken_files,
             "broken_records": self.num_broken,
-            "broken": self.broken,
-            "skipped": self.skipped,
-            "duplicates": self.duplicates,
-            "first_duplicates": self.first_duplicates,
-            "sources": self.sources,
         }
 
 
 def letters_of(text: str) -> int:
-    """Characters of a text; one of East Asian writing says as much as three letters (and takes as many bytes)."""
+    """Characters of a text; an East Asian one counts as three letters, as it carries as much and takes three bytes."""
     return len(text) if text.isascii() else len(text) + 2 * len(_IDEOGRAPH.findall(text))

@@ -1,27 +1,28 @@
-"""Pages of a MediaWiki export as they are needed here: id, title and the last revision's markup.
+"""Read id, title and the last revision's markup of each page of a MediaWiki export.
 
-Only these are looked at; whatever else a page says (dates, contributors, fields of later versions) costs no page.
+All other elements (dates, contributors, those of later schema versions) are ignored, so none can make a page fail.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from xml.etree.ElementTree import Element, ParseError, iterparse
 
-from lvm.corpus.inputs import PACKING_ERRORS, InputFile, damaged, opened, shown, stem_of
+from lvm.corpus.inputs import PACKING_ERRORS, InputFile, damaged, opened, printable_name, stem_of
 from lvm.corpus.records import (
     MAX_RECORD_BYTES,
     Article,
     BrokenRecordError,
+    OnPosition,
     ReadReport,
     Record,
     has_text,
+    replace_surrogates,
     too_large,
-    whole,
 )
 from lvm.corpus.wikitext import MEDIA_NAMESPACES
 from lvm.errors import InputError
 
-# A page is a disambiguation page when one of these templates stands on it, outside comments.
+# A page that contains one of these templates outside comments is a disambiguation page.
 _DISAMBIGUATION = re.compile(
     r"\{\{\s{0,9}(?:"
     + "|".join(
@@ -40,10 +41,8 @@ _DISAMBIGUATION = re.compile(
 )
 
 
-def read_dump(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
-) -> Iterator[Record]:
-    """Articles of a dump, in file order. Raises InputError where the file breaks, naming the position."""
+def read_dump(input_file: InputFile, report: ReadReport, on_position: OnPosition) -> Iterator[Record]:
+    """Articles of a dump, in file order. Raises InputError with the position where the file is damaged."""
     path = input_file.path
     source, place, media, titles = stem_of(path), input_file.name, MEDIA_NAMESPACES, {}
     last = "its head"
@@ -56,8 +55,8 @@ def read_dump(
                 if event == "start":
                     if not within and name != "mediawiki":
                         raise InputError(
-                            f"{shown(str(path))} is XML of <{name}>, expected a MediaWiki export (<mediawiki>), "
-                            "such as pages-articles.xml.bz2 of dumps.wikimedia.org"
+                            f"{printable_name(str(path))} is XML of <{name}>, expected a MediaWiki export "
+                            "(<mediawiki>), such as pages-articles.xml.bz2 of dumps.wikimedia.org"
                         )
                     within.append(element)
                     continue
@@ -66,7 +65,7 @@ def read_dump(
                 if name == "siteinfo" and depth == 1:
                     dbname = (_text(element, "dbname") or "").strip()
                     if dbname:
-                        source = place = whole(dbname)
+                        source = place = replace_surrogates(dbname)
                     titles = {
                         (space.text or "").strip().lower(): space.get("key")
                         for space in element.iter()
@@ -76,35 +75,35 @@ def read_dump(
                 elif name == "revision" and depth == 2:
                     _drop_earlier_revisions(within[-1], element)
                 elif name == "page" and depth == 1:
-                    title = whole((_text(element, "title") or "").strip())
-                    own = whole((_text(element, "id") or "").strip())
+                    title = replace_surrogates((_text(element, "title") or "").strip())
+                    own = replace_surrogates((_text(element, "id") or "").strip())
                     last = f"page {own or '?'} ({title or 'no title'})"
                     markup = report.read(
                         f"{input_file.name}, {last}", _markup_of, element, title, titles, report
                     )
                     if markup is not None:
-                        # A title is as unique in its wiki as an id.
+                        # Titles are unique within a wiki, too.
                         yield Record(
                             Article(own or title, title, markup, source, place), f"page {own or title}", media
                         )
                     on_position(position())
                 if depth == 1:
-                    # By what has ended, not by place: the parser is ahead of its events.
+                    # Remove this very element, not the first: the parser is ahead of its events.
                     within[0].remove(element)
         except PACKING_ERRORS as err:
             raise damaged(path, position(), last, err) from err
         except ParseError as err:
             line, column = getattr(err, "position", (0, 0))
             raise InputError(
-                f"{shown(str(path))} is broken XML at line {line:,}, column {column:,} (byte {position():,} of "
-                f"{path.stat().st_size:,}), last read: {last}: {str(err)[:200]}. Expected a whole MediaWiki "
-                "export. Fetch the file again; finished work is kept."
+                f"{printable_name(str(path))} is broken XML at line {line:,}, column {column:,} (byte "
+                f"{position():,} of {path.stat().st_size:,}), last read: {last}: {str(err)[:200]}. Expected a complete "
+                "MediaWiki export. Download the file again; finished work is kept."
             ) from err
         on_position(position())
 
 
 def _name(element: Element) -> str:
-    """The element's name without the export's version, which stands before it in braces."""
+    """The element's name without its namespace."""
     return str(element.tag).rpartition("}")[2]
 
 
@@ -118,7 +117,7 @@ def _text(element: Element, name: str) -> str | None:
 
 
 def _drop_earlier_revisions(page: Element, last: Element) -> None:
-    """A full history is longer than memory."""
+    """Free earlier revisions: a full history does not fit in memory."""
     for revision in [child for child in page if _name(child) == "revision"]:
         if revision is last:
             return
@@ -126,9 +125,9 @@ def _drop_earlier_revisions(page: Element, last: Element) -> None:
 
 
 def _markup_of(page: Element, title: str, spaces: dict[str, str | None], report: ReadReport) -> str | None:
-    """The page's last revision's markup, None for a page that is no article; that is counted then.
+    """Markup of the page's last revision; None for a page that is not an article, which is counted in `report`.
 
-    Raises BrokenRecordError where it has no title or no text.
+    Raises BrokenRecordError where the page has no title or no text.
     """
     if not title:
         raise BrokenRecordError("expected a page with a title, it has none")
@@ -146,9 +145,9 @@ def _markup_of(page: Element, title: str, spaces: dict[str, str | None], report:
         raise BrokenRecordError("expected a revision, the page has none")
     model = (_text(revisions[-1], "model") or "").strip() or "wikitext"
     if model != "wikitext":
-        report.skipped[f"content model {whole(model)[:40]}"] += 1
+        report.skipped[f"content model {replace_surrogates(model)[:40]}"] += 1
         return None
-    markup = whole(_text(revisions[-1], "text") or "")
+    markup = replace_surrogates(_text(revisions[-1], "text") or "")
     if len(markup) > MAX_RECORD_BYTES:
         raise BrokenRecordError(too_large(len(markup)))
     if not has_text(markup):
@@ -163,7 +162,7 @@ def _markup_of(page: Element, title: str, spaces: dict[str, str | None], report:
 
 
 def without_comments(markup: str) -> str:
-    """The markup without <!-- comments -->, in one pass however they nest or lack an end."""
+    """The markup without <!-- comments -->, in linear time even where they nest or are not closed."""
     kept, start = [], 0
     while (opening := markup.find("<!--", start)) >= 0:
         closing = markup.find("-->", opening + 4)

@@ -1,11 +1,11 @@
-"""Which files of an input are read, how they are unpacked, and which are not read and why.
+"""List the files of an input that can be read, and those that cannot with the reason; open compressed files.
 
-    .xml                        MediaWiki export, as pages-articles of dumps.wikimedia.org, whole or in parts
-    .jsonl .json .ndjson        one object per line, or one array: id, title, text, and source if there is one
-    .csv .tsv                   with a head of the same names
-    .parquet                    columns of the same names
-    a folder's .txt files       one article a file, its title the file's name; in a folder with
-                                files of the other kinds they are left alone
+    .xml                        MediaWiki export, such as pages-articles of dumps.wikimedia.org, whole or in parts
+    .jsonl .json .ndjson        one object per line, or one array: id, title, text, optionally source
+    .csv .tsv                   with a header row of the same names
+    .parquet                    with columns of the same names
+    a folder's .txt files       one article per file, titled by the file's name; ignored in a folder that
+                                has files of the other formats
     sample                      the articles that come with this project
 
 All but Parquet and .txt also as .gz, .bz2, .xz or .zst.
@@ -49,40 +49,38 @@ _SUFFIXES: dict[str, Format] = {
 }
 _PACKINGS = frozenset({".gz", ".bz2", ".xz", ".zst"})
 _PAGES = re.compile(r"\.xml-p\d+p\d+[-\w]*$")
-"""How Wikimedia ends the name of a part: the numbers of its first and last page."""
+"""Ending of a part of a Wikimedia dump: the ids of its first and last page."""
 _EXPECTED = (
     "a Wikipedia dump (.xml), JSON (.jsonl, .json, .ndjson), CSV (.csv, .tsv), each also as .gz, .bz2, .xz or .zst, "
     "Parquet (.parquet), a folder of these or of .txt files, or the word sample"
 )
 
 PACKING_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
-"""What is raised on cut or damaged packed data."""
+"""Raised on truncated or damaged compressed data."""
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One thing to read in one pass: a file, or all text files of a folder."""
+    """What one pass of a reader takes: a file, or all text files of a folder."""
 
     path: Location
     """The file, or the folder of .txt files."""
     format: Format
-    """Which reader takes it."""
     name: str
-    """Its path inside the input the user named; equal for the same corpus in another place."""
+    """Path relative to --input: the same wherever the corpus is stored."""
 
 
 @dataclass(frozen=True)
 class Unread:
-    """Something in a folder that is not read."""
+    """A file or folder that is not read."""
 
     name: str
-    """Its path inside the input."""
+    """Path relative to --input."""
     reason: str
-    """Why."""
 
 
 def input_root(path: str | Location) -> Location:
-    """The file or folder an --input names, "sample" the bundled one. Raises InputError when it is absent."""
+    """The file or folder given as --input, "sample" being the bundled one. Raises InputError when it does not exist."""
     if str(path) == "sample":
         if not SAMPLE.is_dir():
             raise InputError(
@@ -97,40 +95,40 @@ def input_root(path: str | Location) -> Location:
 
 
 def list_inputs(path: str | Location) -> list[InputFile]:
-    """What `path` holds that can be read, in order of name. Raises InputError when that is nothing."""
+    """Files of `path` that can be read, in order of name. Raises InputError when there are none."""
     return survey(path)[0]
 
 
 def survey(path: str | Location) -> tuple[list[InputFile], list[Unread]]:
-    """What `path` holds that can be read, in order of name, and what is not read.
+    """Files of `path` that can be read, in order of name, and those that cannot.
 
-    Links are followed. Raises InputError when nothing can be read, saying what was found instead.
+    Links are followed. Raises InputError when nothing can be read, naming what was found.
     """
     root = input_root(path)
     if root.is_file():
         kind = format_of(root)
         if kind is None:
-            raise InputError(f"--input {root} has no known ending; expected {_EXPECTED}")
-        return [InputFile(root, kind, shown(root.name))], []
+            raise InputError(f"--input {root} has no known extension; expected {_EXPECTED}")
+        return [InputFile(root, kind, printable_name(root.name))], []
     inputs: list[InputFile] = []
     unread: list[Unread] = []
     texts: dict[Location, str] = {}
     for file in _files(root, unread):
         inside = PurePosixPath(file.relative_to(root))  # type: ignore[arg-type]  # both of one kind
-        name = shown(inside.as_posix())
+        name = printable_name(inside.as_posix())
         kind = format_of(file)
         if any(part.startswith((".", "_")) for part in inside.parts):
             if kind is not None:
                 unread.append(Unread(name, "its name begins with . or _"))
         elif kind == "text":
-            texts[file.parent] = shown((inside.parent / "*.txt").as_posix())
+            texts[file.parent] = printable_name((inside.parent / "*.txt").as_posix())
         elif kind is not None:
             inputs.append(InputFile(file, kind, name))
         elif "multistream-index" in inside.name:
             unread.append(Unread(name, "the index of a multistream dump"))
         else:
-            unread.append(Unread(name, "its ending is of no format that is read"))
-    # Text beside other formats is their README or licence, not a corpus.
+            unread.append(Unread(name, "its extension is not that of a supported format"))
+    # Text files beside other formats are a README or licence, not a corpus.
     beside = {i.path.parent for i in inputs}
     for folder, name in texts.items():
         if folder in beside:
@@ -146,14 +144,16 @@ def survey(path: str | Location) -> tuple[list[InputFile], list[Unread]]:
 
 
 def _files(root: Location, unread: list[Unread]) -> list[Location]:
-    """All files under `root`, in order of path; links that lead nowhere and folders that do not open are named."""
+    """All files under `root`, in order of path; broken links and folders that cannot be opened go to `unread`."""
     if not isinstance(root, Path):
         return files_below(root)
     found: list[Location] = []
     seen: set[str] = set()
 
     def closed(err: OSError) -> None:
-        unread.append(Unread(shown(os.path.relpath(err.filename, root)), f"cannot be opened: {err.strerror}"))
+        unread.append(
+            Unread(printable_name(os.path.relpath(err.filename, root)), f"cannot be opened: {err.strerror}")
+        )
 
     for folder, folders, files in os.walk(root, onerror=closed, followlinks=True):
         real = os.path.realpath(folder)
@@ -166,17 +166,17 @@ def _files(root: Location, unread: list[Unread]) -> list[Location]:
             if path.is_file():
                 found.append(path)
             else:
-                why = "a link that leads nowhere" if path.is_symlink() else "no regular file"
-                unread.append(Unread(shown(path.relative_to(root).as_posix()), why))
+                why = "a broken link" if path.is_symlink() else "not a regular file"
+                unread.append(Unread(printable_name(path.relative_to(root).as_posix()), why))
         for name in folders:
             path = Path(folder, name)
             if format_of(path) is not None and not any(p.is_file() for p in path.rglob("*")):
-                unread.append(Unread(shown(path.relative_to(root).as_posix()), "an empty folder"))
+                unread.append(Unread(printable_name(path.relative_to(root).as_posix()), "an empty folder"))
     return sorted(found, key=str)
 
 
 def text_files(folder: Location) -> list[Location]:
-    """The .txt files right inside `folder`, in order of name."""
+    """The .txt files directly in `folder`, in order of name."""
     if folder.is_file():
         return [folder]
     return sorted(
@@ -185,13 +185,13 @@ def text_files(folder: Location) -> list[Location]:
     )
 
 
-def shown(name: str) -> str:
-    r"""A file's name as a message and JSON can hold it: bytes that are no UTF-8 as \xe9."""
+def printable_name(name: str) -> str:
+    r"""A file's name for messages and JSON, with bytes that are not UTF-8 escaped as \xe9."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def format_of(path: Location) -> Format | None:
-    """The format that a file's name says; None where it is none that is read."""
+    """The format by a file's extension; None where it is not supported."""
     stem, ending = os.path.splitext(path.name)
     packed = ending.lower() in _PACKINGS
     if packed:
@@ -201,17 +201,17 @@ def format_of(path: Location) -> Format | None:
 
 
 def stem_of(path: Location) -> str:
-    """The file's name without the endings that say its format."""
+    """The file's name without the extensions of format and compression."""
     stem, ending = os.path.splitext(path.name)
     if ending.lower() in _PACKINGS:
         stem, ending = os.path.splitext(stem)
     known = _PAGES.sub(".xml", ending.lower()) in _SUFFIXES
-    return shown(stem if known else path.name) or shown(path.name)
+    return printable_name(stem if known else path.name) or printable_name(path.name)
 
 
 @contextmanager
 def opened(path: Location) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """The file's unpacked bytes, and a function for how many of its own bytes were read."""
+    """The file's decompressed bytes, and a function that returns how many of its stored bytes were read."""
     with path.open("rb", buffering=1 << 20) as raw:
         match path.suffix.lower():
             case ".gz":
@@ -229,10 +229,9 @@ def opened(path: Location) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
 
 
 def damaged(path: Location, size: int, place: str, err: Exception) -> InputError:
-    """The error of a packed file that breaks at byte `size`."""
-    cut = isinstance(err, EOFError)
-    what = "ends too early" if cut else f"cannot be unpacked ({err})"
+    """The error for a compressed file that is damaged at byte `size`."""
+    what = "is truncated" if isinstance(err, EOFError) else f"cannot be decompressed ({err})"
     return InputError(
-        f"{shown(str(path))} {what}: expected a whole {path.suffix} file, it breaks at byte {size:,} of "
-        f"{path.stat().st_size:,}, last read: {place}. Fetch the file again; finished work is kept."
+        f"{printable_name(str(path))} {what}: expected a complete {path.suffix} file, damaged at byte {size:,} of "
+        f"{path.stat().st_size:,}, last read: {place}. Download the file again; finished work is kept."
     )

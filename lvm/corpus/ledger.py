@@ -1,8 +1,8 @@
-"""A folder of chunks, input by input: which parts and article numbers each was given, and what is left to do.
+"""The folder of chunks: parts and article numbers assigned to each input, and what remains to be done.
 
-ledger.json             parts and article numbers of each input
-_work/KEY/block-*.parquet   blocks of an input that is not yet in the ledger
-_work/KEY/done.json     what its reader counted; written when all its blocks are there
+ledger.json                 parts and article numbers of each input
+_work/KEY/block-*.parquet   staged blocks of an input that is not yet in the ledger
+_work/KEY/done.json         the reader's counts; written when all blocks of the input are staged
 """
 
 import json
@@ -24,18 +24,18 @@ _WORK = "_work"
 
 @dataclass(frozen=True)
 class Entry:
-    """What an input was given in this folder, as the ledger keeps it."""
+    """The ledger's entry for one input."""
 
     name: str
-    """The input's path inside --input."""
+    """Path relative to --input."""
     first_doc_id: int
     """doc_id of its first record."""
     num_records: int
-    """Records read; each took a number, whether or not it became an article."""
+    """Records read; each takes an article number, whether or not it became an article."""
     parts: list[str | None]
-    """Shard of each block in order; None where a block had no chunk to write."""
+    """Shard of each block, in order; None for a block without chunks."""
     read: dict[str, Any]
-    """Counts of the reader: what it skipped, and what was too broken to reach a block."""
+    """The reader's Counts: records that were skipped or too broken to reach a block."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Part:
 
     work: Work
     block: int
-    """The block's place in its input."""
+    """Index of the block in its input."""
     file: str
     """Name in the folder."""
     first_doc_id: int
@@ -52,17 +52,17 @@ class Part:
     num_records: int
     """Of the input."""
     there: bool
-    """True where it is written already."""
+    """True where it is already written."""
 
 
 class ChunkFolder:
-    """The output folder of `latent chunk`. tell: takes a line for the user."""
+    """The output folder of `latent chunk`. log: prints a line for the user."""
 
-    def __init__(self, path: Location, tell: Callable[[str], None]) -> None:
-        self.path, self._tell = path, tell
+    def __init__(self, path: Location, log: Callable[[str], None]) -> None:
+        self.path, self._log = path, log
 
     def require_ours(self) -> None:
-        """Raise OutputError where the folder holds shards of somebody else."""
+        """Raise OutputError where the folder holds shards that `latent chunk` did not write."""
         known = ("manifest.json", "settings.json", "ledger.json")
         foreign = sorted(p.name for p in self.path.glob("part-*.parquet"))
         if foreign and not any((self.path / n).exists() for n in known):
@@ -72,52 +72,52 @@ class ChunkFolder:
             )
 
     def ledger(self) -> dict[str, Entry]:
-        """Entry of each input by its work's key; empty where there is none or it cannot be read."""
+        """Entries by key of their work; empty where there is no ledger or it cannot be read."""
         try:
             record = json.loads((self.path / "ledger.json").read_bytes())
             return {key: Entry(**entry) for key, entry in record.items()}
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError, AttributeError) as err:
-            self._tell(f"{self.path / 'ledger.json'} cannot be read ({err}); all inputs are cut again")
+            self._log(f"{self.path / 'ledger.json'} cannot be read ({err}); all inputs are chunked again")
             return {}
 
     def save_ledger(self, entries: Mapping[str, Entry]) -> None:
-        """Write it in one step."""
+        """Write the ledger atomically."""
         write_json(self.path / "ledger.json", {key: asdict(entry) for key, entry in entries.items()})
 
-    # --------------------------------------------------------------------------------- blocks that wait
+    # ------------------------------------------------------------------------------------ staged blocks
 
     def staged(self, work: Work, block: int) -> Location:
-        """Where a block waits until all inputs are read."""
+        """File of a block until all inputs are read."""
         return self.path / _WORK / work.key / f"block-{block:05d}.parquet"
 
     def staged_blocks(self, work: Work) -> frozenset[int]:
-        """Numbers of the blocks that wait there."""
-        found = (self.path / _WORK / work.key).glob("block-*.parquet")
-        return frozenset(int(p.stem.removeprefix("block-")) for p in found)
+        """Indices of the input's staged blocks."""
+        files = (self.path / _WORK / work.key).glob("block-*.parquet")
+        return frozenset(int(p.stem.removeprefix("block-")) for p in files)
 
     def _done_file(self, work: Work) -> Location:
         return self.path / _WORK / work.key / "done.json"
 
     def is_read(self, work: Work) -> bool:
-        """True when all of an input's blocks wait."""
+        """True when all blocks of the input are staged."""
         return self._done_file(work).exists()
 
     def save_end(self, work: Work, num_blocks: int, end: InputEnd) -> None:
-        """Say that they do."""
+        """Record that all blocks of the input are staged."""
         read = {"num_records": end.num_records, "num_blocks": num_blocks, "read": asdict(end.counts)}
         write_json(self._done_file(work), read)
 
     def read_end(self, work: Work) -> dict[str, Any]:
-        """What `save_end` wrote."""
+        """The record that `save_end` wrote."""
         record: dict[str, Any] = json.loads(self._done_file(work).read_bytes())
         return record
 
     # ------------------------------------------------------------------------------------- parts
 
     def intact(self, work: Work, entry: Entry, damaged: Mapping[str, str]) -> frozenset[int]:
-        """Blocks of a ledger entry that need no work: their part is there, whole, and made by this work."""
+        """Blocks of a ledger entry that need no work: their part exists, is undamaged and was made by this work."""
         good = set()
         for block, part in enumerate(entry.parts):
             if part is None:
@@ -126,7 +126,7 @@ class ChunkFolder:
                 try:
                     footer = read_footer(self.path / part)
                 except InputError as err:
-                    self._tell(str(err))
+                    self._log(str(err))
                     continue
                 if (footer.get("work"), footer.get("block")) == (work.key, block):
                     good.add(block)
@@ -135,10 +135,9 @@ class ChunkFolder:
     def assign(
         self, works: Sequence[Work], taken: Mapping[str, Entry], names: Sequence[str]
     ) -> dict[str, Entry]:
-        """An entry for each work: those taken, and for each newly read one, in order, article numbers after all of
-        them and new part names.
+        """`taken`, and for each other work, in order, an entry with the next free article numbers and part names.
 
-        names: parts that must not be written over. Raises InputError when the article numbers run out.
+        names: parts that must not be overwritten. Raises InputError when the article numbers run out.
         """
         next_doc = max((e.first_doc_id + e.num_records for e in taken.values()), default=0)
         used = [*names, *(p for e in taken.values() for p in e.parts if p is not None)]
@@ -157,19 +156,15 @@ class ChunkFolder:
             next_doc += end["num_records"]
         if next_doc - 1 > MAX_DOC_ID:
             raise InputError(
-                f"the inputs hold {next_doc:,} records, article numbers end at {MAX_DOC_ID:,}; "
+                f"the inputs hold {next_doc:,} records, expected article numbers up to {MAX_DOC_ID:,}; "
                 "split the corpus and chunk it into several folders"
             )
         return entries
 
     def parts(
-        self,
-        works: Sequence[Work],
-        entries: Mapping[str, Entry],
-        intact: Mapping[str, frozenset[int]],
+        self, works: Sequence[Work], entries: Mapping[str, Entry], intact: Mapping[str, frozenset[int]]
     ) -> list[Part]:
-        """The folder's parts, in order of inputs and blocks. intact: blocks by the key of their work, of which the part
-        is written."""
+        """The folder's parts, in order of inputs and blocks. intact: by key of a work, its blocks that are written."""
         return [
             Part(work, block, part, entry.first_doc_id, entry.num_records, block in intact.get(work.key, ()))
             for work in works
@@ -181,7 +176,7 @@ class ChunkFolder:
     def shards(
         self, entries: Mapping[str, Entry], written: Sequence[Shard], old: Manifest | None
     ) -> tuple[Shard, ...]:
-        """The shards with rows, in the order of their names, which is that of article numbers."""
+        """The shards with rows, in order of name and thereby of article numbers."""
         known = {s.file: s for s in [*(old.shards if old else ()), *written]}
         shards = []
         for part in sorted(p for e in entries.values() for p in e.parts if p is not None):
@@ -195,7 +190,7 @@ class ChunkFolder:
         return Counts(**read_footer(self.path / part)["counts"])
 
     def report(self, works: Sequence[Work], entries: Mapping[str, Entry], source: object) -> dict[str, Any]:
-        """Counts over all inputs and for each. Raises InputError when no article was found in `source`."""
+        """Counts in all and by input. Raises InputError when `source` held no article."""
         total = Counts()
         inputs: dict[str, Any] = {}
         for work in works:
@@ -217,13 +212,13 @@ class ChunkFolder:
             first = f"; the first: {reasons[0]}" if reasons else ""
             raise InputError(
                 f"no article was found in {source}: {len(total.broken_files)} files and {total.num_broken} records are "
-                f"broken, {sum(total.skipped.values())} records are no articles{first}. Expected at least one article "
+                f"broken, {sum(total.skipped.values())} records are not articles{first}. Expected at least one article "
                 "with text."
             )
         return {**total.to_report(), "inputs": inputs}
 
     def clean(self, works: Sequence[Work]) -> None:
-        """Remove what a published manifest leaves over: waiting blocks, and entries of inputs that are gone."""
+        """After the manifest is published, remove staged blocks and the entries of inputs that no longer exist."""
         keys = {w.key for w in works}
         self.save_ledger({k: e for k, e in self.ledger().items() if k in keys})
         remove_tree(self.path / _WORK)

@@ -1,6 +1,6 @@
-"""Wiki markup to prose in a process beside this one, which can be stopped.
+"""Convert wiki markup to prose in a child process, so that a page can time out.
 
-The parser is C code that nothing interrupts, and a page of unclosed tags can hold it for minutes.
+The parser is C code that cannot be interrupted, and a page of unclosed tags can take it minutes.
 """
 
 import atexit
@@ -16,11 +16,11 @@ from collections.abc import Collection
 from lvm.corpus.records import BrokenRecordError
 
 PAGE_LIMIT_S = 20.0
-"""Longest time for one page; the longest of English Wikipedia take under two seconds."""
+"""Timeout for one page; the slowest of English Wikipedia take under two seconds."""
 
 
 class Parser:
-    """A process that parses one page after another; started again when a page had to be given up."""
+    """A child process that parses one page after another; restarted after a page that timed out or crashed it."""
 
     def __init__(self, limit_s: float = PAGE_LIMIT_S) -> None:
         self._limit_s = limit_s
@@ -28,7 +28,7 @@ class Parser:
         self._process: subprocess.Popen[bytes] | None = None
 
     def prose(self, markup: str, namespaces: Collection[str]) -> str:
-        """As `lvm.corpus.wikitext.prose_of`. Raises BrokenRecordError where that fails or takes too long."""
+        """`lvm.corpus.wikitext.prose_of` of the markup. Raises BrokenRecordError where it fails or times out."""
         request = json.dumps([markup, sorted(namespaces)]).encode() + b"\n"
         with self._lock:
             if self._process is None or self._process.poll() is not None:
@@ -42,14 +42,14 @@ class Parser:
                 ) from None
             except OSError as err:
                 self.close()
-                raise BrokenRecordError(f"its markup ends the parser: {err}") from err
+                raise BrokenRecordError(f"its markup crashes the parser: {err}") from err
         if "error" in reply:
             raise BrokenRecordError(f"its markup cannot be parsed: {reply['error']}")
         return str(reply["prose"])
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        command = [sys.executable, "-c", "from lvm.corpus.markup import answer; answer()"]
+        command = [sys.executable, "-c", "from lvm.corpus.markup import serve_pages; serve_pages()"]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def _ask(self, process: subprocess.Popen[bytes], request: bytes) -> dict[str, str]:
@@ -66,8 +66,8 @@ class Parser:
             if not part:
                 raise OSError(f"exit code {process.wait()}")
             reply += part
-        found: dict[str, str] = json.loads(reply)
-        return found
+        answer: dict[str, str] = json.loads(reply)
+        return answer
 
     def close(self) -> None:
         """Stop the process."""
@@ -80,15 +80,15 @@ class Parser:
             self._process = None
 
 
-def answer() -> None:
-    """The process's own loop: a line of JSON in, a line out, until the input ends."""
+def serve_pages() -> None:
+    """Main loop of the child process: one line of JSON in, one out, until stdin closes."""
     from lvm.corpus.wikitext import prose_of
 
     for line in sys.stdin.buffer:
         markup, namespaces = json.loads(line)
         try:
             reply = {"prose": prose_of(markup, namespaces)}
-        except Exception as err:  # the page's own fault, whatever it is
+        except Exception as err:  # whatever it is, this page causes it
             reply = {"error": f"{type(err).__name__}: {err}"[:300]}
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
@@ -98,9 +98,10 @@ _parsers: dict[int, Parser] = {}
 
 
 def prose(markup: str, namespaces: Collection[str]) -> str:
-    """`Parser.prose` of this process's own parser."""
-    if os.getpid() not in _parsers:  # a forked process must not read its parent's replies
+    """`Parser.prose` by the one parser of this process."""
+    pid = os.getpid()
+    if pid not in _parsers:  # a forked process must not read its parent's replies
         _parsers.clear()
-        _parsers[os.getpid()] = Parser()
-        atexit.register(_parsers[os.getpid()].close)
-    return _parsers[os.getpid()].prose(markup, namespaces)
+        _parsers[pid] = Parser()
+        atexit.register(_parsers[pid].close)
+    return _parsers[pid].prose(markup, namespaces)

@@ -1,4 +1,4 @@
-"""Final shards of chunks from cut blocks: articles that came before are found, and left out."""
+"""Write staged blocks as final shards, without duplicate articles."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,9 +18,9 @@ from lvm.vectors.shards import CHUNK_SCHEMA, Shard, read_footer, read_table, wit
 def first_chunks(
     files: Sequence[tuple[Location, int]],
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-    """Of each article in the shards, 64 bits of its first chunk's id, and its doc_id with the shard's added.
+    """For each article, in file order: 64 bits of its first chunk's id, and its final doc_id; both (N,).
 
-    files: shards and what to add to their doc_id (0 where it is final). Articles come in file order.
+    files: shards, each with the offset to add to its doc_id (0 where it is final).
     """
     ids: list[npt.NDArray[np.uint64]] = []
     docs: list[npt.NDArray[np.int64]] = []
@@ -41,7 +41,7 @@ def publish_part(
     dropped: npt.NDArray[np.int64],
     footer: Mapping[str, Any],
 ) -> Shard:
-    """Write a staged block under its final name: final article numbers, without the dropped articles."""
+    """Write a staged block as `part`, with final article numbers and without the `dropped` ones."""
     table = read_table(staged)
     counts = Counts(**read_footer(staged)["counts"])
     doc_ids = table.column("doc_id").to_numpy().astype(np.int64) + first_doc_id
@@ -61,7 +61,7 @@ def publish_part(
 
 
 def duplicates_among(ids: npt.NDArray[np.uint64], doc_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """doc_id of every article whose id an article with a lower doc_id has, ascending."""
+    """doc_id of every article that has the id of one with a lower doc_id, ascending."""
     order = np.lexsort((doc_ids, ids))
     again = np.zeros(len(ids), bool)
     again[1:] = ids[order][1:] == ids[order][:-1]

@@ -1,10 +1,9 @@
-"""Articles out of Wikipedia dumps, JSON, CSV, Parquet and text folders, one at a time.
+"""Stream articles from Wikipedia dumps, JSON, CSV, Parquet and text folders.
 
-Nothing is unpacked to disk and no file is held in memory: a reader yields one record after another. Two kinds
-of damage are told apart. A broken *record* (a line that is no JSON, a page without text) is counted with its
-reason and place, and reading goes on. A broken *file* (cut gzip, malformed XML, a missing column) raises
-InputError with the file's name and the position, since what follows cannot be trusted; its records before that
-place were handed on. Which files are read: `lvm.corpus.inputs`.
+Nothing is decompressed to disk and no file is held in memory. A broken *record* (a line that is not JSON, a page
+without text) is counted with its place and reason, and reading goes on. A broken *file* (truncated gzip, malformed
+XML, a missing column) raises InputError with its name and the position, after the records before the damage.
+Supported files: `lvm.corpus.inputs`.
 """
 
 import codecs
@@ -24,7 +23,7 @@ from lvm.corpus.inputs import (
     damaged,
     list_inputs,
     opened,
-    shown,
+    printable_name,
     stem_of,
     text_files,
 )
@@ -33,6 +32,7 @@ from lvm.corpus.records import (
     MAX_RECORD_BYTES,
     Article,
     BrokenRecordError,
+    OnPosition,
     ReadReport,
     Record,
     article_of,
@@ -42,16 +42,16 @@ from lvm.errors import InputError
 from lvm.storage import Location
 
 BATCH_BYTES = 32 << 20
-"""Bytes of Parquet text decoded at a time; a batch has one row at least."""
+"""Bytes of Parquet text decoded at a time; a batch has at least one row."""
 
 
 def read_articles(
     path: str | Location, limit: int | None = None, report: ReadReport | None = None, strict: bool = True
 ) -> Iterator[Article]:
-    """Articles of every input under `path`, in order, at most `limit`; `report` is filled on the way.
+    """Articles of every input under `path`, in order, at most `limit`; fills `report` on the way.
 
-    Raises InputError on a broken file, naming it and the position; without `strict` it is in the report, and the
-    other files are read.
+    Raises InputError with name and position of a broken file; without `strict` the file is reported and the next one
+    read.
     """
     report = report if report is not None else ReadReport()
     taken = 0
@@ -75,12 +75,11 @@ def read_articles(
 
 
 def read_records(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None] | None = None
+    input_file: InputFile, report: ReadReport, on_position: OnPosition | None = None
 ) -> Iterator[Record]:
-    """Records of one input, in file order; markup is left as it is.
+    """Records of one input, in file order, with markup unparsed.
 
-    on_position: called now and then with the number of (compressed) bytes read so far.
-    Raises InputError on a broken file, naming it and the position.
+    Raises InputError with name and position of a broken file.
     """
     reader = {
         "wikipedia": read_dump,
@@ -90,7 +89,9 @@ def read_records(
         "text": _read_text_folder,
     }[input_file.format]
     if input_file.format != "text" and input_file.path.stat().st_size == 0:
-        raise InputError(f"{shown(str(input_file.path))} is empty (0 bytes); write or fetch the file again")
+        raise InputError(
+            f"{printable_name(str(input_file.path))} is empty (0 bytes); write or download the file again"
+        )
     for record in reader(input_file, report, on_position or (lambda _: None)):
         report.articles += 1
         yield record
@@ -99,10 +100,8 @@ def read_records(
 # ------------------------------------------------------------------------------------------------ JSON
 
 
-def _read_json(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
-) -> Iterator[Record]:
-    """Objects one per line; or one array, or objects over several lines, where the first line says so."""
+def _read_json(input_file: InputFile, report: ReadReport, on_position: OnPosition) -> Iterator[Record]:
+    """One object per line; or, by the first line, an array or objects that span several lines."""
     path, name = input_file.path, input_file.name
     source = stem_of(path)
     last = "its beginning"
@@ -111,13 +110,12 @@ def _read_json(
             first = file.readline(64)
             start = first.removeprefix(codecs.BOM_UTF8).strip()
             file.seek(0)
-            lines_promised = (
-                path.name.lower().rpartition(".json")[2][:1] == "l" or ".ndjson" in path.name.lower()
-            )
-            whole_values = start == b"[" or (not lines_promised and (start[:1] == b"[" or start == b"{"))
-            for number, value in _values(file) if whole_values else _lines(file):
-                last = f"{'record' if whole_values else 'line'} {number}"
-                place = f"{name}, {last}" if whole_values else f"{name}:{number}"
+            lower = path.name.lower()
+            json_lines = lower.rpartition(".json")[2][:1] == "l" or ".ndjson" in lower
+            multiline = start == b"[" or (not json_lines and (start[:1] == b"[" or start == b"{"))
+            for number, value in _values(file) if multiline else _lines(file):
+                last = f"{'record' if multiline else 'line'} {number}"
+                place = f"{name}, {last}" if multiline else f"{name}:{number}"
                 article = report.read(place, _json_article, value, source, name)
                 if article is not None:
                     yield Record(article, last)
@@ -127,8 +125,8 @@ def _read_json(
             raise damaged(path, position(), last, err) from err
         except _BrokenJsonError as err:
             raise InputError(
-                f"{shown(str(path))} is no whole JSON after {last}: {err}. Write one object per line (.jsonl), "
-                "where one broken record does not hide the others."
+                f"{printable_name(str(path))} is not valid JSON after {last}: {err}. Write one object per line "
+                "(.jsonl), so that one broken record does not hide the others."
             ) from err
         on_position(position())
 
@@ -147,25 +145,25 @@ def _json_article(value: Any, source: str, place: str) -> Article | None:
         except ValueError as err:
             raise BrokenRecordError(f"not JSON: {err}") from err
         except RecursionError as err:
-            raise BrokenRecordError("not JSON that can be read: nested too deep") from err
+            raise BrokenRecordError("not readable JSON: nested too deep") from err
     if not isinstance(value, dict):
         raise BrokenRecordError(f"expected a JSON object, got {type(value).__name__}")
     return article_of(value, source, place)
 
 
 class _Oversized:
-    """Stands for a line that was too long to be held."""
+    """Stands for a line that is too long to be held in memory."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
 
 class _BrokenJsonError(Exception):
-    """A JSON document ends or breaks in its middle."""
+    """A JSON document is truncated or malformed."""
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | _Oversized]]:
-    """Lines and their numbers from 1; of one longer than MAX_RECORD_BYTES only its size."""
+    """Lines with their numbers from 1; for a line longer than MAX_RECORD_BYTES only its size."""
     number = 0
     while line := file.readline(MAX_RECORD_BYTES):
         number += 1
@@ -179,7 +177,7 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | _Oversized]]:
 
 
 def _values(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    """Values of an array, or objects one after another, and their numbers from 1."""
+    """Values of an array, or concatenated objects, with their numbers from 1."""
     import ijson
 
     mark = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
@@ -196,16 +194,14 @@ def _values(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 # ------------------------------------------------------------------------------------------------- CSV
 
 
-def _read_csv(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
-) -> Iterator[Record]:
+def _read_csv(input_file: InputFile, report: ReadReport, on_position: OnPosition) -> Iterator[Record]:
     path, name = input_file.path, input_file.name
     source = stem_of(path)
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
     number = 0
     csv.field_size_limit(MAX_RECORD_BYTES)
     with opened(path) as (file, position):
-        # What is no UTF-8 becomes half surrogates here and a broken record below.
+        # Bytes that are not UTF-8 become lone surrogates here and a broken record below.
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         try:
@@ -226,12 +222,12 @@ def _read_csv(
         except PACKING_ERRORS as err:
             raise damaged(path, position(), f"row {number}", err) from err
         except csv.Error as err:
-            raise InputError(f"{shown(str(path))} has no head that can be read: {err}") from err
+            raise InputError(f"{printable_name(str(path))} has no readable header row: {err}") from err
         on_position(position())
 
 
 def _csv_row(rows: Iterator[list[str]], head: list[str]) -> dict[str, str]:
-    """The next row by the head's names; empty at the end."""
+    """The next row by column name; empty at the end."""
     try:
         row = next(rows, None)
     except csv.Error as err:
@@ -239,7 +235,7 @@ def _csv_row(rows: Iterator[list[str]], head: list[str]) -> dict[str, str]:
     if row is None:
         return {}
     if len(row) != len(head):
-        raise BrokenRecordError(f"expected {len(head)} fields as the head has, got {len(row)}")
+        raise BrokenRecordError(f"expected {len(head)} fields as in the header row, got {len(row)}")
     for field in row:
         field.encode("utf-8", "surrogateescape").decode()
     return dict(zip(head, row, strict=True))
@@ -249,17 +245,15 @@ def _require_columns(path: Location, names: list[str]) -> None:
     missing = [name for name in FIELDS if name not in names]
     if missing:
         raise InputError(
-            f"{shown(str(path))} has no column {', '.join(missing)}: expected id, title, text (and source), "
-            f"found {', '.join(names)[:200] or 'none'}. Rename its columns."
+            f"{printable_name(str(path))} has no column {', '.join(missing)}: expected id, title, text (and source), "
+            f"got {', '.join(names)[:200] or 'none'}. Rename its columns."
         )
 
 
 # --------------------------------------------------------------------------------------------- Parquet
 
 
-def _read_parquet(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
-) -> Iterator[Record]:
+def _read_parquet(input_file: InputFile, report: ReadReport, on_position: OnPosition) -> Iterator[Record]:
     path, name = input_file.path, input_file.name
     source = stem_of(path)
     number = 0
@@ -282,8 +276,8 @@ def _read_parquet(
                 on_position(size * number // rows)
     except (pa.ArrowException, OSError) as err:
         raise InputError(
-            f"{shown(str(path))} is no whole Parquet file: {str(err).strip()[:300]}, last read: row {number}. "
-            "Fetch the file again; finished work is kept."
+            f"{printable_name(str(path))} is not a valid Parquet file: {str(err).strip()[:300]}, last read: row "
+            f"{number}. Download the file again; finished work is kept."
         ) from err
 
 
@@ -292,7 +286,7 @@ def _row_article(cells: dict[str, Callable[[int], Any]], row: int, source: str, 
 
 
 def _cells(column: Any) -> Callable[[int], Any]:
-    """The values of a column by row. Text is decoded one by one, so that only a row that is no UTF-8 is broken."""
+    """A column's value by row. Text is decoded row by row, so that invalid UTF-8 breaks only its own row."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     is_text = any(
@@ -316,20 +310,18 @@ def _cells(column: Any) -> Callable[[int], Any]:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def _read_text_folder(
-    input_file: InputFile, report: ReadReport, on_position: Callable[[int], None]
-) -> Iterator[Record]:
+def _read_text_folder(input_file: InputFile, report: ReadReport, on_position: OnPosition) -> Iterator[Record]:
     folder = input_file.path
-    source = stem_of(folder) if folder.is_file() else shown(folder.resolve().name)
+    source = stem_of(folder) if folder.is_file() else printable_name(folder.resolve().name)
     position = 0
     for file in text_files(folder):
-        name = shown(file.name)
-        article = report.read(shown(str(file)), _text_article, file, source, input_file.name)
+        name = printable_name(file.name)
+        article = report.read(printable_name(str(file)), _text_article, file, source, input_file.name)
         if article is not None:
             yield Record(article, name)
         try:
             position += file.stat().st_size
-        except OSError:  # gone meanwhile, and counted as broken
+        except OSError:  # deleted meanwhile, and already counted as broken
             continue
         on_position(position)
 

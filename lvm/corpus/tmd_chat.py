@@ -1,8 +1,7 @@
-"""TMD codes by a language model behind an OpenAI-compatible chat endpoint, remembered in a file.
+"""TMD codes from a language model behind an OpenAI-compatible chat endpoint, cached in a file.
 
-The model is given the labels and must answer with one JSON object that holds one label of each axis and how sure it is;
-anything else is asked again with what was wrong. What was answered once, for this model, these labels and this text, is
-never asked again.
+The model gets the labels and must answer with one JSON object: a label of each axis and its confidence. Any other
+answer is sent back with what is wrong. Answers are cached by model, prompt and text.
 """
 
 import hashlib
@@ -32,22 +31,22 @@ _PROMPT = (
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """Where to ask, and how patiently."""
+    """The endpoint, its retries and timeouts."""
 
     url: str
-    """Of the API, ending before /chat/completions: https://api.openai.com/v1."""
+    """Base URL of the API, without /chat/completions, such as https://api.openai.com/v1."""
     model: str
-    """Name of the model there."""
+    """The model's name at the endpoint."""
     api_key: str = field(default="", repr=False)
     """Sent as a bearer token; "" sends none."""
     attempts: int = 3
-    """Times a text is asked for, the first included."""
+    """Most requests for one text, the first included."""
     timeout_s: float = 60.0
-    """Longest wait for one answer."""
+    """Timeout of one request."""
     pause_s: float = 0.5
-    """Wait before the second attempt, doubled for each after it, unless the endpoint says Retry-After."""
+    """Wait before the second attempt, doubled for each one after, unless the endpoint sends Retry-After."""
     parallel: int = 8
-    """Requests at once."""
+    """Concurrent requests."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -58,7 +57,7 @@ class ChatSettings:
 
 
 class UnusableAnswer(ValueError):
-    """What the model answered is not what was asked for; the message says why."""
+    """The model's answer does not follow the prompt; the message says why."""
 
 
 def parse_answer(content: str) -> Coded:
@@ -81,10 +80,10 @@ def parse_answer(content: str) -> Coded:
 
 
 class ChatCoder:
-    """Codes texts by asking. Use it as a context manager; it is one thread's."""
+    """Codes texts by a chat endpoint. A context manager; not thread-safe."""
 
     def __init__(self, settings: ChatSettings, cache: Path) -> None:
-        """cache: the file answers are kept in; made where it is not. Raises InputError where it is none of ours."""
+        """cache: file of cached answers, created if missing. Raises InputError when it is another kind of file."""
         self.settings = settings
         self.failures: list[str] = []
         """Why texts have no code, the latest last."""
@@ -96,7 +95,7 @@ class ChatCoder:
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, code INT, confidence REAL)"
             )
         except sqlite3.DatabaseError as err:
-            raise InputError(f"{cache} holds no answers of ours ({err}); name another file") from err
+            raise InputError(f"{cache} is not a cache of TMD answers ({err}); name another file") from err
         self._refused = threading.Event()
 
     def __enter__(self) -> "ChatCoder":
@@ -108,10 +107,10 @@ class ChatCoder:
     def code(self, texts: Sequence[str]) -> list[Coded | None]:
         """The code of each text, None where no usable answer came; `failures` says why.
 
-        Raises InputError where the endpoint refuses us for good: a wrong key, model or address.
+        Raises InputError on an error that no retry can cure: a wrong key, model or URL.
         """
         keys = [self._key(text) for text in texts]
-        known = self._remembered(set(keys))
+        known = self._cached(set(keys))
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
         with ThreadPoolExecutor(self.settings.parallel) as threads:
             answers = dict(zip(new, threads.map(self._ask, new.values()), strict=True))
@@ -124,13 +123,13 @@ class ChatCoder:
             if isinstance(answer, InputError):
                 raise answer
         self.failures += [a for a in answers.values() if isinstance(a, str)]
-        found = known | {k: a for k, a in answers.items() if isinstance(a, Coded)}
-        return [found.get(key) for key in keys]
+        coded = known | {k: a for k, a in answers.items() if isinstance(a, Coded)}
+        return [coded.get(key) for key in keys]
 
     def _key(self, text: str) -> str:
         return hashlib.sha256("\0".join((self.settings.model, self._prompt, text)).encode()).hexdigest()
 
-    def _remembered(self, keys: set[str]) -> dict[str, Coded]:
+    def _cached(self, keys: set[str]) -> dict[str, Coded]:
         rows = [
             row
             for key in keys
@@ -139,7 +138,7 @@ class ChatCoder:
         return {key: Coded(unpack(code), (sure, sure, sure)) for key, code, sure in rows}
 
     def _ask(self, text: str) -> Coded | str | InputError:
-        """The code; why there is none; or the error that ends it for all texts."""
+        """The code, the reason why there is none, or the error that ends the run for all texts."""
         messages = [{"role": "system", "content": self._prompt}, {"role": "user", "content": text}]
         reason = "not asked, as the endpoint refused another text"
         for attempt in range(self.settings.attempts):
@@ -147,26 +146,23 @@ class ChatCoder:
                 return reason
             pause = self.settings.pause_s * 2**attempt
             try:
-                content = self._request(messages)
-                return parse_answer(content)
+                return parse_answer(self._request(messages))
             except UnusableAnswer as err:
                 reason = str(err)
-                messages = [
-                    *messages[:2],
-                    {"role": "user", "content": f"That was not usable: {err}. Answer again."},
-                ]
+                again = {"role": "user", "content": f"That was not usable: {err}. Answer again."}
+                messages = [*messages[:2], again]
                 continue
             except urllib.error.HTTPError as err:
                 reason = f"HTTP {err.code} {err.reason}"
                 if err.code not in (408, 409, 429) and err.code < 500:
                     self._refused.set()
-                    said = " ".join(err.read(300).decode(errors="replace").split())
+                    body = " ".join(err.read(300).decode(errors="replace").split())
                     return InputError(
-                        f"{self.settings.url} refuses model {self.settings.model!r}: {reason} {said}; check --llm-url, "
+                        f"{self.settings.url} refuses model {self.settings.model!r}: {reason} {body}; check --llm-url, "
                         "--llm-model and LATENT_LLM_API_KEY"
                     )
-                told = err.headers.get("Retry-After", "")
-                pause = min(float(told), self.settings.timeout_s) if told.isdigit() else pause
+                retry_after = err.headers.get("Retry-After", "")
+                pause = min(float(retry_after), self.settings.timeout_s) if retry_after.isdigit() else pause
             except (OSError, ValueError, KeyError, IndexError, TypeError) as err:
                 reason = f"{type(err).__name__}: {err}"
             if attempt + 1 < self.settings.attempts:

@@ -1,8 +1,8 @@
-"""Wiki markup to paragraphs of prose, through mwparserfromhell's tree.
+"""Convert wiki markup to paragraphs of prose, through mwparserfromhell's tree.
 
-What a reader sees as running text stays, in its order: words, link labels, quotations, the text of the
-few templates that stand inside sentences. What is not prose goes: headings, other templates, references,
-tables, lists, galleries, files, categories, formulae, comments.
+Running text is kept, in order: words, link labels, quotations, and the text of the few templates used inside
+sentences. Everything else is removed: headings, other templates, references, tables, lists, galleries, files,
+categories, formulae, comments.
 """
 
 import html
@@ -23,10 +23,10 @@ skrá flokkur vaizdas attēls αρχείο εικόνα κατηγορία フ�
 irudi tập_tin hình thể_loại
 """
 MEDIA_NAMESPACES = frozenset(name.replace("_", " ") for name in _NAMESPACES.split())
-"""Names (lower case) of the namespaces whose links show no text in a sentence, in the common languages: a wiki takes
-its own name, the English one, and older names that its export does not list."""
+"""Names (lower case) of the File and Category namespaces in the common languages; their links are not text. A wiki
+accepts its own name, the English one, and older names that its export does not list."""
 
-# Tags whose content is not prose. mwparserfromhell gives wiki tables and rules as tags of these names too.
+# Tags whose content is not prose. mwparserfromhell also represents wiki tables and rules as such tags.
 _DROPPED_TAGS = frozenset(
     {
         *("ref", "references", "table", "caption", "gallery", "imagemap", "mapframe", "maplink"),
@@ -40,10 +40,10 @@ _BREAKING_TAGS = frozenset(
 )
 _LIST_TAGS = frozenset({"li", "dt", "dd"})
 _LIST_LINE = "\x00"
-"""Marks a line as a list item; XML cannot hold this character, so no article does."""
+"""Marks a line as a list item; XML does not allow this character, so no article contains it."""
 
 _INTERLANGUAGE = re.compile(r"^[a-z]{2,3}(-[a-z-]+)?$")
-# Tags that the parser found no partner for: they stand in the text as they were written.
+# Unpaired tags, which the parser leaves in the text.
 _LOOSE_TAG = re.compile(
     r"</?(?:ref|references|small|big|br|p|div|span|center|font|sub|sup|blockquote|noinclude|includeonly|onlyinclude|"
     r"gallery|nowiki|table|tr|td|th|ul|ol|li|dl|dt|dd|i|b|u|s|em|strong|del|ins|cite|code|tt|pre|poem|math|hr|abbr|"
@@ -54,14 +54,13 @@ _LOOSE_TAG = re.compile(
 _LOOSE_SPACE = re.compile(r"</?\s?br\b[^<>]{0,100}>|<ref\b[^<>]{0,300}>", re.IGNORECASE)
 _LOOSE_QUOTES = re.compile(r"'{2,5}")
 _VARIANT = re.compile(r"-\{([^{}]*)\}-")
-"""A text in several writing systems of one language, as Chinese and Serbian wikis have it."""
+"""A text in several scripts of one language, as in Chinese and Serbian wikis."""
 _LOOSE_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
 _LOOSE_LINK = re.compile(r"\[\[([^\[\]]*)\]\]")
 _SWITCH = re.compile(r"__[A-Z]+__")
 _PARAGRAPH_BREAK = re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")
-# What removed templates leave behind: "( ; born 1950)", "( )", "covers .".
-# White space is single by then, and a run is looked at from its first character only: else a long run of spaces or
-# commas costs its square.
+# Remains of removed templates: "( ; born 1950)", "( )", "covers .". White space is single by then. The possessive
+# quantifiers and the lookbehind keep long runs of commas linear.
 _AFTER_BRACKET = re.compile(r"\([;, ]++")
 _BEFORE_BRACKET = re.compile(r"(?<![;, ])[;, ]++\)")
 _EMPTY_BRACKETS = re.compile(r" ?\( ?\)")
@@ -90,7 +89,7 @@ def _last(args: list[str]) -> str:
     return args[-1] if args else ""
 
 
-# Templates that are words of a sentence. Everything else is removed, as boxes, notes and tables are.
+# Templates that are part of a sentence. All others are removed.
 _INLINE_TEMPLATES: dict[str, Callable[[list[str]], str]] = {
     **dict.fromkeys(("convert", "cvt"), _converted),
     **dict.fromkeys(("lang", "transl", "transliteration"), _last),
@@ -129,12 +128,9 @@ def _render_template(template: Template, drop: Collection[str]) -> str:
 def _render_link(link: Wikilink, drop: Collection[str]) -> str:
     title = str(link.title).strip()
     prefix, colon, _ = title.partition(":")
-    # A category of another project is commons:Category:Mills; a link that begins with a colon is a word.
-    if any(
-        name.strip().lower().replace("_", " ") in drop
-        for name in title.split(":")[:-1]
-        if not title.startswith(":")
-    ):
+    # A category of another project is commons:Category:Mills; a link with a leading colon shows its title.
+    names = [] if title.startswith(":") else title.split(":")[:-1]
+    if any(name.strip().lower().replace("_", " ") in drop for name in names):
         return ""
     if colon and link.text is None and _INTERLANGUAGE.match(prefix):
         return ""
@@ -165,22 +161,22 @@ def _render(code: Wikicode, drop: Collection[str]) -> str:
         elif isinstance(node, Template):
             out.append(_render_template(node, drop))
         elif isinstance(node, HTMLEntity):
-            out.append(html.unescape(str(node)))  # the parser's own raises on numbers of no character
+            out.append(html.unescape(str(node)))  # the parser's own method raises on invalid code points
         elif isinstance(node, ExternalLink) and node.title is not None:
             out.append(_render(node.title, drop))
-        # What is left is headings, comments, template arguments and bare addresses: no prose.
+        # All other nodes (headings, comments, template arguments, bare URLs) are not prose.
     return "".join(out)
 
 
 def _loose(text: str) -> str:
-    """Text without the markup that the parser could not pair."""
+    """Text without unpaired markup, which the parser leaves in it."""
     if "<" in text:
         text = _LOOSE_TAG.sub("", _LOOSE_SPACE.sub(" ", text))
     return _LOOSE_QUOTES.sub("", text) if "''" in text else text
 
 
 def _variant(match: re.Match[str]) -> str:
-    """The first variant of -{zh-hans:a; zh-hant:b}-; the text of -{a}-; nothing for one that only sets a rule."""
+    """The first variant of -{zh-hans:a; zh-hant:b}-, the text of -{a}-, or nothing for one that only sets a rule."""
     flags, bar, body = match[1].rpartition("|")
     if bar and set(flags.upper()) & set("HT-"):
         return ""
@@ -197,7 +193,7 @@ def _tidy(paragraph: str) -> str:
 
 
 def _without_tables(lines: list[str]) -> list[str]:
-    """The lines outside of tables that the parser took for text; prose begins no line with their signs."""
+    """The lines outside malformed tables, which the parser leaves as text; prose lines do not start with "|" or "!"."""
     kept, within = [], False
     last_end = max((i for i, line in enumerate(lines) if line.lstrip().startswith("|}")), default=-1)
     for i, line in enumerate(lines):
@@ -212,10 +208,10 @@ def _without_tables(lines: list[str]) -> list[str]:
 
 
 def prose_of(markup: str, media_namespaces: Collection[str] = MEDIA_NAMESPACES) -> str:
-    """The article's paragraphs in order, separated by a blank line; empty where it has no prose.
+    """The article's paragraphs in order, separated by blank lines; empty where it has no prose.
 
-    media_namespaces: names, lower case, of the wiki's own File and Category namespaces.
-    Raises whatever the parser raises on markup it cannot read.
+    media_namespaces: lower-case names of the wiki's own File and Category namespaces.
+    Raises whatever the parser raises on markup that it cannot parse.
     """
     drop = MEDIA_NAMESPACES.union(media_namespaces)
     if "-{" in markup:

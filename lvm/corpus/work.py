@@ -1,27 +1,27 @@
-"""What there is to chunk: each input, and a key that says whether its chunks would come out the same."""
+"""The inputs to chunk, each with a key that changes whenever its chunks would."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lvm.corpus.chunker import RULES
-from lvm.corpus.inputs import InputFile, shown
+from lvm.corpus.inputs import InputFile, printable_name
 from lvm.errors import InputError
 from lvm.vectors.shards import fingerprint
 
 
 @dataclass(frozen=True)
 class ChunkSettings:
-    """What decides the chunks of a given text."""
+    """Settings that determine the chunks of a given text."""
 
     tokenizer_sha256: str
     """Hash of the codec's tokenizer, 64 hex digits."""
     max_tokens: int
-    """Tokens a chunk may have, end of sequence included."""
+    """Most tokens of a chunk, end of sequence included."""
     language: str = "en"
-    """Language whose abbreviations the sentence splitter knows, ISO 639-1."""
+    """Language of the sentence splitter, ISO 639-1."""
     rows_per_shard: int = 2048
-    """Rows a shard is aimed to have; shards hold whole articles, so it is met on average."""
+    """Target rows per shard; shards hold whole articles, so it is met on average."""
     rules: int = RULES
     """Version of the chunker's rules."""
 
@@ -32,7 +32,7 @@ class ChunkSettings:
 
 @dataclass(frozen=True)
 class Work:
-    """One input and what identifies the work on it."""
+    """The chunking of one input."""
 
     input: InputFile
     """What to read."""
@@ -41,10 +41,10 @@ class Work:
     size: int
     """Bytes to read."""
     before: tuple[str, ...]
-    """Keys of the inputs before this one."""
+    """Keys of the preceding inputs."""
 
     def footer(self, block: int) -> dict[str, Any]:
-        """What a shard's footer says of its origin."""
+        """A shard's origin, for its footer."""
         return {"work": self.key, "block": block, "input": self.input.name}
 
 
@@ -54,14 +54,14 @@ def plan_works(
     settings: ChunkSettings,
     limit: int | None,
 ) -> list[Work]:
-    """One work for each input, in order. Under a limit, an input's share depends on those before it."""
+    """One work per input, in order. With a limit, an input's key depends on the inputs before it."""
     works: list[Work] = []
     before: list[str] = []
     for input_file in inputs:
         stamp = stamps[input_file.name]
         decisive = {
             "content": stamp["sha256"],
-            "names": [input_file.name, shown(input_file.path.resolve().name), input_file.format],
+            "names": [input_file.name, printable_name(input_file.path.resolve().name), input_file.format],
             "settings": asdict(settings),
             "limit": None if limit is None else [limit, *before],
         }

@@ -1,4 +1,4 @@
-"""What a trained predictor must beat: six predictors without a trained network.
+"""Baselines that a trained predictor must beat.
 
 Each is called with (B, T, D) float32 contexts and returns (B, D) float32 unit vectors, as the models do.
 """
@@ -12,26 +12,26 @@ import torch
 from numpy.typing import NDArray
 
 from lvm.errors import InputError
-from lvm.evaluate.metrics import Predict, cosines
+from lvm.evaluate.metrics import Float32Array, Predict, cosines
 from lvm.predict.steer import unit
 
-Batches = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
-"""Called once a pass over the data; gives (B, T, D) contexts with their (B, D) targets."""
+Batches = Callable[[], Iterator[tuple[Float32Array, Float32Array]]]
+"""Called once per pass over the data; yields (B, T, D) contexts with their (B, D) targets."""
 
 
 @dataclass(frozen=True)
 class CorpusMean:
-    """The same vector for every context: the best constant."""
+    """The best constant prediction."""
 
-    vector: NDArray[np.float32]
+    vector: Float32Array
     """(D,) unit vector, the mean of the training targets."""
 
-    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, contexts: Float32Array) -> Float32Array:
         return np.repeat(self.vector[None], len(contexts), axis=0)
 
     @classmethod
     def fit(cls, batches: Batches) -> "CorpusMean":
-        """The mean over one pass of the training batches."""
+        """The mean over one pass of the training batches. Raises InputError when there are none."""
         total: NDArray[np.float64] | None = None
         for _, targets in batches():
             added = targets.sum(axis=0, dtype=np.float64)
@@ -41,93 +41,93 @@ class CorpusMean:
         return cls(unit(total[None].astype(np.float32))[0])
 
 
-def context_mean(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The mean of the context, scaled to length 1."""
+def context_mean(contexts: Float32Array) -> Float32Array:
+    """The mean of the context, scaled to norm 1."""
     return unit(contexts.mean(axis=1))
 
 
-def copy_last(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+def copy_last(contexts: Float32Array) -> Float32Array:
     """The last context vector: `passthrough`."""
     return unit(contexts[:, -1])
 
 
 DECAYS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Weights of a vector as shares of the next one's; 1 is the plain mean."""
+"""Candidates for `WeightedMean.decay`; 1 is the plain mean."""
 
 
 @dataclass(frozen=True)
 class WeightedMean:
-    """The mean of the context, each vector counting `decay` of the one after it."""
+    """The mean of the context, where each vector weighs `decay` times the next one."""
 
     decay: float
 
-    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, contexts: Float32Array) -> Float32Array:
         weights = self.decay ** np.arange(contexts.shape[1] - 1, -1, -1, dtype=np.float32)
         return unit(np.einsum("t,btd->bd", weights, contexts))
 
     @classmethod
     def fit(cls, reciprocal_rank: Callable[[Predict], float]) -> "WeightedMean":
-        """The decay of DECAYS that finds best. reciprocal_rank: of a predictor, on training windows."""
+        """The one of DECAYS with the best reciprocal rank. reciprocal_rank: of a predictor, on training windows."""
         return max((cls(decay) for decay in DECAYS), key=reciprocal_rank)
 
 
 NEIGHBOUR_WINDOWS = 50_000
-"""Training windows that the nearest neighbour is looked for in, 150 MB at 768-d."""
+"""Training windows that the nearest neighbour is searched in, 150 MB at 768-d."""
 
 
 @dataclass(frozen=True)
 class NearestNeighbour:
-    """What followed the training context that is most like this one, by the cosine of their means."""
+    """The successor of the most similar training context, by cosine of the context means."""
 
-    means: NDArray[np.float32]
+    means: Float32Array
     """(N, D) unit means of training contexts."""
-    successors: NDArray[np.float32]
-    """(N, D) unit vectors that followed."""
+    successors: Float32Array
+    """(N, D) unit vectors, the next vector of each context."""
 
-    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, contexts: Float32Array) -> Float32Array:
         nearest = (context_mean(contexts) @ self.means.T).argmax(axis=1)
-        found: NDArray[np.float32] = self.successors[nearest]
-        return found
+        predicted: Float32Array = self.successors[nearest]
+        return predicted
 
     @classmethod
     def fit(cls, batches: Batches) -> "NearestNeighbour":
-        """All windows of one pass over the training batches. Raises InputError where there is none."""
-        found = [(context_mean(contexts), unit(targets)) for contexts, targets in batches()]
-        if not found:
+        """All windows of one pass over the training batches. Raises InputError when there are none."""
+        pairs = [(context_mean(contexts), unit(targets)) for contexts, targets in batches()]
+        if not pairs:
             raise InputError("no training windows; the nearest neighbour needs at least one")
-        means, successors = zip(*found, strict=True)
+        means, successors = zip(*pairs, strict=True)
         return cls(np.concatenate(means), np.concatenate(successors))
 
 
 @dataclass(frozen=True)
 class RidgeSettings:
-    """How the ridge regression is fitted."""
+    """Data and penalties of the ridge regression."""
 
     max_train_windows: int = 50_000
-    """Training windows used. The normal equations cost rows x (T D)^2; 50,000 rows of 5 x 768 are 0.7 T
+    """Most training windows. The normal equations cost rows x (T D)^2; 50,000 rows of 5 x 768 are 0.7 T
     multiplications, some twenty seconds on two cores."""
     max_val_windows: int = 4_000
-    """Validation windows on which the penalty is chosen."""
+    """Most validation windows, on which the penalty is chosen."""
     penalties: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-    """Penalties tried, as multiples of the mean eigenvalue of the inputs' scatter matrix (X'X, centred)."""
+    """Penalties to try, as multiples of the mean eigenvalue of the inputs' scatter matrix (X'X, centred)."""
 
 
 RIDGE_CONTEXT = 8
-"""Context vectors the regression reads, the last ones: its cost grows with the cube of their number."""
+"""Last context vectors that the regression reads; its cost grows with the cube of their number."""
 
 
-def inputs_of(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(B, T * D) the last vectors of contexts (B, any T, D), laid end to end."""
+def inputs_of(contexts: Float32Array) -> Float32Array:
+    """(B, T * D) concatenation of the last vectors of contexts (B, any T, D)."""
     return contexts[:, -RIDGE_CONTEXT:].reshape(len(contexts), -1)
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """Linear regression with an L2 penalty from the context's last vectors, laid end to end, to the next vector."""
+    """Ridge regression from the context's last vectors, concatenated, to the next vector."""
 
-    weights: NDArray[np.float32]
+    weights: Float32Array
     """(T * D, D), T at most RIDGE_CONTEXT."""
-    bias: NDArray[np.float32]
+    bias: Float32Array
     """(D,), not penalised."""
     penalty: float
     """The chosen one of RidgeSettings.penalties."""
@@ -136,17 +136,12 @@ class Ridge:
     num_windows: int
     """Training windows it was fitted on."""
 
-    def __call__(self, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, contexts: Float32Array) -> Float32Array:
         return unit(inputs_of(contexts) @ self.weights + self.bias)
-
-    @property
-    def num_parameters(self) -> int:
-        """Numbers fitted."""
-        return self.weights.size + self.bias.size
 
 
 class _Wide:
-    """Solver that keeps the rows, for fewer windows than inputs: (n, n) systems."""
+    """Solver for fewer windows than inputs: keeps the n rows and solves an (n, n) system."""
 
     def __init__(self) -> None:
         self.rows: list[torch.Tensor] = []
@@ -172,10 +167,10 @@ class _Wide:
 
 
 class _Tall:
-    """Solver that keeps sums alone, for any number of windows: (T D, T D) systems."""
+    """Solver for any number of windows: keeps only sums and solves a (T D, T D) system."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        # float64: with 50,000 rows the centring in finish() subtracts numbers of like size.
+        # float64: with 50,000 rows the centring in finish() subtracts numbers of similar size.
         self.count = 0
         self.mean_x = torch.zeros(inputs, dtype=torch.float64)
         self.mean_y = torch.zeros(outputs, dtype=torch.float64)
@@ -205,7 +200,7 @@ class _Tall:
 
 
 def _solver(batches: Batches) -> _Wide | _Tall:
-    """The solver that fits the number of windows, filled and finished; both give the same solution."""
+    """The cheaper solver for the number of windows, ready to solve; both give the same solution."""
     solver: _Wide | _Tall = _Wide()
     for contexts, targets in batches():
         x = torch.from_numpy(inputs_of(contexts))
@@ -225,9 +220,9 @@ def _solver(batches: Batches) -> _Wide | _Tall:
 def fit_ridge(train: Batches, val: Batches, settings: RidgeSettings) -> Ridge:
     """The closed-form solution with the penalty that has the best mean cosine on `val`.
 
-    `train` and `val` must already be cut to the settings' limits. Sums are float64, the systems float32: the
-    penalty bounds their condition number to some thousands, and half the bytes take half the time. Memory:
-    about 400 MB at 5 x 768, whatever the number of windows.
+    `train` and `val` must already respect the settings' limits. Sums are float64. The systems are solved in float32,
+    in half the time, as the penalty bounds their condition number to some thousands. Memory: about 400 MB at 5 x 768,
+    whatever the number of windows. Raises InputError when there are no windows or no penalties.
     """
     solver = _solver(train)
     best: Ridge | None = None
@@ -255,10 +250,10 @@ def mean_cosine(predict: Predict, batches: Batches) -> float:
 
 
 def describe(predict: Any) -> dict[str, Any]:
-    """Parameters and choices of a baseline, for the report."""
+    """Number of parameters and fitted settings of a baseline, for the report."""
     if isinstance(predict, Ridge):
         return {
-            "parameters": predict.num_parameters,
+            "parameters": predict.weights.size + predict.bias.size,
             "penalty": predict.penalty,
             "val_cosine": predict.val_cosine,
             "train_windows": predict.num_windows,

@@ -1,7 +1,7 @@
-"""What a predictor's scores are made of: its windows with the order of the text disturbed.
+"""Controls: the test windows with the order of the text disturbed.
 
-One that knows no more than its context's topic scores the same with the context's vectors in any order, and backwards
-through the article. Both controls keep windows, candidates and truths as comparable as they can be.
+A predictor that only knows its context's topic scores the same when the context's vectors are shuffled, or when the
+article is read backwards. Both controls keep windows, candidates and targets as comparable as possible.
 
 Letters: B windows in a batch, T chunks in a context, D vector length.
 """
@@ -9,12 +9,11 @@ Letters: B windows in a batch, T chunks in a context, D vector length.
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lvm.evaluate.metrics import Ints
+from lvm.evaluate.metrics import Float32Array, Ints
 from lvm.vectors.sequences import Windows
 
-RowBatch = tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]
+RowBatch = tuple[Float32Array, Float32Array, Ints, Ints]
 """Contexts (B, T, D), targets (B, D), rows of the contexts (B, T) and of the targets (B,)."""
 
 BATCH_WINDOWS = 1024
@@ -22,7 +21,7 @@ BATCH_WINDOWS = 1024
 
 
 def as_written(windows: Windows) -> Iterator[RowBatch]:
-    """The windows themselves."""
+    """The windows unchanged."""
     context_rows, target_rows = windows.rows_of_context, windows.rows_of_target
     for low in range(0, len(windows), BATCH_WINDOWS):
         part = slice(low, low + BATCH_WINDOWS)
@@ -30,7 +29,7 @@ def as_written(windows: Windows) -> Iterator[RowBatch]:
 
 
 def shuffled(windows: Windows, seed: int = 0) -> Iterator[RowBatch]:
-    """The windows with the vectors of each context in a random order."""
+    """The windows with each context's vectors in random order."""
     rng = np.random.default_rng(seed)
     for contexts, targets, context_rows, target_rows in as_written(windows):
         order = rng.permuted(np.broadcast_to(np.arange(windows.context), context_rows.shape), axis=1)
@@ -43,7 +42,7 @@ def shuffled(windows: Windows, seed: int = 0) -> Iterator[RowBatch]:
 
 
 def backwards(windows: Windows) -> Iterator[RowBatch]:
-    """The windows read from their end: the last chunk first, the first chunk to be predicted."""
+    """The windows reversed: the first chunk is predicted from the others, last one first."""
     for contexts, targets, context_rows, target_rows in as_written(windows):
         chunks = np.concatenate([contexts, targets[:, None]], axis=1)[:, ::-1]
         rows = np.concatenate([context_rows, target_rows[:, None]], axis=1)[:, ::-1]

@@ -1,44 +1,43 @@
-"""The evaluation as one record, and its promotion gate.
+"""The evaluation record and the promotion gate.
 
-`evaluation.json` is an Evaluation. Everything printed, the Markdown and the HTML page are made from that record alone,
-so they can be made again without a model.
+`evaluation.json` is an Evaluation. The printed tables, the Markdown and the HTML page are made from it alone, so they
+can be made again without a model.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 SCHEMA = "latent-evaluation/2"
-"""Version of the record; raised when a field changes its meaning or goes."""
+"""Version of the record; raised when a field changes its meaning or is removed."""
 
 RULES = {
     "split": "only test articles are scored. Articles, not windows, are split 80/10/10; no model and no "
     "baseline was fitted on a test article.",
     "cosine": "mean cosine of prediction and true next vector. The 95 % interval resamples whole articles, "
-    "since windows of one article are no independent draws.",
-    "margin": "cos(prediction, truth) - cos(prediction, last context vector), mean. Below zero the "
-    "prediction lies nearer to what was just read than to what comes.",
-    "in_article": "Candidates are all chunks of the same article, earlier ones too, without the context chunks "
-    "of the window. A tie counts against the model. A model with a rank head searches with that head's vector; its "
-    "cosine is the prediction's.",
-    "in_pool": "Candidates are a fixed random sample of all chunks of the corpus, always with the true next "
-    "one and never with the window's own context. A tie counts against the model.",
-    "controls": "A predictor that knows its context's topic alone scores the same with the context's vectors in any "
-    "order (shuffled), and reading the article from its end (backwards).",
-    "mse": "mean over the vector's numbers of the squared difference; all rows give unit vectors.",
-    "text": "From the same sample of test windows for every row. A text's own vector is read back exactly, a "
-    "prediction is written by a language model that reads the vector, and what does not read is answered by the "
-    "nearest corpus chunk; `sources` counts which. BLEU is sacrebleu's, 0 to 100; ROUGE is an F-measure, 0 to 1. "
-    "Keyword: shares a content word with the context or the true next text. Distinct-2: different word pairs among "
-    "all. Language: mean log-probability per character under the language model, nats; about -1 for real text. Codec "
-    "ceiling decodes the true vector: no predictor should exceed it. Off manifold: how much farther from the "
-    "true next vector the text lies, encoded again, than the vector it was made from.",
-    "snap": "Snapped: moved onto the neighbours in the corpus before it is written. Found: the corpus chunk nearest to "
-    "the prediction, in place of a written text. Neither may use the article held out, whose next chunk "
-    "would otherwise be found rather than predicted.",
+    "since windows of one article are not independent.",
+    "margin": "mean of cos(prediction, truth) - cos(prediction, last context vector). Below zero, predictions are "
+    "closer to the last chunk read than to the next one.",
+    "in_article": "Candidates are all chunks of the same article except the window's context. A tie counts against "
+    "the model. A model with a rank head is ranked by that head's vector; its cosine is the prediction's.",
+    "in_pool": "Candidates are a fixed random sample of the corpus' chunks, plus the true next one, minus the "
+    "window's context. A tie counts against the model.",
+    "controls": "A predictor that only knows its context's topic scores the same when the context is shuffled, or when "
+    "the article is read backwards.",
+    "mse": "mean squared difference per dimension; all predictors return unit vectors.",
+    "text": "All rows use the same sample of test windows. The vector of an actual text is read back exactly, a "
+    "prediction is written by a language model conditioned on it, and where the text is rejected the nearest corpus "
+    "chunk is the answer; `sources` counts these. BLEU is sacrebleu's, 0 to 100; ROUGE is an F-measure, 0 to 1. "
+    "Keyword: share of texts with a content word of the context or the true next text. Distinct-2: distinct bigrams / "
+    "all bigrams. Language: mean log-probability per character under the language model, in nats; about -1 for real "
+    "text. Codec ceiling: the true vector decoded, which no predictor should exceed. Off manifold: distance of the "
+    "re-encoded text to the true next vector, minus that of the decoded vector.",
+    "snap": "Snapped: moved towards the nearest corpus vectors before decoding. Found: the corpus chunk nearest to "
+    "the prediction, in place of a decoded text. Both exclude the window's own article, whose next chunk "
+    "would otherwise be retrieved rather than predicted.",
     "latency": "One process, all its threads, vectors in memory; models were timed one after another.",
     "efficiency": "test cosine / mean milliseconds at batch 1 x 1000.",
 }
-"""What each measure counts, in words; saved with the record and shown beside the tables."""
+"""Definition of each measure; saved with the record and shown beside the tables."""
 
 
 class Check(TypedDict):
@@ -51,10 +50,10 @@ class Check(TypedDict):
 
 
 class Gate(TypedDict):
-    """Whether a model may be promoted."""
+    """The promotion gate's result for a model."""
 
     passed: bool
-    """No check failed."""
+    """True where no check failed."""
     checks: list[Check]
 
 
@@ -65,39 +64,39 @@ class Entry(TypedDict):
     kind: Literal["model", "baseline"]
     cosine: dict[str, Any]
     margin: dict[str, Any]
-    """Both Interval.to_dict()."""
+    """Both the fields of Interval."""
     mse: float
     norm: float
     in_article: dict[str, Any]
     in_pool: dict[str, Any]
     """Both summarise_ranks()."""
     in_article_mrr: dict[str, Any] | None
-    """Interval of the reciprocal rank; None where no window has a choice."""
+    """Interval of the reciprocal rank; None where no window has more than one candidate."""
     in_pool_r10: dict[str, Any]
-    """Interval of the share found among the ten best."""
+    """Interval of recall at 10."""
     val_cosine: float
     ood: dict[str, dict[str, Any]]
-    """Intervals `cosine` and `mrr` (within the article) by name of the out-of-domain set; empty when none was given."""
+    """Intervals `cosine` and `mrr` (within the article), by name of the out-of-domain set."""
     controls: dict[str, dict[str, Any]]
     """The same by name of the control (`lvm.evaluate.controls`); empty for baselines."""
     histogram: list[int]
     latency: list[dict[str, Any]]
-    """Latency.to_dict() for each batch size."""
+    """The fields of Latency, for each batch size."""
     parameters: int
     weight_bytes: int
     peak_bytes: int | None
     """Working memory of one call at `peak_batch`; None where it was not measured."""
     peak_batch: int
     details: dict[str, Any]
-    """A model's folder, recipe and curve; a baseline's choices."""
+    """A model's folder, recipe and curve; a baseline's fitted settings."""
     seeds: NotRequired[dict[str, dict[str, Any]]]
-    """Models trained with several seeds: Spread.to_dict() of SEED_MEASURES, this record's and the others'."""
+    """Models trained with several seeds: Spread of each of SEED_MEASURES over all seeds."""
     gain: NotRequired[dict[str, Any]]
-    """Models only: Interval of the cosine minus the best baseline's, window by window."""
+    """Models only: Interval of the difference to the best baseline's cosine, window by window."""
     gate: NotRequired[Gate]
     """Models only."""
     attention: NotRequired[list[dict[str, float]]]
-    """summarise_attention(), for a model that shows its attention."""
+    """summarise_attention(), for a model that exposes its attention."""
 
 
 class TextRow(TypedDict):
@@ -112,21 +111,21 @@ class TextRow(TypedDict):
     vector_cosine: float
     """Mean cosine of the decoded vector with the true next vector."""
     text_cosine: float
-    """The same of the text, encoded again."""
+    """Mean cosine of the re-encoded text with the true next vector."""
     off_manifold: float
-    """Mean distance of the text, encoded again, to the truth, less the vector's own."""
+    """Mean distance of the re-encoded text to the truth, minus that of the decoded vector."""
     keyword: float
     """Share of texts that have a keyword in common with the context or the true next text."""
     distinct_2: float
-    """Different word pairs among all word pairs."""
+    """Distinct bigrams / all bigrams."""
     log_prob: float | None
-    """Mean log-probability per character under the language model; None where none judged."""
+    """Mean log-probability per character under the language model; None where no text was scored."""
     sources: dict[str, int]
-    """Texts that were read back ("exact"), written ("writer") and found ("corpus")."""
+    """Number of texts by source: exact, writer or corpus."""
 
 
 class ExampleText(TypedDict):
-    """What one predictor says in an example."""
+    """One predictor's text in an example."""
 
     name: str
     form: Literal["raw", "snap", "found"]
@@ -134,17 +133,17 @@ class ExampleText(TypedDict):
     vector_cosine: float
     """Cosine of the decoded vector with the true next vector."""
     text_cosine: float
-    """The same of the text, encoded again."""
+    """Cosine of the re-encoded text with the true next vector."""
     source: str
     """exact, writer or corpus."""
     refused: list[str]
-    """Earlier texts, each with what spoke against it."""
+    """Texts that were refused before, each with its reasons."""
     refusals: list[str]
-    """What speaks against the text itself, given for want of a better one."""
+    """Reasons against this text, where no attempt was accepted."""
 
 
 class Example(TypedDict):
-    """One held-out window with everything decoded from it."""
+    """One test window with all texts decoded for it."""
 
     title: str
     chunk_id: str
@@ -162,7 +161,7 @@ class Evaluation(TypedDict):
     """UTC, ISO 8601."""
     settings: dict[str, Any]
     inputs: dict[str, Any]
-    """Fingerprints of all that was read; the same inputs and settings need no second run."""
+    """Fingerprints of all inputs; with the same inputs and settings the evaluation is up to date."""
     provenance: dict[str, Any]
     split: dict[str, Any]
     rules: dict[str, str]
@@ -196,7 +195,7 @@ def judge(entry: Entry, baselines: Sequence[Entry]) -> Gate:
             leads[0]["reason"] += ", an interval that reaches zero"
     outside: Check = {"name": "out-of-domain cosine", "passed": None, "reason": "not measured"}
     if entry["ood"]:
-        means = {name: found["cosine"]["mean"] for name, found in entry["ood"].items()}
+        means = {name: scores["cosine"]["mean"] for name, scores in entry["ood"].items()}
         worst = min(means, key=lambda name: means[name])
         outside["passed"] = means[worst] > MIN_OOD_COSINE
         outside["reason"] = f"{means[worst]:.4f} on {worst}, the lowest, needs more than {MIN_OOD_COSINE:.2f}"
@@ -225,7 +224,7 @@ def _lead(
 
 
 def gate_word(gate: Gate) -> str:
-    """The gate in a few words: "pass", "pass (… not measured)" or "fail: …" with the failed checks."""
+    """The gate's result in a few words: "pass", "pass (… not measured)" or "fail: …" with the failed checks."""
     failed = [c["name"] for c in gate["checks"] if c["passed"] is False]
     if failed:
         return f"fail: {', '.join(failed)}"
@@ -234,6 +233,6 @@ def gate_word(gate: Gate) -> str:
 
 
 def bounds(interval: dict[str, Any], signed: bool = False) -> str:
-    """The two ends of an interval, as tables show them."""
+    """The bounds of an interval, for tables."""
     sign = "+" if signed else ""
     return f"[{interval['low']:{sign}.4f}, {interval['high']:{sign}.4f}]"

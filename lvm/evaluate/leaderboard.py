@@ -1,10 +1,11 @@
 """The tables of an evaluation, the leaderboard first, and its Markdown page."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any, Literal
 
-from lvm.evaluate.evaluation import Entry, Evaluation, Example, ExampleText, bounds
-from lvm.evaluate.table import UNKNOWN, Table, as_markdown
+from lvm.evaluate.evaluation import Entry, Evaluation, Example, ExampleText, TextRow, bounds
+from lvm.evaluate.table import UNKNOWN, Table, as_markdown, table_of_columns
 
 SEED_MEASURES = {
     "val_cosine": "val cosine",
@@ -12,7 +13,7 @@ SEED_MEASURES = {
     "in_article_mrr": "MRR article",
     "in_pool_r10": "R@10 corpus",
 }
-"""What is measured for each seed, and how it is shown."""
+"""Measures that are taken for each seed, with their column headers."""
 
 
 def ranking(evaluation: Evaluation) -> list[Entry]:
@@ -24,59 +25,50 @@ def tables(evaluation: Evaluation) -> list[Table]:
     """Every table of the report, the leaderboard first."""
     made = [leaderboard(evaluation), _vectors(evaluation), _retrieval(evaluation), _texts(evaluation)]
     if any(e["ood"] for e in evaluation["entries"]):
-        made.append(_out_of_domain(evaluation))
-    made.append(_controls(evaluation))
+        note = (
+            "Mean cosine, and reciprocal rank within the article with its 95 % interval, on corpora no predictor was "
+            "trained on."
+        )
+        made.append(_by_set(evaluation, "ood", "Out of domain", note))
+    made.append(_by_set(evaluation, "controls", "Controls", evaluation["rules"]["controls"]))
     if any("seeds" in e for e in evaluation["entries"]):
         made.append(_seeds(evaluation))
     return [*made, _latency(evaluation), _size(evaluation), _gates(evaluation)]
 
 
 def leaderboard(evaluation: Evaluation) -> Table:
-    """The one table that is printed; its lines stay under 110 characters, 115 with seeds.
+    """The table that is also printed; its lines have fewer than 110 characters, 115 with seeds.
 
-    Where models were trained with several seeds, their test cosine over the seeds stands in place of R@1.
+    Where models were trained with several seeds, the test cosine over seeds replaces R@1.
     """
-    rows = []
     ranked = ranking(evaluation)
+    places = {e["name"]: str(place) for place, e in enumerate(ranked, 1)}
     seeds = any("seeds" in e for e in ranked)
-    for place, entry in enumerate(ranked, 1):
-        rows.append(
-            (
-                str(place),
-                entry["name"],
-                f"{entry['cosine']['mean']:.4f}",
-                bounds(entry["cosine"]),
-                f"{entry['margin']['mean']:+.4f}",
-                _over_seeds(entry, "cosine") if seeds else _share(entry["in_article"]["r1"]),
-                _share(entry["in_article"]["mrr"]),
-                _share(entry["in_pool"]["r10"]),
-                _ms(entry["latency"][0]["mean_ms"]),
-                ("pass" if entry["gate"]["passed"] else "fail") if "gate" in entry else entry["kind"],
-            )
-        )
+
+    def seeds_or_r1(entry: Entry) -> str:
+        return _over_seeds(entry, "cosine") if seeds else _share(entry["in_article"]["r1"])
+
+    columns: dict[str, Callable[[Entry], str]] = {
+        "#": lambda e: places[e["name"]],
+        "model": lambda e: e["name"],
+        "cosine": lambda e: f"{e['cosine']['mean']:.4f}",
+        "95 % interval": lambda e: bounds(e["cosine"]),
+        "margin": lambda e: f"{e['margin']['mean']:+.4f}",
+        "over seeds" if seeds else "R@1 art.": seeds_or_r1,
+        "MRR art.": lambda e: _share(e["in_article"]["mrr"]),
+        "R@10 all": lambda e: _share(e["in_pool"]["r10"]),
+        "ms": lambda e: _ms(e["latency"][0]["mean_ms"]),
+        "gate": lambda e: ("pass" if e["gate"]["passed"] else "fail") if "gate" in e else e["kind"],
+    }
     split = evaluation["split"]
     candidates = ranked[0]["in_pool"]["mean_candidates"]
     measured = "Over seeds: mean and deviation of the cosine. MRR" if seeds else "R@1 and MRR"
     pool = "all chunks" if candidates is None else f"{candidates:,.0f} chunks of the corpus"
-    return Table(
-        "Leaderboard",
-        (
-            "#",
-            "model",
-            "cosine",
-            "95 % interval",
-            "margin",
-            "over seeds" if seeds else "R@1 art.",
-            "MRR art.",
-            "R@10 all",
-            "ms",
-            "gate",
-        ),
-        tuple(rows),
-        f"{split['test_windows']:,} windows of {split['test_articles']:,} test articles. {measured}: finding the true "
-        f"next chunk in its article; R@10: among {pool}. ms: mean of one query.",
-        _models(ranked),
+    note = (
+        f"{split['test_windows']:,} windows of {split['test_articles']:,} test articles. {measured}: rank of the true "
+        f"next chunk in its article; R@10: among {pool}. ms: mean time of one query."
     )
+    return table_of_columns("Leaderboard", ranked, columns, note, _models(ranked))
 
 
 def _models(ranked: Sequence[Entry]) -> frozenset[int]:
@@ -84,51 +76,35 @@ def _models(ranked: Sequence[Entry]) -> frozenset[int]:
 
 
 def _vectors(evaluation: Evaluation) -> Table:
+    def gain(entry: Entry) -> str:
+        return f"{entry['gain']['mean']:+.4f} {bounds(entry['gain'], signed=True)}" if "gain" in entry else ""
+
     ranked = ranking(evaluation)
-    rows = [
-        (
-            e["name"],
-            f"{e['val_cosine']:.4f}",
-            f"{e['cosine']['mean']:.4f}",
-            f"{e['mse']:.6f}",
-            f"{e['norm']:.4f}",
-            f"{e['margin']['mean']:+.4f}",
-            bounds(e["margin"], signed=True),
-            f"{e['gain']['mean']:+.4f} {bounds(e['gain'], signed=True)}" if "gain" in e else "",
-        )
-        for e in ranked
-    ]
-    rules = evaluation["rules"]
-    return Table(
-        "Predicted vectors",
-        (
-            "model",
-            "val cosine",
-            "test cosine",
-            "MSE",
-            "norm",
-            "margin",
-            "its 95 % interval",
-            "test cosine above the best baseline's",
-        ),
-        tuple(rows),
-        f"Margin: {rules['margin']} MSE: {rules['mse']}",
-        _models(ranked),
-    )
+    columns: dict[str, Callable[[Entry], str]] = {
+        "model": lambda e: e["name"],
+        "val cosine": lambda e: f"{e['val_cosine']:.4f}",
+        "test cosine": lambda e: f"{e['cosine']['mean']:.4f}",
+        "MSE": lambda e: f"{e['mse']:.6f}",
+        "norm": lambda e: f"{e['norm']:.4f}",
+        "margin": lambda e: f"{e['margin']['mean']:+.4f}",
+        "its 95 % interval": lambda e: bounds(e["margin"], signed=True),
+        "test cosine above the best baseline's": gain,
+    }
+    note = f"Margin: {evaluation['rules']['margin']} MSE: {evaluation['rules']['mse']}"
+    return table_of_columns("Predicted vectors", ranked, columns, note, _models(ranked))
 
 
 def _retrieval(evaluation: Evaluation) -> Table:
     ranked = ranking(evaluation)
     names = ("r1", "r5", "r10", "mrr")
 
-    def bounds(entry: Entry) -> tuple[str, str]:
-        pool = entry["in_pool_r10"]
-        return _mrr(entry["in_article_mrr"]), f"{pool['mean']:.3f} [{pool['low']:.3f}, {pool['high']:.3f}]"
-
     def cells(entry: Entry, prefix: str) -> list[str]:
         return [_share(ranks[prefix + n]) for ranks in (entry["in_article"], entry["in_pool"]) for n in names]
 
-    rows = [(e["name"], *cells(e, ""), *bounds(e)) for e in ranked]
+    rows = [
+        (e["name"], *cells(e, ""), _interval(e["in_article_mrr"]), _interval(e["in_pool_r10"]))
+        for e in ranked
+    ]
     rows.append(("(random order)", *cells(ranked[0], "chance_"), "", ""))
     article = ranked[0]["in_article"]
     mean = article["mean_candidates"]
@@ -149,45 +125,24 @@ def _retrieval(evaluation: Evaluation) -> Table:
 
 
 def _texts(evaluation: Evaluation) -> Table:
-    rows = [
-        (
-            row["name"],
-            FORMS[row["form"]],
-            f"{row['vector_cosine']:.4f}",
-            f"{row['text_cosine']:.4f}",
-            f"{row['off_manifold']:+.3f}",
-            f"{row['keyword']:.0%}",
-            f"{row['distinct_2']:.2f}",
-            "–" if row["log_prob"] is None else f"{row['log_prob']:.2f}",
-            f"{row['rouge1']:.3f}",
-            f"{row['rouge2']:.3f}",
-            f"{row['rougeL']:.3f}",
-            f"{row['bleu']:.2f}",
-            ", ".join(f"{source} {n}" for source, n in row["sources"].items()),
-        )
-        for row in evaluation["text"]
-    ]
-    return Table(
-        "Text",
-        (
-            "model",
-            "form",
-            "cosine of vector",
-            "cosine of text",
-            "off manifold",
-            "keyword",
-            "distinct-2",
-            "language",
-            "ROUGE-1",
-            "ROUGE-2",
-            "ROUGE-L",
-            "BLEU",
-            "sources",
-        ),
-        tuple(rows),
-        f"{evaluation['text_windows']} test windows. {evaluation['rules']['text']} "
-        f"{evaluation['rules']['snap']}",
-    )
+    columns: dict[str, Callable[[TextRow], str]] = {
+        "model": lambda row: row["name"],
+        "form": lambda row: FORMS[row["form"]],
+        "cosine of vector": lambda row: f"{row['vector_cosine']:.4f}",
+        "cosine of text": lambda row: f"{row['text_cosine']:.4f}",
+        "off manifold": lambda row: f"{row['off_manifold']:+.3f}",
+        "keyword": lambda row: f"{row['keyword']:.0%}",
+        "distinct-2": lambda row: f"{row['distinct_2']:.2f}",
+        "language": lambda row: "–" if row["log_prob"] is None else f"{row['log_prob']:.2f}",
+        "ROUGE-1": lambda row: f"{row['rouge1']:.3f}",
+        "ROUGE-2": lambda row: f"{row['rouge2']:.3f}",
+        "ROUGE-L": lambda row: f"{row['rougeL']:.3f}",
+        "BLEU": lambda row: f"{row['bleu']:.2f}",
+        "sources": lambda row: ", ".join(f"{source} {n}" for source, n in row["sources"].items()),
+    }
+    rules = evaluation["rules"]
+    note = f"{evaluation['text_windows']} test windows. {rules['text']} {rules['snap']}"
+    return table_of_columns("Text", evaluation["text"], columns, note)
 
 
 def _latency(evaluation: Evaluation) -> Table:
@@ -213,30 +168,19 @@ def _latency(evaluation: Evaluation) -> Table:
 
 
 def _size(evaluation: Evaluation) -> Table:
+    def peak(entry: Entry) -> str:
+        return UNKNOWN if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:.2f}"
+
     ranked = ranking(evaluation)
-    rows = [
-        (
-            e["name"],
-            f"{e['parameters']:,}",
-            f"{e['weight_bytes'] / 1e6:.2f}",
-            UNKNOWN if e["peak_bytes"] is None else f"{e['peak_bytes'] / 1e6:.2f}",
-            f"{efficiency(e):,.0f}" if e["kind"] == "model" else "",
-        )
-        for e in ranked
-    ]
-    return Table(
-        "Size and efficiency",
-        (
-            "model",
-            "parameters",
-            "weights MB",
-            f"peak MB, batch {ranked[0]['peak_batch']}",
-            "efficiency",
-        ),
-        tuple(rows),
-        f"Peak: memory one call needs beyond the weights. Efficiency: {evaluation['rules']['efficiency']}",
-        _models(ranked),
-    )
+    columns: dict[str, Callable[[Entry], str]] = {
+        "model": lambda e: e["name"],
+        "parameters": lambda e: f"{e['parameters']:,}",
+        "weights MB": lambda e: f"{e['weight_bytes'] / 1e6:.2f}",
+        f"peak MB, batch {ranked[0]['peak_batch']}": peak,
+        "efficiency": lambda e: f"{efficiency(e):,.0f}" if e["kind"] == "model" else "",
+    }
+    note = f"Peak: memory one call needs beyond the weights. Efficiency: {evaluation['rules']['efficiency']}"
+    return table_of_columns("Size and efficiency", ranked, columns, note, _models(ranked))
 
 
 def efficiency(entry: Entry) -> float:
@@ -244,47 +188,16 @@ def efficiency(entry: Entry) -> float:
     return float(entry["cosine"]["mean"] / max(entry["latency"][0]["mean_ms"], 1e-6) * 1000)
 
 
-def _out_of_domain(evaluation: Evaluation) -> Table:
-    ranked = ranking(evaluation)
-    names = list(ranked[0]["ood"])
-    rows = [
-        (
-            e["name"],
-            *(c for n in names for c in (f"{e['ood'][n]['cosine']['mean']:.4f}", _mrr(e["ood"][n]["mrr"]))),
-        )
-        for e in ranked
-    ]
-    return Table(
-        "Out of domain",
-        ("model", *(header for n in names for header in (n, f"{n}, MRR"))),
-        tuple(rows),
-        "Mean cosine, and reciprocal rank within the article with its 95 % interval, on corpora no predictor was "
-        "trained on.",
-        _models(ranked),
-    )
-
-
-def _controls(evaluation: Evaluation) -> Table:
-    ranked = [e for e in ranking(evaluation) if e["controls"]]
-    names = list(ranked[0]["controls"]) if ranked else []
-    rows = [
-        (
-            e["name"],
-            *(
-                c
-                for n in names
-                for c in (f"{e['controls'][n]['cosine']['mean']:.4f}", _mrr(e["controls"][n]["mrr"]))
-            ),
-        )
-        for e in ranked
-    ]
-    return Table(
-        "Controls",
-        ("model", *(header for n in names for header in (n, f"{n}, MRR"))),
-        tuple(rows),
-        evaluation["rules"]["controls"],
-        frozenset(range(len(rows))),
-    )
+def _by_set(evaluation: Evaluation, key: Literal["ood", "controls"], title: str, note: str) -> Table:
+    """Mean cosine and MRR of each entry that has `key`, by out-of-domain set or control."""
+    ranked = [e for e in ranking(evaluation) if e[key]]
+    names = list(ranked[0][key]) if ranked else []
+    rows = []
+    for entry in ranked:
+        cells = ((f"{entry[key][n]['cosine']['mean']:.4f}", _interval(entry[key][n]["mrr"])) for n in names)
+        rows.append((entry["name"], *chain.from_iterable(cells)))
+    headers = ("model", *(header for n in names for header in (n, f"{n}, MRR")))
+    return Table(title, headers, tuple(rows), note, _models(ranked))
 
 
 def _seeds(evaluation: Evaluation) -> Table:
@@ -301,9 +214,9 @@ def _seeds(evaluation: Evaluation) -> Table:
         "Over seeds",
         ("model", "seeds", *SEED_MEASURES.values()),
         tuple(rows),
-        "Mean and standard deviation over trainings on the same split that differ in their seed alone. All other "
-        "tables show the one that the alias points to, the best by val cosine.",
-        frozenset(range(len(rows))),
+        "Mean and standard deviation over trainings that differ only in their seed. All other tables show the one that "
+        "the alias points to, the best by val cosine.",
+        _models(ranked),
     )
 
 
@@ -312,16 +225,14 @@ def _over_seeds(entry: Entry, measure: str) -> str:
 
 
 def spread_text(spread: Mapping[str, Any]) -> str:
-    """Mean and deviation of a `Spread.to_dict`."""
+    """The fields of a `Spread` as mean and standard deviation."""
     return f"{spread['mean']:.4f} ±{spread['deviation']:.4f}"
 
 
-def _mrr(interval: dict[str, Any] | None) -> str:
-    return (
-        UNKNOWN
-        if interval is None
-        else f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
-    )
+def _interval(interval: dict[str, Any] | None) -> str:
+    if interval is None:
+        return UNKNOWN
+    return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
 def _gates(evaluation: Evaluation) -> Table:
@@ -349,7 +260,7 @@ def _ms(value: float) -> str:
 
 
 def markdown_page(evaluation: Evaluation) -> str:
-    """leaderboard.md: every table, the rules of what is scored, and where the numbers come from."""
+    """leaderboard.md: provenance, scoring rules and every table."""
     where, rules = evaluation["provenance"], evaluation["rules"]
     head = [
         "# Evaluation",
@@ -373,7 +284,9 @@ def example_text(example: Example, number: int) -> str:
     lines.append(f"  true next: {example['truth']}")
     for decoded in example["decoded"]:
         lines.append(f"  {_label(decoded):{width}}  {decoded['text'] or '(empty)'}")
-        why = f", for want of a better one ({'; '.join(decoded['refusals'])})" if decoded["refusals"] else ""
+        why = (
+            f", refused but the best found ({'; '.join(decoded['refusals'])})" if decoded["refusals"] else ""
+        )
         lines.append(
             f"  {'':{width}}    {SOURCES[decoded['source']]}{why}; cosine of the vector to the true next "
             f"{decoded['vector_cosine']:+.3f}, of the text {decoded['text_cosine']:+.3f}"
@@ -383,10 +296,10 @@ def example_text(example: Example, number: int) -> str:
 
 
 FORMS = {"raw": "raw", "snap": "snapped", "found": "found"}
-"""How a form is shown."""
+"""Displayed names of the forms."""
 
 SOURCES = {"exact": "read back", "writer": "written", "corpus": "found in the corpus"}
-"""What a text's source is called for a reader."""
+"""Displayed names of a text's sources."""
 
 
 def _label(decoded: ExampleText) -> str:

@@ -1,12 +1,12 @@
-"""What the evaluation measures, each measure with its rule.
+"""The measures of the evaluation.
 
 Letters: B windows in a batch, M windows in all, T chunks in a context, D = 768, P rows in a pool.
-Everything works on a batch at a time, so memory does not grow with the number of windows.
+Vectors are scored batch by batch, so memory does not grow with the number of windows.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,42 +16,39 @@ from numpy.typing import NDArray
 from lvm.errors import InputError
 from lvm.predict.steer import unit
 
+Float32Array = NDArray[np.float32]
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
-Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Predict = Callable[[Float32Array], Float32Array]
 """(B, T, D) contexts to (B, D) predictions."""
 
 TIE = 1e-6
-"""Two cosines nearer than this are a tie, and a tie counts against the prediction. float32 sums over 768
-products differ by about 1e-7 with the order of the sum."""
+"""Cosines closer than this are tied, and a tie counts against the prediction. float32 sums over 768 products differ by
+about 1e-7 with the order of summation."""
 
 
-def cosines(first: Floats, second: Floats) -> NDArray[np.float32]:
+def cosines(first: Floats, second: Floats) -> Float32Array:
     """Row by row cosine of two (B, D) arrays, (B,) float32; 0 where a row is all zeros."""
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     products = np.einsum("bd,bd->b", first, second)
-    result: NDArray[np.float32] = np.zeros(len(products), dtype=np.float32)
+    result: Float32Array = np.zeros(len(products), dtype=np.float32)
     np.divide(products, lengths, out=result, where=lengths > 0, casting="same_kind")
     return result
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One measure over trainings that differ in their seed alone."""
+    """One measure over trainings that differ only in their seed."""
 
     mean: float
     deviation: float
-    """Standard deviation of a sample (n - 1)."""
-    values: tuple[float, ...]
+    """Sample standard deviation (n - 1)."""
+    values: list[float]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of two values or more."""
-        return cls(float(np.mean(values)), float(np.std(values, ddof=1)), tuple(values))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {"mean": self.mean, "deviation": self.deviation, "values": list(self.values)}
+        """The spread of at least two values."""
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1)), list(values))
 
 
 @dataclass(frozen=True)
@@ -64,19 +61,15 @@ class Interval:
     high: float
     """97.5 % quantile of the resampled means."""
     num_articles: int
-    """Articles that were resampled."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
+    """Articles in the sample."""
 
 
 def clustered_interval(values: Floats, articles: Ints, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Mean of (M,) values and its 95 % interval from resampling whole articles.
+    """Mean of (M,) values and its 95 % bootstrap interval, resampling whole articles.
 
-    Windows of one article overlap and share a topic, so they are no independent draws: resampling windows
-    would give an interval far too narrow. `articles` (M,) names each value's article. The same seed draws
-    the same articles for every model. Raises InputError on no values.
+    Windows of one article overlap and share a topic: resampling windows would give far too narrow an interval.
+    articles: (M,) each value's article. The same seed draws the same articles for every model. Raises InputError when
+    there are no values.
     """
     if len(values) == 0:
         raise InputError("no values to average; expected at least one test window")
@@ -97,48 +90,45 @@ def clustered_interval(values: Floats, articles: Ints, resamples: int = 1000, se
 
 @dataclass(frozen=True)
 class Pool:
-    """Chunks among which a prediction must find the true next one."""
+    """Candidate chunks for retrieval over the corpus."""
 
     rows: NDArray[np.int64]
-    """(P,) rows of the vector array, ascending, no row twice."""
-    vectors: NDArray[np.float32]
-    """(P, D) their vectors, scaled to length 1: stored as float16 they are off by up to 2e-4, which would
-    decide between near-duplicates."""
+    """(P,) rows of the vector array, ascending, unique."""
+    vectors: Float32Array
+    """(P, D) their vectors, scaled to norm 1: stored as float16 their norms are off by up to 2e-4, which would decide
+    between near-duplicates."""
 
     @classmethod
     def draw(cls, vectors: Floats, size: int, seed: int) -> "Pool":
-        """`size` rows of the (N, D) array without replacement, or all rows when there are fewer."""
+        """`size` random rows of the (N, D) array, or all where there are fewer."""
         rng = np.random.default_rng(seed)
         chosen = rng.choice(len(vectors), size=min(size, len(vectors)), replace=False)
         rows = np.sort(chosen.astype(np.int64))
         return cls(rows, unit(np.asarray(vectors[rows], dtype=np.float32)))
 
     def columns_of(self, rows: Ints) -> NDArray[np.int64]:
-        """Where each of `rows` (any shape) sits in the pool, -1 where it does not."""
+        """Index in the pool of each of `rows` (any shape), -1 where it is not in the pool."""
         places = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         return np.where(self.rows[places] == rows, places, -1).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Place of the true next chunk, 1 is best, among `candidates` chunks, itself included."""
+    """Ranks of the true next chunks."""
 
     ranks: NDArray[np.int64]
+    """1 is best."""
     candidates: NDArray[np.int64]
+    """Number of candidates, the true one included."""
 
 
 def ranks_in_pool(
-    predicted: NDArray[np.float32],
-    truth: NDArray[np.float32],
-    target_rows: Ints,
-    context_rows: Ints,
-    pool: Pool,
+    predicted: Float32Array, truth: Float32Array, target_rows: Ints, context_rows: Ints, pool: Pool
 ) -> Ranks:
-    """Rank of the truth among the pool and itself, without the window's own context chunks.
+    """Rank of the truth among itself and the pool, without the window's context chunks.
 
-    predicted, truth: (B, D) unit rows; target_rows: (B,); context_rows: (B, T) rows of the vector array.
-    A predictor that repeats its context would meet its own chunks at the top; they are known not to be the
-    next chunk, so they are no candidates.
+    predicted, truth: (B, D) unit rows; target_rows: (B,), context_rows: (B, T) rows of the vector array.
+    Context chunks are known not to be the next chunk; they would rank first for a predictor that repeats its context.
     """
     scores = predicted @ pool.vectors.T
     barred = pool.columns_of(np.concatenate([context_rows, target_rows[:, None]], axis=1))
@@ -150,17 +140,17 @@ def ranks_in_pool(
 
 
 def ranks_in_article(
-    predicted: NDArray[np.float32],
-    truth: NDArray[np.float32],
+    predicted: Float32Array,
+    truth: Float32Array,
     target_rows: Ints,
     context_rows: Ints,
     vectors: Floats,
     doc_ids: Ints,
 ) -> Ranks:
-    """Rank of the truth among all chunks of its own article, without the window's own context chunks.
+    """Rank of the truth among all chunks of its article, without the window's context chunks.
 
-    vectors: (N, D) and doc_ids: (N,), sorted by doc_id, as the vector array has them. Chunks before the
-    context count as candidates too: the order in the article is what the predictor has to know.
+    vectors: (N, D) and doc_ids: (N,), sorted by doc_id, as in the vector array. Chunks before the context are
+    candidates, too: the predictor has to know the order.
     """
     ranks = np.empty(len(predicted), dtype=np.int64)
     candidates = np.empty(len(predicted), dtype=np.int64)
@@ -178,10 +168,10 @@ def ranks_in_article(
 
 
 def summarise_ranks(found: Ranks) -> dict[str, float | None]:
-    """Recall at 1, 5, 10, mean reciprocal rank, counts, and what a random order would give.
+    """Recall at 1, 5 and 10, mean reciprocal rank, the same for a random order (`chance_`), and counts.
 
-    Windows with the truth as their only candidate say nothing and are left out; `windows` tells how many
-    stayed. With none left every measure is None.
+    Windows whose only candidate is the truth are left out; `windows` counts the others. Without any, every measure is
+    None.
     """
     kept = found.candidates > 1
     ranks, candidates = found.ranks[kept], found.candidates[kept]
@@ -202,17 +192,17 @@ def summarise_ranks(found: Ranks) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class WindowScores:
-    """One predictor's measures, one value a window, in the windows' order."""
+    """One predictor's measures, one value per window, in the windows' order."""
 
-    cosine: NDArray[np.float32]
+    cosine: Float32Array
     """(M,) cosine of prediction and true next vector."""
-    squared_error: NDArray[np.float32]
-    """(M,) mean over D of the squared difference, prediction as the predictor gave it."""
-    norm: NDArray[np.float32]
-    """(M,) length of the prediction as the predictor gave it; 1 where it keeps the contract."""
-    margin: NDArray[np.float32]
-    """(M,) cosine(prediction, truth) - cosine(prediction, last context vector); below 0 the prediction
-    lies nearer to what was just read than to what comes."""
+    squared_error: Float32Array
+    """(M,) mean over D of the squared difference, before the prediction is normalised."""
+    norm: Float32Array
+    """(M,) norm of the prediction before it is normalised; expected to be 1."""
+    margin: Float32Array
+    """(M,) cosine(prediction, truth) - cosine(prediction, last context vector); below 0 the prediction is closer to the
+    last chunk read."""
     in_article: Ranks
     in_pool: Ranks
 
@@ -220,16 +210,16 @@ class WindowScores:
 def score_windows(
     predict: Predict,
     search: Predict | None,
-    batches: Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Ints, Ints]],
+    batches: Iterator[tuple[Float32Array, Float32Array, Ints, Ints]],
     pool: Pool,
     vectors: Floats,
     doc_ids: Ints,
 ) -> WindowScores:
-    """Every measure of WindowScores for each window of `batches`; ranks are those of what `search` gives, where the
-    predictor has a vector of its own for that.
+    """All measures for each window of `batches`: contexts (B, T, D), targets (B, D), context rows (B, T), target rows
+    (B,).
 
-    A batch is contexts (B, T, D), targets (B, D), context rows (B, T), target rows (B,). Raises InputError
-    when a predictor returns a wrong shape or a number that is not finite, naming the first such window.
+    search: the rank head, whose vectors are ranked in place of the predictions; None without one. Raises InputError
+    when the predictor returns a wrong shape or a number that is not finite, naming the first such row.
     """
     parts: list[WindowScores] = []
     for contexts, targets, context_rows, target_rows in batches:
@@ -277,7 +267,7 @@ def score_windows(
 
 
 HISTOGRAM_EDGES = np.linspace(-0.2, 1.0, 61)
-"""Bins of the cosine plots, 0.02 wide; what lies outside counts in the end bins."""
+"""Bins of the cosine plots, 0.02 wide; values outside count in the end bins."""
 
 
 def histogram(values: Floats) -> list[int]:
@@ -287,7 +277,7 @@ def histogram(values: Floats) -> list[int]:
 
 
 def summarise_attention(weights: Floats) -> list[dict[str, float]]:
-    """Mean and quantiles of (M, T) attention weights for each of the T places, oldest chunk first."""
+    """Mean and quantiles of (M, T) attention weights for each of the T positions, oldest chunk first."""
     quantiles = np.quantile(weights, [0.1, 0.25, 0.5, 0.75, 0.9], axis=0)
     names = ("p10", "p25", "p50", "p75", "p90")
     return [
@@ -297,11 +287,13 @@ def summarise_attention(weights: Floats) -> list[dict[str, float]]:
 
 
 def text_scores(decoded: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1/2/L F-measure, 0..1, mean over the texts (rouge-score, no stemming), and corpus BLEU,
-    0..100 (sacrebleu, its own tokenizer 13a). Raises InputError on unequal or zero counts."""
+    """Mean ROUGE-1/2/L F-measure, 0..1 (rouge-score, no stemming), and corpus BLEU, 0..100 (sacrebleu, tokenizer 13a).
+
+    Raises InputError on unequal or zero counts.
+    """
     if len(decoded) != len(truths) or not truths:
         raise InputError(f"got {len(decoded)} decoded texts for {len(truths)} true ones; expected as many")
-    # Both libraries take about a second to load, and only decoded text needs them.
+    # Imported here as both take about a second, and only decoded text needs them.
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -319,7 +311,7 @@ LATENCY_BATCHES = (1, 32, 128)
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall time of one call at one batch size, milliseconds."""
+    """Wall time of one call at one batch size, in milliseconds."""
 
     batch: int
     repeats: int
@@ -331,19 +323,15 @@ class Latency:
     vector_ms: float
     """mean_ms / batch."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
-
 
 def measure_latency(
     predict: Predict, context: int, dim: int, batch: int, repeats: int = 200, budget_s: float = 1.0
 ) -> Latency:
-    """Time of `predict` on random unit contexts of one batch size.
+    """Latency of `predict` on random unit contexts of one batch size.
 
-    What limits it: one process, all its threads, vectors already in memory and of the right type; a device
-    copy, where there is one, is inside. Up to five calls of warm-up are dropped. Stops after `repeats` calls
-    or when `budget_s` seconds are spent, but not before five calls; the warm-up has the same budget.
+    One process, all its threads, float32 contexts in memory; copies to and from a device are included. Up to five
+    warm-up calls are dropped. Stops after `repeats` calls or `budget_s` seconds, but not before five calls; the warm-up
+    has the same budget.
     """
     rng = np.random.default_rng(0)
     contexts = unit(rng.standard_normal((batch, context, dim), dtype=np.float32))
@@ -364,7 +352,7 @@ def measure_latency(
 
 
 def peak_bytes(predict: Predict, context: int, dim: int, batch: int, device: str) -> int:
-    """Most memory one call at this batch size holds beyond the weights, bytes, by torch's allocator."""
+    """Peak memory of one call beyond the weights, in bytes, by torch's allocator."""
     contexts = np.zeros((batch, context, dim), dtype=np.float32)
     predict(contexts)
     if device.startswith("cuda"):
@@ -376,7 +364,7 @@ def peak_bytes(predict: Predict, context: int, dim: int, batch: int, device: str
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiled:
         predict(contexts)
-    # The profiler's tables attribute memory to operators; the running sum over its raw events is the peak.
+    # The profiler's tables give memory by operator; the peak is the maximum running sum over its raw events.
     live = peak = 0
     events = profiled.profiler.kineto_results.events()
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -1,4 +1,4 @@
-"""How well a linear map from five vectors to the sixth finds the next chunk: what a codec leaves to be predicted."""
+"""How predictable a codec's vectors are: retrieval of the next chunk by a linear map from five vectors to the sixth."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,13 +11,13 @@ from lvm.errors import InputError
 from lvm.evaluate.baselines import Batches, RidgeSettings, fit_ridge
 
 CONTEXT = 5
-"""Chunks that are known where nobody says otherwise."""
+"""Default context length, in chunks."""
 BATCH_WINDOWS = 2048
-"""Windows handed on at once."""
+"""Windows per batch."""
 
 
 def targets_of(doc_ids: NDArray[np.int32], context: int = CONTEXT) -> NDArray[np.int64]:
-    """Rows (N,) that have `context` rows of their own article before them; doc_ids in article order."""
+    """Rows (N,) with at least `context` rows of their article before them; doc_ids in article order."""
     last = np.arange(context, len(doc_ids))
     whole: NDArray[np.bool_] = doc_ids[last] == doc_ids[last - context]
     return last[whole]
@@ -31,14 +31,14 @@ def ridge_retrieval(
 ) -> dict[str, Any]:
     """R@1 and R@10 of the true next chunk by its cosine to a ridge regression's prediction.
 
-    vectors: (N, D) unit rows in article order; doc_ids: (N,). The last articles with at least `num_candidates` chunks
-    in all are the candidates, every window in them is asked about, and its five context chunks are left out, since
-    the next chunk is none of them. Up to `num_windows` windows of the other articles fit the regression, the last tenth
-    of them choosing its penalty. Split by article; ties count against the true chunk. All vectors are first centred by
-    the fitting side's mean and scaled to 1 again: the regression shrinks to the mean, and where that is not zero all
-    predictions would rank the same few candidates first (TF-IDF + SVD: R@10 0.002 uncentred).
+    vectors: (N, D) unit rows in article order; doc_ids: (N,). The test side is the last articles with at least
+    `num_candidates` chunks in all: all chunks are candidates for every window, except its five context chunks. The
+    regression is fitted on up to `num_windows` windows of the other articles, the last tenth of which choose its
+    penalty. Ties count against the true chunk. All vectors are centred by the training side's mean and normalised
+    again: the regression shrinks to the mean, and where that is not zero all predictions rank the same few candidates
+    first (TF-IDF + SVD: R@10 0.002 uncentred).
 
-    Raises InputError when there are no windows on either side.
+    Raises InputError when either side has too few windows.
     """
     starts = np.flatnonzero(np.r_[True, doc_ids[1:] != doc_ids[:-1]])
     enough = starts[len(doc_ids) - starts >= num_candidates]
@@ -52,7 +52,6 @@ def ridge_retrieval(
         )
     centred = vectors - vectors[:first].mean(0)
     vectors = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)
-    # An article that lies on both sides of `first` cannot be: `first` is where one begins.
     known = known[spread(len(known), num_windows)]
     cut = len(known) * 9 // 10
     settings = RidgeSettings(max_train_windows=cut, max_val_windows=len(known) - cut)

@@ -1,6 +1,6 @@
-"""report.html: the evaluation as one page that needs no network, plots drawn in it as SVG.
+"""report.html: the evaluation as one self-contained page with SVG plots, made from the Evaluation record alone.
 
-Made from the Evaluation record alone. The page forbids itself any request by its content security policy.
+Its content security policy forbids any request.
 """
 
 import io
@@ -19,11 +19,11 @@ from lvm.evaluate.metrics import HISTOGRAM_EDGES
 from lvm.evaluate.table import Table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#117733")
-"""Models in order of their names. The first six are Okabe and Ito's, safe for colour-blind readers."""
+"""Of models, in order of name. The first six are Okabe and Ito's, safe for colour-blind readers."""
 GREY = "#8A8F98"
-"""Baselines."""
+"""Of baselines."""
 WIDTH_IN = 4.8
-"""Width of a plot, inches; at this size its text stays readable on a phone."""
+"""Width of a plot in inches; at this size its text is readable on a phone."""
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -47,13 +47,13 @@ STYLE: Any = {
 
 
 def plot_leaderboard(evaluation: Evaluation) -> str:
-    """Test cosine of every row as bars from zero, with the interval over articles."""
+    """Test cosine of every entry as a bar from zero, with its 95 % interval."""
     ranked = ranking(evaluation)[::-1]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 0.6 + 0.34 * len(ranked)), layout="constrained")
         axes = figure.add_subplot()
         means = [e["cosine"]["mean"] for e in ranked]
-        # The mean may lie outside its own resampled interval by a hair; a bar needs lengths of 0 or more.
+        # The mean may lie slightly outside its resampled interval; error bars must not be negative.
         below = [max(0.0, e["cosine"]["mean"] - e["cosine"]["low"]) for e in ranked]
         above = [max(0.0, e["cosine"]["high"] - e["cosine"]["mean"]) for e in ranked]
         colours = _colours(evaluation)
@@ -83,7 +83,7 @@ def plot_leaderboard(evaluation: Evaluation) -> str:
 
 
 def plot_distributions(evaluation: Evaluation) -> str:
-    """Share of test windows by cosine, one line per row."""
+    """Share of test windows by cosine, one line per entry."""
     centres = (HISTOGRAM_EDGES[:-1] + HISTOGRAM_EDGES[1:]) / 2
     colours = _colours(evaluation)
     shown = [e for e in ranking(evaluation) if e["kind"] == "model" or e["name"] in ("passthrough", "ridge")]
@@ -114,7 +114,7 @@ def plot_distributions(evaluation: Evaluation) -> str:
 
 
 def plot_curves(evaluation: Evaluation) -> str | None:
-    """Training and validation loss by epoch, one panel a model; None when no model has a curve."""
+    """Training and validation loss by epoch, one panel per model; None when no model has a curve."""
     curves = {
         e["name"]: e["details"]["curve"]
         for e in evaluation["entries"]
@@ -146,7 +146,7 @@ def plot_curves(evaluation: Evaluation) -> str | None:
 
 
 def plot_attention(entry: Entry) -> str:
-    """Attention over the places of the context: mean as a bar, 10 to 90 % of the windows as a line."""
+    """Attention by position in the context: mean as a bar, 10th to 90th percentile as a line."""
     weights = entry.get("attention", [])
     places = range(1, len(weights) + 1)
     labels = [str(p) for p in places]
@@ -170,7 +170,7 @@ def plot_attention(entry: Entry) -> str:
             )
         axes.set_ylim(0, max(w["p90"] for w in weights) * 1.25)
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel("place in the context")
+        axes.set_xlabel("position in the context")
         axes.set_ylabel("attention")
         axes.legend(fontsize=9, loc="upper left")
         return svg_of(figure, f"Attention of {entry['name']} over the context", f"attention-{entry['name']}")
@@ -182,12 +182,12 @@ def _colours(evaluation: Evaluation) -> dict[str, str]:
 
 
 def svg_of(figure: Figure, label: str, prefix: str) -> str:
-    """The figure as an <svg> element whose ids begin with `prefix`, so that several fit one page."""
+    """The figure as an <svg> element whose ids start with `prefix`, to be unique in a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
-    # The metadata names the time of drawing; the same record shall give the same page.
+    # The metadata has the time of drawing; the same record must give the same page.
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
     drawn = re.sub(r'\bid="', f'id="{prefix}-', drawn)
     drawn = re.sub(r'href="#', f'href="#{prefix}-', drawn)
@@ -230,13 +230,13 @@ tr.model td.name { font-weight: 600; color: var(--accent); }
 .fail { color: #a8201a; font-weight: 600; }
 ol.context { margin: 0 0 10px; padding-left: 1.5em; color: var(--soft); }
 .truth { border-left: 4px solid #0a6b3d; padding: 4px 12px; margin: 0 0 12px; background: #f1f8f4; }
-.said { border-top: 1px solid var(--line); padding: 8px 0; overflow-wrap: anywhere; }
-.said p { margin: 2px 0 0; }
-.said .meta { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .86rem; color: var(--soft); }
-.said .meta b { color: var(--accent); }
+.decoded { border-top: 1px solid var(--line); padding: 8px 0; overflow-wrap: anywhere; }
+.decoded p { margin: 2px 0 0; }
+.decoded .meta { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .86rem; color: var(--soft); }
+.decoded .meta b { color: var(--accent); }
 .source { background: var(--wash); border: 1px solid var(--line); border-radius: 999px; padding: 0 8px; }
 .source.refused, .source.corpus { background: #fdf3e1; border-color: #e8cf9f; }
-.said .extract { color: var(--soft); font-size: .9rem; }
+.decoded .extract { color: var(--soft); font-size: .9rem; }
 details { margin: 8px 0 0; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; background: var(--wash); border: 1px solid var(--line); border-radius: 6px;
@@ -267,7 +267,7 @@ def html_page(evaluation: Evaluation) -> str:
     for entry in evaluation["entries"]:
         if entry.get("attention"):
             note = "Bar: mean over test windows. Line: from the 10th to the 90th percentile."
-            figures.append((f"Where {entry['name']} looks", plot_attention(entry), note))
+            figures.append((f"Attention of {entry['name']}", plot_attention(entry), note))
     parts = [
         f"<h1>Predicting the next vector: {escape(where['vectors']['source'] or 'evaluation')}</h1>",
         f'<p class="soft">Codec {escape(where["codec"]["name"])} ({escape(where["codec"]["digest"])}), '
@@ -289,7 +289,7 @@ def html_page(evaluation: Evaluation) -> str:
 
 
 def whole_page(title: str, parts: Sequence[str]) -> str:
-    """An HTML page of these parts of its body, which asks nothing of any network."""
+    """A self-contained HTML page; parts: HTML of its body."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -302,33 +302,30 @@ def whole_page(title: str, parts: Sequence[str]) -> str:
 
 
 def headline(evaluation: Evaluation) -> str:
-    """The outcome in two or three sentences."""
+    """The result in two or three sentences."""
     ranked = ranking(evaluation)
     models = [e for e in ranked if e["kind"] == "model"]
     baselines = [e for e in ranked if e["kind"] == "baseline"]
     if not models:
         return "No model was evaluated, only baselines."
     best, rival = models[0], baselines[0]
-    said = (
+    text = (
         f"The best model is {best['name']}: cosine {best['cosine']['mean']:.4f} with the true next vector on "
         f"{evaluation['split']['test_articles']:,} articles it never saw. "
     )
     gain = best.get("gain")
     if gain is not None:
         side = "ahead of" if gain["mean"] > 0 else "behind"
-        said += (
+        text += (
             f"It is {side} the best baseline, {rival['name']}, by {abs(gain['mean']):.4f} "
             f"(95 % interval of the difference {gain['low']:+.4f} to {gain['high']:+.4f}). "
         )
-    nearer = [e["name"] for e in models if e["margin"]["mean"] < 0]
-    if nearer:
-        said += (
-            f"Predictions of {', '.join(nearer)} lie nearer to the last chunk read than to the true next one "
-            "(margin below zero)."
-        )
+    closer = ", ".join(e["name"] for e in models if e["margin"]["mean"] < 0)
+    if closer:
+        last = f"Predictions of {closer} are closer to the last chunk read than to the next one (margin below zero)."
     else:
-        said += "Predictions lie nearer to the true next chunk than to the last one read (margin above zero)."
-    return said
+        last = "Predictions are closer to the true next chunk than to the last one read (margin above zero)."
+    return text + last
 
 
 def _gate_lines(evaluation: Evaluation) -> str:
@@ -337,9 +334,9 @@ def _gate_lines(evaluation: Evaluation) -> str:
         if "gate" in entry:
             kind = "pass" if entry["gate"]["passed"] else "fail"
             warning = entry["details"].get("warning")
-            said = f'<span class="{kind}">{escape(gate_word(entry["gate"]))}</span>'
-            said += f"<br>{escape(warning)}" if warning else ""
-            lines.append(f"<dt>{escape(entry['name'])}</dt><dd>{said}</dd>")
+            line = f'<span class="{kind}">{escape(gate_word(entry["gate"]))}</span>'
+            line += f"<br>{escape(warning)}" if warning else ""
+            lines.append(f"<dt>{escape(entry['name'])}</dt><dd>{line}</dd>")
     for name, reason in evaluation["split"].get("left_out", {}).items():
         lines.append(f"<dt>{escape(name)}</dt><dd>left out: {escape(reason)}</dd>")
     return f'<p class="soft">Promotion gate</p><dl>{"".join(lines)}</dl>' if lines else ""
@@ -388,25 +385,25 @@ def _examples(evaluation: Evaluation) -> str:
     shown = "".join(_example(e, n) for n, e in enumerate(evaluation["examples"], 1))
     return (
         '<p class="soft">The first windows of the text sample, not picked by hand. "cosine" compares the '
-        'predicted vector with the true next one, "of the text" the text encoded again. Written: by a language '
-        "model that reads the predicted vector. Found: the chunk of another article nearest to the prediction. "
-        "Read back: the vector is a text's own. Snapped: moved onto the neighbours in the corpus before it is "
-        "written.</p>" + shown
+        'decoded vector with the true next one, "of the text" the re-encoded text. Written: by a language '
+        "model conditioned on the vector. Found: the chunk of another article nearest to the prediction. "
+        "Read back: exactly, from the vector of an actual text. Snapped: moved towards the nearest corpus vectors "
+        "before decoding.</p>" + shown
     )
 
 
 def _example(example: Example, number: int) -> str:
     context = "".join(f"<li>{escape(text)}</li>" for text in example["context"])
-    said = "".join(_said(d) for d in example["decoded"])
+    texts = "".join(_decoded_text(d) for d in example["decoded"])
     return (
         f'<div class="card"><h3>{number}. {escape(example["title"])}</h3>'
         f'<p class="soft">Context, oldest first</p><ol class="context">{context}</ol>'
         f'<div class="truth"><span class="soft">True next chunk</span><br>{escape(example["truth"])}</div>'
-        f"{said}</div>"
+        f"{texts}</div>"
     )
 
 
-def _said(decoded: ExampleText) -> str:
+def _decoded_text(decoded: ExampleText) -> str:
     form = "" if decoded["form"] == "raw" else f", {FORMS[decoded['form']]}"
     refused = "".join(
         f'<p class="extract"><span class="source refused">refused</span> {escape(text)}</p>'
@@ -414,7 +411,7 @@ def _said(decoded: ExampleText) -> str:
     )
     why = f"<span>{escape('; '.join(decoded['refusals']))}</span>" if decoded["refusals"] else ""
     return (
-        f'<div class="said"><div class="meta"><b>{escape(decoded["name"])}{form}</b>'
+        f'<div class="decoded"><div class="meta"><b>{escape(decoded["name"])}{form}</b>'
         f'<span class="source {escape(decoded["source"])}">{escape(SOURCES[decoded["source"]])}</span>'
         f"<span>cosine {decoded['vector_cosine']:.4f}</span>"
         f"<span>of the text {decoded['text_cosine']:.4f}</span>"
@@ -439,9 +436,8 @@ def _provenance(evaluation: Evaluation) -> str:
         ("evaluation took", ", ".join(f"{k} {v:.1f} s" for k, v in evaluation["seconds"].items())),
     ]
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in rows if v)
-    # Curves and counts are drawn above; the rest of the record is short enough to read.
     record = {k: evaluation[k] for k in ("schema", "settings", "inputs", "split", "provenance")}
     return (
-        f"<dl>{listed}</dl><details><summary>The record in full (evaluation.json has the rest)</summary>"
+        f"<dl>{listed}</dl><details><summary>The record (evaluation.json has the rest)</summary>"
         f"<pre>{escape(json.dumps(record, indent=2, ensure_ascii=False))}</pre></details>"
     )

@@ -1,11 +1,7 @@
-"""What a sweep found: the leaderboard of architectures and one page with plots, from the table of trials alone.
-
-A row is one trial: number, model, context, learning_rate, info_nce_share, sizes (JSON), parameters, val_cosine (its
-best epoch's), epochs, seconds, state (one of STATES), note.
-"""
+"""Report of a sweep: the leaderboard of architectures and an HTML page with plots, from the table of trials alone."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, TypedDict
 
@@ -15,13 +11,13 @@ from matplotlib.figure import Figure
 
 from lvm.evaluate.metrics import Interval
 from lvm.evaluate.report import STYLE, figure_card, section, svg_of, table_of, whole_page
-from lvm.evaluate.table import Table
+from lvm.evaluate.table import Table, table_of_columns
 
 STATES = ("finished", "stopped early", "out of time", "failed")
 
 
 class Trial(TypedDict):
-    """One row of the table."""
+    """One row of the table of trials."""
 
     number: int
     model: str
@@ -29,12 +25,24 @@ class Trial(TypedDict):
     learning_rate: float
     info_nce_share: float
     sizes: str
+    """JSON object."""
     parameters: int | None
     val_cosine: float | None
+    """Of the best epoch."""
     epochs: int
     seconds: float
     state: str
+    """One of STATES."""
     note: str
+
+
+_SETTINGS: dict[str, Callable[[Trial], str]] = {
+    "context": lambda t: str(t["context"]),
+    "learning rate": lambda t: f"{t['learning_rate']:.1e}",
+    "InfoNCE": lambda t: f"{t['info_nce_share']:g}",
+    "sizes": lambda t: ", ".join(f"{k} {v}" for k, v in json.loads(t["sizes"]).items()),
+}
+"""Columns of a trial's settings."""
 
 
 def scored(trials: Sequence[Trial]) -> list[Trial]:
@@ -51,75 +59,57 @@ def best_of_each(trials: Sequence[Trial]) -> dict[str, Trial]:
 
 
 def leaderboard(trials: Sequence[Trial], intervals: Mapping[int, Interval]) -> Table:
-    """Architectures by their best trial. intervals: by trial number, of those that were measured."""
-    rows = []
-    for place, (model, best) in enumerate(best_of_each(trials).items(), 1):
-        own = [t for t in scored(trials) if t["model"] == model]
-        middle = float(np.median([t["val_cosine"] or 0.0 for t in own]))
-        interval = intervals.get(best["number"])
-        sizes = ", ".join(f"{k} {v}" for k, v in json.loads(best["sizes"]).items())
-        rows.append(
-            (
-                str(place),
-                model,
-                f"{best['val_cosine']:.4f}",
-                "" if interval is None else f"[{interval.low:.4f}, {interval.high:.4f}]",
-                f"{middle:.4f}",
-                str(len(own)),
-                str(best["context"]),
-                f"{best['learning_rate']:.1e}",
-                f"{best['info_nce_share']:g}",
-                sizes,
-                f"{best['parameters']:,}",
-                f"{best['seconds']:.0f}",
-            )
-        )
-    return Table(
-        "Architectures by their best trial",
-        (
-            "#",
-            "architecture",
-            "val cosine",
-            "95 % interval",
-            "median trial",
-            "trials",
-            "context",
-            "learning rate",
-            "InfoNCE",
-            "sizes",
-            "parameters",
-            "seconds",
-        ),
-        tuple(rows),
+    """Architectures by their best trial. intervals: of the val cosine, by trial number."""
+    best = best_of_each(trials)
+    places = {model: str(place) for place, model in enumerate(best, 1)}
+    values = {m: [t["val_cosine"] or 0.0 for t in scored(trials) if t["model"] == m] for m in best}
+
+    def interval(trial: Trial) -> str:
+        known = intervals.get(trial["number"])
+        return "" if known is None else f"[{known.low:.4f}, {known.high:.4f}]"
+
+    columns: dict[str, Callable[[Trial], str]] = {
+        "#": lambda t: places[t["model"]],
+        "architecture": lambda t: t["model"],
+        "val cosine": lambda t: f"{t['val_cosine']:.4f}",
+        "95 % interval": interval,
+        "median trial": lambda t: f"{np.median(values[t['model']]):.4f}",
+        "trials": lambda t: str(len(values[t["model"]])),
+        **_SETTINGS,
+        "parameters": lambda t: f"{t['parameters']:,}",
+        "seconds": lambda t: f"{t['seconds']:.0f}",
+    }
+    note = (
         "Val cosine: mean over the same validation targets for every trial, at its best epoch; the interval "
-        "resamples articles. The best of many trials is a little lucky: the test articles, which no trial has seen, "
-        "say how much.",
-        frozenset(range(len(rows))),
+        "resamples articles. The best of many trials is biased upwards: compare it with the test articles, which no "
+        "trial has seen."
     )
+    every = frozenset(range(len(best)))
+    return table_of_columns("Architectures by their best trial", list(best.values()), columns, note, every)
 
 
 def compare(trials: Sequence[Trial], key: str, name: str) -> Table:
-    """Val cosine by one setting, over all architectures: the difference to the own architecture's mean, with a 95 %
-    interval of that difference's mean (normal, from the spread of the trials)."""
+    """Effect of one setting: mean difference of the val cosine to the architecture's mean, with its normal 95 %
+    interval over trials."""
     rows = scored(trials)
     by_model: dict[str, list[float]] = {}
     for trial in rows:
         by_model.setdefault(trial["model"], []).append(trial["val_cosine"] or 0.0)
     means = {model: float(np.mean(values)) for model, values in by_model.items()}
-    found: dict[Any, list[float]] = {}
+    by_value: dict[Any, list[float]] = {}
     for trial in rows:
         row: Mapping[str, Any] = trial
-        found.setdefault(row[key], []).append((trial["val_cosine"] or 0.0) - means[trial["model"]])
+        by_value.setdefault(row[key], []).append((trial["val_cosine"] or 0.0) - means[trial["model"]])
     cells = []
-    for value, differences in sorted(found.items()):
+    for value, differences in sorted(by_value.items()):
         mean, count = float(np.mean(differences)), len(differences)
         spread = 1.96 * float(np.std(differences, ddof=1)) / count**0.5 if count > 1 else float("nan")
         cells.append((f"{value:g}", str(count), f"{mean:+.4f}", f"±{spread:.4f}" if count > 1 else ""))
     return Table(
         f"By {name}",
-        (name, "trials", "against the architecture's mean", "95 %"),
+        (name, "trials", "difference to the architecture's mean", "95 %"),
         tuple(cells),
-        "Early stops are among them: a setting that is slow to start looks worse than it is.",
+        "Includes trials stopped early, so a setting that converges slowly looks worse than it is.",
     )
 
 
@@ -199,7 +189,7 @@ def plot_parallel(trials: Sequence[Trial]) -> str:
 
 
 def plot_cost(trials: Sequence[Trial], key: str, label: str) -> str:
-    """Val cosine against what a trial costs, `seconds` or `parameters`, with the front no other trial beats."""
+    """Val cosine against a trial's cost, `seconds` or `parameters`, with the Pareto front."""
     rows, colours = scored(trials), colours_of(trials)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8, 3.8), layout="constrained")
@@ -228,7 +218,7 @@ def plot_cost(trials: Sequence[Trial], key: str, label: str) -> str:
 def html_page(
     trials: Sequence[Trial], intervals: Mapping[int, Interval], title: str, lines: Mapping[str, str]
 ) -> str:
-    """The whole page. title: what was swept; lines: settings and provenance."""
+    """The report page. lines: settings and provenance, by name."""
     states = ", ".join(
         f"{sum(t['state'] == s for t in trials)} {s}" for s in STATES if any(t["state"] == s for t in trials)
     )
@@ -243,9 +233,11 @@ def html_page(
         section("Every trial across its settings", f"<figure>{plot_parallel(trials)}</figure>"),
         '<div class="grid">'
         + figure_card(
-            "Quality and time", plot_cost(trials, "seconds", "seconds of training"), "Line: not beaten."
+            "Quality and time", plot_cost(trials, "seconds", "seconds of training"), "Line: Pareto front."
         )
-        + figure_card("Quality and size", plot_cost(trials, "parameters", "parameters"), "Line: not beaten.")
+        + figure_card(
+            "Quality and size", plot_cost(trials, "parameters", "parameters"), "Line: Pareto front."
+        )
         + "</div>",
         *(
             section(table.title, table_of(table))
@@ -265,35 +257,24 @@ def html_page(
 
 
 def _failures(failed: Sequence[Trial]) -> Table:
-    rows = tuple((str(t["number"]), t["model"], t["sizes"], t["note"]) for t in failed)
-    return Table("Failed", ("trial", "architecture", "sizes", "why"), rows)
+    columns: dict[str, Callable[[Trial], str]] = {
+        "trial": lambda t: str(t["number"]),
+        "architecture": lambda t: t["model"],
+        "sizes": lambda t: t["sizes"],
+        "why": lambda t: t["note"],
+    }
+    return table_of_columns("Failed", failed, columns)
 
 
 def _all(trials: Sequence[Trial]) -> Table:
-    rows = tuple(
-        (
-            str(t["number"]),
-            t["model"],
-            f"{t['val_cosine']:.4f}",
-            str(t["context"]),
-            f"{t['learning_rate']:.1e}",
-            f"{t['info_nce_share']:g}",
-            ", ".join(f"{k} {v}" for k, v in json.loads(t["sizes"]).items()),
-            f"{t['parameters'] or 0:,}",
-            str(t["epochs"]),
-            f"{t['seconds']:.0f}",
-            t["state"],
-        )
-        for t in scored(trials)
-    )
-    headers = (
-        "trial",
-        "architecture",
-        "val cosine",
-        "context",
-        "learning rate",
-        "InfoNCE",
-        "sizes",
-        "parameters",
-    )
-    return Table("All trials, best first", (*headers, "epochs", "seconds", "state"), rows)
+    columns: dict[str, Callable[[Trial], str]] = {
+        "trial": lambda t: str(t["number"]),
+        "architecture": lambda t: t["model"],
+        "val cosine": lambda t: f"{t['val_cosine']:.4f}",
+        **_SETTINGS,
+        "parameters": lambda t: f"{t['parameters'] or 0:,}",
+        "epochs": lambda t: str(t["epochs"]),
+        "seconds": lambda t: f"{t['seconds']:.0f}",
+        "state": lambda t: t["state"],
+    }
+    return table_of_columns("All trials, best first", scored(trials), columns)

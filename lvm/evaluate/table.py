@@ -1,27 +1,42 @@
-"""A table of ready-made cells, for a terminal and as Markdown."""
+"""Tables of formatted cells, as text and as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 UNKNOWN = "-"
-"""The cell of what was not measured."""
+"""Cell of a value that was not measured."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of ready-made cells."""
+    """A table of formatted cells."""
 
     title: str
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
-    """What the columns count, a sentence or two."""
+    """Explains the columns in a sentence or two."""
     emphasised: frozenset[int] = frozenset()
-    """Rows that are models; the rest are there to be beaten."""
+    """Indices of the rows that are models, not baselines."""
+
+
+def table_of_columns(
+    title: str,
+    items: Sequence[T],
+    columns: Mapping[str, Callable[[T], str]],
+    note: str = "",
+    emphasised: frozenset[int] = frozenset(),
+) -> Table:
+    """A table with a row per item. columns: header to the function that formats an item's cell."""
+    rows = tuple(tuple(cell(item) for cell in columns.values()) for item in items)
+    return Table(title, tuple(columns), rows, note, emphasised)
 
 
 def as_text(table: Table) -> str:
-    """The table for a terminal: columns aligned, numbers to the right."""
+    """The table for a terminal, with aligned columns, numbers to the right."""
     columns = list(zip(table.headers, *table.rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     right = [_numeric(column[1:]) for column in columns]
@@ -41,7 +56,7 @@ def as_markdown(table: Table) -> str:
     rule = ["---:" if _numeric(column[1:]) else "---" for column in columns]
     lines = [f"## {table.title}", "", _pipes(table.headers), _pipes(rule)]
     for number, row in enumerate(table.rows):
-        # The name stands in the first column, or behind the place in the second.
+        # The name is in the first column, or in the second after the rank.
         name = 1 if table.headers[0] == "#" else 0
         bold = number in table.emphasised
         lines.append(_pipes([f"**{c}**" if bold and i == name else c for i, c in enumerate(row)]))

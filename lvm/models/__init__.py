@@ -1,14 +1,15 @@
 """Predictors: context vectors (B, T, D) in, the next vector (B, D) out, all of norm 1.
 
-`MODELS[name](CONFIGS[name]())` makes one of the default sizes, `MODELS[name](TOYS[name])` a tiny one. An
-`ensemble` is made of trained ones and is none of MODELS: `build` makes it, nothing trains it.
+`MODELS[name](CONFIGS[name]())` has the default sizes, `MODELS[name](TOYS[name])` is tiny. An `ensemble` combines
+trained predictors; it is not in MODELS, as it is not trained itself, but `build` makes it.
 
-An architecture may have, for the training loop: `loss(contexts, targets)`, a scalar that is minimised in the place of
-squared distance; `prepare(targets)`, called once with batches of training targets before the first step; and
-`solves_output = False` where no regression can set its output layer.
+An architecture may define, for the training loop: `loss(contexts, targets)`, a scalar that replaces the mean squared
+error; `prepare(targets)`, called once before the first step with batches of training targets; and
+`solves_output = False` where its output layer cannot be initialised by regression.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from lvm.errors import InputError
@@ -44,47 +45,43 @@ Predictor = Architecture | Ensemble
 OPTIMIZED = "transformer-optimized"
 """The Transformer under a recipe of its own (`lvm.predict.training.OWN_RECIPES`); otherwise the same architecture."""
 
-_TABLE: dict[str, tuple[Callable[[Any], Architecture], type[Any], Any, dict[str, tuple[Any, ...]]]] = {
-    "amn": (AMN, AMNConfig, amn.TOY, amn.SPACE),
-    "lstm": (LSTM, LSTMConfig, lstm.TOY, lstm.SPACE),
-    "gru": (GRU, GRUConfig, gru.TOY, gru.SPACE),
-    "transformer": (Transformer, TransformerConfig, transformer.TOY, transformer.SPACE),
-    OPTIMIZED: (Transformer, TransformerConfig, transformer.TOY, transformer.SPACE),
-    "mamba2": (mamba2.Mamba2, mamba2.Mamba2Config, mamba2.TOY, mamba2.SPACE),
-    "s4": (s4.S4, s4.S4Config, s4.TOY, s4.SPACE),
-    "rwkv": (rwkv.RWKV, rwkv.RWKVConfig, rwkv.TOY, rwkv.SPACE),
-    "hybrid": (hybrid.Hybrid, hybrid.HybridConfig, hybrid.TOY, hybrid.SPACE),
-    "gpt2": (gpt2.GPT2, gpt2.GPT2Config, gpt2.TOY, gpt2.SPACE),
-    "linformer": (linformer.Linformer, linformer.LinformerConfig, linformer.TOY, linformer.SPACE),
-    "performer": (performer.Performer, performer.PerformerConfig, performer.TOY, performer.SPACE),
-    "hyena": (hyena.Hyena, hyena.HyenaConfig, hyena.TOY, hyena.SPACE),
-    "retnet": (retnet.RetNet, retnet.RetNetConfig, retnet.TOY, retnet.SPACE),
-    "lcm-diffusion": (
-        lcm_diffusion.LCMDiffusion,
-        lcm_diffusion.LCMDiffusionConfig,
-        lcm_diffusion.TOY,
-        lcm_diffusion.SPACE,
-    ),
-    "lcm-quant": (lcm_quant.LCMQuant, lcm_quant.LCMQuantConfig, lcm_quant.TOY, lcm_quant.SPACE),
+_TABLE: dict[str, tuple[ModuleType, Callable[[Any], Architecture], type[Any]]] = {
+    "amn": (amn, AMN, AMNConfig),
+    "lstm": (lstm, LSTM, LSTMConfig),
+    "gru": (gru, GRU, GRUConfig),
+    "transformer": (transformer, Transformer, TransformerConfig),
+    OPTIMIZED: (transformer, Transformer, TransformerConfig),
+    "mamba2": (mamba2, mamba2.Mamba2, mamba2.Mamba2Config),
+    "s4": (s4, s4.S4, s4.S4Config),
+    "rwkv": (rwkv, rwkv.RWKV, rwkv.RWKVConfig),
+    "hybrid": (hybrid, hybrid.Hybrid, hybrid.HybridConfig),
+    "gpt2": (gpt2, gpt2.GPT2, gpt2.GPT2Config),
+    "linformer": (linformer, linformer.Linformer, linformer.LinformerConfig),
+    "performer": (performer, performer.Performer, performer.PerformerConfig),
+    "hyena": (hyena, hyena.Hyena, hyena.HyenaConfig),
+    "retnet": (retnet, retnet.RetNet, retnet.RetNetConfig),
+    "lcm-diffusion": (lcm_diffusion, lcm_diffusion.LCMDiffusion, lcm_diffusion.LCMDiffusionConfig),
+    "lcm-quant": (lcm_quant, lcm_quant.LCMQuant, lcm_quant.LCMQuantConfig),
 }
 
-MODELS = {name: row[0] for name, row in _TABLE.items()}
-CONFIGS = {name: row[1] for name, row in _TABLE.items()}
-TOYS = {name: row[2] for name, row in _TABLE.items()}
-SPACES = {name: row[3] for name, row in _TABLE.items()}
+MODELS = {name: model for name, (_, model, _) in _TABLE.items()}
+CONFIGS = {name: config for name, (_, _, config) in _TABLE.items()}
+TOYS: dict[str, Any] = {name: module.TOY for name, (module, _, _) in _TABLE.items()}
+SPACES: dict[str, dict[str, tuple[Any, ...]]] = {name: m.SPACE for name, (m, _, _) in _TABLE.items()}
 """Sizes that `latent sweep` tries, by field of the config."""
 
 ENSEMBLE = "ensemble"
 
 ORIGINAL = ("amn", "lstm", "gru", "transformer")
-"""The system this follows had these four; they ship and are what a command trains when it is not told."""
+"""The four architectures of the original system; the shipped ones, and the default of training."""
 
 
 def build(name: str, sizes: dict[str, Any] | None = None, tmd: bool = False) -> Any:
-    """A new, untrained predictor; `sizes` are fields of its config that differ from the default. tmd: it reads each
-    vector's TMD code too (`lvm.models.codes`), whose prototypes are not loaded.
+    """A new, untrained predictor.
 
-    Raises InputError for an unknown name, listing the known ones, and for an unknown size or one that does not fit.
+    sizes: fields of its config that differ from the default. tmd: also read each vector's TMD code
+    (`lvm.models.codes`); the prototypes are zeros until loaded. Raises InputError for an unknown name, listing the
+    known ones, and for an unknown or invalid size.
     """
     if name == ENSEMBLE:
         return Ensemble(EnsembleConfig(**(sizes or {})), build)
@@ -100,6 +97,6 @@ def build(name: str, sizes: dict[str, Any] | None = None, tmd: bool = False) -> 
 
 
 def require_known(name: str) -> None:
-    """Return when `name` is a predictor's, else raise InputError with the names there are."""
+    """Raise InputError, listing the known names, unless `name` is one of MODELS."""
     if name not in MODELS:
         raise InputError(f"unknown model {name!r}; expected one of {', '.join(MODELS)}")

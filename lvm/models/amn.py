@@ -1,10 +1,10 @@
-"""Attention mixture network: the context's mean, plus a correction read from an attention mixture.
+"""Attention mixture network: the context's mean, plus a correction computed from an attention mixture.
 
-The mean of the context is already a fair guess, so the network predicts only what to add to it. One attention
-head, asked by the mean, says which of the context vectors matter; its weights can be shown to a person. The
-order of the context takes no part: a permuted context gives the same prediction.
+The mean of the context is already a fair prediction, so the network predicts the difference to it. One attention head,
+with the mean as its query, weighs the context vectors; its weights can be shown to users. The network ignores order: a
+permuted context gives the same prediction.
 
-Parameter names are the original's, so its checkpoints load by name.
+Parameter names are those of the original system, so its checkpoints load by name.
 
 Letters: B batch, T context vectors, D vector length.
 """
@@ -26,21 +26,20 @@ class AMNConfig:
     key_dim: int = 256
     """Length of the attention's query and keys."""
     hidden: int = 512
-    """Width of the correction's first layer; the second has half of it."""
+    """Width of the correction's first layer; the second has half."""
 
 
 TOY = AMNConfig(key_dim=16, hidden=32)
 SPACE = {"hidden": (256, 512, 1024), "key_dim": (128, 256, 512)}
-"""Sizes that `latent sweep` tries."""
 
 
 class AMN(nn.Module):
-    """normalize(mean + correction), the correction from the mean and the mixture laid end to end."""
+    """normalize(mean + correction), the correction being a function of mean and mixture."""
 
     adds_mean = True
-    """The prediction is the context's mean plus what the output layer gives."""
+    """The prediction is the context's mean plus the output layer's, normalised."""
     reads = ("context_encoder", "query_encoder", "residual_net.0")
-    """Layers that read vectors."""
+    """Names of the layers that take vectors."""
 
     def __init__(self, config: AMNConfig) -> None:
         super().__init__()
@@ -71,23 +70,23 @@ class AMN(nn.Module):
 
     @property
     def output_layer(self) -> nn.Linear:
-        """The last layer; its output, added to the mean and scaled to norm 1, is the prediction."""
+        """The last layer; its output plus the mean, scaled to norm 1, is the prediction."""
         last = self.residual_net[-1]
         assert isinstance(last, nn.Linear)
         return last
 
     @property
     def num_directions(self) -> int:
-        """Rows `start_from` takes."""
+        """Number of rows of `start_from`'s directions."""
         return self.config.hidden
 
     @torch.no_grad()
     def start_from(self, directions: Tensor) -> None:
-        """Set the hidden layers so that `features` carry the context's mean.
+        """Initialise the hidden layers so that `features` carry the context's mean.
 
-        directions: (hidden, D) orthonormal rows along which the vectors vary most. The first layer reads the
-        mean along them, the second hands on the first half; both GELUs work where they are a straight line,
-        and their LayerNorms take the shift out again. A tenth of the random weights stays.
+        directions: (hidden, D) orthonormal rows, the vectors' principal directions. The first layer projects the mean
+        onto them, the second passes on the first half. Large biases keep both GELUs in their linear range, and the
+        LayerNorms remove the shift. The random weights are scaled to a tenth.
         """
         dim, hidden = self.config.dim, self.config.hidden
         first, second = self.residual_net[0], self.residual_net[3]

@@ -1,6 +1,6 @@
-"""Causal softmax attention with a memory of keys and values.
+"""Causal softmax attention with a cache of keys and values.
 
-Letters: B batch, H heads, T places, S places with those before, P length of a head, W = H P.
+Letters: B batch, H heads, T positions, S positions including earlier ones, P size of a head, W = H P.
 """
 
 import torch
@@ -20,7 +20,7 @@ def joined(x: Tensor) -> Tensor:
 
 
 class CausalAttention(nn.Module):
-    """Each place attends to itself and those before (Vaswani et al. 2017)."""
+    """Each position attends to itself and earlier ones (Vaswani et al. 2017)."""
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class CausalAttention(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(B, T, W), and the keys and values (B, H, S, P) so far.
 
-        seen: bool, broadcast to (B, H, T, S), True where a place is attended to; None is all up to itself.
+        seen: bool, broadcast to (B, H, T, S), True where a position is attended to; None for causal attention.
         """
         q, k, v = (heads_of(part, self.head_dim) for part in self.qkv(x).chunk(3, dim=-1))
         if memory is not None:
             k, v = torch.cat((memory[0], k), dim=2), torch.cat((memory[1], v), dim=2)
         if seen is None:
-            places, so_far = q.shape[2], k.shape[2]
-            seen = torch.ones(places, so_far, dtype=torch.bool, device=x.device).tril(so_far - places)
+            length, total = q.shape[2], k.shape[2]
+            seen = torch.ones(length, total, dtype=torch.bool, device=x.device).tril(total - length)
         return self.out(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))), (k, v)

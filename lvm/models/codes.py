@@ -1,9 +1,9 @@
-"""A predictor that reads each vector's TMD code beside it: D + 16 numbers in place of D, as the original's could.
+"""Predictors that also read each vector's TMD code: D + 16 inputs in place of D, as in the original system.
 
-A code follows from the vector: on each axis the label that lies nearest (`lvm.corpus.tmd.Prototypes`). So the network
-makes it itself, in front of every layer that reads vectors; contexts stay (B, T, D), and who trains, evaluates or
-serves need not know. The labels' vectors are a buffer, saved with the weights. Where a layer reads a mix of vectors
-(AMN's mean, the noise of lcm-diffusion), the code is the mix's.
+A code is a function of the vector, the nearest label on each axis (`lvm.corpus.tmd.Prototypes`), so the network
+computes it in front of every layer that takes vectors. Contexts stay (B, T, D), and training, evaluation and serving
+are unchanged. The labels' vectors are a buffer, saved with the weights. Where a layer takes a mix of vectors (AMN's
+mean, the noise of lcm-diffusion), the code is that of the mix.
 
 Letters: B batch, T context vectors, D vector length.
 """
@@ -18,11 +18,11 @@ AXES = (16, 32, 64)
 """Labels of each axis: domain, task, modifier."""
 
 FEATURES = 16
-"""Numbers a code is read as: 4 + 5 + 6 bits, and the spare one, always 0."""
+"""Inputs per code: 4 + 5 + 6 bits, and the spare one, always 0."""
 
 
 class Codes(nn.Module):
-    """Vectors to their codes' bits."""
+    """The bits of vectors' codes."""
 
     prototypes: Tensor
 
@@ -33,8 +33,8 @@ class Codes(nn.Module):
 
     @torch.no_grad()
     def forward(self, vectors: Tensor) -> Tensor:
-        """(..., 16) 0 and 1, the highest bit first, of vectors (..., D)."""
-        with torch.autocast(vectors.device.type, enabled=False):  # rounded cosines would give other codes
+        """(..., 16) bits as 0 and 1, highest first, of vectors (..., D)."""
+        with torch.autocast(vectors.device.type, enabled=False):  # rounded cosines could change the codes
             cosines = vectors.to(self.prototypes) @ self.prototypes.T
         bits = []
         for part in cosines.split(AXES, dim=-1):
@@ -43,7 +43,7 @@ class Codes(nn.Module):
         return F.pad(torch.cat(bits, dim=-1), (0, 1)).to(vectors.dtype)
 
     def beside(self, vectors: Tensor) -> Tensor:
-        """(..., n (D + 16)) from n vectors end to end (..., n D): these, then their codes."""
+        """(..., n (D + 16)) from n concatenated vectors (..., n D): these, then their codes."""
         apart = vectors.unflatten(-1, (-1, self.prototypes.shape[1]))
         return torch.cat((vectors, self(apart).flatten(-2)), dim=-1)
 
@@ -52,10 +52,10 @@ class CodedLinear(nn.Linear):
     """A linear layer over vectors and their codes."""
 
     def __init__(self, plain: nn.Linear, codes: Codes) -> None:
-        """plain: the layer, over vectors alone, that this one takes the place of."""
+        """plain: the layer over vectors that this one replaces."""
         num_vectors = plain.in_features // codes.prototypes.shape[1]
         super().__init__(plain.in_features + num_vectors * FEATURES, plain.out_features)
-        self._codes = (codes,)  # not as a part: the predictor has it once
+        self._codes = (codes,)  # in a tuple, so that it is not registered: the predictor has it once
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., out) from (..., n D)."""
@@ -66,7 +66,7 @@ class CodedLSTM(nn.LSTM):
     """An LSTM over vectors and their codes."""
 
     def __init__(self, plain: nn.LSTM, codes: Codes) -> None:
-        """plain: the one over vectors alone that this one takes the place of."""
+        """plain: the LSTM over vectors that this one replaces."""
         sizes = (plain.input_size + FEATURES, plain.hidden_size, plain.num_layers)
         super().__init__(*sizes, dropout=plain.dropout, batch_first=True)
         self._codes = (codes,)
@@ -77,7 +77,7 @@ class CodedLSTM(nn.LSTM):
 
 
 def read_codes(model: nn.Module, dim: int, reads: tuple[str, ...]) -> None:
-    """Have a new predictor read codes; its part `tmd` is the `Codes`. reads: names of the layers that read vectors."""
+    """Make an untrained predictor read codes: replace the layers named in `reads`, and add the `Codes` as `tmd`."""
     codes = Codes(dim)
     for name in reads:
         plain: Any = model.get_submodule(name)

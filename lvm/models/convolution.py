@@ -1,6 +1,6 @@
-"""Causal convolutions along the places, one kernel a channel.
+"""Causal depthwise convolutions.
 
-Letters: B batch, W channels, T places, K taps.
+Letters: B batch, W channels, T positions, K taps.
 """
 
 import torch
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from lvm.models.trunk import wide
 
 DIRECT_PLACES = 64
-"""Up to so many places the direct sum is the faster one; it also needs no complex numbers."""
+"""Up to this length the direct sum is faster than the FFT."""
 
 
 def causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
     """y (B, W, T) with y[t] = sum over s <= t of kernel[s] u[t - s], float32 or float64.
 
-    u: (B, W, T); kernel: (W, T). By FFT of twice the length, where nothing wraps around; by the direct sum for few
-    places, and on MPS.
+    u: (B, W, T); kernel: (W, T). By an FFT of twice the length, so that nothing wraps around; by a direct sum for short
+    inputs, and on MPS, for lack of complex numbers.
     """
     length = u.shape[-1]
     with torch.autocast(u.device.type, enabled=False):
@@ -30,7 +30,7 @@ def causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
 
 
 class ShortConvolution(nn.Module):
-    """A few taps a channel, with bias; its memory is the last K - 1 inputs."""
+    """Causal depthwise convolution of K taps, with bias; its memory is the last K - 1 inputs."""
 
     def __init__(self, width: int, taps: int) -> None:
         super().__init__()

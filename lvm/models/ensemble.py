@@ -1,8 +1,8 @@
-"""Several predictors asked at once: their unit vectors, weighted and summed.
+"""Ensemble of predictors: the weighted sum of their unit vectors, normalised.
 
-The mean of unit vectors is the vector with the best mean cosine to them all. Weights are a softmax over one number a
-member: 0 for each is the plain mean, and others are learned on held-out windows (`lvm.predict.ensemble`). Members keep
-their own architecture and sizes; the weights lie in one file with the members' numbers before their names.
+The mean of unit vectors, normalised, has the best mean cosine to them. The weights are a softmax over one logit per
+member: all 0 is the plain mean, others are learned on held-out windows (`lvm.predict.ensemble`). Members keep their
+architecture and sizes; all weights are in one file, with the members' indices as prefixes.
 
 Letters: B batch, T context vectors, D vector length, M members.
 """
@@ -18,20 +18,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class EnsembleConfig:
-    """What it is made of."""
+    """The members of an ensemble."""
 
     dim: int = 768
     """Length of a vector, D."""
     members: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    """Each with `model`, a key of MODELS, `sizes`, the fields of its config, `context`, how many of the last vectors it
-    reads, and `tmd`, true where it reads their codes."""
+    """Each has `model`, a key of MODELS; `sizes`, fields of its config; `context`, how many of the last vectors it
+    reads; and `tmd`, true where it reads codes."""
 
 
 class Ensemble(nn.Module):
-    """normalize(sum of weight times prediction)."""
+    """normalize(sum of weight * prediction)."""
 
     def __init__(self, config: EnsembleConfig, build: Callable[..., nn.Module]) -> None:
-        """build: makes a member from its name, its sizes and whether it reads codes."""
+        """build: `lvm.models.build`."""
         super().__init__()
         self.config = config
         self.members = nn.ModuleList(
@@ -50,5 +50,5 @@ class Ensemble(nn.Module):
 
     @property
     def weights(self) -> Tensor:
-        """(M,) shares of the members; they sum to 1."""
+        """(M,) weights of the members, with sum 1."""
         return self.logits.softmax(dim=0)

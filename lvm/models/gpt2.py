@@ -1,15 +1,16 @@
-"""GPT-2 over vectors: DistilGPT-2's layers without token embeddings and without a head of tokens.
+"""GPT-2 over vectors: DistilGPT-2's layers without token embeddings and language-model head.
 
-Radford et al. 2019, and DistilGPT-2's sizes (Sanh et al. 2019: 6 layers of width 768, 12 heads). Choices: a linear
-layer in the place of the embeddings and one in that of the head; learned positions, of which the last serves all places
-after it. `load_layers` takes the layers, the positions and the last norm from a checkpoint in GPT-2's layout.
+Radford et al. 2019, with DistilGPT-2's sizes (Sanh et al. 2019: 6 layers of width 768, 12 heads). Choices: linear
+layers replace the embeddings and the head; learned position embeddings, the last of which serves all later positions.
+`load_layers` loads the layers, the position embeddings and the final norm of a checkpoint in GPT-2's layout.
 
-Letters: B batch, T places, W width.
+Letters: B batch, T positions, W width.
 """
 
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,42 +20,31 @@ from torch import Tensor, nn
 
 from lvm.errors import InputError
 from lvm.models.attention import CausalAttention
-from lvm.models.trunk import FeedForward, Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 
 @dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
     width: int = 768
-    """Length of a state of the residual stream, W."""
     num_layers: int = 6
-    """Pairs of attention and feed-forward."""
     head_dim: int = 64
-    """Length of a head; it divides the width."""
+    """Must divide the width."""
     num_positions: int = 1024
-    """Learned positions."""
-    dropout: float = 0.1
-    """Share of the outputs of a part zeroed while training."""
+    """Learned position embeddings."""
 
 
 TOY = GPT2Config(width=32, num_layers=2, head_dim=16, num_positions=8)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 class GPT2(Trunk):
-    """Next vector from the last place of GPT-2's layers."""
+    """Next vector from the last position of GPT-2's layers."""
 
     def __init__(self, config: GPT2Config) -> None:
-        mixers: list[nn.Module] = []
-        for _ in range(config.num_layers):
-            mixers += [
-                CausalAttention(config.width, config.head_dim),
-                FeedForward(config.width, 4 * config.width, approximate="tanh"),
-            ]
+        attention = partial(CausalAttention, config.width, config.head_dim)
+        mixers = with_feed_forward(config, attention, approximate="tanh")
         super().__init__(config, mixers)
         self.place = nn.Parameter(torch.randn(config.num_positions, config.width) * 0.02)
         self._scale: float | None = None
@@ -63,19 +53,19 @@ class GPT2(Trunk):
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=0.02)
                     nn.init.zeros_(module.bias)
-            # What each layer adds shrinks with their number (GPT-2's report, section 2.3).
+            # The output of each layer is scaled by the number of layers (GPT-2's report, section 2.3).
             last = mixer.get_parameter("out.weight")
             nn.init.normal_(last, std=0.02 / math.sqrt(2 * config.num_layers))
 
     def embed(self, vectors: Tensor, start: int = 0) -> Tensor:
-        """(B, T, W) inputs of the first layer from vectors (B, T, D); the first is at place `start`."""
+        """(B, T, W) inputs of the first layer from vectors (B, T, D) at positions `start` and after."""
         places = torch.arange(start, start + vectors.shape[1], device=vectors.device)
         inputs = wide(self.input_proj(vectors))
         return inputs + self.place[places.clamp(max=len(self.place) - 1)]
 
     @torch.no_grad()
     def start_from(self, directions: Tensor) -> None:
-        """As the trunk's; layers that were loaded stay as they are, and the vectors get their embeddings' size."""
+        """As the trunk's. Loaded layers are kept, and the inputs are scaled to the norm of GPT-2's embeddings."""
         if self._scale is None:
             super().start_from(directions)
             return
@@ -85,46 +75,44 @@ class GPT2(Trunk):
 
     @torch.no_grad()
     def load_layers(self, folder: Path) -> None:
-        """Take over layers, positions and last norm of `model.safetensors` in GPT-2's layout.
+        """Load layers, position embeddings and final norm of `model.safetensors` in GPT-2's layout.
 
-        Raises InputError when the file cannot be read or a tensor is missing or of another shape.
+        Raises InputError when the file cannot be read or a tensor is missing or has another shape.
         """
         path = folder / "model.safetensors"
         try:
-            found = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
+            tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
         except (OSError, SafetensorError) as err:
             raise InputError(
                 f"{path} cannot be read ({err}); expected a checkpoint in GPT-2's layout, such as distilgpt2's"
             ) from err
 
         def take(parameter: Tensor, name: str) -> None:
-            value = found.get(name)
+            value = tensors.get(name)
             if value is not None and name.endswith("weight") and value.ndim == 2 and name != "wpe.weight":
-                value = value.T  # GPT-2 keeps its layers as (in, out)
+                value = value.T  # GPT-2 stores linear layers as (in, out)
             if value is None or value.shape != parameter.shape:
                 got = "none" if value is None else tuple(value.shape)
                 raise InputError(f"{path}: expected {name} of shape {tuple(parameter.shape)}, got {got}")
             parameter.copy_(value)
 
         take(self.place, "wpe.weight")
-        parts = {"norm": "ln_{}", "mixer.qkv": "attn.c_attn", "mixer.out": "attn.c_proj"}
+        attention = {"norm": "ln_{}", "mixer.qkv": "attn.c_attn", "mixer.out": "attn.c_proj"}
         feed_forward = {"norm": "ln_{}", "mixer.up": "mlp.c_fc", "mixer.out": "mlp.c_proj"}
         for number, branch in enumerate(self.branches):
             layer, second = divmod(number, 2)
-            for ours, theirs in (feed_forward if second else parts).items():
+            for ours, theirs in (feed_forward if second else attention).items():
                 for kind in ("weight", "bias"):
                     name = f"h.{layer}.{theirs.format(second + 1)}.{kind}"
                     take(branch.get_parameter(f"{ours}.{kind}"), name)
         for kind in ("weight", "bias"):
             take(self.norm.get_parameter(kind), f"ln_f.{kind}")
-        embeddings = found.get("wte.weight")
-        self._scale = (
-            math.sqrt(self.config.width) if embeddings is None else float(embeddings.norm(dim=1).mean())
-        )
+        wte = tensors.get("wte.weight")
+        self._scale = math.sqrt(self.config.width) if wte is None else float(wte.norm(dim=1).mean())
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
-    """The config's fields for a checkpoint in GPT-2's layout. Raises InputError without a config.json of GPT-2."""
+    """GPT2Config's fields for a checkpoint in GPT-2's layout. Raises InputError without a config.json of GPT-2."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())

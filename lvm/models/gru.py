@@ -1,7 +1,7 @@
-"""Four GRU layers, each with a residual path and LayerNorm; the last state, projected, is the prediction.
+"""Four GRU layers, each with a residual connection and LayerNorm; the last state, projected, is the prediction.
 
-Parameter names are the original's, so its checkpoints load by name. GRU: Cho et al. 2014, as in
-`torch.nn.GRU`; LayerNorm comes after the sum, as in the first Transformer.
+Parameter names are those of the original system, so its checkpoints load by name. GRU: Cho et al. 2014, as in
+`torch.nn.GRU`; post-norm, as in the original Transformer.
 
 Letters: B batch, T context vectors, D vector length.
 """
@@ -21,16 +21,15 @@ class GRUConfig:
     dim: int = 768
     """Length of a vector, D."""
     hidden: int = 512
-    """Length of a state."""
+    """Width of the GRUs."""
     num_layers: int = 4
     """Blocks of GRU, residual and LayerNorm."""
     dropout: float = 0.0
-    """Share of a GRU's outputs zeroed before the residual sum while training."""
+    """Applied to each GRU's output before the residual sum."""
 
 
 TOY = GRUConfig(hidden=32, num_layers=2)
 SPACE = {"hidden": (256, 512, 1024), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 class Block(nn.Module):
@@ -53,9 +52,9 @@ class GRU(nn.Module):
     """Next vector from the state after the last context vector."""
 
     adds_mean = False
-    """The output layer alone makes the prediction."""
+    """The prediction is the output layer's alone."""
     reads = ("input_proj",)
-    """Layers that read vectors."""
+    """Names of the layers that take vectors."""
 
     def __init__(self, config: GRUConfig) -> None:
         super().__init__()
@@ -69,7 +68,7 @@ class GRU(nn.Module):
         return F.normalize(self.output_layer(self.features(contexts)).float(), dim=-1)
 
     def each_step(self, contexts: Tensor) -> Tensor:
-        """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
+        """(B, T, D) unit vectors: position t is the prediction from contexts[:, : t + 1]."""
         return F.normalize(self.output_proj(self._states(contexts)).float(), dim=-1)
 
     def features(self, contexts: Tensor) -> Tensor:
@@ -83,17 +82,17 @@ class GRU(nn.Module):
 
     @property
     def num_directions(self) -> int:
-        """Rows `start_from` takes."""
+        """Number of rows of `start_from`'s directions."""
         return self.config.hidden
 
     @torch.no_grad()
     def start_from(self, directions: Tensor) -> None:
-        """Set the hidden layers so that `features` carry the context's mean, later vectors counting more.
+        """Initialise the hidden layers so that `features` carry the context's mean, with more weight on later vectors.
 
-        directions: (hidden, D) orthonormal rows along which the vectors vary most. The first GRU sums the
-        inputs along them and forgets slowly; its input is made small, so that the sum outweighs the residual
-        path of the last vector, and LayerNorm restores the size. The other blocks hand on what comes. A tenth
-        of the random weights stays, so that the units differ. Gates are in torch's order r, z, n.
+        directions: (hidden, D) orthonormal rows, the vectors' principal directions. The first GRU accumulates the
+        inputs' projections and forgets slowly; its input is scaled down, so that the sum outweighs the residual of the
+        last vector, and LayerNorm restores the scale. The other blocks pass their input through. The random weights are
+        scaled to a tenth, so that the units differ. Gates are in torch's order r, z, n.
         """
         hidden, small = self.config.hidden, 0.01
         self.input_proj.weight.copy_(directions * math.sqrt(hidden) * small)

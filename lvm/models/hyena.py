@@ -1,12 +1,12 @@
-"""Hyena: convolutions as long as the context, with a gate after each.
+"""Hyena: convolutions as long as the context, each followed by a gate.
 
 Poli et al. 2023, "Hyena Hierarchy", arXiv 2302.10866. z = v, then z = gate * (filter convolved with z), `order` times;
-v and the gates are projections with three taps of convolution each. The filters come from a small network with
-sines over the place, times a window that fades, at a rate of each channel. Choices: order 2; `scale` places in place of
-a longest length, so that a filter is the same for any context; a term for the place itself, as in the authors' code;
-a feed-forward of four times the width.
+v and the gates are projections with a convolution of three taps. The filters are the output of a small network with
+sine activations over the position, times a window that decays at a rate per channel. Choices: order 2; a fixed `scale`
+in positions instead of a maximum length, so that filters do not depend on the context's length; a skip term, as in the
+authors' code; a feed-forward of four times the width.
 
-Letters: B batch, T places, W width, O order.
+Letters: B batch, T positions, W width, O order.
 """
 
 import math
@@ -16,41 +16,32 @@ import torch
 from torch import Tensor, nn
 
 from lvm.models.convolution import ShortConvolution, causal_convolution
-from lvm.models.trunk import FeedForward, Trunk
+from lvm.models.trunk import Trunk, TrunkConfig, with_feed_forward
 
 SLOWEST, FASTEST = math.log(100) / 1.5, math.log(100) / 0.3
-"""Rates of the window: it has faded to a hundredth after 1.5 and after 0.3 scales, as in the authors' code."""
+"""Range of the window's decay rates: to a hundredth after 1.5 or 0.3 scales, as in the authors' code."""
 
 
 @dataclass(frozen=True)
-class HyenaConfig:
+class HyenaConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Length of a state of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of Hyena and feed-forward."""
     order: int = 2
-    """Convolutions, and gates, of a layer."""
+    """Convolutions, and gates, per layer."""
     scale: int = 64
-    """Places after which the filters' window has mostly faded."""
+    """Positions after which the filters' window has mostly decayed."""
     bands: int = 8
-    """Frequencies of the place that a filter is made from."""
+    """Frequencies of the filters' position encoding."""
     filter_width: int = 64
-    """Inner width of the network that makes the filters."""
-    dropout: float = 0.1
-    """Share of the outputs of a part zeroed while training."""
+    """Inner width of the filter network."""
 
 
 TOY = HyenaConfig(width=32, num_layers=2, bands=2, filter_width=8)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 class Filters(nn.Module):
-    """The long filters as functions of the place."""
+    """The long filters as functions of the position."""
 
     def __init__(self, config: HyenaConfig) -> None:
         super().__init__()
@@ -79,15 +70,15 @@ class HyenaOperator(nn.Module):
 
     def __init__(self, config: HyenaConfig) -> None:
         super().__init__()
-        self.order = config.order
-        self.in_proj = nn.Linear(config.width, (config.order + 1) * config.width)
-        self.conv = ShortConvolution((config.order + 1) * config.width, 3)
+        self.order, width = config.order, config.width
+        self.in_proj = nn.Linear(width, (config.order + 1) * width)
+        self.conv = ShortConvolution((config.order + 1) * width, 3)
         self.filters = Filters(config)
-        self.skip = nn.Parameter(torch.randn(config.order, config.width))
-        self.out = nn.Linear(config.width, config.width)
+        self.skip = nn.Parameter(torch.randn(config.order, width))
+        self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, memory: None = None) -> tuple[Tensor, None]:
-        """(B, T, W) from (B, T, W); it has no step form."""
+        """(B, T, W) from (B, T, W); there is no recurrent form."""
         projected, _ = self.conv(self.in_proj(x))
         z, *gates = projected.transpose(1, 2).chunk(self.order + 1, dim=1)
         filters = self.filters(x.shape[1])
@@ -97,12 +88,9 @@ class HyenaOperator(nn.Module):
 
 
 class Hyena(Trunk):
-    """Next vector from the last place of a stack of Hyena operators."""
+    """Next vector from the last position of a stack of Hyena operators."""
 
     has_steps = False
 
     def __init__(self, config: HyenaConfig) -> None:
-        mixers: list[nn.Module] = []
-        for _ in range(config.num_layers):
-            mixers += [HyenaOperator(config), FeedForward(config.width, 4 * config.width)]
-        super().__init__(config, mixers)
+        super().__init__(config, with_feed_forward(config, lambda: HyenaOperator(config)))

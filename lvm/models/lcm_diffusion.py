@@ -1,19 +1,20 @@
-"""LCM by diffusion, one tower: the next vector is found by taking noise away, step by step.
+"""LCM by diffusion, one-tower: the next vector is denoised step by step.
 
-LCM team 2024, "Large Concept Models", arXiv 2412.08821, section 2.3. x[t] = alpha x0 + sigma e, and the network says
-what x0 was, from x[t], t, and the clean vectors before it: it runs one causal Transformer over the clean vectors with
-the noisy one at their end. Choices: the loss is the squared distance to x0, all t alike (the paper's simplified
-objective); only the last vector of a window is noisy, as the training loop's targets are; time is a code added to the
-noisy vector; unit vectors take the place of the paper's scaling, so noise has variance 1 / D a number. Sampling is
-deterministic (DDIM, Song et al. 2020, arXiv 2010.02502) from one noise vector that the seed decides, with
+LCM team 2024, "Large Concept Models", arXiv 2412.08821, section 2.3. x[t] = alpha x0 + sigma e, and the network
+predicts x0 from x[t], t and the preceding clean vectors: one causal Transformer over the clean vectors, followed by
+the noisy one. Choices: the loss is the squared distance to x0 without weights for t (the paper's simplified
+objective); only the last vector of a window is noisy, to match the training loop's targets; a time embedding is added
+to the noisy vector; vectors are unit vectors in place of the paper's scaling, so noise has variance 1 / D per
+dimension. Sampling is deterministic (DDIM, Song et al. 2020, arXiv 2010.02502) from one seeded noise vector, with
 classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) and its rescaling (Lin et al. 2023, arXiv 2305.08891,
-section 3.4). Few steps and mild guidance: the answer is judged by its cosine, not by its variety.
+section 3.4). Few steps and mild guidance, as the answer is judged by its cosine, not by its diversity.
 
 Letters: B batch, T context vectors, D vector length, W width.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,44 +24,36 @@ from torch import Tensor, nn
 from lvm.errors import InputError
 from lvm.models.attention import CausalAttention
 from lvm.models.transformer import sinusoidal_positions
-from lvm.models.trunk import FeedForward, Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 Schedule = Literal["cosine", "quadratic", "sigmoid"]
 Context = tuple[list[Any], Tensor]
-"""Keys and values of each branch, None where it has none, and the mean (B, W) of the last states."""
+"""Keys and values of each branch, None for a feed-forward, and the mean (B, W) of the last states."""
 
 QUADRATIC_STEPS, BETA_FIRST, BETA_LAST = 100, 0.02, 0.022
 SIGMOID_GAMMA, SIGMOID_DELTA = 1.5, -1.0
 
 
 @dataclass(frozen=True)
-class LCMDiffusionConfig:
-    """Sizes of the network, and how it answers."""
+class LCMDiffusionConfig(TrunkConfig):
+    """Sizes of the network, and settings of sampling."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Length of a state of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of attention and feed-forward."""
     head_dim: int = 64
-    """Length of a head; it divides the width."""
-    dropout: float = 0.1
-    """Share of the outputs of a part zeroed while training."""
+    """Must divide the width."""
     schedule: Schedule = "cosine"
-    """How noise grows with t."""
+    """Noise schedule."""
     drop_context: float = 0.15
-    """Share of the training vectors that are denoised without their context, for guidance."""
+    """Share of training examples denoised without their context, for guidance."""
     steps: int = 8
-    """Calls of the network an answer."""
+    """Sampling steps."""
     guidance: float = 1.5
-    """How far to go from the answer without context to that with it; 1 is no guidance."""
+    """Guidance scale; 1 is no guidance."""
     rescale: float = 0.7
-    """Share of the guided answer's length that is set back to that of the plain one."""
+    """Guidance rescaling factor: 1 restores the unguided norm, 0 keeps the guided one."""
     noise_scale: float = 0.6
-    """Length of the first noise, as a share of that in training."""
+    """Norm of the initial noise relative to that in training."""
     seed: int = 0
-    """Of the noise an answer begins with."""
+    """Of the initial noise."""
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "quadratic", "sigmoid"):
@@ -71,14 +64,13 @@ class LCMDiffusionConfig:
 
 TOY = LCMDiffusionConfig(width=32, num_layers=2, head_dim=16, steps=3)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6), "schedule": ("cosine", "quadratic", "sigmoid")}
-"""Sizes and settings that `latent sweep` tries."""
 
 
 def signal_and_noise(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """alpha and sigma at times t, 0 (clean) to 1 (most noise); alpha^2 + sigma^2 = 1. In the dtype of t.
 
     Cosine: Nichol and Dhariwal 2021, arXiv 2102.09672, s = 0.008. Quadratic: the square root of beta rises
-    evenly over 100 steps. Sigmoid: sigmoid(delta - gamma logit(t)), the paper's own.
+    linearly over 100 steps. Sigmoid: sigmoid(delta - gamma logit(t)), the paper's own.
     """
     if schedule == "cosine":
         first = math.cos(0.008 / 1.008 * math.pi / 2)
@@ -103,16 +95,12 @@ class LCMDiffusion(Trunk):
     """Next vector by denoising, given the context."""
 
     has_steps = False
+    config: LCMDiffusionConfig
 
     def __init__(self, config: LCMDiffusionConfig) -> None:
-        mixers: list[nn.Module] = []
-        for _ in range(config.num_layers):
-            mixers += [
-                CausalAttention(config.width, config.head_dim),
-                FeedForward(config.width, 4 * config.width),
-            ]
-        super().__init__(config, mixers, positions=True)
-        with torch.no_grad():  # a first guess of a unit vector's size
+        attention = partial(CausalAttention, config.width, config.head_dim)
+        super().__init__(config, with_feed_forward(config, attention), positions=True)
+        with torch.no_grad():  # initial outputs at the scale of a unit vector
             for tensor in self.output_proj.parameters():
                 tensor.div_(math.sqrt(config.dim))
         self.time = nn.Sequential(
@@ -120,12 +108,12 @@ class LCMDiffusion(Trunk):
         )
 
     def forward(self, contexts: Tensor) -> Tensor:
-        """(B, D) unit vectors from contexts (B, T, D): the answer of the config's seed."""
+        """(B, D) unit vectors from contexts (B, T, D), sampled with the config's seed."""
         return self.sample(contexts, self.config.seed)
 
     def sample(self, contexts: Tensor, seed: int) -> Tensor:
-        """(B, D) unit vectors from contexts (B, T, D); all begin with the one noise vector of this seed."""
-        config: LCMDiffusionConfig = self.config
+        """(B, D) unit vectors from contexts (B, T, D), all from the one initial noise vector of this seed."""
+        config = self.config
         times = torch.linspace(1.0, 0.0, config.steps + 1, device=contexts.device, dtype=wide(contexts).dtype)
         alpha, sigma = signal_and_noise(times, config.schedule)
         x = (config.noise_scale * sigma[0] * self._noise(contexts, seed)).expand(len(contexts), -1)
@@ -146,7 +134,7 @@ class LCMDiffusion(Trunk):
         return F.normalize(x, dim=-1)
 
     def loss(self, contexts: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared distance of the denoised targets, a scalar; times and noise from torch's generator.
+        """Mean squared distance of denoised and true targets, a scalar; t and noise from torch's default generator.
 
         contexts: (B, T, D), targets: (B, D).
         """
@@ -164,21 +152,21 @@ class LCMDiffusion(Trunk):
         return total / len(targets)
 
     def denoise(self, noisy: Tensor, t: Tensor, place: int, context: Context | None = None) -> Tensor:
-        """(B, D) what the noisy vectors (B, D) were before, at times t (B,) of 0 to 1.
+        """(B, D) prediction of the clean vectors from the noisy ones (B, D) at times t (B,), 0 to 1.
 
-        place: of the vector, T. context: what `_read_context` gave; None is no context.
+        place: the vector's position, T. context: of `_read_context`; None for no context.
         """
         output: Tensor = self.output_proj(self._noisy_features(noisy, t, place, context))
         return output
 
     def features(self, contexts: Tensor) -> Tensor:
-        """(B, W) inputs of the output layer, for nothing but noise after contexts (B, T, D)."""
+        """(B, W) inputs of the output layer for pure noise after contexts (B, T, D)."""
         noise = self._noise(contexts, self.config.seed).expand(len(contexts), -1)
         t = torch.ones(len(contexts), device=contexts.device, dtype=contexts.dtype)
         return self._noisy_features(noise, t, contexts.shape[1], self._read_context(contexts))
 
     def _noisy_features(self, noisy: Tensor, t: Tensor, place: int, context: Context | None) -> Tensor:
-        # Codes of a thousand times, as diffusion models have it.
+        # Time embedding with a thousand steps, as usual for diffusion models.
         codes = sinusoidal_positions(1001, self.config.width, noisy)
         x = self.embed(noisy[:, None], place) + self.time(codes[(1000 * t).round().long()])[:, None]
         memories, mean = context or ([None] * len(self.branches), torch.zeros_like(x[:, 0]))
@@ -187,7 +175,7 @@ class LCMDiffusion(Trunk):
         return self._read(x[:, 0], mean)
 
     def _read_context(self, contexts: Tensor) -> Context:
-        """What the noisy vector sees of contexts (B, T, D)."""
+        """Cached keys and values, and mean state, of contexts (B, T, D)."""
         x, memories = self.embed(contexts), []
         for branch in self.branches:
             x, memory = branch(x)
@@ -195,7 +183,7 @@ class LCMDiffusion(Trunk):
         return memories, x.mean(dim=1)
 
     def _noise(self, like: Tensor, seed: int) -> Tensor:
-        """(1, D) of norm about 1; drawn on the CPU, so that every device begins with the same."""
+        """(1, D) noise of norm about 1; drawn on the CPU, to be the same on every device."""
         generator = torch.Generator().manual_seed(seed)
-        dim: int = self.config.dim
+        dim = self.config.dim
         return (torch.randn(1, dim, generator=generator) / math.sqrt(dim)).to(like.device, wide(like).dtype)

@@ -1,12 +1,12 @@
-"""LCM by quantisation: the next vector as a sum of codewords, each chosen given the ones before.
+"""LCM by quantisation: the next vector as a sum of codewords, each predicted given the ones before.
 
-LCM team 2024, "Large Concept Models", arXiv 2412.08821, section 2.4 (Quant-LCM, the discrete form): residual vector
-quantisation turns a vector into one code a level, each of what the levels before left over; a causal Transformer over
-the context, with the partial sum and the level as further inputs, gives each level's probabilities; the loss is
-cross-entropy. Choices: codebooks by k-means over training targets (`prepare`) and then fixed; fewer and smaller ones
-than the paper's 64 of 8,192, made for far larger sets; a small head reads the context's state and the partial sum, so
-that the context is read once and not once a level. The answer is the expected codeword of each level, given the
-expected sum so far, as cosine asks for a mean. `answer="likeliest"` takes the likeliest code.
+LCM team 2024, "Large Concept Models", arXiv 2412.08821, section 2.4 (Quant-LCM, discrete targets): residual vector
+quantisation encodes a vector as one code per level, each for the residual of the levels before; a causal Transformer
+over the context, with the partial sum and the level as further inputs, predicts each level's code; the loss is
+cross-entropy. Choices: codebooks by k-means over training targets (`prepare`), then fixed; fewer and smaller ones than
+the paper's 64 of 8,192, which suit far larger corpora; a small head combines the context's state and the partial sum,
+so that the Transformer runs once and not once per level. The prediction sums the expected codeword of each level given
+the expected partial sum, as cosine favours a mean; `answer="likeliest"` takes the most likely code instead.
 
 Letters: B batch, T context vectors, D vector length, W width, L levels, K codes of a level.
 """
@@ -14,6 +14,7 @@ Letters: B batch, T context vectors, D vector length, W width, L levels, K codes
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,32 +23,24 @@ from torch import Tensor, nn
 
 from lvm.errors import InputError
 from lvm.models.attention import CausalAttention
-from lvm.models.trunk import FeedForward, Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 KMEANS_ROUNDS = 12
-"""Of Lloyd's algorithm for each codebook."""
+"""Iterations of Lloyd's algorithm for each codebook."""
 
 
 @dataclass(frozen=True)
-class LCMQuantConfig:
+class LCMQuantConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Length of a state of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of attention and feed-forward."""
     head_dim: int = 64
-    """Length of a head; it divides the width."""
+    """Must divide the width."""
     levels: int = 8
-    """Codewords of a vector, L."""
+    """Levels, and so codewords per vector, L."""
     codes: int = 256
-    """Codewords of a level to choose from, K."""
-    dropout: float = 0.1
-    """Share of the outputs of a part zeroed while training."""
+    """Codewords per level, K."""
     answer: Literal["expected", "likeliest"] = "expected"
-    """Which codeword of a level makes the answer."""
+    """Whether the prediction uses the expected or the likeliest codeword of each level."""
 
     def __post_init__(self) -> None:
         if self.answer not in ("expected", "likeliest"):
@@ -56,7 +49,6 @@ class LCMQuantConfig:
 
 TOY = LCMQuantConfig(width=32, num_layers=2, head_dim=16, levels=2, codes=8)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6), "levels": (4, 8)}
-"""Sizes that `latent sweep` tries."""
 
 
 class LCMQuant(Trunk):
@@ -64,29 +56,20 @@ class LCMQuant(Trunk):
 
     has_steps = False
     solves_output = False
-    """What the last layer gives are no vectors, so no regression of the targets sets it."""
+    """The outputs are logits, not vectors, so regression on the targets cannot initialise the last layer."""
     codebooks: Tensor
+    config: LCMQuantConfig
 
     def __init__(self, config: LCMQuantConfig) -> None:
-        mixers: list[nn.Module] = []
-        for _ in range(config.num_layers):
-            mixers += [
-                CausalAttention(config.width, config.head_dim),
-                FeedForward(config.width, 4 * config.width),
-            ]
-        super().__init__(config, mixers, positions=True)
+        levels, codes, width, dim = config.levels, config.codes, config.width, config.dim
+        attention = partial(CausalAttention, width, config.head_dim)
+        super().__init__(config, with_feed_forward(config, attention), positions=True)
         del self.output_proj
-        self.register_buffer(
-            "codebooks", torch.randn(config.levels, config.codes, config.dim) / math.sqrt(config.dim)
-        )
-        self.level = nn.Parameter(torch.randn(config.levels, config.width) * 0.02)
-        self.partial = nn.Linear(config.dim, config.width)
-        self.head = nn.Sequential(
-            nn.LayerNorm(config.width), nn.Linear(config.width, config.width), nn.GELU()
-        )
-        self.logits = nn.Parameter(
-            torch.randn(config.levels, config.codes, config.width) / math.sqrt(config.width)
-        )
+        self.register_buffer("codebooks", torch.randn(levels, codes, dim) / math.sqrt(dim))
+        self.level = nn.Parameter(torch.randn(levels, width) * 0.02)
+        self.partial = nn.Linear(dim, width)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.logits = nn.Parameter(torch.randn(levels, codes, width) / math.sqrt(width))
 
     def forward(self, contexts: Tensor) -> Tensor:
         """(B, D) unit vectors from contexts (B, T, D)."""
@@ -127,10 +110,7 @@ class LCMQuant(Trunk):
 
     @torch.no_grad()
     def prepare(self, targets: Iterable[Tensor]) -> None:
-        """Set the codebooks from batches (B, D) of training targets; called once, before training begins.
-
-        k-means of what the levels before left over, from targets evenly spaced over all.
-        """
+        """Fit the codebooks by k-means on the residuals of batches (B, D) of training targets, once before training."""
         left = torch.cat(list(targets)).to(self.codebooks)
         for level in range(len(self.codebooks)):
             book = kmeans(left, self.codebooks.shape[1])
@@ -139,21 +119,21 @@ class LCMQuant(Trunk):
 
     def _level_logits(self, features: Tensor, partial: Tensor, level: int) -> Tensor:
         """(B, K) from the context's features (B, W) and the sum of the levels before (B, D)."""
-        # Unit vectors have small numbers; the states are of size 1.
+        # Scale unit vectors to components of about 1, as the states have.
         scaled = partial * math.sqrt(self.config.dim)
         hidden: Tensor = self.head(features + self.partial(scaled.to(features.dtype)) + self.level[level])
         return hidden @ self.logits[level].T
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """(B,) the nearest of K codewords (K, D) for each of the vectors (B, D)."""
+    """(B,) index of the nearest of K codewords (K, D) for each of the vectors (B, D)."""
     return (codebook.square().sum(dim=-1) - 2.0 * vectors @ codebook.T).argmin(dim=-1)
 
 
 def kmeans(vectors: Tensor, count: int) -> Tensor:
-    """(count, D) centres of the vectors (N, D), by Lloyd's algorithm from vectors evenly spaced over all.
+    """(count, D) centres of the vectors (N, D), by Lloyd's algorithm, initialised with evenly spaced vectors.
 
-    A centre that nothing is nearest to stays where it is. With fewer vectors than centres some come twice.
+    An empty cluster keeps its centre. With fewer vectors than centres, some centres are duplicates.
     """
     first = torch.linspace(0, len(vectors) - 1, count, device=vectors.device).round().long()
     centres = vectors[first].clone()

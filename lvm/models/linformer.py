@@ -1,65 +1,57 @@
-"""Linformer, made causal: what lies further back is attended to through a few learned summaries.
+"""Linformer, made causal: positions in earlier blocks are attended to through a few learned summaries.
 
 Wang et al. 2020, "Linformer: Self-Attention with Linear Complexity", arXiv 2006.04768. The paper projects all keys and
-values along the length, E K and F V, which mixes the future into the past and fixes the length. Choices: each
-finished block of places is projected by itself, to `rank` keys and values, with E and F shared by blocks and heads; a
-place attends to the summaries of the blocks before its own, and to the exact keys of its own block up to itself. So
-any length goes, nothing peeks, and T places cost T (block + T rank / block) scores in place of T^2. Contexts within one
-block are attended to exactly. Sine and cosine positions; a feed-forward of four times the width.
+values along the sequence, E K and F V, which leaks the future and fixes the length. Choices: each block of positions
+is projected by itself to `rank` keys and values, with E and F shared by blocks and heads; a position attends to the
+summaries of earlier blocks and to the exact keys of its own block up to itself. This is causal for any length and costs
+T (block + T rank / block) scores instead of T^2. Attention within one block is exact. Sinusoidal positions; a
+feed-forward of four times the width.
 
-Letters: B batch, T places, W width, H heads, P length of a head, F blocks, L places of a block, R rank.
+Letters: B batch, T positions, W width, H heads, P size of a head, F blocks, L positions of a block, R rank.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvm.models.attention import heads_of, joined
-from lvm.models.trunk import FeedForward, Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 
 @dataclass(frozen=True)
-class LinformerConfig:
+class LinformerConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Length of a state of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of attention and feed-forward."""
     head_dim: int = 64
-    """Length of a head, P; it divides the width."""
+    """P; must divide the width."""
     block: int = 8
-    """Places of a block, L."""
+    """Positions per block, L."""
     rank: int = 2
-    """Summaries of a finished block, R."""
-    dropout: float = 0.1
-    """Share of the outputs of a part zeroed while training."""
+    """Summaries per block, R."""
 
 
 TOY = LinformerConfig(width=32, num_layers=2, head_dim=16, block=2, rank=1)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 class BlockAttention(nn.Module):
-    """Exact within the own block, by summaries before it."""
+    """Exact attention within a block, to summaries of earlier blocks."""
 
     def __init__(self, width: int, head_dim: int, block: int, rank: int) -> None:
         super().__init__()
         self.head_dim, self.block = head_dim, block
         self.qkv = nn.Linear(width, 3 * width)
-        # The mean of the block, and something by which the summaries differ.
+        # Close to the mean of the block, with noise so that the summaries differ.
         self.key_summary = nn.Parameter(1.0 / block + torch.randn(rank, block) / block)
         self.value_summary = nn.Parameter(1.0 / block + torch.randn(rank, block) / block)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, memory: None = None) -> tuple[Tensor, None]:
-        """(B, T, W) from (B, T, W); it has no step form."""
+        """(B, T, W) from (B, T, W); there is no recurrent form."""
         length = x.shape[1]
         num_blocks = -(-length // self.block)
         padded = F.pad(x, (0, 0, 0, num_blocks * self.block - length))
@@ -67,7 +59,7 @@ class BlockAttention(nn.Module):
             heads_of(part, self.head_dim).unflatten(2, (num_blocks, self.block))  # (B, H, F, L, P)
             for part in self.qkv(padded).chunk(3, dim=-1)
         )
-        # Of the last block nobody sees a summary: it may be unfinished, and nothing comes after it.
+        # The last block needs no summary: no position comes after it.
         keys, values = (
             torch.einsum("rl,bhflp->bhfrp", summary, part[:, :, :-1]).flatten(2, 3)
             for summary, part in ((self.key_summary, k), (self.value_summary, v))
@@ -87,15 +79,10 @@ class BlockAttention(nn.Module):
 
 
 class Linformer(Trunk):
-    """Next vector from the last place of a stack of block attention."""
+    """Next vector from the last position of a stack of block attention."""
 
     has_steps = False
 
     def __init__(self, config: LinformerConfig) -> None:
-        mixers: list[nn.Module] = []
-        for _ in range(config.num_layers):
-            mixers += [
-                BlockAttention(config.width, config.head_dim, config.block, config.rank),
-                FeedForward(config.width, 4 * config.width),
-            ]
-        super().__init__(config, mixers, positions=True)
+        attention = partial(BlockAttention, config.width, config.head_dim, config.block, config.rank)
+        super().__init__(config, with_feed_forward(config, attention), positions=True)

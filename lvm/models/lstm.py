@@ -1,7 +1,8 @@
 """Two LSTM layers over the context; the last state, projected, is the prediction.
 
-The original documents call it bidirectional; 5,120,768 parameters say one direction. Parameter names are the
-original's, so its checkpoints load by name. LSTM: Hochreiter and Schmidhuber 1997, as in `torch.nn.LSTM`.
+The original documents call it bidirectional, but its 5,120,768 parameters are those of one direction. Parameter names
+are those of the original system, so its checkpoints load by name. LSTM: Hochreiter and Schmidhuber 1997, as in
+`torch.nn.LSTM`.
 
 Letters: B batch, T context vectors, D vector length.
 """
@@ -20,25 +21,24 @@ class LSTMConfig:
     dim: int = 768
     """Length of a vector, D."""
     hidden: int = 512
-    """Length of a state."""
+    """Width of the LSTM."""
     num_layers: int = 2
-    """LSTM layers on top of each other."""
+    """Stacked LSTM layers."""
     dropout: float = 0.2
-    """Share of the numbers zeroed between layers while training."""
+    """Between layers."""
 
 
 TOY = LSTMConfig(hidden=32)
 SPACE = {"hidden": (256, 512, 1024), "num_layers": (2, 3, 4)}
-"""Sizes that `latent sweep` tries."""
 
 
 class LSTM(nn.Module):
     """Next vector from the state after the last context vector."""
 
     adds_mean = False
-    """The output layer alone makes the prediction."""
+    """The prediction is the output layer's alone."""
     reads = ("lstm",)
-    """Layers that read vectors."""
+    """Names of the layers that take vectors."""
 
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class LSTM(nn.Module):
         return F.normalize(self.output_layer(self.features(contexts)).float(), dim=-1)
 
     def each_step(self, contexts: Tensor) -> Tensor:
-        """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
+        """(B, T, D) unit vectors: position t is the prediction from contexts[:, : t + 1]."""
         states, _ = self.lstm(contexts)
         return F.normalize(self.output_proj(states).float(), dim=-1)
 
@@ -68,16 +68,16 @@ class LSTM(nn.Module):
 
     @property
     def num_directions(self) -> int:
-        """Rows `start_from` takes."""
+        """Number of rows of `start_from`'s directions."""
         return self.config.hidden
 
     @torch.no_grad()
     def start_from(self, directions: Tensor) -> None:
-        """Set the hidden layers so that `features` carry the context's mean, later vectors counting more.
+        """Initialise the hidden layers so that `features` carry the context's mean, with more weight on later vectors.
 
-        directions: (hidden, D) orthonormal rows along which the vectors vary most. The first layer's cell
-        sums its inputs along them and forgets slowly, the others hand on what comes. A tenth of the random
-        weights stays, so that the units differ. Gates are in torch's order i, f, g, o.
+        directions: (hidden, D) orthonormal rows, the vectors' principal directions. The first layer's cell accumulates
+        the inputs' projections and forgets slowly; the other layers pass their input through. The random weights are
+        scaled to a tenth, so that the units differ. Gates are in torch's order i, f, g, o.
         """
         hidden = self.config.hidden
         for tensor in self.lstm.parameters():

@@ -1,11 +1,11 @@
-"""Mamba-2: a state space whose decay, input and output depend on the vector at hand.
+"""Mamba-2: a state space model whose decay, input and output depend on the current vector.
 
-Dao and Gu 2024, "Transformers are SSMs", arXiv 2405.21060. Each head keeps a matrix that fades by one number a
-place and takes up the outer product of B and x; C reads it. Choices: the paper's block (projections in parallel,
-four taps of convolution with SiLU over x, B and C, gated RMSNorm before the last projection), one group of B and
-C for all heads, no feed-forward between blocks. The parallel form is `lvm.models.recurrence`.
+Dao and Gu 2024, "Transformers are SSMs", arXiv 2405.21060. The state of each head is a matrix; at each position it is
+multiplied by a scalar decay, the outer product of B and x is added, and C reads it. Choices: the paper's block
+(parallel projections, four taps of convolution with SiLU over x, B and C, gated RMSNorm before the last projection),
+one group of B and C for all heads, no feed-forward between blocks. The parallel form is in `lvm.models.recurrence`.
 
-Letters: B batch, T places, W width, H heads, P length of a head, N length of B and C, E = H P inner width.
+Letters: B batch, T positions, W width, H heads, P length of a head, N length of B and C, E = H P inner width.
 """
 
 import math
@@ -18,37 +18,29 @@ from torch import Tensor, nn
 from lvm.models.attention import heads_of, joined
 from lvm.models.convolution import ShortConvolution
 from lvm.models.recurrence import fading_sum
-from lvm.models.trunk import Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide
 
 DT_MIN, DT_MAX = 0.001, 0.1
-"""Range of the first step sizes, log-uniform (section 6 of Mamba, arXiv 2312.00752, keeps it from S4)."""
+"""Range of the initial step sizes, log-uniform (from S4, by way of Mamba, arXiv 2312.00752, section 6)."""
 
 
 @dataclass(frozen=True)
-class Mamba2Config:
+class Mamba2Config(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Length of a state of the residual stream, W."""
     num_layers: int = 6
-    """Mamba-2 blocks."""
     state: int = 64
     """Length of B and C, N."""
     head_dim: int = 64
-    """Length of a head, P; it divides the inner width."""
+    """P; must divide the inner width."""
     expand: int = 2
     """Inner width as a multiple of the width."""
     taps: int = 4
-    """Places the short convolution sees."""
-    dropout: float = 0.1
-    """Share of a block's outputs zeroed while training."""
+    """Kernel size of the short convolution."""
 
 
 TOY = Mamba2Config(width=32, num_layers=2, state=8, head_dim=16)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 Memory = tuple[Tensor, Tensor]
 """Inputs of the convolution (B, taps - 1, E + 2 N), state (B, H, N, P)."""
@@ -67,14 +59,14 @@ class SSD(nn.Module):
         self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
         self.conv = ShortConvolution(inner + 2 * state, taps)
         steps = torch.exp(torch.rand(num_heads) * math.log(DT_MAX / DT_MIN) + math.log(DT_MIN))
-        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus gives the steps back
+        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
         self.log_a = nn.Parameter(torch.empty(num_heads).uniform_(1.0, 16.0).log())
         self.skip = nn.Parameter(torch.ones(num_heads))
         self.norm = nn.RMSNorm(inner, eps=1e-5)
         self.out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """(B, T, W) and the memory after."""
+        """(B, T, W) and the new memory."""
         gate, mixed, dt = self.in_proj(x).split(self.sizes, dim=-1)
         mixed, taps = self.conv(mixed, memory[0] if memory else None)
         values, b, c = F.silu(mixed).split(self.state_sizes, dim=-1)
@@ -89,7 +81,7 @@ class SSD(nn.Module):
 
 
 class Mamba2(Trunk):
-    """Next vector from the last place of a stack of Mamba-2 blocks."""
+    """Next vector from the last position of a stack of Mamba-2 blocks."""
 
     def __init__(self, config: Mamba2Config) -> None:
         sizes = (config.width, config.state, config.head_dim, config.expand, config.taps)

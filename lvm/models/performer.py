@@ -1,56 +1,48 @@
-"""Performer: softmax attention by positive random features, in time linear in the number of places.
+"""Performer: softmax attention by positive random features, in time linear in the number of positions.
 
 Choromanski et al. 2020, "Rethinking Attention with Performers", arXiv 2009.14794: FAVOR+. exp(q^T k) is the mean over
-random w of exp(w^T q - |q|^2 / 2) exp(w^T k - |k|^2 / 2), so the sum over the places goes before the product with
-the query. Choices: orthogonal w with the lengths of independent ones, drawn once with the weights and stored with them;
-sine and cosine positions; a feed-forward of four times the width. A query's features are divided by its largest,
-which cancels; keys have no such part, as one that saw all places would let the future in.
+random w of exp(w^T q - |q|^2 / 2) exp(w^T k - |k|^2 / 2), so that the sum over positions can be computed before the
+product with the query. Choices: orthogonal w with the norms of independent ones, drawn once and stored with the
+weights; sinusoidal positions; a feed-forward of four times the width. A query's features are divided by the largest,
+which cancels; keys are not, as their maximum over positions would leak the future.
 
-Letters: B batch, T places, W width, H heads, P length of a head, M features.
+Letters: B batch, T positions, W width, H heads, P length of a head, M features.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lvm.models.attention import heads_of, joined
 from lvm.models.recurrence import fading_sum
-from lvm.models.trunk import FeedForward, Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 EPSILON = 1e-6
-"""Added to each feature, as in the authors' code: keys so long that all features vanish count alike."""
+"""Added to each feature, as in the authors' code: keys so long that all features vanish get equal weight."""
 
 
 @dataclass(frozen=True)
-class PerformerConfig:
+class PerformerConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Length of a state of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of attention and feed-forward."""
     head_dim: int = 64
-    """Length of a head, P; it divides the width."""
+    """P; must divide the width."""
     num_features: int = 128
-    """Random features of a layer, M."""
-    dropout: float = 0.1
-    """Share of the outputs of a part zeroed while training."""
+    """Random features per layer, M."""
 
 
 TOY = PerformerConfig(width=32, num_layers=2, head_dim=16, num_features=32)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 def orthogonal_features(count: int, size: int) -> Tensor:
-    """(count, size) rows, orthogonal within each `size` of them, of the lengths Gaussian rows have."""
+    """(count, size) rows, orthogonal within each block of `size`, with the norms of Gaussian rows."""
     blocks = []
     for _ in range(-(-count // size)):
         q, r = torch.linalg.qr(torch.randn(size, size))
-        # Without the signs not every direction is as likely (Mezzadri 2007, arXiv math-ph/0609050).
+        # The signs make the directions uniform (Mezzadri 2007, arXiv math-ph/0609050).
         blocks.append((q * r.diagonal().sign()).T)
     lengths = torch.randn(count, size).norm(dim=1)
     rows: Tensor = torch.cat(blocks)[:count] * lengths[:, None]
@@ -85,13 +77,8 @@ class FavorAttention(nn.Module):
 
 
 class Performer(Trunk):
-    """Next vector from the last place of a stack of FAVOR+ attention."""
+    """Next vector from the last position of a stack of FAVOR+ attention."""
 
     def __init__(self, config: PerformerConfig) -> None:
-        mixers: list[nn.Module] = []
-        for _ in range(config.num_layers):
-            mixers += [
-                FavorAttention(config.width, config.head_dim, config.num_features),
-                FeedForward(config.width, 4 * config.width),
-            ]
-        super().__init__(config, mixers, positions=True)
+        attention = partial(FavorAttention, config.width, config.head_dim, config.num_features)
+        super().__init__(config, with_feed_forward(config, attention), positions=True)

@@ -1,12 +1,12 @@
-"""Sums over the past that fade: what Mamba-2, RetNet and linear attention have in common.
+"""Linear recurrence with decay, which Mamba-2, RetNet and linear attention have in common.
 
     S[t] = exp(log_decay[t]) S[t - 1] + k[t] v[t]^T        y[t] = q[t]^T S[t]
 
-Within a chunk it is computed as attention is, quadratic in the chunk's length; between chunks the state travels.
-This is the "state space duality" of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 6) and the chunkwise form of
-RetNet (Sun et al. 2023, arXiv 2307.08621, section 2.3). Exponents are never above 0, so nothing overflows.
+Within a chunk it is computed like attention, in quadratic time; the state carries over from chunk to chunk. This is the
+"state space duality" of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 6) and the chunkwise form of RetNet (Sun et
+al. 2023, arXiv 2307.08621, section 2.3). Exponents are never positive, so nothing overflows.
 
-Letters: B batch, H heads, T places, N length of a key, P length of a value.
+Letters: B batch, H heads, T positions, N length of a key, P length of a value.
 """
 
 import torch
@@ -15,16 +15,16 @@ from torch import Tensor
 from lvm.models.trunk import wide
 
 CHUNK = 64
-"""Places worked on at a time: all of a usual context."""
+"""Positions per chunk: all of a usual context."""
 
 
 def fading_sum(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """y (B, H, T, P) and the state (B, H, N, P) after the last place, float32 or float64.
+    """y (B, H, T, P) and the state (B, H, N, P) after the last position, float32 or float64.
 
-    q, k: (B, H, T, N); v: (B, H, T, P); log_decay: (B, H, T), none above 0. Any of them may have 1 in place of B or
-    of H. state: the one before the first place; None is zero.
+    q, k: (B, H, T, N); v: (B, H, T, P); log_decay: (B, H, T), at most 0. B and H may be 1, to broadcast. state: before
+    the first position; None for zero.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, log_decay = wide(q), wide(k), wide(v), wide(log_decay)
@@ -32,7 +32,7 @@ def fading_sum(
         for low in range(0, v.shape[2], chunk):
             at = slice(low, low + chunk)
             total = log_decay[:, :, at].cumsum(dim=-1)
-            # Between s and t the decays after s up to t; later places do not count.
+            # Decay from s to t, for s <= t.
             between = total[..., :, None] - total[..., None, :]
             past = torch.ones(between.shape[-2:], dtype=torch.bool, device=q.device).tril()
             weights = between.masked_fill(~past, -torch.inf).exp()

@@ -1,17 +1,17 @@
-"""RetNet: attention without softmax, whose weights fade with the distance at a rate of each head.
+"""RetNet: attention without softmax, whose weights decay with distance at a rate per head.
 
-Sun et al. 2023, "Retentive Network", arXiv 2307.08621. Choices: queries and keys rotated by their place (xPos
-without its growing scale, which the fading takes the part of), values and gate of twice the width, feed-forward of
-twice the width, as the paper's. Its divisions of the scores are left out: the norm of each head takes them out
-again. The parallel form is `lvm.models.recurrence`.
+Sun et al. 2023, "Retentive Network", arXiv 2307.08621. As in the paper, values, gate and feed-forward have twice the
+width. Choices: queries and keys are rotated by position (xPos without its scale, as the decay has the same role); the
+scores are not normalised, which the norm of each head would cancel. The parallel form is in `lvm.models.recurrence`.
 
     S[n] = gamma S[n - 1] + k[n] v[n]^T        y[n] = q[n]^T S[n]        gamma = 1 - 2^(-5 - head)
 
-Letters: B batch, T places, W width, H heads, P length of a head's keys.
+Letters: B batch, T positions, W width, H heads, P length of a head's keys.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,35 +19,26 @@ from torch import Tensor, nn
 
 from lvm.models.attention import heads_of, joined
 from lvm.models.recurrence import fading_sum
-from lvm.models.trunk import FeedForward, Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide, with_feed_forward
 
 
 @dataclass(frozen=True)
-class RetNetConfig:
+class RetNetConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Length of a state of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of retention and feed-forward."""
     head_dim: int = 64
-    """Length of a head's keys, P, even; it divides the width. Values have twice as much."""
-    dropout: float = 0.1
-    """Share of the outputs of a part zeroed while training."""
+    """Size of a head's keys, P, even; must divide the width. Values are twice as long."""
 
 
 TOY = RetNetConfig(width=32, num_layers=2, head_dim=16)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 Memory = tuple[int, Tensor]
-"""Places so far, state (B, H, P, 2 P)."""
+"""Positions so far, state (B, H, P, 2 P)."""
 
 
 def rotated(x: Tensor, start: int) -> Tensor:
-    """x (B, H, T, P) with each pair of numbers rotated by place times a rate; the first is at place `start`.
+    """x (B, H, T, P) at positions `start` and after, with each pair of numbers rotated by position times a rate.
 
     Rates from 1 down to 1 / 10,000 (Su et al. 2021, RoFormer, arXiv 2104.09864).
     """
@@ -73,7 +64,7 @@ class Retention(nn.Module):
         self.out = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """(B, T, W) and the memory after."""
+        """(B, T, W) and the new memory."""
         start, state = memory if memory else (0, None)
         q = rotated(wide(heads_of(self.query(x), self.head_dim)), start)
         k = rotated(wide(heads_of(self.key(x), self.head_dim)), start) / math.sqrt(self.head_dim)
@@ -86,10 +77,8 @@ class Retention(nn.Module):
 
 
 class RetNet(Trunk):
-    """Next vector from the last place of a stack of retention layers."""
+    """Next vector from the last position of a stack of retention layers."""
 
     def __init__(self, config: RetNetConfig) -> None:
-        mixers: list[nn.Module] = []
-        for _ in range(config.num_layers):
-            mixers += [Retention(config.width, config.head_dim), FeedForward(config.width, 2 * config.width)]
-        super().__init__(config, mixers)
+        retention = partial(Retention, config.width, config.head_dim)
+        super().__init__(config, with_feed_forward(config, retention, factor=2))

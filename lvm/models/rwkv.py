@@ -1,12 +1,12 @@
-"""RWKV-6 (Finch): a matrix a head that fades channel by channel, by what the vectors say.
+"""RWKV-6 (Finch): a matrix-valued state per head, with data-dependent decay per channel.
 
 Peng et al. 2024, "Eagle and Finch", arXiv 2404.05892, section 4. Choices: version 6, whose parallel form needs no
-inverse; token shift and decay through low-rank maps as in the paper, with its starting values; the feed-forward is the
-paper's channel mix. Where the paper starts one factor of the low-rank maps at zero, it is small here.
+matrix inverse; token shift and decay through low-rank maps as in the paper, with its initial values, but small random
+ones where the paper initialises a low-rank factor with zeros; the paper's channel mix as feed-forward.
 
     y[t] = r[t]^T (S[t - 1] + diag(u) k[t] v[t]^T)        S[t] = diag(w[t]) S[t - 1] + k[t] v[t]^T
 
-Letters: B batch, T places, W width, H heads, N length of a head, L places of a chunk.
+Letters: B batch, T positions, W width, H heads, N size of a head, L positions of a chunk.
 """
 
 from dataclasses import dataclass
@@ -16,43 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvm.models.attention import heads_of, joined
-from lvm.models.trunk import Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide
 
 CHUNK = 8
-"""Places worked on at a time: the decays between any two of them take L times the memory of the keys."""
+"""Positions per chunk: the pairwise decays take L times the memory of the keys."""
 
 
 @dataclass(frozen=True)
-class RWKVConfig:
+class RWKVConfig(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
-    width: int = 512
-    """Length of a state of the residual stream, W."""
-    num_layers: int = 4
-    """Pairs of time mix and channel mix."""
     head_dim: int = 64
-    """Length of a head, N; it divides the width."""
+    """N; must divide the width."""
     shift_rank: int = 32
-    """Rank of the maps that mix each vector with the one before."""
+    """Rank of the token-shift maps."""
     decay_rank: int = 64
-    """Rank of the map that makes the decay."""
-    dropout: float = 0.1
-    """Share of the outputs of a mix zeroed while training."""
+    """Rank of the decay map."""
 
 
 TOY = RWKVConfig(width=32, num_layers=2, head_dim=16, shift_rank=4, decay_rank=4)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 def wkv(
     r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None = None, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """y (B, H, T, N) and the state (B, H, N, N) after the last place, float32 or float64.
+    """y (B, H, T, N) and the state (B, H, N, N) after the last position, float32 or float64.
 
-    r, k, v, log_w: (B, H, T, N), log_w below 0; u: (H, N); state: the one before the first place, None is zero.
+    r, k, v, log_w: (B, H, T, N), log_w negative; u: (H, N); state: before the first position, None for zero.
     """
     with torch.autocast(r.device.type, enabled=False):
         r, k, v, log_w, u = wide(r), wide(k), wide(v), wide(log_w), wide(u)
@@ -62,10 +53,10 @@ def wkv(
         for low in range(0, r.shape[2], chunk):
             at = slice(low, low + chunk)
             here, keys, values = r[:, :, at], k[:, :, at], v[:, :, at]
-            total = log_w[:, :, at].cumsum(dim=2)  # decays up to a place, its own included
+            total = log_w[:, :, at].cumsum(dim=2)  # decay up to and including each position
             before = total - log_w[:, :, at]
-            places = here.shape[2]
-            past = torch.ones(places, places, dtype=torch.bool, device=r.device).tril(-1)[..., None]
+            length = here.shape[2]
+            past = torch.ones(length, length, dtype=torch.bool, device=r.device).tril(-1)[..., None]
             fade = (before[:, :, :, None] - total[:, :, None]).masked_fill(~past, -torch.inf).exp()
             scores = torch.einsum("bhtn,bhsn,bhtsn->bhts", here, keys, fade)
             own = (here * u[:, None] * keys).sum(dim=-1, keepdim=True)
@@ -76,7 +67,7 @@ def wkv(
 
 
 def shifted(x: Tensor, last: Tensor | None) -> Tensor:
-    """(B, T, W) each place's predecessor; `last` (B, 1, W) is the one of the first place, None is zero."""
+    """(B, T, W) x delayed by one position; last: (B, 1, W) the vector before the first one, None for zero."""
     return torch.cat((torch.zeros_like(x[:, :1]) if last is None else last, x[:, :-1]), dim=1)
 
 
@@ -91,7 +82,7 @@ class TimeMix(nn.Module):
         left = 1.0 - layer / config.num_layers
         place = torch.arange(width) / width
         slow = 1.0 - place**left
-        # In the order decay, key, value, receptance, gate.
+        # For decay, key, value, receptance and gate.
         mixes = (slow, slow, slow - 0.3 * depth, 1.0 - place ** (0.5 * left), 1.0 - place ** (0.5 * left))
         self.mix = nn.Parameter(slow.clone())
         self.mixes = nn.Parameter(torch.stack(mixes))
@@ -152,7 +143,7 @@ class ChannelMix(nn.Module):
 
 
 class RWKV(Trunk):
-    """Next vector from the last place of a stack of RWKV-6 layers."""
+    """Next vector from the last position of a stack of RWKV-6 layers."""
 
     def __init__(self, config: RWKVConfig) -> None:
         mixers = [part(config, n) for n in range(config.num_layers) for part in (TimeMix, ChannelMix)]

@@ -1,13 +1,13 @@
-"""S4D: a diagonal state space a channel, computed as one long convolution.
+"""S4D: one diagonal state space model per channel, computed as a long convolution.
 
-Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models", arXiv 2206.11893.
-Choices: S4D-Lin (A[n] = -1/2 + i pi n), zero-order hold, B fixed to 1, C random; after the convolution GELU and a gated
-linear layer, as the paper's. Steps are larger than the paper's 0.001 to 0.1, which are made for a thousand places and
-more: here a context has 5 to 64. Complex numbers are written out in their real parts, so that any device will do.
+Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models", arXiv 2206.11893. Choices:
+S4D-Lin (A[n] = -1/2 + i pi n), zero-order hold, B fixed to 1, C random; GELU and a gated linear layer after the
+convolution, as in the paper. Step sizes are larger than the paper's 0.001 to 0.1, which suit a thousand positions and
+more: a context here has 5 to 64. Complex arithmetic is written out in real numbers, to run on any device.
 
     x[t] = exp(dt A) x[t - 1] + (exp(dt A) - 1) / A u[t]        y[t] = 2 Re(C x[t]) + D u[t]
 
-Letters: B batch, T places, W width, N complex numbers of a channel's state, one of each conjugate pair.
+Letters: B batch, T positions, W width, N complex numbers of a channel's state, one of each conjugate pair.
 """
 
 import math
@@ -18,38 +18,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvm.models.convolution import causal_convolution
-from lvm.models.trunk import Trunk, wide
+from lvm.models.trunk import Trunk, TrunkConfig, wide
 
 DT_MIN, DT_MAX = 0.01, 1.0
-"""Range of the first step sizes, log-uniform: channels that forget within 2 to 200 places."""
+"""Range of the initial step sizes, log-uniform: channels that forget within 2 to 200 positions."""
 
 
 @dataclass(frozen=True)
-class S4Config:
+class S4Config(TrunkConfig):
     """Sizes of the network."""
 
-    dim: int = 768
-    """Length of a vector, D."""
     width: int = 768
-    """Length of a state of the residual stream, W: state spaces beside each other."""
     num_layers: int = 6
-    """Blocks of convolution and gated linear layer."""
     state: int = 32
-    """Complex numbers of a channel's state, N: half the paper's N, which counts their conjugates."""
-    dropout: float = 0.1
-    """Share of a block's outputs zeroed while training."""
+    """Complex numbers in a channel's state, N: half the paper's N, which includes the conjugates."""
 
 
 TOY = S4Config(width=32, num_layers=2, state=4)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 Pair = tuple[Tensor, Tensor]
 """Real and imaginary part."""
 
 
 class S4D(nn.Module):
-    """A state space a channel, GELU, gated linear layer."""
+    """A state space model per channel, GELU, gated linear layer."""
 
     def __init__(self, width: int, state: int) -> None:
         super().__init__()
@@ -61,10 +54,10 @@ class S4D(nn.Module):
         self.out = nn.Linear(width, 2 * width)
 
     def forward(self, x: Tensor, memory: Pair | None = None) -> tuple[Tensor, Pair | None]:
-        """(B, T, W) and the state after, two of (B, W, N).
+        """(B, T, W) and the new state, a pair of (B, W, N).
 
-        Without a memory all places at once, and no state comes back where there is more than one; the step form
-        takes one place at a time.
+        Without a memory, more than one position is computed by convolution and no state is returned; otherwise one
+        position at a time.
         """
         if memory is None and x.shape[1] > 1:
             u = x.transpose(1, 2)
@@ -77,7 +70,7 @@ class S4D(nn.Module):
         return F.glu(self.out(F.gelu(torch.stack(outputs, dim=1))), dim=-1), memory
 
     def kernel(self, length: int) -> Tensor:
-        """(W, length) the response to an input at place 0."""
+        """(W, length) impulse response."""
         (real, imag), (c_real, c_imag) = self._exponent(), self._response()
         place = torch.arange(length, device=real.device, dtype=real.dtype)
         fade, angle = (real[..., None] * place).exp(), imag[..., None] * place
@@ -85,9 +78,9 @@ class S4D(nn.Module):
         return 2.0 * taps.sum(dim=1)
 
     def recur(self, u: Tensor, memory: Pair | None) -> tuple[Tensor, Pair]:
-        """y (B, W) of one place and the state after, from u (B, W) and the state before."""
+        """y (B, W) of one position and the new state, from u (B, W) and the old state."""
         (real, imag), (c_real, c_imag) = self._exponent(), self._response()
-        # The state here is of inputs taken up with weight 1; (exp(dt A) - 1) / A is in C.
+        # Inputs enter this state with weight 1; the factor (exp(dt A) - 1) / A is part of C.
         old_real, old_imag = memory if memory is not None else (torch.zeros_like(real),) * 2
         fade_real, fade_imag = real.exp() * imag.cos(), real.exp() * imag.sin()
         new_real = fade_real * old_real - fade_imag * old_imag + u[..., None]
@@ -113,7 +106,7 @@ class S4D(nn.Module):
 
 
 class S4(Trunk):
-    """Next vector from the last place of a stack of diagonal state spaces."""
+    """Next vector from the last position of a stack of diagonal state spaces."""
 
     def __init__(self, config: S4Config) -> None:
         super().__init__(config, [S4D(config.width, config.state) for _ in range(config.num_layers)])

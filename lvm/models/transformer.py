@@ -1,10 +1,9 @@
-"""Four causal decoder layers over the context; the last place, through a small head, is the prediction.
+"""Four causal decoder layers over the context; the last position, through a small head, is the prediction.
 
-Each layer attends to the places so far of its own input and, in a second attention, to the projected context
-itself (the "memory" of a decoder), both causal. The original documents call it an encoder; 17,867,520
-parameters say decoder layers with cross-attention. LayerNorm comes after each sum, ReLU in the feed-forward,
-as in `torch.nn.TransformerDecoderLayer`'s defaults. Vaswani et al. 2017, positions by sine and cosine.
-Parameter names are the original's, so its checkpoints load by name.
+Each layer has causal self-attention and causal cross-attention to the projected context (the "memory" of a decoder).
+The original documents call it an encoder, but its 17,867,520 parameters are those of decoder layers with
+cross-attention. Post-norm and ReLU, as in `torch.nn.TransformerDecoderLayer`'s defaults; sinusoidal positions (Vaswani
+et al. 2017). Parameter names are those of the original system, so its checkpoints load by name.
 
 Letters: B batch, T context vectors, D vector length, W width.
 """
@@ -24,24 +23,23 @@ class TransformerConfig:
     dim: int = 768
     """Length of a vector, D."""
     width: int = 512
-    """Length of a state, W."""
+    """Width of the layers, W."""
     num_layers: int = 4
     """Decoder layers."""
     num_heads: int = 8
-    """Attention heads; they share the width."""
+    """Must divide the width."""
     feed_forward: int = 2048
     """Inner width of the feed-forward part."""
     dropout: float = 0.1
-    """Share of the numbers zeroed after each part of a layer, and in the attention, while training."""
+    """After each part of a layer, and on the attention weights."""
 
 
 TOY = TransformerConfig(width=32, num_layers=2, num_heads=4, feed_forward=64)
 SPACE = {"width": (256, 512, 768), "num_layers": (4, 5, 6)}
-"""Sizes that `latent sweep` tries."""
 
 
 def sinusoidal_positions(length: int, width: int, like: Tensor) -> Tensor:
-    """(length, width) position codes in `like`'s dtype: sine in even places, cosine in odd ones."""
+    """(length, width) position codes in `like`'s dtype: sine in even columns, cosine in odd ones."""
     position = torch.arange(length, device=like.device, dtype=torch.float32)[:, None]
     rate = torch.exp(
         torch.arange(0, width, 2, device=like.device, dtype=torch.float32) * (-math.log(10_000.0) / width)
@@ -51,12 +49,12 @@ def sinusoidal_positions(length: int, width: int, like: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Next vector from the last place of the last layer."""
+    """Next vector from the last position of the last layer."""
 
     adds_mean = False
-    """The output layer alone makes the prediction."""
+    """The prediction is the output layer's alone."""
     reads = ("input_proj",)
-    """Layers that read vectors."""
+    """Names of the layers that take vectors."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -78,7 +76,7 @@ class Transformer(nn.Module):
         return F.normalize(self.output_layer(self.features(contexts)).float(), dim=-1)
 
     def each_step(self, contexts: Tensor) -> Tensor:
-        """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
+        """(B, T, D) unit vectors: position t is the prediction from contexts[:, : t + 1]."""
         return F.normalize(self.head(self._states(contexts)).float(), dim=-1)
 
     def features(self, contexts: Tensor) -> Tensor:
@@ -95,17 +93,17 @@ class Transformer(nn.Module):
 
     @property
     def num_directions(self) -> int:
-        """Rows `start_from` takes."""
+        """Number of rows of `start_from`'s directions."""
         return self.config.width
 
     @torch.no_grad()
     def start_from(self, directions: Tensor) -> None:
-        """Set the hidden layers so that `features` carry the context's mean and its last vector.
+        """Initialise the hidden layers so that `features` carry the context's mean and its last vector.
 
-        directions: (W, D) orthonormal rows along which the vectors vary most. Both attentions of the first
-        layer add four times the mean of the places so far to the residual path; what the other parts add is
-        cut to a tenth. The head's GELU works where it is a straight line, and its LayerNorm takes the shift
-        out again. The input's bias takes out what the position codes of five places have in common.
+        directions: (W, D) orthonormal rows, the vectors' principal directions. Both attentions of the first layer add
+        four times the running mean to the residual stream; the outputs of the other parts are scaled to a tenth. A
+        large bias keeps the head's GELU in its linear range, and its LayerNorm removes the shift. The mean of the first
+        five position codes is subtracted from the input.
         """
         width = self.config.width
         eye = torch.eye(width).to(directions)
@@ -130,7 +128,6 @@ class Transformer(nn.Module):
         length = contexts.shape[1]
         inputs: Tensor = self.input_proj(contexts)
         inputs = inputs + sinusoidal_positions(length, self.config.width, inputs)
-        # Place t sees the places up to t: what comes later is what the predictor is to find.
-        later = torch.ones(length, length, dtype=torch.bool, device=contexts.device).triu(1)
+        later = torch.ones(length, length, dtype=torch.bool, device=contexts.device).triu(1)  # causal mask
         states: Tensor = self.transformer_decoder(inputs, inputs, tgt_mask=later, memory_mask=later)
         return states

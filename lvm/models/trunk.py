@@ -1,14 +1,13 @@
-"""The residual stream that the later architectures share: they differ in what mixes the places, not around it.
+"""The residual network that most architectures share; they differ only in their mixers.
 
-    vectors -> Linear -> x + mixer(norm(x)), again and again -> read-out -> norm -> Linear -> unit vector
+    vectors -> Linear -> x + mixer(norm(x)), repeated -> read-out -> norm -> Linear -> unit vector
 
-The read-out is the last place, plus `pool` times the mean of the places so far. `pool` is one number a channel
-and 0 in a random start, which is the papers' read-out; the solved start (`lvm.predict.start`) sets it so that the
-features carry the context's mean, as the other architectures' do.
+The read-out is the last position, plus `pool` times the mean over positions. `pool` has one number per channel. It is 0
+when randomly initialised, which is the papers' read-out; the solved start (`lvm.predict.start`) sets it so that the
+features carry the context's mean.
 
-A mixer takes (B, T, W) and the memory of the places before, None at the beginning, and gives (B, T, W) and the
-memory after. So the parallel form and the step form are one function: all places at once, or one after another.
-Its last layer is called `out`.
+A mixer maps (B, T, W) and its memory of earlier positions, None at first, to (B, T, W) and the new memory. The parallel
+and the recurrent form are thus one function, applied to all positions at once or one by one. Its last layer is `out`.
 
 Letters: B batch, T context vectors, D vector length, W width.
 """
@@ -26,24 +25,48 @@ from lvm.errors import InputError
 from lvm.models.transformer import sinusoidal_positions
 
 
+@dataclass(frozen=True)
+class TrunkConfig:
+    """Sizes that all architectures with a trunk have."""
+
+    dim: int = 768
+    """Length of a vector, D."""
+    width: int = 512
+    """Width of the residual stream, W."""
+    num_layers: int = 4
+    """Mixers, each with its feed-forward where the architecture has one."""
+    dropout: float = 0.1
+    """Applied to the output of each mixer and feed-forward."""
+
+
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 at least: sums over places are not for bfloat16."""
+    """The tensor in at least float32: bfloat16 is too narrow for sums over positions."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class FeedForward(nn.Module):
-    """Two layers with GELU between, place by place."""
+    """Two linear layers with a GELU between them, position by position."""
 
     def __init__(self, width: int, inner: int, approximate: str = "none") -> None:
-        """approximate: of the GELU, "none" or "tanh"."""
+        """approximate: the GELU's, "none" or "tanh"."""
         super().__init__()
         self.approximate = approximate
         self.up = nn.Linear(width, inner)
         self.out = nn.Linear(inner, width)
 
     def forward(self, x: Tensor, memory: None = None) -> tuple[Tensor, None]:
-        """(B, T, W) from (B, T, W); it needs no memory."""
+        """(B, T, W) from (B, T, W), without memory."""
         return self.out(F.gelu(self.up(x), approximate=self.approximate)), None
+
+
+def with_feed_forward(
+    config: TrunkConfig, mixer: Callable[[], nn.Module], factor: int = 4, approximate: str = "none"
+) -> list[nn.Module]:
+    """config.num_layers times: a new mixer, and a feed-forward of `factor` times the width."""
+    mixers: list[nn.Module] = []
+    for _ in range(config.num_layers):
+        mixers += [mixer(), FeedForward(config.width, factor * config.width, approximate)]
+    return mixers
 
 
 class Branch(nn.Module):
@@ -56,41 +79,41 @@ class Branch(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
-        """(B, T, W) and the mixer's memory after these places."""
+        """(B, T, W) and the mixer's new memory."""
         mixed, memory = self.mixer(self.norm(x), memory)
         return x + self.dropout(mixed), memory
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What `Trunk.step` hands on."""
+    """State of `Trunk.step`."""
 
     length: int
-    """Places so far."""
+    """Positions so far."""
     total: Tensor
     """(B, W) sum of the last layer's states so far."""
     branches: tuple[Any, ...]
-    """One mixer's memory each."""
+    """The memory of each mixer."""
 
 
 class Trunk(nn.Module):
-    """Next vector from the last place of a residual stream."""
+    """Next vector from the last position of a residual stream."""
 
     adds_mean = False
-    """The output layer alone makes the prediction."""
+    """The prediction is the output layer's alone."""
     reads = ("input_proj",)
-    """Layers that read vectors."""
+    """Names of the layers that take vectors."""
     has_steps = True
     """Whether every mixer has a memory, so that `step` works."""
 
     def __init__(
         self,
-        config: Any,
+        config: TrunkConfig,
         mixers: Sequence[nn.Module],
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         positions: bool = False,
     ) -> None:
-        """config: has dim, width and dropout. positions: add sine and cosine codes, for mixers blind to order."""
+        """positions: add sinusoidal codes, for mixers that ignore order."""
         super().__init__()
         if (head := getattr(config, "head_dim", None)) and config.width % head:
             raise InputError(f"head_dim must divide the width, got {head} and {config.width}")
@@ -107,16 +130,16 @@ class Trunk(nn.Module):
         return F.normalize(wide(self.output_layer(self.features(contexts))), dim=-1)
 
     def each_step(self, contexts: Tensor) -> Tensor:
-        """(B, T, D) unit vectors: place t holds the prediction from contexts[:, : t + 1]."""
+        """(B, T, D) unit vectors: position t is the prediction from contexts[:, : t + 1]."""
         states = self.states(self.embed(contexts))
         counts = torch.arange(1, states.shape[1] + 1, device=states.device)[:, None]
         features = self._read(states, states.cumsum(dim=1) / counts)
         return F.normalize(wide(self.output_proj(features)), dim=-1)
 
     def step(self, vectors: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """(B, D) unit vectors from the next vectors (B, D) of contexts whose memory this is; the memory after."""
+        """(B, D) predictions after one more context vector each (B, D), as unit vectors, and the new memory."""
         if not self.has_steps:
-            raise NotImplementedError(f"{type(self).__name__} reads whole contexts alone")
+            raise NotImplementedError(f"{type(self).__name__} only takes whole contexts")
         length = memory.length if memory else 0
         x = self.embed(vectors[:, None], length)
         after = []
@@ -140,19 +163,18 @@ class Trunk(nn.Module):
 
     @property
     def num_directions(self) -> int:
-        """Rows `start_from` takes."""
-        width: int = self.config.width
-        return width
+        """Number of rows of `start_from`'s directions."""
+        return self.config.width
 
     @torch.no_grad()
     def start_from(self, directions: Tensor) -> None:
-        """Set the layers so that `features` carry the context's mean and its last vector.
+        """Initialise the layers so that `features` carry the context's mean and its last vector.
 
-        directions: (W, D) orthonormal rows along which the vectors vary most. What the mixers add is cut to a
-        tenth; the mean counts eight times, as in the Transformer's start. Position codes are taken out of the
-        input again as far as those of five places have them in common.
+        directions: (W, D) orthonormal rows, the vectors' principal directions. The mixers' outputs are scaled to a
+        tenth; the mean has weight eight, as in the Transformer's start. The mean of the first five position codes is
+        subtracted from the input.
         """
-        width: int = self.config.width
+        width = self.config.width
         self.input_proj.weight.copy_(directions * math.sqrt(width))
         self.input_proj.bias.zero_()
         if self.positions:
@@ -164,14 +186,14 @@ class Trunk(nn.Module):
                 tensor.mul_(0.1)
 
     def embed(self, vectors: Tensor, start: int = 0) -> Tensor:
-        """(B, T, W) inputs of the first branch from vectors (B, T, D); the first is at place `start`."""
-        x = wide(self.input_proj(vectors))  # the stream stays wide; what the branches add may be narrower
+        """(B, T, W) inputs of the first branch from vectors (B, T, D) at positions `start` and after."""
+        x = wide(self.input_proj(vectors))  # the residual stream stays in float32, under autocast too
         if self.positions:
             x = x + sinusoidal_positions(start + x.shape[1], self.config.width, x)[start:]
         return x
 
     def states(self, x: Tensor) -> Tensor:
-        """(B, T, W) after all branches from (B, T, W) before them."""
+        """(B, T, W) output of all branches from their input (B, T, W)."""
         for branch in self.branches:
             x, _ = branch(x)
         return x

@@ -92,8 +92,8 @@ class IndexSettings:
         )
 
     def num_probes(self, num_vectors: int) -> int:
-        """nprobe of a part. Beyond SETTLED_LISTS it grows with nlist, so that a search scans the same share of the vectors
-        and recall does not fall."""
+        """nprobe of a part. Beyond SETTLED_LISTS it grows with nlist, so that a search scans the same share of the
+        vectors and recall does not fall."""
         probes = self.coded_probes if self.coded(num_vectors) else self.probes
         return probes * max(1, self.num_lists(num_vectors) // SETTLED_LISTS)
 

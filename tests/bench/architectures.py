@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvm.evaluate.contest import model_predictor
 from lvm.evaluate.metrics import measure_latency, peak_bytes
+from lvm.evaluate.scoring import model_predictor
 from lvm.evaluate.table import Table, as_text
 from lvm.models import CONFIGS, MODELS, Trunk
 from lvm.models.attention import CausalAttention

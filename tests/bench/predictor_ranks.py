@@ -9,6 +9,7 @@ stdout is one JSON object. Nothing is timed.
 
 import argparse
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from lvm.evaluate.baselines import (
     copy_last,
     fit_ridge,
 )
-from lvm.evaluate.contest import at_most, find
 from lvm.evaluate.controls import as_written
 from lvm.evaluate.metrics import Pool, Predict, clustered_interval, score_windows, summarise_ranks
+from lvm.evaluate.scoring import at_most, score_in_article
 from lvm.predict.predictor import load_predictor
 from lvm.predict.record import read_aliases
 from lvm.vectors.array import open_vectors
@@ -51,7 +52,9 @@ def main() -> None:
     few, val = at_most(train, 5_000, 0), at_most(parts["val"], settings.max_val_windows, 0)
 
     def reciprocal_rank(predict: Predict) -> float:
-        return summarise_ranks(find(predict, None, array, as_written(few)).in_article)["mrr"] or 0.0
+        return (
+            summarise_ranks(score_in_article(predict, None, array, as_written(few)).in_article)["mrr"] or 0.0
+        )
 
     batches = partial(train.batches, 1024)
     rows: dict[str, tuple[Predict, Predict | None]] = {
@@ -82,7 +85,7 @@ def main() -> None:
         measured = {key: clustered_interval(v, articles[key]) for key, v in by_window[name].items()}
         cells = " | ".join(f"{m.mean:.4f} [{m.low:.4f}, {m.high:.4f}]" for m in measured.values())
         print(f"| {name} | {cells} |", flush=True)
-        found[name] = {key: m.to_dict() for key, m in measured.items()}
+        found[name] = {key: asdict(m) for key, m in measured.items()}
     print("\n| ahead of the best baseline by | cosine | MRR in the article | R@10 of 10,000 |")
     print("| --- | --- | --- | --- |")
     baselines = [name for name in rows if "," not in name]

@@ -50,8 +50,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from jobs._ray import connect, versions
 from jobs.train import train_models
 from lvm.devices import pick_device
-from lvm.evaluate.contest import model_predictor
 from lvm.evaluate.metrics import measure_latency
+from lvm.evaluate.scoring import model_predictor
 from lvm.evaluate.table import Table, as_text
 from lvm.models import ORIGINAL, build
 from lvm.predict.training import FAST, Recipe, fit, shuffled_windows

@@ -18,7 +18,7 @@ import numpy as np
 
 from lvm.codec.ladder import keywords
 from lvm.codec.zoo import Codec, load_codec
-from lvm.evaluate.contest_texts import distinct_2
+from lvm.evaluate.texts import distinct_2
 from lvm.predict.predictor import SHIPPED, load_predictor
 
 

@@ -22,7 +22,7 @@ from jobs.encode import encode_chunks
 from jobs.evaluate import decode_all
 from jobs.train import train_models
 from lvm.errors import LvmError
-from lvm.evaluate.contest_texts import Block, TextPlan
+from lvm.evaluate.texts import Block, TextPlan
 from lvm.models import ORIGINAL
 from lvm.predict.record import load_record
 from lvm.predict.training import FAST

@@ -322,7 +322,7 @@ def test_a_broken_file_is_counted_and_the_others_are_read(
     last = json.loads(done.stdout.splitlines()[-1])
     assert (last["broken_files"], last["unread"]) == (2, 1)
     assert 50 < last["articles"] < 60
-    assert "c.jsonl.gz ends too early" in done.stderr
+    assert "c.jsonl.gz is truncated" in done.stderr
     assert "d.parquet is empty" in done.stderr
     assert "not read: e.zip" in done.stderr
     strict = subprocess.run([*command, "--strict"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
@@ -349,7 +349,7 @@ def test_a_corpus_in_another_language_is_said_not_to_fit(ray_cluster: str, tmp_p
 def test_a_broken_file_is_named_and_the_others_are_not_cut_twice(corpus: Path, tmp_path: Path) -> None:
     whole = (corpus / "c.jsonl.gz").read_bytes()
     (corpus / "c.jsonl.gz").write_bytes(whole[:-200])
-    with pytest.raises(InputError, match=r"c\.jsonl\.gz ends too early.*byte [\d,]+ of .*line \d+") as caught:
+    with pytest.raises(InputError, match=r"c\.jsonl\.gz is truncated.*byte [\d,]+ of .*line \d+") as caught:
         run(corpus, tmp_path / "out", strict=True)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -368,7 +368,7 @@ def test_a_broken_input_leaves_the_last_result_as_it_was(corpus: Path, tmp_path:
     run(corpus, tmp_path / "out")
     before = chunks_in(tmp_path / "out")
     (corpus / "a.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(InputError, match=r"a\.jsonl\.gz cannot be unpacked"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz cannot be decompressed"):
         run(corpus, tmp_path / "out", strict=True)
     manifest = Manifest.load(tmp_path / "out", "chunks")
     manifest.verify(tmp_path / "out", deep=True)

@@ -126,7 +126,7 @@ def test_a_load_that_is_killed_ends_with_the_same_rows(
         assert store.find("wiki") is None
     code, summary, stderr = run_command("concepts", *options)
     assert code == 0, stderr
-    assert "shards are copied already" in stderr
+    assert "shards are already copied" in stderr
     assert summary["rows"] == 1200
     assert summary["copied"] < 1200
     with ConceptStore(database) as store:

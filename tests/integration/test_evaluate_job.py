@@ -15,10 +15,10 @@ import torch
 from jobs.evaluate import FILES, Paths, evaluate, print_result, write
 from lvm.errors import IdentityError, InputError, OutputError
 from lvm.evaluate.baselines import RidgeSettings
-from lvm.evaluate.contest import CEILING, EvaluateSettings
 from lvm.evaluate.evaluation import SCHEMA, Evaluation
 from lvm.evaluate.leaderboard import ranking
 from lvm.evaluate.metrics import cosines
+from lvm.evaluate.scoring import CEILING, EvaluateSettings
 from lvm.models import TOYS, build
 from lvm.predict.record import load_record, save_record, set_alias
 from lvm.vectors.array import open_vectors

@@ -514,7 +514,7 @@ def test_chains_of_a_taxonomy_are_refused_unless_the_user_insists(tmp_path: Path
     write_vectors(tmp_path / "vectors", chains)
     with pytest.raises(InputError, match=r"not sequential.*--allow-non-sequential"):
         refuse(tmp_path / "vectors", tmp_path / "models")
-    with pytest.raises(InputError, match="it says 'yes'"):
+    with pytest.raises(InputError, match="got 'yes'"):
         refuse(tmp_path / "vectors", tmp_path / "models", allow_non_sequential="yes")
     assert not (tmp_path / "models").exists()
     found = check_sequential(open_vectors(tmp_path / "vectors"), "chains", OVERRIDE)

@@ -21,7 +21,7 @@ from tests.integration.faults.world import World, small_disk, start_driver, wait
 
 NUM_SHARDS, ARTICLES_A_SHARD = 10, 3
 IN_FLIGHT = 4
-"""Shards that two actors hold at once (`jobs.encode.SIDE_BY_SIDE`, and the next one each)."""
+"""Shards that two actors hold at once (`jobs.encode.SHARDS_PER_ACTOR`, and the next one each)."""
 
 
 class Broken(AssertionError):

@@ -180,7 +180,7 @@ def test_refusal_says_what_was_found_and_how_to_override() -> None:
     assert "expected at least 52%" in message
     assert f'--allow-non-sequential "{OVERRIDE}"' in message
     assert "\n" not in message
-    with pytest.raises(InputError, match="it says 'yes'"):
+    with pytest.raises(InputError, match="got 'yes'"):
         require_sequential(*noise, names=["notes"], override="yes")
     assert require_sequential(*noise, names=["wordnet"], override="I know this text is not sequential.").fault
 

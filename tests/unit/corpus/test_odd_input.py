@@ -231,7 +231,7 @@ def test_a_json_array_and_objects_over_several_lines_are_read_whole(tmp_path: Pa
     (tmp_path / "d.json").write_text(json.dumps(rows)[:-30])
     found, counts = cut(tmp_path / "d.json", chunker)
     assert texts(found) == wanted[:4]
-    assert "no whole JSON after record 4" in counts.broken_files[0]["reason"]
+    assert "not valid JSON after record 4" in counts.broken_files[0]["reason"]
 
 
 def test_csv_rows_are_read_or_counted(tmp_path: Path, chunker: Chunker) -> None:
@@ -279,9 +279,9 @@ def test_what_is_not_read_in_a_folder_is_named(tmp_path: Path) -> None:
     inputs, unread = survey(tmp_path)
     assert [i.name for i in inputs] == ["a.jsonl"]
     found = {u.name: u.reason for u in unread}
-    assert found["gone.jsonl"] == "a link that leads nowhere"
+    assert found["gone.jsonl"] == "a broken link"
     assert found["drafts.txt"] == "an empty folder"
-    assert found["pipe.jsonl"] == "no regular file"
+    assert found["pipe.jsonl"] == "not a regular file"
     assert "multistream" in found["enwiki-20260901-pages-articles-multistream-index1.txt-p1p41242.bz2"]
     assert {"b.zip", "*.txt", "_part.parquet"} <= set(found)
 

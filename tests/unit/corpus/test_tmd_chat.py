@@ -166,5 +166,5 @@ def test_settings_and_cache_files_that_are_none_are_refused(tmp_path: Path) -> N
         ChatSettings("http://a", "")
     assert "secret" not in repr(ChatSettings("http://a", "m", "secret"))
     (tmp_path / "no.db").write_text("this is no database, and long enough to be seen as none " * 20)
-    with pytest.raises(InputError, match="holds no answers of ours"):
+    with pytest.raises(InputError, match="is not a cache of TMD answers"):
         ChatCoder(settings("http://a"), tmp_path / "no.db")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -88,7 +89,7 @@ def test_printed_leaderboard_fits_a_terminal(evaluation: Evaluation) -> None:
 def test_with_seeds_the_cosine_over_them_stands_in_the_leaderboard(evaluation: Evaluation) -> None:
     amn = ranking(evaluation)[0]
     amn["name"] = "transformer-optimized"
-    spread = Spread.of([0.58, 0.57, 0.575]).to_dict()
+    spread = asdict(Spread.of([0.58, 0.57, 0.575]))
     amn["seeds"] = {"cosine": spread, "val_cosine": spread, "in_pool_r10": spread}
     board = leaderboard(evaluation)
     assert board.headers[5] == "over seeds"

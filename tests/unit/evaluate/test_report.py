@@ -104,7 +104,7 @@ def test_headline_says_who_leads_and_whether_the_margin_is_negative(evaluation: 
     said = headline(evaluation)
     assert "The best model is amn: cosine 0.5800" in said
     assert "ahead of the best baseline, ridge, by 0.0300" in said
-    assert "Predictions of amn, lstm lie nearer to the last chunk read" in said
+    assert "Predictions of amn, lstm are closer to the last chunk read" in said
 
 
 def test_headline_does_not_hide_a_lost_race(evaluation: Evaluation) -> None:

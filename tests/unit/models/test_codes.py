@@ -41,11 +41,13 @@ def widened(plain: Tensor, like: Tensor) -> Tensor:
 
 
 def test_the_bits_are_those_of_the_nearest_labels_in_any_precision() -> None:
-    assert (AXES, FEATURES) == (tmd.SIZES, tmd.FEATURES)
+    assert tmd.SIZES == AXES
+    assert tmd.Tmd(0, 0, 0).features().shape == (FEATURES,)
     vectors = units(200, 5, DIM)
     codes = Codes(DIM)
     codes.prototypes.copy_(torch.from_numpy(prototypes().vectors))
-    wanted = tmd.features(prototypes().codes(vectors.flatten(0, 1).numpy()))
+    near = prototypes().codes(vectors.flatten(0, 1).numpy())
+    wanted = np.stack([tmd.unpack(int(code)).features() for code in near])
     assert torch.equal(codes(vectors).flatten(0, 1), torch.from_numpy(wanted))
     assert len(np.unique(wanted, axis=0)) > 500
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,10 +9,11 @@ import torch
 
 from lvm.errors import InputError
 from lvm.evaluate.baselines import context_mean, copy_last
-from lvm.evaluate.contest import (
+from lvm.evaluate.metrics import clustered_interval, cosines
+from lvm.evaluate.scoring import (
     CEILING,
-    Contest,
     EvaluateSettings,
+    EvaluationData,
     Scored,
     at_most,
     fit_corpus_mean,
@@ -25,8 +26,7 @@ from lvm.evaluate.contest import (
     score_model,
     text_sample,
 )
-from lvm.evaluate.contest_texts import barring, decode_block, measure_texts, part_of, plan_texts
-from lvm.evaluate.metrics import clustered_interval, cosines
+from lvm.evaluate.texts import barring, decode_block, measure_texts, part_of, plan_texts
 from lvm.models import TOYS, build
 from lvm.predict.record import load_record, save_record
 from lvm.predict.steer import unit
@@ -56,10 +56,10 @@ def index(folder: Path, array: VectorArray) -> Index:
 
 
 @pytest.fixture(scope="module")
-def contest(array: VectorArray) -> Contest:
+def data(array: VectorArray) -> EvaluationData:
     parts = make_windows(array).split(0)
     sample = text_sample(parts["test"], SETTINGS.text_windows, 0)
-    return Contest(**parts, ood={"abroad": parts["val"]}, sample=sample, settings=SETTINGS, threads=1)
+    return EvaluationData(**parts, ood={"abroad": parts["val"]}, sample=sample, settings=SETTINGS, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -70,41 +70,41 @@ def model_folder(folder: Path, array: VectorArray) -> str:
 
 
 @pytest.fixture(scope="module")
-def scored(contest: Contest, folder: Path, model_folder: str) -> dict[str, Scored]:
+def scored(data: EvaluationData, folder: Path, model_folder: str) -> dict[str, Scored]:
     baselines = {
         "passthrough": copy_last,
         "context mean": context_mean,
-        "corpus mean": fit_corpus_mean(contest),
-        "ridge": fit_ridge_regression(contest),
-        "weighted mean": fit_weighted_mean(contest),
-        "nearest neighbour": fit_nearest_neighbour(contest),
+        "corpus mean": fit_corpus_mean(data),
+        "ridge": fit_ridge_regression(data),
+        "weighted mean": fit_weighted_mean(data),
+        "nearest neighbour": fit_nearest_neighbour(data),
     }
-    made = [score_model(contest, "amn", folder / "models", model_folder)]
-    made += [score_baseline(contest, name, predict) for name, predict in baselines.items()]
+    made = [score_model(data, "amn", folder / "models", model_folder)]
+    made += [score_baseline(data, name, predict) for name, predict in baselines.items()]
     return {one.name: one for one in made}
 
 
-def test_a_cut_sample_of_windows_keeps_their_order_and_is_the_same_each_time(contest: Contest) -> None:
-    few = at_most(contest.train, 50, seed=3)
+def test_a_cut_sample_of_windows_keeps_their_order_and_is_the_same_each_time(data: EvaluationData) -> None:
+    few = at_most(data.train, 50, seed=3)
     assert len(few) == 50
     assert (np.diff(few.starts) > 0).all()
-    assert few.starts.tolist() == at_most(contest.train, 50, seed=3).starts.tolist()
-    assert few.starts.tolist() != at_most(contest.train, 50, seed=4).starts.tolist()
-    assert at_most(contest.train, 10_000, seed=3) is contest.train
+    assert few.starts.tolist() == at_most(data.train, 50, seed=3).starts.tolist()
+    assert few.starts.tolist() != at_most(data.train, 50, seed=4).starts.tolist()
+    assert at_most(data.train, 10_000, seed=3) is data.train
 
 
-def test_text_sample_takes_every_article_before_a_second_window_of_one(contest: Contest) -> None:
-    num_articles = len(np.unique(contest.test.doc_ids))
+def test_text_sample_takes_every_article_before_a_second_window_of_one(data: EvaluationData) -> None:
+    num_articles = len(np.unique(data.test.doc_ids))
     assert num_articles == 4
-    sample = text_sample(contest.test, 6, seed=0)
+    sample = text_sample(data.test, 6, seed=0)
     assert len(set(sample.doc_ids[:num_articles].tolist())) == num_articles
     assert len(set(sample.starts.tolist())) == len(sample) == 6
-    everything = text_sample(contest.test, 10_000, seed=0)
-    assert sorted(everything.starts.tolist()) == contest.test.starts.tolist()
+    everything = text_sample(data.test, 10_000, seed=0)
+    assert sorted(everything.starts.tolist()) == data.test.starts.tolist()
 
 
 def test_model_scores_are_those_of_its_own_forward_pass(
-    contest: Contest, scored: dict[str, Scored], folder: Path, model_folder: str
+    data: EvaluationData, scored: dict[str, Scored], folder: Path, model_folder: str
 ) -> None:
     model = load_record(folder / "models", model_folder).model
 
@@ -112,15 +112,15 @@ def test_model_scores_are_those_of_its_own_forward_pass(
         with torch.no_grad():
             return np.asarray(model(torch.from_numpy(contexts)))
 
-    contexts, targets = contest.test.batch(slice(None))
+    contexts, targets = data.test.batch(slice(None))
     amn = scored["amn"]
     np.testing.assert_allclose(amn.scores.cosine, cosines(predict(contexts), targets), atol=1e-6)
-    val_contexts, val_targets = contest.val.batch(slice(None))
+    val_contexts, val_targets = data.val.batch(slice(None))
     assert amn.val_cosine == pytest.approx(
         float(cosines(predict(val_contexts), val_targets).mean()), abs=1e-6
     )
     assert amn.ood["abroad"].cosine.mean() == pytest.approx(amn.val_cosine)
-    assert amn.ood["abroad"].articles.tolist() == contest.val.doc_ids.tolist()
+    assert amn.ood["abroad"].articles.tolist() == data.val.doc_ids.tolist()
     written = amn.controls["as written"]
     np.testing.assert_allclose(written.cosine, amn.scores.cosine, atol=1e-6)
     assert written.in_article.ranks.tolist() == amn.scores.in_article.ranks.tolist()
@@ -135,9 +135,9 @@ def test_model_scores_are_those_of_its_own_forward_pass(
     assert len(amn.details["curve"]) == 1
 
 
-def test_a_model_predicts_without_dropout_even_when_it_came_in_training_mode(contest: Contest) -> None:
+def test_a_model_predicts_without_dropout_even_when_it_came_in_training_mode(data: EvaluationData) -> None:
     predict = model_predictor(build("lstm", asdict(TOYS["lstm"])).train(), torch.device("cpu"))
-    contexts, _ = contest.test.batch(slice(0, 8))
+    contexts, _ = data.test.batch(slice(0, 8))
     np.testing.assert_array_equal(predict(contexts), predict(contexts))
 
 
@@ -148,14 +148,14 @@ def test_only_a_model_with_attention_has_it_and_it_sums_to_one(scored: dict[str,
     assert scored["ridge"].attention is None
 
 
-def test_baselines_know_nothing_of_test_articles(contest: Contest) -> None:
-    train_only = fit_corpus_mean(contest)
-    _, targets = contest.train.batch(slice(None))
-    contexts, _ = contest.test.batch(slice(0, 1))
+def test_baselines_know_nothing_of_test_articles(data: EvaluationData) -> None:
+    train_only = fit_corpus_mean(data)
+    _, targets = data.train.batch(slice(None))
+    contexts, _ = data.test.batch(slice(0, 1))
     np.testing.assert_allclose(train_only(contexts)[0], unit(targets.mean(axis=0)), atol=1e-5)
-    test_docs = set(contest.test.doc_ids.tolist())
-    assert not test_docs & set(contest.train.doc_ids.tolist())
-    assert not test_docs & set(contest.val.doc_ids.tolist())
+    test_docs = set(data.test.doc_ids.tolist())
+    assert not test_docs & set(data.train.doc_ids.tolist())
+    assert not test_docs & set(data.val.doc_ids.tolist())
 
 
 def test_barring_marks_rows_of_the_held_out_article_and_of_nothing_else(array: VectorArray) -> None:
@@ -167,9 +167,9 @@ def test_barring_marks_rows_of_the_held_out_article_and_of_nothing_else(array: V
 
 
 def test_plan_has_each_model_raw_snapped_and_found_then_passthrough_and_the_truth(
-    contest: Contest, scored: dict[str, Scored], index: Index, array: VectorArray
+    data: EvaluationData, scored: dict[str, Scored], index: Index, array: VectorArray
 ) -> None:
-    plan = plan_texts(contest, list(scored.values()), index)
+    plan = plan_texts(data, list(scored.values()), index)
     assert plan.names == (
         ("amn", "raw"),
         ("amn", "snap"),
@@ -177,9 +177,9 @@ def test_plan_has_each_model_raw_snapped_and_found_then_passthrough_and_the_trut
         ("passthrough", "raw"),
         (CEILING, "raw"),
     )
-    size = len(contest.sample)
+    size = len(data.sample)
     assert plan.block.vectors.shape == (5 * size, 768)
-    contexts, targets = contest.sample.batch(slice(None))
+    contexts, targets = data.sample.batch(slice(None))
     np.testing.assert_allclose(plan.block.vectors[3 * size : 4 * size], unit(contexts[:, -1]), atol=1e-6)
     np.testing.assert_allclose(plan.block.vectors[4 * size :], unit(targets), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(plan.block.vectors, axis=1), 1, atol=1e-5)
@@ -188,7 +188,7 @@ def test_plan_has_each_model_raw_snapped_and_found_then_passthrough_and_the_trut
 
 
 def test_snap_of_the_plan_never_uses_the_article_held_out(
-    contest: Contest, scored: dict[str, Scored], array: VectorArray
+    data: EvaluationData, scored: dict[str, Scored], array: VectorArray
 ) -> None:
     asked: list[np.ndarray] = []
 
@@ -196,22 +196,22 @@ def test_snap_of_the_plan_never_uses_the_article_held_out(
         """Finds the held-out article's own chunks first, as an index of the whole corpus would."""
 
         def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-            order = np.argsort([array.doc_ids != d for d in contest.sample.doc_ids], axis=1, kind="stable")
+            order = np.argsort([array.doc_ids != d for d in data.sample.doc_ids], axis=1, kind="stable")
             asked.append(order[:, :k])
             return np.ones((len(queries), k), np.float32), order[:, :k].astype(np.int64)
 
-    plan = plan_texts(contest, [scored["amn"]], Watched())  # type: ignore[arg-type]
-    contexts, _ = contest.sample.batch(slice(None))
-    size = len(contest.sample)
+    plan = plan_texts(data, [scored["amn"]], Watched())  # type: ignore[arg-type]
+    contexts, _ = data.sample.batch(slice(None))
+    size = len(data.sample)
     snapped = plan.block.vectors[size : 2 * size]
-    foreign = [np.flatnonzero(array.doc_ids != d)[:16] for d in contest.sample.doc_ids]
+    foreign = [np.flatnonzero(array.doc_ids != d)[:16] for d in data.sample.doc_ids]
     means = unit(np.stack([array.vectors[rows].astype(np.float32).mean(axis=0) for rows in foreign]))
     drift = 0.60 * means + 0.25 * unit(contexts[:, -1]) + 0.15 * unit(contexts.mean(axis=1))
     np.testing.assert_allclose(snapped, unit(drift), atol=1e-4)
 
 
 def test_snap_of_the_plan_searches_with_the_head_that_searches(
-    contest: Contest, scored: dict[str, Scored]
+    data: EvaluationData, scored: dict[str, Scored]
 ) -> None:
     asked: list[np.ndarray] = []
 
@@ -221,7 +221,7 @@ def test_snap_of_the_plan_searches_with_the_head_that_searches(
             return np.ones((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
 
     head = unit(np.random.default_rng(3).normal(size=scored["amn"].sample.shape))
-    plan_texts(contest, [replace(scored["amn"], sample_search=head)], Watched())  # type: ignore[arg-type]
+    plan_texts(data, [replace(scored["amn"], sample_search=head)], Watched())  # type: ignore[arg-type]
     np.testing.assert_array_equal(asked[0], head)
 
 
@@ -235,9 +235,9 @@ class RubbishCodec(FakeCodec):
 
 
 def test_a_block_comes_back_with_its_number_and_the_cosine_of_each_text(
-    contest: Contest, scored: dict[str, Scored], index: Index, array: VectorArray, folder: Path
+    data: EvaluationData, scored: dict[str, Scored], index: Index, array: VectorArray, folder: Path
 ) -> None:
-    plan = plan_texts(contest, [], index)
+    plan = plan_texts(data, [], index)
     block = part_of(plan.block, np.arange(3, 7))
     number, said = decode_block(RubbishCodec, folder / "index", array, 5, block, 1)
     assert number == 5
@@ -254,22 +254,22 @@ def test_a_block_comes_back_with_its_number_and_the_cosine_of_each_text(
 
 
 def test_text_rows_and_examples_take_each_text_from_its_place(
-    contest: Contest, scored: dict[str, Scored], index: Index, array: VectorArray, folder: Path
+    data: EvaluationData, scored: dict[str, Scored], index: Index, array: VectorArray, folder: Path
 ) -> None:
-    plan = plan_texts(contest, [scored["amn"]], index)
+    plan = plan_texts(data, [scored["amn"]], index)
     _, said = decode_block(fake_codec, folder / "index", array, 0, plan.block, 1)
-    text, examples = measure_texts(contest, plan, said)
+    text, examples = measure_texts(data, plan, said)
     assert [(t["name"], t["form"]) for t in text] == list(plan.names)
     assert text[-1]["vector_cosine"] == pytest.approx(1)
     assert text[0]["vector_cosine"] == pytest.approx(
-        float(cosines(scored["amn"].sample, plan.block.truths[: len(contest.sample)]).mean()), abs=1e-6
+        float(cosines(scored["amn"].sample, plan.block.truths[: len(data.sample)]).mean()), abs=1e-6
     )
-    assert all(sum(t["sources"].values()) == len(contest.sample) for t in text)
+    assert all(sum(t["sources"].values()) == len(data.sample) for t in text)
     assert len(examples) == SETTINGS.examples
     example = examples[1]
-    assert example["context"] == array.texts(contest.sample.rows_of_context[1])
-    assert [example["truth"]] == array.texts(contest.sample.rows_of_target[1:2])
-    size = len(contest.sample)
+    assert example["context"] == array.texts(data.sample.rows_of_context[1])
+    assert [example["truth"]] == array.texts(data.sample.rows_of_target[1:2])
+    size = len(data.sample)
     assert [d["text"] for d in example["decoded"]] == [said[n * size + 1].answer.text for n in range(5)]
     assert [d["name"] for d in example["decoded"]] == ["amn", "amn", "amn", "passthrough", CEILING]
     found = text[2]
@@ -278,15 +278,15 @@ def test_text_rows_and_examples_take_each_text_from_its_place(
 
 
 def test_entries_carry_the_lead_over_the_best_baseline_window_by_window(
-    contest: Contest, scored: dict[str, Scored]
+    data: EvaluationData, scored: dict[str, Scored]
 ) -> None:
     latency = {name: [{"batch": 1, "mean_ms": 1.0}] for name in scored}
-    entries = {e["name"]: e for e in make_entries(scored, latency, contest.test.doc_ids, SETTINGS)}
+    entries = {e["name"]: e for e in make_entries(scored, latency, data.test.doc_ids, SETTINGS)}
     baselines = [e for e in entries.values() if e["kind"] == "baseline"]
     best = max(baselines, key=lambda e: e["cosine"]["mean"])["name"]
     lead = scored["amn"].scores.cosine - scored[best].scores.cosine
-    expected = clustered_interval(lead, contest.test.doc_ids)
-    assert entries["amn"]["gain"] == expected.to_dict()
+    expected = clustered_interval(lead, data.test.doc_ids)
+    assert entries["amn"]["gain"] == asdict(expected)
     assert entries["amn"]["gate"]["checks"][0]["name"] == "cosine"
     assert "gate" not in entries["ridge"]
     assert entries["passthrough"]["margin"]["mean"] == pytest.approx(

@@ -1,13 +1,13 @@
-"""The contest itself, without Ray: who is scored on what. Texts decoded from predictions: `contest_texts`.
+"""Score predictors and baselines on the same windows; decoded texts are in `lvm.evaluate.texts`.
 
-Each function here is one task of the evaluate job, or puts the results of tasks together. Whatever crosses
-a process is a frozen dataclass of arrays; vector arrays travel as paths and are mapped again.
+Each function is one task of the evaluate job, or combines the results of tasks. Arguments and results are frozen
+dataclasses of arrays, as they are pickled; vector arrays are pickled as paths and memory-mapped again.
 
 Letters: B windows in a batch, S windows in the text sample, T chunks in a context, D = 768.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -33,6 +33,7 @@ from lvm.evaluate.evaluation import Entry, judge
 from lvm.evaluate.leaderboard import SEED_MEASURES
 from lvm.evaluate.metrics import (
     LATENCY_BATCHES,
+    Float32Array,
     Ints,
     Pool,
     Predict,
@@ -55,16 +56,16 @@ from lvm.vectors.array import VectorArray
 from lvm.vectors.sequences import Windows
 
 MAX_CONTROL_WINDOWS = 5_000
-"""Test windows on which the controls are measured, and training windows on which a baseline chooses its weights."""
+"""Test windows on which the controls are measured, and training windows on which a baseline's decay is chosen."""
 
 CEILING = "codec ceiling"
-"""Name of the text row that decodes the true next vector itself."""
+"""Name of the text row that decodes the true next vector."""
 
 CodecLoader = Callable[[], "Codec"]
-"""Makes the codec, once in each worker; pickled on the way there."""
+"""Loads the codec, once per worker; must be picklable."""
 
 Form = Literal["raw", "snap", "found"]
-"""The prediction itself, the same moved onto the corpus, and the corpus chunk that answers where nothing reads."""
+"""What is decoded: the prediction, the snapped prediction, or (not decoded) the nearest corpus chunk."""
 
 
 class Codec(Decoder, Protocol):
@@ -78,40 +79,33 @@ class Codec(Decoder, Protocol):
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What is measured, and on how much."""
+    """Sample sizes and limits of an evaluation."""
 
     examples: int = 3
     """Windows printed and shown with all their texts."""
     text_windows: int = 32
-    """Test windows whose predictions are decoded, as many articles as possible among them."""
+    """Test windows whose predictions are decoded, from as many articles as possible."""
     candidates: int = 2
-    """Texts drafted for a vector that no text has."""
+    """Texts that the writer drafts for each blend."""
     max_test_windows: int = 20_000
-    """Test windows scored; of more, a random sample over all test articles."""
+    """Most test windows that are scored, sampled at random."""
     max_val_windows: int = 5_000
-    """Validation windows for the validation cosine."""
+    """Most validation windows, for the validation cosine."""
     max_ood_windows: int = 5_000
-    """Windows of each out-of-domain set."""
+    """Most windows of each out-of-domain set."""
     pool_chunks: int = 10_000
-    """Chunks among which the true next one is looked for, beside those of its article."""
+    """Candidates for retrieval over the corpus."""
     resamples: int = 1_000
-    """Draws of articles behind each confidence interval."""
+    """Bootstrap resamples of each confidence interval."""
     seed: int = 0
-    """Of these samples. The split's own seed comes from the model records."""
+    """Of these samples. The split's seed comes from the model records."""
     latency_budget_s: float = 0.5
-    """Longest timing of one predictor at one batch size, in seconds, beyond its first five calls."""
+    """Time limit for the latency of one predictor at one batch size, in seconds, beyond its first five calls."""
     ridge: RidgeSettings = field(default_factory=RidgeSettings)
-    """The ridge regression's limits and penalties."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "text_windows",
-            "candidates",
-            "max_test_windows",
-            "max_val_windows",
-            "max_ood_windows",
-            "pool_chunks",
-        ):
+        limits = ("max_test_windows", "max_val_windows", "max_ood_windows")
+        for name in ("text_windows", "candidates", "pool_chunks", *limits):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.examples <= self.text_windows:
@@ -121,26 +115,27 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
-class Contest:
-    """What every predictor is scored on; pickled to the workers, which map the same files."""
+class EvaluationData:
+    """The windows that every predictor is scored on; pickled to the workers, which map the same files."""
 
     train: Windows
-    """At most as many as the ridge regression takes."""
+    """At most RidgeSettings.max_train_windows."""
     val: Windows
     test: Windows
     ood: dict[str, Windows]
+    """By name of the out-of-domain set."""
     sample: Windows
     """The test windows whose predictions are decoded."""
     settings: EvaluateSettings
     threads: int
-    """Threads of one task."""
+    """Of one task."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """Measures without a pool, one value a window."""
+class ArticleScores:
+    """Cosine and rank within the article, one value per window."""
 
-    cosine: NDArray[np.float32]
+    cosine: Float32Array
     in_article: Ranks
     articles: Ints
     """(M,) each window's article."""
@@ -148,7 +143,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Scored:
-    """One predictor's part of the evaluation."""
+    """One predictor's results, without its latency."""
 
     name: str
     kind: Literal["model", "baseline"]
@@ -157,16 +152,16 @@ class Scored:
     details: dict[str, Any]
     scores: WindowScores
     val_cosine: float
-    ood: dict[str, Found]
-    controls: dict[str, Found]
-    """By name of the control, on a part of the test windows; models alone have some."""
-    sample: NDArray[np.float32]
+    ood: dict[str, ArticleScores]
+    controls: dict[str, ArticleScores]
+    """By name of the control, on at most MAX_CONTROL_WINDOWS test windows; empty for baselines."""
+    sample: Float32Array
     """(S, D) unit predictions for the sample."""
-    sample_search: NDArray[np.float32]
-    """(S, D) unit vectors that the sample's snap searches with; the predictions where there is no rank head."""
+    sample_search: Float32Array
+    """(S, D) unit vectors that snapping the sample searches with: the rank head's, or else the predictions."""
     peak_bytes: int | None
-    """Working memory of one call at the largest latency batch; None for baselines, whose arrays are numpy's
-    and beyond the sight of torch's allocator."""
+    """Working memory of one call at the largest latency batch; None for baselines, as torch's profiler does not see
+    numpy's memory."""
     attention: list[dict[str, float]] | None
 
 
@@ -176,28 +171,27 @@ class Scored:
 def model_predictor(model: torch.nn.Module, device: torch.device, context: int | None = None) -> Predict:
     """The model as a function over numpy arrays, in evaluation mode on `device`.
 
-    context: vectors it reads, the last ones of each context; None is all of them.
+    context: how many of the last context vectors the model reads; None for all.
     """
     model = model.to(device).eval()
     read = slice(None) if context is None else slice(-context, None)
 
-    def predict(contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    def predict(contexts: Float32Array) -> Float32Array:
         with torch.inference_mode():
-            predicted: NDArray[np.float32] = (
-                model(torch.from_numpy(contexts[:, read]).to(device)).float().cpu().numpy()
-            )
+            output = model(torch.from_numpy(contexts[:, read]).to(device))
+            predicted: Float32Array = output.float().cpu().numpy()
         return predicted
 
     return predict
 
 
 def batches_of(windows: Windows) -> Batches:
-    """The windows as batches that can be gone through more than once."""
+    """The windows' batches, from the start at each call."""
     return partial(windows.batches, BATCH_WINDOWS)
 
 
 def at_most(windows: Windows, number: int, seed: int) -> Windows:
-    """The windows, or a random `number` of them in their order."""
+    """The windows, or a random `number` of them in the same order."""
     if len(windows) <= number:
         return windows
     chosen = np.random.default_rng(seed).choice(len(windows), number, replace=False)
@@ -205,7 +199,7 @@ def at_most(windows: Windows, number: int, seed: int) -> Windows:
 
 
 def text_sample(windows: Windows, number: int, seed: int) -> Windows:
-    """A random `number` of windows, each of another article as long as there are articles."""
+    """A random `number` of windows; none of an article twice before every article has one."""
     order = np.random.default_rng(seed).permutation(len(windows))
     _, first = np.unique(windows.doc_ids[order], return_index=True)
     leading = np.sort(first)
@@ -216,36 +210,39 @@ def text_sample(windows: Windows, number: int, seed: int) -> Windows:
 # ------------------------------------------------------------------------------------ scoring
 
 
-def fit_corpus_mean(contest: Contest) -> Predict:
+def fit_corpus_mean(data: EvaluationData) -> Predict:
     """The fitted corpus mean."""
-    return CorpusMean.fit(batches_of(contest.train))
+    return CorpusMean.fit(batches_of(data.train))
 
 
-def fit_ridge_regression(contest: Contest) -> Predict:
+def fit_ridge_regression(data: EvaluationData) -> Predict:
     """The fitted ridge regression."""
-    torch.set_num_threads(contest.threads)
-    settings = contest.settings.ridge
-    val = at_most(contest.val, settings.max_val_windows, contest.settings.seed)
-    return fit_ridge(batches_of(contest.train), batches_of(val), settings)
+    torch.set_num_threads(data.threads)
+    settings = data.settings.ridge
+    val = at_most(data.val, settings.max_val_windows, data.settings.seed)
+    return fit_ridge(batches_of(data.train), batches_of(val), settings)
 
 
-def fit_weighted_mean(contest: Contest) -> Predict:
-    """The weighted mean that finds best on training windows."""
-    train = at_most(contest.train, MAX_CONTROL_WINDOWS, contest.settings.seed)
+def fit_weighted_mean(data: EvaluationData) -> Predict:
+    """The weighted mean with the best reciprocal rank on training windows."""
+    train = at_most(data.train, MAX_CONTROL_WINDOWS, data.settings.seed)
 
     def reciprocal_rank(predict: Predict) -> float:
-        return summarise_ranks(find(predict, None, train.array, as_written(train)).in_article)["mrr"] or 0.0
+        scores = score_in_article(predict, None, train.array, as_written(train))
+        return summarise_ranks(scores.in_article)["mrr"] or 0.0
 
     return WeightedMean.fit(reciprocal_rank)
 
 
-def fit_nearest_neighbour(contest: Contest) -> Predict:
-    """What followed the most similar of the training contexts."""
-    return NearestNeighbour.fit(batches_of(at_most(contest.train, NEIGHBOUR_WINDOWS, contest.settings.seed)))
+def fit_nearest_neighbour(data: EvaluationData) -> Predict:
+    """The fitted nearest neighbour."""
+    return NearestNeighbour.fit(batches_of(at_most(data.train, NEIGHBOUR_WINDOWS, data.settings.seed)))
 
 
-def find(predict: Predict, search: Predict | None, array: VectorArray, batches: Iterator[RowBatch]) -> Found:
-    """Cosine and rank within the article, of windows in any form."""
+def score_in_article(
+    predict: Predict, search: Predict | None, array: VectorArray, batches: Iterator[RowBatch]
+) -> ArticleScores:
+    """Cosine and rank within the article for every window of `batches`. search: as in `score_windows`."""
     cosine, ranks, candidates, articles = [], [], [], []
     for contexts, targets, context_rows, target_rows in batches:
         predicted, truth = unit(predict(contexts)), unit(targets)
@@ -255,55 +252,52 @@ def find(predict: Predict, search: Predict | None, array: VectorArray, batches: 
         ranks.append(found.ranks)
         candidates.append(found.candidates)
         articles.append(array.doc_ids[target_rows])
-    return Found(
-        np.concatenate(cosine),
-        Ranks(np.concatenate(ranks), np.concatenate(candidates)),
-        np.concatenate(articles),
-    )
+    in_article = Ranks(np.concatenate(ranks), np.concatenate(candidates))
+    return ArticleScores(np.concatenate(cosine), in_article, np.concatenate(articles))
 
 
-def score_baseline(contest: Contest, name: str, predict: Predict) -> Scored:
-    """Everything measured of a baseline but its latency."""
+def score_baseline(data: EvaluationData, name: str, predict: Predict) -> Scored:
+    """All measures of a baseline except latency."""
     details = describe(predict)
     parameters = int(details.pop("parameters"))
-    return _score(contest, name, "baseline", predict, parameters, 4 * parameters, details)
+    return _score(data, name, "baseline", predict, parameters, 4 * parameters, details)
 
 
-def score_model(contest: Contest, name: str, models: Location, folder: str) -> Scored:
-    """Everything measured of a model record but its latency."""
+def score_model(data: EvaluationData, name: str, models: Location, folder: str) -> Scored:
+    """All measures of a model record except latency."""
     record = load_record(models, folder)
     model = record.model
     parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     predict, search = _predict_and_search(record)
-    scored = _score(contest, name, "model", predict, parameters, weight_bytes, model_details(record), search)
+    scored = _score(data, name, "model", predict, parameters, weight_bytes, model_details(record), search)
     attention = getattr(model, "attention", None)
     if attention is None:
         return scored
     with torch.inference_mode():
         weights = [
             attention(torch.from_numpy(c[:, -record.context :])).numpy()
-            for c, _ in contest.test.batches(BATCH_WINDOWS)
+            for c, _ in data.test.batches(BATCH_WINDOWS)
         ]
     return replace(scored, attention=summarise_attention(np.concatenate(weights)))
 
 
 def _predict_and_search(record: Record) -> tuple[Predict, Predict | None]:
-    """The record's prediction and its head's vector, from the last vectors of each context; None without a head."""
+    """The record's predictor and its rank head's, None without one; both read the last vectors of each context."""
     predictor, read = TrainedPredictor(record), slice(-record.context, None)
     search = None if record.ranker is None else lambda contexts: predictor.search(contexts[:, read])
     return lambda contexts: predictor(contexts[:, read]), search
 
 
-def score_seed(contest: Contest, models: Location, folder: str) -> dict[str, float | None]:
-    """The measures, SEED_MEASURES, of a record that was trained like one of the contest with another seed."""
-    torch.set_num_threads(contest.threads)
+def score_seed(data: EvaluationData, models: Location, folder: str) -> dict[str, float | None]:
+    """SEED_MEASURES of a record that differs from an evaluated one only in its training seed."""
+    torch.set_num_threads(data.threads)
     predict, search = _predict_and_search(load_record(models, folder))
-    array, settings = contest.test.array, contest.settings
+    array, settings = data.test.array, data.settings
     pool = Pool.draw(array.vectors, settings.pool_chunks, settings.seed)
-    scores = score_windows(predict, search, as_written(contest.test), pool, array.vectors, array.doc_ids)
+    scores = score_windows(predict, search, as_written(data.test), pool, array.vectors, array.doc_ids)
     return {
-        "val_cosine": mean_cosine(predict, batches_of(contest.val)),
+        "val_cosine": mean_cosine(predict, batches_of(data.val)),
         "cosine": float(scores.cosine.mean(dtype=np.float64)),
         "in_article_mrr": summarise_ranks(scores.in_article)["mrr"],
         "in_pool_r10": summarise_ranks(scores.in_pool)["r10"],
@@ -311,7 +305,7 @@ def score_seed(contest: Contest, models: Location, folder: str) -> dict[str, flo
 
 
 def over_seeds(entry: Entry, others: Sequence[dict[str, float | None]]) -> dict[str, dict[str, Any]]:
-    """A model's measures over its own and other seeds: `Spread.to_dict` by name; without those that a seed lacks."""
+    """The fields of `Spread` for each of SEED_MEASURES that all seeds have: the entry's own and the others'."""
     own = {
         "val_cosine": entry["val_cosine"],
         "cosine": entry["cosine"]["mean"],
@@ -319,11 +313,11 @@ def over_seeds(entry: Entry, others: Sequence[dict[str, float | None]]) -> dict[
         "in_pool_r10": entry["in_pool"]["r10"],
     }
     values = {name: [own[name], *(other[name] for other in others)] for name in SEED_MEASURES}
-    return {name: Spread.of(known).to_dict() for name, known in values.items() if None not in known}
+    return {name: asdict(Spread.of(known)) for name, known in values.items() if None not in known}
 
 
 def _score(
-    contest: Contest,
+    data: EvaluationData,
     name: str,
     kind: Literal["model", "baseline"],
     predict: Predict,
@@ -332,16 +326,16 @@ def _score(
     details: dict[str, Any],
     search: Predict | None = None,
 ) -> Scored:
-    torch.set_num_threads(contest.threads)
-    array, settings = contest.test.array, contest.settings
+    torch.set_num_threads(data.threads)
+    array, settings = data.test.array, data.settings
     pool = Pool.draw(array.vectors, settings.pool_chunks, settings.seed)
-    contexts, _ = contest.sample.batch(slice(None))
+    contexts, _ = data.sample.batch(slice(None))
     _, length, dim = contexts.shape
-    scores = score_windows(predict, search, as_written(contest.test), pool, array.vectors, array.doc_ids)
+    scores = score_windows(predict, search, as_written(data.test), pool, array.vectors, array.doc_ids)
     controls = {}
     if kind == "model":
-        some = at_most(contest.test, MAX_CONTROL_WINDOWS, settings.seed)
-        controls = {name: find(predict, search, array, windows(some)) for name, windows in CONTROLS.items()}
+        some = at_most(data.test, MAX_CONTROL_WINDOWS, settings.seed)
+        controls = {n: score_in_article(predict, search, array, order(some)) for n, order in CONTROLS.items()}
     return Scored(
         name,
         kind,
@@ -349,8 +343,8 @@ def _score(
         weight_bytes,
         details,
         scores=scores,
-        val_cosine=mean_cosine(predict, batches_of(contest.val)),
-        ood={name: find(predict, search, w.array, as_written(w)) for name, w in contest.ood.items()},
+        val_cosine=mean_cosine(predict, batches_of(data.val)),
+        ood={n: score_in_article(predict, search, w.array, as_written(w)) for n, w in data.ood.items()},
         controls=controls,
         sample=unit(predict(contexts)),
         sample_search=unit((search or predict)(contexts)),
@@ -360,12 +354,9 @@ def _score(
 
 
 def model_details(record: Record) -> dict[str, Any]:
-    """What the report shows of a record: its folder, loss curve and provenance."""
-    details = {
-        "folder": record.folder.name,
-        "curve": record.metrics.get("curve", []),
-        "config": record.config,
-    }
+    """A record's folder, loss curve and configuration, for the report."""
+    folder, curve = record.folder.name, record.metrics.get("curve", [])
+    details = {"folder": folder, "curve": curve, "config": record.config}
     if "imported_from" in record.config:
         details["warning"] = "imported: it may have been trained on articles that are test articles here"
     return details
@@ -377,20 +368,18 @@ def make_entries(
     articles: Ints,
     settings: EvaluateSettings,
 ) -> list[Entry]:
-    """The leaderboard's entries; models carry their lead over the best baseline and the gate's verdict."""
+    """The leaderboard's entries. Models also have the gain over the best baseline, and the gate."""
 
     def interval(values: NDArray[Any], clusters: Ints = articles) -> dict[str, Any]:
-        return clustered_interval(values, clusters, settings.resamples, settings.seed).to_dict()
+        return asdict(clustered_interval(values, clusters, settings.resamples, settings.seed))
 
     def reciprocal(ranks: Ranks, clusters: Ints = articles) -> dict[str, Any] | None:
-        kept = ranks.candidates > 1  # with one candidate a rank says nothing
+        kept = ranks.candidates > 1  # with one candidate a rank means nothing
         return interval(1.0 / ranks.ranks[kept], clusters[kept]) if kept.any() else None
 
-    def measured(found: Found) -> dict[str, Any]:
-        return {
-            "cosine": interval(found.cosine, found.articles),
-            "mrr": reciprocal(found.in_article, found.articles),
-        }
+    def intervals(scores: ArticleScores) -> dict[str, Any]:
+        mrr = reciprocal(scores.in_article, scores.articles)
+        return {"cosine": interval(scores.cosine, scores.articles), "mrr": mrr}
 
     entries: list[Entry] = []
     for one in scored.values():
@@ -406,8 +395,8 @@ def make_entries(
             "in_pool": summarise_ranks(one.scores.in_pool),
             "in_pool_r10": interval(one.scores.in_pool.ranks <= 10),
             "val_cosine": one.val_cosine,
-            "ood": {name: measured(found) for name, found in one.ood.items()},
-            "controls": {name: measured(found) for name, found in one.controls.items()},
+            "ood": {name: intervals(scores) for name, scores in one.ood.items()},
+            "controls": {name: intervals(scores) for name, scores in one.controls.items()},
             "histogram": histogram(one.scores.cosine),
             "latency": latency[one.name],
             "parameters": one.parameters,

@@ -1,4 +1,4 @@
-"""The contest's texts: what is decoded from each predictor's vectors, in blocks, and what the texts measure."""
+"""Decode each predictor's vectors to text, in blocks, and measure the texts."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,13 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm.codec.ladder import Answer, Ladder, LadderSettings, Nearest, keywords
-from lvm.evaluate.contest import CEILING, CodecLoader, Contest, Form, Scored
 from lvm.evaluate.evaluation import Example, ExampleText, TextRow
-from lvm.evaluate.metrics import (
-    Ints,
-    cosines,
-    text_scores,
-)
+from lvm.evaluate.metrics import Float32Array, Ints, cosines, text_scores
+from lvm.evaluate.scoring import CEILING, CodecLoader, EvaluationData, Form, Scored
 from lvm.predict.extract import Extractor
 from lvm.predict.steer import snap, unit
 from lvm.storage import Location
@@ -28,16 +24,16 @@ from lvm.vectors.index import Index, load_index
 class Block:
     """Vectors to decode in one task."""
 
-    vectors: NDArray[np.float32]
+    vectors: Float32Array
     """(B, D) unit vectors."""
-    truths: NDArray[np.float32]
+    truths: Float32Array
     """(B, D) the true next vectors."""
-    contexts: NDArray[np.float32]
-    """(B, T, D) what was read before, which a text should not repeat."""
+    contexts: Float32Array
+    """(B, T, D) contexts, which a text should not repeat."""
     doc_ids: NDArray[np.int32]
-    """(B,) articles held out."""
+    """(B,) articles that are held out of retrieval."""
     found: NDArray[np.bool_]
-    """(B,) True where the corpus answers and nothing is decoded."""
+    """(B,) True where the nearest corpus chunk is the answer and nothing is decoded."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +41,21 @@ class TextAnswer:
     """One decoded vector."""
 
     answer: Answer
-    """What the ladder answers."""
+    """Of the ladder."""
     text_cosine: float
-    """Cosine of the text, encoded again, with the true next vector."""
+    """Cosine of the re-encoded text with the true next vector."""
 
 
 def decode_block(
     load: CodecLoader, index_folder: Location, array: VectorArray, number: int, block: Block, candidates: int
 ) -> tuple[int, list[TextAnswer]]:
-    """The block's number and its texts; what is refused is answered by a chunk of another article."""
+    """The block's number and its texts; where all are refused, the nearest chunk of another article."""
     codec, index = load(), load_index(index_folder)
     extractor = Extractor(array, index)
 
-    def nearest(vectors: NDArray[np.float32], rows: Sequence[int]) -> list[Nearest]:
-        found, near = extractor.nearest(vectors, barring(array, block.doc_ids[list(rows)]))
-        texts = array.texts(np.maximum(found, 0))
+    def nearest(vectors: Float32Array, rows: Sequence[int]) -> list[Nearest]:
+        chunks, near = extractor.nearest(vectors, barring(array, block.doc_ids[list(rows)]))
+        texts = array.texts(np.maximum(chunks, 0))
         return [Nearest(text, float(cosine)) for text, cosine in zip(texts, near, strict=True)]
 
     answers: list[Answer | None] = [None] * len(block.vectors)
@@ -83,7 +79,7 @@ def decode_block(
 
 
 def barring(array: VectorArray, doc_ids: Ints) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
-    """Marks the rows (B, k) that belong to the article held out, doc_ids (B,)."""
+    """A function that marks which of the rows (B, k) belong to the held-out article, doc_ids (B,)."""
 
     def barred(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         own: NDArray[np.bool_] = array.doc_ids[np.maximum(rows, 0)] == doc_ids[:, None]
@@ -99,20 +95,20 @@ def part_of(block: Block, rows: NDArray[Any]) -> Block:
 
 @dataclass(frozen=True)
 class TextPlan:
-    """The vectors to decode for the sample: one row of S vectors for each predictor and form."""
+    """The vectors to decode for the sample: S for each predictor and form."""
 
     names: tuple[tuple[str, Form], ...]
     block: Block
-    """Row by row, len(names) x S vectors."""
+    """len(names) * S vectors, in order of names."""
 
 
-def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> TextPlan:
-    """Each model's predictions, the same snapped as `latent generate` snaps, what the corpus has nearest; the last
-    context vector; the true next one."""
-    sample, array = contest.sample, contest.sample.array
+def plan_texts(data: EvaluationData, scored: Sequence[Scored], index: Index) -> TextPlan:
+    """For each model: predictions, snapped predictions (as in `latent generate`) and nearest corpus chunks; then the
+    last context vectors, and the true next ones."""
+    sample, array = data.sample, data.sample.array
     contexts, targets = sample.batch(slice(None))
     truths, held_out = unit(targets), barring(array, sample.doc_ids)
-    wanted: list[tuple[tuple[str, Form], NDArray[np.float32]]] = []
+    wanted: list[tuple[tuple[str, Form], Float32Array]] = []
     for one in scored:
         if one.kind == "model":
             means = contexts.mean(axis=1)
@@ -136,25 +132,24 @@ def plan_texts(contest: Contest, scored: Sequence[Scored], index: Index) -> Text
 
 
 def _distance(cosine: float) -> float:
-    """Between unit vectors of this cosine."""
+    """Euclidean distance of two unit vectors with this cosine."""
     return float(np.sqrt(max(0.0, 2.0 - 2.0 * cosine)))
 
 
 def distinct_2(texts: Sequence[str]) -> float:
-    """Share of different word pairs among all pairs of all texts (Li et al. 2016, arXiv:1510.03055); 0 without
-    pairs."""
+    """Distinct bigrams / all bigrams of the texts (Li et al. 2016, arXiv:1510.03055); 0 where there are none."""
     pairs = [pair for text in texts for pair in pairwise(text.split())]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def measure_texts(
-    contest: Contest, plan: TextPlan, texts: Sequence[TextAnswer]
+    data: EvaluationData, plan: TextPlan, texts: Sequence[TextAnswer]
 ) -> tuple[list[TextRow], list[Example]]:
-    """Text measures of each row of the plan, and the first windows of the sample as examples.
+    """Text measures for each name of the plan, and the first windows of the sample as examples.
 
-    texts: one for each vector of the plan's block, in order.
+    texts: one per vector of the plan's block, in order.
     """
-    sample, array = contest.sample, contest.sample.array
+    sample, array = data.sample, data.sample.array
     size = len(sample)
     true_texts, titles = array.texts(sample.rows_of_target), array.titles(sample.rows_of_target)
     contexts = [array.texts(rows) for rows in sample.rows_of_context]
@@ -162,10 +157,13 @@ def measure_texts(
     exact = cosines(plan.block.vectors, plan.block.truths)
     rows: list[TextRow] = []
     for number, (name, form) in enumerate(plan.names):
-        own = texts[number * size : (number + 1) * size]
+        part = slice(number * size, (number + 1) * size)
+        own, vector_cosines = texts[part], exact[part]
         answers = [t.answer for t in own]
         measured = text_scores([a.text for a in answers], true_texts)
-        judged = [a for a in answers if a.log_prob is not None]
+        log_probs = [a.log_prob for a in answers if a.log_prob is not None]
+        excess = [_distance(t.text_cosine) - _distance(c) for t, c in zip(own, vector_cosines, strict=True)]
+        shared = [bool(k & keywords(a.text)) for k, a in zip(known, answers, strict=True)]
         rows.append(
             {
                 "name": name,
@@ -174,26 +172,17 @@ def measure_texts(
                 "rouge2": measured["rouge2"],
                 "rougeL": measured["rougeL"],
                 "bleu": measured["bleu"],
-                "vector_cosine": float(exact[number * size : (number + 1) * size].mean()),
+                "vector_cosine": float(vector_cosines.mean()),
                 "text_cosine": float(np.mean([t.text_cosine for t in own])),
-                "off_manifold": float(
-                    np.mean(
-                        [
-                            _distance(t.text_cosine) - _distance(c)
-                            for t, c in zip(own, exact[number * size : (number + 1) * size], strict=True)
-                        ]
-                    )
-                ),
-                "keyword": float(
-                    np.mean([bool(k & keywords(a.text)) for k, a in zip(known, answers, strict=True)])
-                ),
+                "off_manifold": float(np.mean(excess)),
+                "keyword": float(np.mean(shared)),
                 "distinct_2": distinct_2([a.text for a in answers]),
-                "log_prob": float(np.mean([a.log_prob for a in judged])) if judged else None,
+                "log_prob": float(np.mean(log_probs)) if log_probs else None,
                 "sources": dict(Counter(a.source for a in answers).most_common()),
             }
         )
     examples: list[Example] = []
-    for i in range(min(contest.settings.examples, size)):
+    for i in range(min(data.settings.examples, size)):
         decoded: list[ExampleText] = []
         for number, (name, form) in enumerate(plan.names):
             one = texts[number * size + i]
