@@ -422,7 +422,7 @@ def clear(
         if not yes:
             echo(f"delete dataset {dataset!r} with {rows:,} rows from {server_name(store.url)}? [y/N]")
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-                raise OutputError(f"dataset {dataset!r} is kept; confirm, or pass --yes, to delete it")
+                raise OutputError(f"dataset {dataset!r} is kept; pass --yes to delete it unasked")
         rows = store.clear(dataset)
     echo(f"clear: deleted dataset {dataset!r} and its {rows:,} rows")
     finish("concepts clear", rows=rows, dataset=dataset)

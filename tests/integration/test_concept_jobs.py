@@ -268,7 +268,7 @@ def test_what_is_ingested_is_published_in_a_run_and_readers_keep_what_they_opene
     ("options", "message"),
     [
         (["stats", "--dataset", "nix"], "no dataset 'nix' in Postgres at"),
-        (["clear", "--dataset", "kept"], "pass --yes to remove it"),
+        (["clear", "--dataset", "kept"], "pass --yes to delete it"),
         (["search", "--dataset", "kept", "--domain", "Magic"], "no domain 'Magic'; expected one of Science"),
         (["search", "--dataset", "kept", "--code", "3"], "TMD code is 3; expected an even number"),
         (["search", "--dataset", "kept", "words"], "dataset 'kept' holds vectors of codec fake"),
