@@ -1,14 +1,13 @@
 """sentence-transformers encoders, loaded from a folder in that library's layout.
 
 Reads `modules.json`, `config.json`, `tokenizer.json`, `model.safetensors` and the folders that `modules.json` names.
-Supports a transformer, mean or [CLS] pooling, Dense layers and normalisation, which covers nearly all published
-models. Loaded with transformers and safetensors, never from a pickle.
+Supports a transformer, mean or [CLS] pooling, Dense layers and normalisation, which covers nearly all published models.
+Never reads a pickle.
 
 Letters: B texts, T tokens, D vector length.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lvm.codec.encoder import GATE_TEXTS, MIN_COSINE, TextEncoder
+from lvm.codec.encoder import GATE_TEXTS, MIN_COSINE, Sizes, TextEncoder
 from lvm.codec.gtr import hash_tensors
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.runner import Precision
@@ -28,14 +27,6 @@ ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": lambda x: x,
 }
 """Supported activations of a Dense layer, by the name that sentence-transformers writes."""
-
-
-@dataclass(frozen=True)
-class SentenceSizes:
-    """The part of an encoder's configuration that callers need."""
-
-    dim: int
-    """Length of a vector, D."""
 
 
 class SentenceNetwork(nn.Module):
@@ -51,7 +42,7 @@ class SentenceNetwork(nn.Module):
         self.dense = nn.ModuleList(layer for layer, _ in dense)
         self.activations = [name for _, name in dense]
         width: int = transformer.config.hidden_size  # type: ignore[union-attr, assignment]
-        self.config = SentenceSizes(dense[-1][0].out_features if dense else width)
+        self.config = Sizes(dense[-1][0].out_features if dense else width)
 
     def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """ids (B, T) int64 and mask (B, T) bool, None without padding, to (B, D) float32."""
@@ -97,9 +88,8 @@ def load_sentence_network(folder: Path) -> SentenceNetwork:
             activation = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
             if activation not in ACTIVATIONS:
                 raise InputError(f"{path} ends in {activation}; expected one of {', '.join(ACTIVATIONS)}")
-            layer = nn.Linear(
-                settings["in_features"], settings["out_features"], bool(settings.get("bias", True))
-            )
+            has_bias = bool(settings.get("bias", True))
+            layer = nn.Linear(settings["in_features"], settings["out_features"], has_bias)
             try:
                 weights = load_file(path / "model.safetensors")
                 layer.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
@@ -123,12 +113,12 @@ def load_sentence_network(folder: Path) -> SentenceNetwork:
 
 
 CHUNK_TOKENS = 40
-"""Maximum tokens of a chunk, special ones included, unless the model takes fewer: what a writer can write at once."""
+"""Maximum tokens of a chunk, special ones included, unless the model takes fewer: about what a writer can write."""
 
 
 def load_sentence_tokenizer(folder: Path, max_tokens: int | None = CHUNK_TOKENS) -> ChunkTokenizer:
-    """The model's tokenizer, limited to the smaller of `max_tokens` and the model's own limit: `max_seq_length`, or
-    the transformer's number of positions."""
+    """The model's tokenizer. Its token limit is `max_tokens` or the model's own limit (`max_seq_length`, else the
+    number of positions), whichever is smaller."""
     settings = folder / "sentence_bert_config.json"
     own = _read(settings).get("max_seq_length") if settings.is_file() else None
     own = int(own or _read(folder / "config.json").get("max_position_embeddings") or 512)
@@ -151,9 +141,8 @@ def load_sentence_encoder(
         max_tokens=tokenizer.max_tokens,
         dim=network.config.dim,
     )
-    # int8 is implemented for our own networks only.
-    how: Precision = "bfloat16" if precision == "bfloat16" else "float32"
-    encoder = TextEncoder(network, tokenizer, device, how)
+    # int8 is implemented for our own networks only; elsewhere it means float32.
+    encoder = TextEncoder(network, tokenizer, device, "bfloat16" if precision == "bfloat16" else "float32")
     if precision == "auto" and (device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16")):
         exact = encoder.encode(GATE_TEXTS).vectors
         encoder.use("bfloat16")
