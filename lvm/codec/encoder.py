@@ -135,11 +135,9 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.device = device
         self.batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS)
-        self.use("float32")
-        if precision == "auto":
-            self.use_fastest()
-        else:
-            self.use(precision)
+        self.use("float32" if precision == "auto" else precision)
+        if precision == "auto" and best_precision(device) != "float32":
+            self.use_if_close(best_precision(device))
 
     def use(self, precision: Precision) -> None:
         """Set the precision of matrix products."""
@@ -151,15 +149,12 @@ class TextEncoder:
             elif precision == "int8":
                 self._forward = Int8MiniEncoder(self.network)
 
-    def use_fastest(self) -> None:
-        """Switch to the device's fastest precision, or to float32 if a vector of GATE_TEXTS falls below MIN_COSINE."""
+    def use_if_close(self, precision: Precision) -> None:
+        """Set this precision, or float32 if its vector of any of GATE_TEXTS falls below MIN_COSINE."""
         self.use("float32")
-        best = best_precision(self.device)
-        if best == "float32":
-            return
         exact = self.encode(GATE_TEXTS).vectors
-        self.use(best)
-        if not (np.einsum("nd,nd->n", self.encode(GATE_TEXTS).vectors, exact) >= MIN_COSINE).all():
+        self.use(precision)
+        if not ((self.encode(GATE_TEXTS).vectors * exact).sum(1) >= MIN_COSINE).all():
             self.use("float32")
 
     def pre(self, texts: Sequence[str]) -> tuple[list[list[int]], npt.NDArray[np.int32]]:

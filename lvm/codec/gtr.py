@@ -163,7 +163,8 @@ def load_gtr_tokenizer(name: str, path: str | Path | None = None) -> ChunkTokeni
     return tokenizer
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises InputError when it is missing or invalid."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as err:
@@ -172,7 +173,7 @@ def _read_json(path: Path) -> Any:
 
 def _require_modules(folder: Path) -> None:
     """Raise InputError unless the model is a transformer, mean pooling, a linear Dense and normalisation."""
-    modules = _read_json(folder / "modules.json")
+    modules = read_json(folder / "modules.json")
     try:
         kinds = [str(m["type"]).rsplit(".", 1)[-1] for m in modules]
     except (TypeError, KeyError) as err:
@@ -185,7 +186,7 @@ def _require_modules(folder: Path) -> None:
             f"{folder / 'modules.json'} lists {', '.join(kinds) or 'nothing'}; expected {', '.join(expected)}, "
             f"as {EMBEDDER} has"
         )
-    pooling = _read_json(folder / "1_Pooling" / "config.json")
+    pooling = read_json(folder / "1_Pooling" / "config.json")
     # sentence-transformers wrote one flag per mode before version 5; later versions may name the mode.
     flags = {k.removeprefix("pooling_mode_") for k, on in pooling.items() if on is True and "mode_" in k}
     modes = flags or {str(pooling.get("pooling_mode"))}
@@ -193,7 +194,7 @@ def _require_modules(folder: Path) -> None:
         raise InputError(
             f"{folder / '1_Pooling' / 'config.json'} pools by {', '.join(sorted(modes))}; expected mean_tokens only"
         )
-    activation = str(_read_json(folder / "2_Dense" / "config.json").get("activation_function", ""))
+    activation = str(read_json(folder / "2_Dense" / "config.json").get("activation_function", ""))
     if not activation.endswith("Identity"):
         raise InputError(
             f"{folder / '2_Dense' / 'config.json'} has activation {activation or 'none'}; expected Identity"

@@ -35,7 +35,9 @@ LEAVE_SHARE = 1 / 8
 """Finished rows are removed once they are this share of the batch, as removal copies the caches (about the cost of one
 step), while a finished row costs only its part of the products."""
 
-Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
+Vectors = npt.NDArray[np.float32]
+"""(B, D), or (D,) for one."""
+Embed = Callable[[Sequence[str]], Vectors]
 """Texts to (N, D) float32 vectors, not normalised."""
 ToTexts = Callable[[Sequence[Sequence[int]]], list[str]]
 """Token ids to texts, without special tokens."""
@@ -305,7 +307,7 @@ def _pick(values: Tensor, indices: Tensor) -> Tensor:
 class Request:
     """One vector to turn into text."""
 
-    vector: npt.NDArray[np.float32]
+    vector: Vectors
     """(D,), of the norm that the decoder was trained on."""
     steps: int = 0
     """Maximum corrector steps."""
@@ -370,7 +372,7 @@ class _Row:
     request: Request
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    vector: npt.NDArray[np.float32] | None = None
+    vector: Vectors | None = None
     cosine: float = -2.0
     best: tuple[float, str, tuple[int, ...]] = (-2.0, "", ())
     steps_used: int = 0
@@ -404,7 +406,7 @@ class Inverter:
 
     def invert(
         self,
-        vectors: npt.NDArray[np.float32],
+        vectors: Vectors,
         steps: int | Sequence[int] = 0,
         target_cosine: float | None = None,
         starts: Sequence[str | None] | None = None,
@@ -431,12 +433,11 @@ class Inverter:
             done.update(rounds.run())
         return [done[ticket] for ticket in tickets]
 
-    def invert_with_beam(self, vectors: npt.NDArray[np.float32], steps: int, width: int) -> list[Inversion]:
+    def invert_with_beam(self, vectors: Vectors, steps: int, width: int) -> list[Inversion]:
         """vec2text's sequence beam search: the `width` distinct texts nearest by cosine go on to the next step.
 
-        Each of a vector's texts is corrected by a token beam of the same width, one text after the other, so that
-        memory grows with `width` and not its square. Raises InputError without a corrector, or when steps or width are
-        below 1.
+        Each of a vector's texts is corrected by a token beam of the same width. Raises InputError without a corrector,
+        or when steps or width are below 1.
         """
         corrector = self._t5_corrector(steps)
         if steps < 1 or width < 1:
@@ -445,9 +446,7 @@ class Inverter:
         parts = [vectors[low : low + size] for low in range(0, len(vectors), size)]
         return [inversion for part in parts for inversion in self._beam_batch(corrector, part, steps, width)]
 
-    def _beam_batch(
-        self, corrector: Corrector, vectors: npt.NDArray[np.float32], steps: int, width: int
-    ) -> list[Inversion]:
+    def _beam_batch(self, corrector: Corrector, vectors: Vectors, steps: int, width: int) -> list[Inversion]:
         B = len(vectors)
         ids = self.hypothesize(vectors)
         texts = self._to_texts(ids)
@@ -477,12 +476,7 @@ class Inverter:
 
     @torch.inference_mode()
     def _correct_with_beam(
-        self,
-        corrector: Corrector,
-        vectors: npt.NDArray[np.float32],
-        own: npt.NDArray[np.float32],
-        hypotheses: list[list[int]],
-        width: int,
+        self, corrector: Corrector, vectors: Vectors, own: Vectors, hypotheses: list[list[int]], width: int
     ) -> list[list[list[int]]]:
         parts = corrector.memory(self._tensor(vectors), self._tensor(own), hypotheses)
         memory, mask = (part.repeat_interleave(width, 0) for part in parts)
@@ -490,21 +484,18 @@ class Inverter:
         return write_with_beams(writer, len(vectors), width, self.max_new_tokens, END_ID, self.device)
 
     @torch.inference_mode()
-    def hypothesize(self, vectors: npt.NDArray[np.float32]) -> list[list[int]]:
+    def hypothesize(self, vectors: Vectors) -> list[list[int]]:
         """Token ids of the first texts of (B, D) vectors."""
         writer = self.hypothesizer.writer(self._tensor(vectors), self.max_new_tokens)
         return write(writer, len(vectors), self.max_new_tokens, self.hypothesizer.end_id)
 
-    def blends(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    def blends(self, vectors: Vectors) -> npt.NDArray[np.bool_]:
         """(B,) True for vectors (B, D) that are recognised as blends before anything is written."""
         return np.zeros(len(vectors), np.bool_)
 
     @torch.inference_mode()
     def correct(
-        self,
-        vectors: npt.NDArray[np.float32],
-        own: npt.NDArray[np.float32],
-        hypotheses: Sequence[Sequence[int]],
+        self, vectors: Vectors, own: Vectors, hypotheses: Sequence[Sequence[int]]
     ) -> list[Correction]:
         """One corrector step for (B, D) vectors, from hypotheses (token ids) and their vectors `own` (B, D)."""
         corrector = self._t5_corrector(1)
@@ -512,7 +503,7 @@ class Inverter:
         writer = T5Writer(corrector, memory, mask, self.max_new_tokens)
         return [Correction(ids) for ids in write(writer, len(vectors), self.max_new_tokens, END_ID)]
 
-    def _tensor(self, vectors: npt.NDArray[np.float32]) -> Tensor:
+    def _tensor(self, vectors: Vectors) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
 
     @property
@@ -534,12 +525,12 @@ class Inverter:
         return self.corrector
 
 
-def _cosines(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _cosines(a: Vectors, b: Vectors) -> Vectors:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.asarray((a * b).sum(1) / np.maximum(norms, np.finfo(np.float32).tiny), np.float32)
 
 
-_Candidate = tuple[float, list[int], str, npt.NDArray[np.float32]]
+_Candidate = tuple[float, list[int], str, Vectors]
 """A text in the beam: cosine, token ids, text, the text's vector."""
 
 
@@ -581,7 +572,7 @@ class Rounds:
         self._waiting.append(_Row(ticket, request))
         return ticket
 
-    def read(self, vector: npt.NDArray[np.float32], steps: int, leave_blends: bool) -> int:
+    def read(self, vector: Vectors, steps: int, leave_blends: bool) -> int:
         """`add` for a unit vector (D,)."""
         return self.add(Request(vector * self._scale, steps, leave_blends=leave_blends))
 

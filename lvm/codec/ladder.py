@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from lvm.codec.inverter import Inversion, Rounds
     from lvm.codec.writing import WritingRounds, Written
 
+Floats = NDArray[np.float32]
+
 Source = Literal["exact", "writer", "corpus"]
 """The attempt that gave a text."""
 
@@ -61,13 +63,13 @@ class TextWriter(Protocol):
     @property
     def digest(self) -> str: ...
     @property
-    def centre(self) -> NDArray[np.float32]: ...
+    def centre(self) -> Floats: ...
     @property
     def least_log_prob(self) -> float: ...
     @property
     def usual_log_prob(self) -> float: ...
     def drafting(self) -> "WritingRounds": ...
-    def log_probs(self, texts: Sequence[str]) -> NDArray[np.float32]: ...
+    def log_probs(self, texts: Sequence[str]) -> Floats: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Nearest:
     """Cosine between its vector and the query."""
 
 
-NearestText = Callable[[NDArray[np.float32], Sequence[int]], Sequence[Nearest]]
+NearestText = Callable[[Floats, Sequence[int]], Sequence[Nearest]]
 """Called with (N, D) vectors and their N row numbers in the batch (0 to B - 1); returns the nearest chunk of each."""
 
 
@@ -212,8 +214,8 @@ def extracted(answer: Answer | None, chunk: Nearest, emergency: str | None = Non
 
 @dataclass
 class _Row:
-    vector: NDArray[np.float32]
-    context: NDArray[np.float32] | None
+    vector: Floats
+    context: Floats | None
     steps: tuple[int, ...]
     fixed_steps: bool
     """True if the caller set the number of steps: the decoder's text is then the answer, however bad."""
@@ -267,11 +269,7 @@ class Ladder:
         return len(self._rows) + len(self._cached)
 
     def add(
-        self,
-        vector: NDArray[np.float32],
-        context: NDArray[np.float32] | None = None,
-        steps: int | None = None,
-        cache: bool = True,
+        self, vector: Floats, context: Floats | None = None, steps: int | None = None, cache: bool = True
     ) -> int:
         """Add a unit vector (D,) to the next round; returns its ticket.
 
@@ -336,10 +334,7 @@ class Ladder:
         return answers
 
     def decode(
-        self,
-        vectors: NDArray[np.float32],
-        contexts: NDArray[np.float32] | None = None,
-        nearest: NearestText | None = None,
+        self, vectors: Floats, contexts: Floats | None = None, nearest: NearestText | None = None
     ) -> list[Answer]:
         """One Answer per row of (B, D) unit vectors, in order.
 
@@ -378,8 +373,6 @@ class Ladder:
                 answer = extracted(answers[i], chunk)
                 answers[i] = replace(answer, milliseconds={**answer.milliseconds, "extract": took})
         return answers
-
-    # ------------------------------------------------------------------------------------------------ attempts
 
     def _check_decoded(self, row: _Row, result: "Inversion", done: bool) -> Answer | None:
         """The answer of a row whose exact attempt ends with this result; None if it goes on to another attempt, or is
@@ -498,6 +491,6 @@ def decoder_digest(codec: Decoder, writer: TextWriter | None) -> str:
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
 
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def _unit(vectors: Floats) -> Floats:
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.asarray(vectors / np.maximum(lengths, 1e-9), np.float32)

@@ -13,6 +13,7 @@ vocabulary.
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -185,21 +186,18 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight.float(), norm.epsilon)
 
 
+@dataclass
 class Cache:
     """Self-attention and cross-attention keys and values of B rows being decoded."""
 
-    def __init__(
-        self, own: Tensor, memory: list[tuple[Tensor, Tensor]], memory_bias: Tensor | None, num_rows: int
-    ) -> None:
-        self.own = own
-        """(layers, 2, B, H, P, K) float32: keys and values of the positions decoded so far."""
-        self.memory = memory
-        """Per layer, keys and values (B, H, S, K) of the memory, bfloat16 if it is long."""
-        self.memory_bias = memory_bias
-        """(B, 1, S) float32, -inf where the memory is padding; None without padding."""
-        self.num_rows = num_rows
-        self.place = 0
-        """Number of positions decoded so far."""
+    own: Tensor
+    """(layers, 2, B, H, P, K) float32: keys and values of the positions decoded so far."""
+    memory: list[tuple[Tensor, Tensor]]
+    """Per layer, keys and values (B, H, S, K) of the memory, bfloat16 if it is long."""
+    memory_bias: Tensor | None
+    """(B, 1, S) float32, -inf where the memory is padding; None without padding."""
+    place: int = 0
+    """Number of positions decoded so far."""
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows, (B',) int64, in this order; a row may be repeated."""
@@ -210,7 +208,6 @@ class Cache:
         self.memory = [(k[rows], v[rows]) for k, v in self.memory]
         if self.memory_bias is not None:
             self.memory_bias = self.memory_bias[rows]
-        self.num_rows = len(rows)
 
     def keep_own(self, rows: Tensor) -> None:
         """As `keep`, for as many rows, each with the same memory as the one it replaces (a vector's beams)."""
@@ -272,7 +269,7 @@ class StackRunner:
         if mask is not None and not bool(mask.all()):
             bias = torch.zeros(B, 1, S, device=memory.device).masked_fill_(~mask[:, None], float("-inf"))
         own = memory.new_empty(c.num_layers, 2, B, c.num_heads, max_places, c.d_kv)
-        return Cache(own, pairs, bias, B)
+        return Cache(own, pairs, bias)
 
     def step(self, cache: Cache, x: Tensor) -> Tensor:
         """Decoder state at the next position, (B, D) float32, from its input x (B, D) there."""

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lvm.codec.encoder import GATE_TEXTS, MIN_COSINE, Sizes, TextEncoder
-from lvm.codec.gtr import hash_tensors
+from lvm.codec.encoder import Sizes, TextEncoder
+from lvm.codec.gtr import hash_tensors, read_json
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.runner import Precision
 from lvm.codec.tokenizer import ChunkTokenizer
@@ -84,7 +84,7 @@ def load_sentence_network(folder: Path) -> SentenceNetwork:
         if kind == "Pooling":
             pooling = _pooling(path / "config.json")
         elif kind == "Dense":
-            settings = _read(path / "config.json")
+            settings = read_json(path / "config.json")
             activation = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
             if activation not in ACTIVATIONS:
                 raise InputError(f"{path} ends in {activation}; expected one of {', '.join(ACTIVATIONS)}")
@@ -120,8 +120,8 @@ def load_sentence_tokenizer(folder: Path, max_tokens: int | None = CHUNK_TOKENS)
     """The model's tokenizer. Its token limit is `max_tokens` or the model's own limit (`max_seq_length`, else the
     number of positions), whichever is smaller."""
     settings = folder / "sentence_bert_config.json"
-    own = _read(settings).get("max_seq_length") if settings.is_file() else None
-    own = int(own or _read(folder / "config.json").get("max_position_embeddings") or 512)
+    own = read_json(settings).get("max_seq_length") if settings.is_file() else None
+    own = int(own or read_json(folder / "config.json").get("max_position_embeddings") or 512)
     return ChunkTokenizer.load(folder / "tokenizer.json", own if max_tokens is None else min(own, max_tokens))
 
 
@@ -144,25 +144,14 @@ def load_sentence_encoder(
     # int8 is implemented for our own networks only; elsewhere it means float32.
     encoder = TextEncoder(network, tokenizer, device, "bfloat16" if precision == "bfloat16" else "float32")
     if precision == "auto" and (device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16")):
-        exact = encoder.encode(GATE_TEXTS).vectors
-        encoder.use("bfloat16")
-        if not ((encoder.encode(GATE_TEXTS).vectors * exact).sum(1) >= MIN_COSINE).all():
-            encoder.use("float32")
+        encoder.use_if_close("bfloat16")
     return encoder, identity
 
 
 def _pooling(path: Path) -> str:
-    settings = _read(path)
+    settings = read_json(path)
     chosen = [k for k, v in settings.items() if k.startswith("pooling_mode_") and v]
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(chosen) != 1 or chosen[0] not in names:
         raise InputError(f"{path} asks for {chosen or 'no pooling'}; expected one of {', '.join(names)}")
     return names[chosen[0]]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
-        raise InputError(f"{path} cannot be read ({err}); copy the model's folder again") from err
-    return record

@@ -141,13 +141,9 @@ class Unbinder:
         return share
 
     @torch.inference_mode()
-    def improve(self, vectors: Tensor, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-        """One corrector step: token ids that explain unit vectors (B, D) float32 better than `rows` do, or `rows`."""
-        return self.judge(vectors, rows)[0]
-
-    @torch.inference_mode()
     def judge(self, vectors: Tensor, rows: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-        """As `improve`, and the numbers of the rows whose vector is a blend."""
+        """One corrector step: token ids that explain unit vectors (B, D) float32 better than `rows` do, else `rows`;
+        and the numbers of the rows whose vector is a blend."""
         if not rows:
             return [], []
         x = self._lexical(vectors)
