@@ -375,8 +375,11 @@ class Ladder:
         return answers
 
     def _check_decoded(self, row: _Row, result: "Inversion", done: bool) -> Answer | None:
-        """The answer of a row whose exact attempt ends with this result; None if it goes on to another attempt, or is
-        between two of its numbers of steps. done: the decoder has finished the row."""
+        """The answer of a row if its exact attempt ends with this result; None if the row continues or goes to the
+        writer.
+
+        done: whether the decoder has finished the row.
+        """
         not_passed = [s for s in row.steps if s >= result.steps_used]
         if not done and not result.no_text and (not not_passed or result.steps_used != not_passed[0]):
             return None
@@ -429,9 +432,11 @@ class Ladder:
         chosen: dict[int, Answer] = {}
         for rank in range(max(map(len, ranked.values()))):
             # One text per row at a time: the first is nearly always accepted.
-            open_ = [t for t, texts in ranked.items() if t not in chosen and rank < len(texts)]
-            logs = self._writer.log_probs([ranked[t][rank].text for t in open_]).tolist() if open_ else []
-            for ticket, log in zip(open_, logs, strict=True):
+            undecided = [t for t, texts in ranked.items() if t not in chosen and rank < len(texts)]
+            if not undecided:
+                break
+            logs = self._writer.log_probs([ranked[t][rank].text for t in undecided]).tolist()
+            for ticket, log in zip(undecided, logs, strict=True):
                 attempt = ranked[ticket][rank]
                 minimum, wrong = self._writer.least_log_prob, list(attempt.refusals)
                 if attempt.source == "exact":  # stricter, but its low round-trip cosine no longer counts
