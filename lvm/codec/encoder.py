@@ -11,24 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lvm.codec.inference import Int8MiniEncoder
+from lvm.codec.mini import MiniConfig
 from lvm.codec.runner import Precision, StackRunner, best_precision
 from lvm.codec.t5 import T5Stack
 from lvm.codec.tokenizer import ChunkTokenizer, require_texts
 from lvm.errors import InputError
 
 BATCH_TOKENS = {"cpu": 2048}
-"""Tokens per batch, padding included, by device type: a larger batch does not fit a CPU's cache
+"""Maximum tokens per batch, padding included, by device type: larger batches do not fit a CPU's cache
 (tests/bench/results/LOG.md)."""
 
 DEFAULT_BATCH_TOKENS = 32_768
-"""Tokens per batch on any other device: enough rows to keep it busy."""
+"""The same for all other devices: enough rows to keep them busy."""
 
 MAX_PADDING = 128
-"""Padding tokens allowed in a batch: about the cost of one extra batch. Texts are sorted by length, so most batches
-have none."""
+"""Maximum padding tokens per batch: they cost about as much as one more batch. Texts are sorted by length, so most
+batches have none."""
 
 MIN_COSINE = 0.9995
-"""A lower precision is used only if its vector for every one of GATE_TEXTS has at least this cosine to float32's."""
+"""A lower precision is used only if its vectors of all GATE_TEXTS have at least this cosine to those in float32."""
 
 GATE_TEXTS = (
     "Yes.",
@@ -40,15 +41,15 @@ GATE_TEXTS = (
     "Lech Wałęsa, né à Popowo, čtyřicet, 東京, Αθήνα",
     "She studied law in Vienna, but gave it up after two years and turned to painting.",
 )
-"""Short, long, plain and unusual texts on which a lower precision is checked when a codec loads."""
+"""Texts on which a lower precision is checked when a codec loads: short, long, plain, unusual."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Vectors of N texts, in the order of the texts."""
+    """Vectors of N texts, in their order."""
 
     vectors: npt.NDArray[np.float32]
-    """(N, 768), unit norm."""
+    """(N, D), unit norm."""
     norms: npt.NDArray[np.float32]
     """(N,) norm of the network's output before normalisation."""
     num_tokens: npt.NDArray[np.int32]
@@ -58,7 +59,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class GtrSizes:
+class Sizes:
     """The part of an encoder's configuration that callers need."""
 
     dim: int
@@ -66,15 +67,15 @@ class GtrSizes:
 
 
 class GtrEncoder(nn.Module):
-    """GTR's T5 encoder with mean pooling, and optionally Dense and L2 normalisation.
+    """GTR's T5 encoder with mean pooling, and optionally a Dense layer and L2 normalisation.
 
-    Without both it is vec2text's `gtr_base`; with both it is sentence-transformers' own model (`lvm.codec.gtr`).
+    Without both it is vec2text's `gtr_base`, with both the model of sentence-transformers (`lvm.codec.gtr`).
     """
 
     def __init__(
         self, table: Tensor, stack: T5Stack, dense: tuple[Tensor, Tensor | None] | None, normalised: bool
     ) -> None:
-        """table: (V, L) token embeddings; dense: weight (D, L) and bias (D,) of the layer after the pooling."""
+        """table: (V, L) token embeddings; dense: weight (D, L) and bias (D,) of the layer after pooling, if any."""
         super().__init__()
         self.table: Tensor
         self.weight: Tensor | None
@@ -85,10 +86,10 @@ class GtrEncoder(nn.Module):
         self.stack = stack
         self.runner: StackRunner | None = None
         self.normalised = normalised
-        self.config = GtrSizes(table.shape[1] if dense is None else dense[0].shape[0])
+        self.config = Sizes(table.shape[1] if dense is None else dense[0].shape[0])
 
     def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """ids (B, T) int64 and mask (B, T) bool, None when all places are real, to (B, D) float32."""
+        """ids (B, T) int64 and mask (B, T) bool, None without padding, to (B, D) float32."""
         embedded = F.embedding(ids, self.table)
         run = self.stack if self.runner is None else self.runner.encode
         states = run(embedded, mask).float()
@@ -110,18 +111,11 @@ class GtrEncoder(nn.Module):
         return other
 
 
-class Sizes(Protocol):
-    """The part of an encoder's configuration that callers need."""
-
-    @property
-    def dim(self) -> int: ...
-
-
 class Network(Protocol):
-    """An encoder: token ids (B, T) and mask (B, T), None when all places are real, to (B, D)."""
+    """An encoder: token ids (B, T) int64 and mask (B, T) bool, None without padding, to (B, D)."""
 
     @property
-    def config(self) -> Sizes: ...
+    def config(self) -> "Sizes | MiniConfig": ...
     def to(self, device: torch.device) -> Any: ...
     def __call__(self, ids: Tensor, mask: Tensor | None) -> Any: ...
 
@@ -136,19 +130,17 @@ class TextEncoder:
         device: torch.device,
         precision: Precision | Literal["auto"] = "auto",
     ) -> None:
-        """precision: of the matrix products; "auto" picks the device's fastest that keeps MIN_COSINE."""
+        """precision: of the matrix products; "auto" for the device's fastest, if it keeps MIN_COSINE, else float32."""
         self.network: Any = network.to(device).eval()
         self.tokenizer = tokenizer
         self.device = device
         self.batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS)
-        self.use("float32")
-        if precision == "auto":
-            self.use_fastest()
-        else:
-            self.use(precision)
+        self.use("float32" if precision == "auto" else precision)
+        if precision == "auto" and best_precision(device) != "float32":
+            self.use_if_close(best_precision(device))
 
     def use(self, precision: Precision) -> None:
-        """Switch matrix products to this precision."""
+        """Set the precision of matrix products."""
         self.precision = precision
         self._forward: Callable[[Tensor, Tensor | None], Tensor] = self.network
         with torch.inference_mode():
@@ -157,35 +149,25 @@ class TextEncoder:
             elif precision == "int8":
                 self._forward = Int8MiniEncoder(self.network)
 
-    def use_fastest(self) -> None:
-        """Switch to the device's fastest precision, or to float32 if any GATE_TEXTS vector falls below MIN_COSINE.
-
-        Whether weights tolerate int8 cannot be known from their shapes, so it is measured.
-        """
+    def use_if_close(self, precision: Precision) -> None:
+        """Set this precision, or float32 if its vector of any of GATE_TEXTS falls below MIN_COSINE."""
         self.use("float32")
-        best = best_precision(self.device)
-        if best == "float32":
-            return
         exact = self.encode(GATE_TEXTS).vectors
-        self.use(best)
-        if not (np.einsum("nd,nd->n", self.encode(GATE_TEXTS).vectors, exact) >= MIN_COSINE).all():
+        self.use(precision)
+        if not ((self.encode(GATE_TEXTS).vectors * exact).sum(1) >= MIN_COSINE).all():
             self.use("float32")
 
-    def pre(
-        self, texts: Sequence[str]
-    ) -> tuple[list[list[int]], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        """Token ids of each text (truncated to the limit), full lengths (N,), and whether each was truncated (N,)."""
+    def pre(self, texts: Sequence[str]) -> tuple[list[list[int]], npt.NDArray[np.int32]]:
+        """Token ids of each text, truncated to the limit, and the lengths before truncation (N,)."""
         ids, lengths = self.tokenizer.encode(require_texts(texts))
-        counts = np.asarray(lengths, np.int32)
-        return ids, counts, counts > self.tokenizer.max_tokens
+        return ids, np.asarray(lengths, np.int32)
 
     def batches(
         self, ids: Sequence[Sequence[int]], batch_size: int | None = None
     ) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor | None]]:
-        """Row numbers, padded ids (B, T) and mask (B, T), longest texts first, within the token budget.
+        """Yields row numbers (B,), padded ids (B, T) and mask (B, T), None without padding; longest texts first.
 
-        batch_size: maximum texts per batch; None for the token budget only. The mask is None for a batch without
-        padding, as most are.
+        batch_size: maximum texts per batch; None to limit only its tokens.
         """
         max_rows = len(ids) if batch_size is None else batch_size
         lengths = np.fromiter((len(r) for r in ids), np.int64, len(ids))
@@ -207,7 +189,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def core(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Padded ids (B, T) and mask (B, T), None without padding, to (B, D) float32: the forward pass."""
+        """The forward pass: padded ids (B, T) and mask (B, T), None without padding, to (B, D) float32."""
         # A prepared encoder applies its precision itself.
         autocast = self.precision == "bfloat16" and self._forward is self.network
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
@@ -217,7 +199,7 @@ class TextEncoder:
     def post(
         self, vectors: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Unit vectors and their original norms. Raises InputError on NaN, infinity or a zero vector."""
+        """(N, D) vectors scaled to unit norm, and their norms (N,). Raises InputError on NaN, infinity or zero."""
         norms = np.linalg.norm(vectors, axis=1)
         bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
         if bad.size:
@@ -233,15 +215,15 @@ class TextEncoder:
         batch_size: int | None = None,
         advance: Callable[[int], object] = lambda rows: None,
     ) -> Encoded:
-        """Vectors of texts, in order; batching by length affects speed only.
+        """Vectors of texts, in their order.
 
         batch_size: maximum texts per batch, None to suit the device. advance: called after each batch with its number
         of texts.
         """
-        ids, lengths, cut = self.pre(texts)
+        ids, lengths = self.pre(texts)
         vectors = np.empty((len(texts), self.network.config.dim), np.float32)
         for rows, padded, mask in self.batches(ids, batch_size):
             vectors[rows] = self.core(padded, mask).float().cpu().numpy()
             advance(len(rows))
         units, norms = self.post(vectors)
-        return Encoded(units, norms, lengths, cut)
+        return Encoded(units, norms, lengths, lengths > self.tokenizer.max_tokens)

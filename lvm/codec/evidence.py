@@ -1,9 +1,8 @@
-"""Predicts the content words of the text behind a vector.
+"""Predicts the content words of the text that a vector stands for.
 
-A vector that encodes no actual text (a prediction, a blend, a snap) is not a sum of one text's words, but it still
-shows what the text would be about. A small network, trained on vectors of every kind, gives a probability to each of
-several thousand words; the words most above their base rate are the evidence. The writer reads them along with the
-vector.
+A vector that encodes no actual text (a prediction, a blend, a snap) still shows what its text would be about. A small
+network, trained on vectors of every kind, predicts the probability of each of several thousand words. The words most
+above their base rate are the evidence, which the writer gets along with the vector.
 
 Letters: B vectors, D vector length, E evidence words per vector, N words in the list.
 """
@@ -22,7 +21,7 @@ WORD = re.compile(r"\w+")
 
 
 def choose_words(texts: Iterable[str], count: int) -> list[str]:
-    """The `count` content words found in the most texts, each in its commonest spelling, commonest first."""
+    """The `count` content words that occur in the most texts, commonest first, each in its commonest spelling."""
     texts_with: Counter[str] = Counter()
     spellings: dict[str, Counter[str]] = {}
     for text in texts:
@@ -31,10 +30,9 @@ def choose_words(texts: Iterable[str], count: int) -> list[str]:
         for spelling in WORD.findall(text):
             if (folded := spelling.casefold()) in wanted:
                 spellings.setdefault(folded, Counter())[spelling] += 1
-    # Case folding turns a few letters into two; no spelling in the text then matches.
-    return [
-        spellings.get(word, Counter([word])).most_common(1)[0][0] for word, _ in texts_with.most_common(count)
-    ]
+    # Case folding turns a few letters into two; such a word may match no spelling and is listed folded.
+    chosen = [word for word, _ in texts_with.most_common(count)]
+    return [spellings.get(word, Counter([word])).most_common(1)[0][0] for word in chosen]
 
 
 class Evidence(nn.Module):
@@ -55,27 +53,29 @@ class Evidence(nn.Module):
 
     @torch.no_grad()
     def describe(self, vectors: Tensor, usual: Tensor) -> None:
-        """Set the mean and spread from training vectors (M, D), and the base rates from the words' shares (N,)."""
+        """Set the input scaling from training vectors (M, D), and the base rates to `usual` (N,), which sum to 1."""
         self.centre.copy_(vectors.mean(0))
         self.spread.copy_((vectors - self.centre).norm(dim=1).mean())
         self.usual.copy_(usual.clamp_min(1e-9).log())
         self.outward.bias.copy_(self.usual)
 
     def centred(self, vectors: Tensor) -> Tensor:
-        """(B, D + 1) float32: the direction from the corpus mean, scaled for a network's input, and the distance."""
+        """(B, D + 1) float32: direction from the corpus mean, at unit variance, and relative distance from it."""
         away = vectors.float() - self.centre
         length = away.norm(dim=1, keepdim=True)
         return torch.cat((F.normalize(away, dim=1) * away.shape[1] ** 0.5, length / self.spread - 1), dim=1)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(B, D) unit vectors to (B, N) float32 log-probabilities of a random content word of the text."""
+        """(B, D) unit vectors to (B, N) float32 log-probabilities that a random content word of the text is each."""
         out: Tensor = self.outward(F.gelu(self.inward(self.centred(vectors)))).float()
         return out.log_softmax(-1)
 
     @torch.no_grad()
     def words(self, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` words with most evidence: ids (B, E) int64, and strengths (B, E) in nats above the base rate,
-        in descending order of p log(p / base rate), a word's contribution to the KL divergence from the base rates."""
+        """The `count` words with the most evidence: ids (B, E) int64, and strengths (B, E), log(p / base rate) in nats.
+
+        In descending order of p log(p / base rate), the word's share of the KL divergence from the base rates.
+        """
         logs = self(vectors)
         gain = logs - self.usual
         top = (logs.exp() * gain).topk(min(count, logs.shape[1]))
@@ -83,17 +83,17 @@ class Evidence(nn.Module):
 
 
 class WordCounts:
-    """Which of the words each text contains, as flat ids."""
+    """The listed words that each text contains, as flat ids."""
 
     def __init__(self, texts: Sequence[str], words: Sequence[str]) -> None:
-        place = {word.casefold(): i for i, word in enumerate(words)}
-        rows = [sorted({place[w] for w in keywords(text) if w in place}) for text in texts]
+        ids = {word.casefold(): i for i, word in enumerate(words)}
+        rows = [sorted({ids[w] for w in keywords(text) if w in ids}) for text in texts]
         self.ends = torch.tensor([0] + [len(r) for r in rows]).cumsum(0)
         self.ids = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
         self.num_words = len(words)
 
     def targets(self, rows: Tensor) -> Tensor:
-        """(B, N) float32: an equal share for each word of the text, rows of zeros for texts without any."""
+        """(B, N) float32 target distributions, uniform over each text's words; zeros for a text without any."""
         out = torch.zeros(len(rows), self.num_words)
         for i, row in enumerate(rows.tolist()):
             ids = self.ids[self.ends[row] : self.ends[row + 1]]
@@ -102,5 +102,5 @@ class WordCounts:
         return out
 
     def usual(self) -> Tensor:
-        """(N,) each word's share of all words of all texts."""
+        """(N,) base rates: each word's share of the listed words in all texts."""
         return torch.bincount(self.ids, minlength=self.num_words).float() / max(1, len(self.ids))

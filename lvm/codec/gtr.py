@@ -1,16 +1,14 @@
-"""The two public GTR codecs: one T5 encoder, two ways to pool it, and the decoders trained on each.
+"""The two public GTR codecs: one T5 encoder, pooled in two ways, and the decoders trained for each.
 
-- `gtr-jxe`: the T5 encoder of sentence-transformers/gtr-t5-base, mean-pooled, no Dense, no normalisation: what
-  vec2text's own API embeds with. Decoders jxm/gtr__nq__32 and jxm/gtr__nq__32__correct.
+- `gtr-jxe`: the T5 encoder of sentence-transformers/gtr-t5-base with mean pooling only, as in vec2text's API. Decoders
+  jxm/gtr__nq__32 and jxm/gtr__nq__32__correct.
 - `gtr-ielab`: the whole sentence-transformers model: mean pooling, Dense, L2 normalisation. Decoders of ielabgroup.
 
-The two share a model name, but their vectors are unrelated: hence two codecs with two identities.
+Vectors of the two are unrelated, although their encoders have the same name; so they are two codecs.
 
-Files are read in their published layout. With `--codec-path DIR` they are in DIR under their repository's name
-(DIR/sentence-transformers/gtr-t5-base/config.json and so on); without it, they are downloaded from the Hugging Face
-hub into its cache. Weights are read from safetensors only, never from pickles.
-
-Letters: B batch, T tokens, D = 768.
+Files are read in their published layout. With `--codec-path DIR` they are in DIR under the name of their repository
+(DIR/sentence-transformers/gtr-t5-base/config.json and so on); without it, they are downloaded from the Hugging Face hub
+into its cache. Weights are read from safetensors only, never from pickles.
 """
 
 import hashlib
@@ -35,14 +33,14 @@ EMBEDDER = "sentence-transformers/gtr-t5-base"
 
 @dataclass(frozen=True)
 class GtrContract:
-    """Which repositories make up a codec, and whether Dense and normalisation follow the pooling."""
+    """The repositories of a codec, and whether Dense and normalisation follow the pooling."""
 
     hypothesizer: str
     """Repository of vec2text's InversionModel."""
     corrector: str
     """Repository of vec2text's CorrectorEncoderModel."""
     whole: bool
-    """True to apply Dense and normalisation after the pooling, as sentence-transformers does."""
+    """Whether Dense and normalisation follow the pooling, as in sentence-transformers."""
 
     @property
     def files(self) -> dict[str, tuple[str, ...]]:
@@ -62,10 +60,10 @@ GTR_CODECS = {
         "ielabgroup/vec2text_gtr-base-st_inversion", "ielabgroup/vec2text_gtr-base-st_corrector", whole=True
     ),
 }
-"""Codec name to its contract."""
+"""Codec name to its repositories."""
 
 MAX_TOKENS = 32
-"""Both pairs were trained on texts of at most 32 tokens, end of sequence included (`max_seq_length`)."""
+"""Maximum tokens of the texts that both pairs of decoders were trained on, end included (`max_seq_length`)."""
 
 SCALE_TEXTS = (
     "The river rises in the hills north of the town and flows for forty miles before it reaches the sea.",
@@ -81,29 +79,20 @@ SCALE_TEXTS = (
 
 
 def repository_folders(name: str, path: str | Path | None, only: str | None = None) -> dict[str, Path]:
-    """Repository to the local folder with its files, from `path` or else the hub.
+    """Repository to the local folder with its files, in `path` or downloaded from the hub.
 
-    only: the one repository needed. Raises InputError naming every missing repository and file, and where to put it,
-    when one cannot be downloaded.
+    only: the one repository needed; None for all of the codec's. Raises InputError naming all missing files and where
+    to put them.
     """
-    wanted = {
-        repository: files
-        for repository, files in GTR_CODECS[name].files.items()
-        if only is None or repository == only
-    }
-    if path is not None:
-        root = Path(path)
-        missing = {
-            repository: [f for f in files if not _present(root / repository, f)]
-            for repository, files in wanted.items()
-        }
-        if any(missing.values()):
-            raise InputError(
-                f"codec {name} is incomplete in {root}; {_what_to_fetch(missing, str(root))}"
-                + _pickles(root, missing)
-            )
-        return {repository: root / repository for repository in wanted}
-    return {repository: _from_hub(name, repository, files) for repository, files in wanted.items()}
+    wanted = {r: files for r, files in GTR_CODECS[name].files.items() if only in (None, r)}
+    if path is None:
+        return {r: _from_hub(name, r, files) for r, files in wanted.items()}
+    root = Path(path)
+    missing = {r: [f for f in files if not _present(root / r, f)] for r, files in wanted.items()}
+    if any(missing.values()):
+        to_do = _what_to_fetch(missing, str(root)) + _how_to_convert(root, missing)
+        raise InputError(f"codec {name} is incomplete in {root}; {to_do}")
+    return {r: root / r for r in wanted}
 
 
 def _present(folder: Path, file: str) -> bool:
@@ -112,27 +101,19 @@ def _present(folder: Path, file: str) -> bool:
 
 
 def _what_to_fetch(missing: dict[str, list[str]], root: str) -> str:
-    parts = [
-        f"{', '.join(files)} of https://huggingface.co/{repository} to {root}/{repository}/"
-        for repository, files in missing.items()
-        if files
-    ]
+    wanted = {repository: ", ".join(files) for repository, files in missing.items() if files}
+    parts = [f"{files} of https://huggingface.co/{r} to {root}/{r}/" for r, files in wanted.items()]
     return "download " + "; ".join(parts)
 
 
-def _pickles(root: Path, missing: dict[str, list[str]]) -> str:
-    """How to convert weights that exist only as a pickle."""
-    found = [
-        str(pickle)
-        for repository, files in missing.items()
-        for file in files
-        if file.endswith("model.safetensors")
-        and (pickle := (root / repository / file).with_name("pytorch_model.bin")).is_file()
-    ]
-    if not found:
+def _how_to_convert(root: Path, missing: dict[str, list[str]]) -> str:
+    """Advice on missing weights that are there as a pickle; empty if none are."""
+    weights = [root / r / f for r, files in missing.items() for f in files if f.endswith("model.safetensors")]
+    pickles = [str(p) for f in weights if (p := f.with_name("pytorch_model.bin")).is_file()]
+    if not pickles:
         return ""
     return (
-        f". {', '.join(found)} is a pickle and is never loaded; convert it on a machine where you trust it: "
+        f". {', '.join(pickles)} is a pickle and is never loaded; convert it on a machine where you trust it: "
         'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
         "torch.load('pytorch_model.bin', weights_only=True).items()}, 'model.safetensors')\""
     )
@@ -164,19 +145,15 @@ def _shards(file: str) -> tuple[str, ...]:
 
 
 def load_gtr_tokenizer(name: str, path: str | Path | None = None) -> ChunkTokenizer:
-    """The tokenizer of a GTR codec with the decoders' token limit, without loading weights.
-
-    Raises InputError when it is missing or does not end texts as T5's does.
-    """
-    if path is not None:
+    """The tokenizer of a GTR codec, without loading weights. Raises InputError if it is missing or does not add T5's
+    end token."""
+    if path is None:
+        folder = _from_hub(name, EMBEDDER, ("tokenizer.json",))
+    else:
         folder = Path(path) / EMBEDDER
         if not (folder / "tokenizer.json").is_file():
-            raise InputError(
-                f"codec {name} is incomplete in {path}; "
-                + _what_to_fetch({EMBEDDER: ["tokenizer.json"]}, str(path))
-            )
-    else:
-        folder = _from_hub(name, EMBEDDER, ("tokenizer.json",))
+            to_do = _what_to_fetch({EMBEDDER: ["tokenizer.json"]}, str(path))
+            raise InputError(f"codec {name} is incomplete in {path}; {to_do}")
     tokenizer = ChunkTokenizer.load(folder / "tokenizer.json", MAX_TOKENS)
     ids, _ = tokenizer.encode(["text"])
     if ids[0][-1:] != [tokenizer.end_id]:
@@ -186,16 +163,17 @@ def load_gtr_tokenizer(name: str, path: str | Path | None = None) -> ChunkTokeni
     return tokenizer
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises InputError when it is missing or invalid."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as err:
         raise InputError(f"{path} cannot be read as JSON ({err}); copy the folder again") from err
 
 
-def _require_contract(folder: Path) -> None:
-    """Raise InputError unless the folder is mean pooling, Dense and normalisation, in this order."""
-    modules = _read_json(folder / "modules.json")
+def _require_modules(folder: Path) -> None:
+    """Raise InputError unless the model is a transformer, mean pooling, a linear Dense and normalisation."""
+    modules = read_json(folder / "modules.json")
     try:
         kinds = [str(m["type"]).rsplit(".", 1)[-1] for m in modules]
     except (TypeError, KeyError) as err:
@@ -208,17 +186,15 @@ def _require_contract(folder: Path) -> None:
             f"{folder / 'modules.json'} lists {', '.join(kinds) or 'nothing'}; expected {', '.join(expected)}, "
             f"as {EMBEDDER} has"
         )
-    pooling = _read_json(folder / "1_Pooling" / "config.json")
-    # Before version 5, sentence-transformers wrote one flag per mode; later versions may name the mode.
-    flags = {
-        key.removeprefix("pooling_mode_") for key, on in pooling.items() if on is True and "mode_" in key
-    }
+    pooling = read_json(folder / "1_Pooling" / "config.json")
+    # sentence-transformers wrote one flag per mode before version 5; later versions may name the mode.
+    flags = {k.removeprefix("pooling_mode_") for k, on in pooling.items() if on is True and "mode_" in k}
     modes = flags or {str(pooling.get("pooling_mode"))}
     if modes not in ({"mean_tokens"}, {"mean"}):
         raise InputError(
             f"{folder / '1_Pooling' / 'config.json'} pools by {', '.join(sorted(modes))}; expected mean_tokens only"
         )
-    activation = str(_read_json(folder / "2_Dense" / "config.json").get("activation_function", ""))
+    activation = str(read_json(folder / "2_Dense" / "config.json").get("activation_function", ""))
     if not activation.endswith("Identity"):
         raise InputError(
             f"{folder / '2_Dense' / 'config.json'} has activation {activation or 'none'}; expected Identity"
@@ -228,11 +204,9 @@ def _require_contract(folder: Path) -> None:
 def load_gtr_encoder(
     name: str, path: str | Path | None, device: Any, precision: "Precision | Literal['auto']" = "auto"
 ) -> tuple["TextEncoder", CodecIdentity]:
-    """Encoder of a GTR codec and its identity.
+    """Encoder of a GTR codec and its identity. precision: as in `TextEncoder`.
 
-    precision: as in `TextEncoder`. Its `encode` returns unit vectors (N, 768) and their norms before normalisation:
-    about 1 for `gtr-ielab`, those of the mean-pooled states for `gtr-jxe`. Raises InputError on missing or damaged
-    files and on modules that do not match the codec's name.
+    Raises InputError on missing or damaged files and on modules other than the codec's.
     """
     from lvm.codec.encoder import GtrEncoder, TextEncoder
     from lvm.codec.vec2text import read_stack, read_weights
@@ -244,12 +218,12 @@ def load_gtr_encoder(
     if not tables:
         raise InputError(f"{folder} holds no token table (shared.weight); expected the files of {EMBEDDER}")
     stack = read_stack(tensors, "encoder.", False, folder)
-    # The table may be saved under either name or both. A decoder in the same file is not part of the hash.
+    # The table may be saved under either name or both. A decoder in the file does not enter the hash.
     used = {n: t for n, t in tensors.items() if n.startswith("encoder.") and n not in tables}
     used["table"] = tensors[tables[0]]
     dense = None
     if contract.whole:
-        _require_contract(folder)
+        _require_modules(folder)
         dense_tensors = read_weights(folder / "2_Dense")
         weight, bias = dense_tensors.get("linear.weight"), dense_tensors.get("linear.bias")
         if weight is None or weight.ndim != 2 or weight.shape[1] != stack.config.d_model:
@@ -263,8 +237,8 @@ def load_gtr_encoder(
     tokenizer = load_gtr_tokenizer(name, path)
     if tokenizer.vocabulary_size > network.table.shape[0]:
         raise InputError(
-            f"{folder / 'tokenizer.json'} has {tokenizer.vocabulary_size} ids, the weights {network.table.shape[0]}; "
-            "put the right tokenizer.json there"
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocabulary_size} ids, the weights have only "
+            f"{network.table.shape[0]}; put the right tokenizer.json there"
         )
     identity = CodecIdentity(
         name=name,
@@ -297,11 +271,12 @@ def load_gtr(
     precision: str = "auto",
     find_writer: Any = None,
 ) -> "Codec":
-    """A GTR codec ready to encode and decode: encoder, hypothesizer, corrector.
+    """A GTR codec ready to encode and decode.
 
-    device: a torch device, the CPU by default. precision: as in `load_codec`. Stored and predicted vectors have unit
-    norm, so they are rescaled for the decoder: by 1 for `gtr-ielab`, by the mean norm of a few texts for `gtr-jxe`.
-    Raises InputError as `repository_folders` does, and when the decoder's token limit is not the codec's.
+    device: a torch device, the CPU by default. precision: as in `load_codec`. find_writer: called with the identity;
+    loads the writer. Stored and predicted vectors have unit norm, so they are rescaled for the decoder: by 1 for
+    `gtr-ielab`, by the mean norm of SCALE_TEXTS for `gtr-jxe`. Raises InputError on missing or damaged files and when
+    the decoders' token limit or vector length is not the codec's.
     """
     import torch
 
@@ -320,32 +295,31 @@ def load_gtr(
             raise InputError(
                 f"{folders[repository]} was trained on {limit} tokens; expected {MAX_TOKENS} for codec {name}"
             )
-    encoder, identity = load_gtr_encoder(
-        name, path, where, "auto" if precision == "auto" else require_precision(precision)
-    )
-    how = best_precision(where) if precision == "auto" else require_precision(precision)
-    first = Hypothesizer(folders[contract.hypothesizer], how, where)
-    second = Corrector(folders[contract.corrector], how, where)
-    for part, repository in ((first, contract.hypothesizer), (second, contract.corrector)):
+    given_precision = None if precision == "auto" else require_precision(precision)
+    encoder, identity = load_gtr_encoder(name, path, where, given_precision or "auto")
+    decode_precision = given_precision or best_precision(where)
+    hypothesizer = Hypothesizer(folders[contract.hypothesizer], decode_precision, where)
+    corrector = Corrector(folders[contract.corrector], decode_precision, where)
+    for part, repository in ((hypothesizer, contract.hypothesizer), (corrector, contract.corrector)):
         if part.dim != identity.dim:
             raise InputError(
                 f"{repository} inverts vectors of length {part.dim}, the encoder's have {identity.dim}; "
                 "load a pair that belongs together"
             )
 
-    # The decode loop re-encodes each text in the decoder's precision; `encode` uses one that keeps its vectors.
-    network = cast(GtrEncoder, encoder.network)
-    loop_encoder = (
-        encoder if encoder.precision == how else TextEncoder(network, encoder.tokenizer, where, how)
-    )
+    # The decode loop re-encodes texts in the decoder's precision; `encode` may need a higher one (MIN_COSINE).
+    loop_encoder = encoder
+    if encoder.precision != decode_precision:
+        network = cast(GtrEncoder, encoder.network)
+        loop_encoder = TextEncoder(network, encoder.tokenizer, where, decode_precision)
 
     def embed(texts: Any) -> Any:
         encoded = loop_encoder.encode(texts)
         return encoded.vectors * encoded.norms[:, None]
 
     inverter = Inverter(
-        Vec2TextHypothesizing(first),
-        second,
+        Vec2TextHypothesizing(hypothesizer),
+        corrector,
         embed,
         encoder.tokenizer.decode,
         lambda texts: encoder.tokenizer.encode(texts)[0],

@@ -1,8 +1,8 @@
-"""What makes two vectors comparable, and the check that rejects those that are not.
+"""The identity of a codec, and the check that rejects vectors of different codecs.
 
-The same model name in two libraries gave vectors with cosine 0.05 to each other, and every model trained
-on the wrong ones was useless. So a codec's identity is computed from everything that determines its vectors,
-and each artefact (shard, manifest, index, model record, reply) carries it.
+The same model name in two libraries gave vectors with cosine 0.05 to each other, and models trained on the wrong ones
+were useless. So the identity is computed from everything that determines a vector, and each artefact (shard, manifest,
+index, model record, reply) carries it.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from lvm.errors import IdentityError, InputError
 
 @dataclass(frozen=True)
 class CodecIdentity:
-    """Everything that determines a text's vector."""
+    """Everything that determines the vector of a text."""
 
     name: str
     """Codec name as given to --codec; for display, not compared."""
@@ -25,19 +25,19 @@ class CodecIdentity:
     tokenizer_sha256: str
     """Hash of tokenizer.json, 64 hex digits."""
     pooling: str
-    """How token states become one vector: "mean", "bound-sum" and so on."""
+    """How token states become one vector, such as "mean"."""
     dense: bool
-    """True where a Dense layer follows the pooling."""
+    """Whether a Dense layer follows the pooling."""
     normalized: bool
-    """True where the encoder itself ends in an L2 normalisation (its norms are all 1)."""
+    """Whether the encoder ends with L2 normalisation, so that all its norms are 1."""
     max_tokens: int
-    """Maximum tokens of a text, end of sequence included; the rest is truncated and counted."""
+    """Maximum tokens of a text, end of sequence included; longer texts are truncated."""
     dim: int
     """Length of a vector."""
 
     @property
     def digest(self) -> str:
-        """16 hex digits over every field but the name; vectors are comparable if their digests are equal."""
+        """Hash of every field but the name, 16 hex digits; vectors are comparable if their digests are equal."""
         decisive = {k: v for k, v in asdict(self).items() if k != "name"}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -70,16 +70,15 @@ class CodecIdentity:
 def require_same_codec(
     first: CodecIdentity, second: CodecIdentity, first_what: str, second_what: str
 ) -> None:
-    """Return if both identities are equal, else raise IdentityError naming both and what differs."""
+    """Raise IdentityError, naming both and what differs, unless the identities have the same digest.
+
+    first_what, second_what: what carries them, for the message.
+    """
     if first.digest == second.digest:
         return
-    differs = [
-        f.name
-        for f in fields(CodecIdentity)
-        if f.name != "name" and getattr(first, f.name) != getattr(second, f.name)
-    ]
+    names = [f.name for f in fields(CodecIdentity) if f.name != "name"]
+    differs = [name for name in names if getattr(first, name) != getattr(second, name)]
     raise IdentityError(
-        f"{first_what} holds vectors of codec {first}, {second_what} of codec {second}; "
-        f"they differ in {', '.join(differs)} and cannot be combined. "
-        f"Encode both with one codec."
+        f"{first_what} holds vectors of codec {first}, {second_what} of codec {second}; they differ in "
+        f"{', '.join(differs)} and cannot be combined. Encode both with one codec."
     )

@@ -1,17 +1,16 @@
-"""Encoders for backfills on a CPU: the same networks with int8 matrix products.
+"""Encoders with int8 matrix products, for high throughput on a CPU.
 
-Weights are quantised symmetrically per output channel, inputs per row (a token), and sums are exact in int32: so a
-text's vector does not depend on its batch. oneDNN multiplies at the full rate of VNNI or AMX instructions, on two
-cores without AMX about 1.0 TOP/s against 0.5 for FBGEMM's products (`lvm.codec.runner`, better for the few rows of a
-decoder) and 0.25 TFLOP/s in float32 (tests/bench/results/LOG.md). The remaining cost is passes over memory, which are
-kept few:
+Weights are quantised symmetrically per output channel, inputs per row (a token), and sums are exact in int32, so a
+text's vector does not depend on its batch. oneDNN uses VNNI or AMX instructions at full rate: on two cores without AMX
+about 1.0 TOP/s, against 0.5 for FBGEMM (`lvm.codec.runner`, better for a decoder's few rows) and 0.25 TFLOP/s in
+float32 (tests/bench/results/LOG.md). The remaining cost is passes over memory, of which there are few:
 
 - T5's layer norm scales rows and columns. A row's scale does not change its int8 values and is applied after the
   product; the column weights are folded into the matrix.
-- After a relu no value is negative, so all 255 levels are used.
-- Everything `mini` computes per token before tokens mix (embedding, first projections) is precomputed as a table.
+- Outputs of a relu are not negative, so they are quantised in 255 steps from 0.
+- What `mini` computes per token, before attention (embedding, first projections), is a precomputed table.
 
-Letters: B rows, T positions, M = B*T, D model width, L width of `mini`'s networks, H heads, K width of a head.
+Letters: B rows, T positions, M = B*T, D model width, H heads, K width of a head.
 """
 
 import warnings
@@ -26,7 +25,7 @@ from lvm.codec.t5 import Block, RMSNorm, T5Stack
 
 
 class Product:
-    """Quantised rows (M, D) uint8 times one fixed weight (out, D), to (M, out) float32 before each row's scale."""
+    """Quantised rows (M, D) uint8 times one fixed weight (out, D), to (M, out) float32; the caller scales the rows."""
 
     def __init__(self, weight: Tensor, positive_input: bool = False, relu: bool = False) -> None:
         """positive_input: rows come from `positive_digits`, else from `digits`. relu: applied to the result."""
@@ -39,32 +38,24 @@ class Product:
         self.packed: Any = torch.ops.onednn.qlinear_prepack(rounded, None)
 
     def __call__(self, digits: Tensor) -> Tensor:
+        inputs = (digits, self.step, self.zero)
+        weights = (self.packed, self.scales, self.zeros)
+        no_bias, output = None, (1.0, 0, torch.float32)
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            digits,
-            self.step,
-            self.zero,
-            self.packed,
-            self.scales,
-            self.zeros,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            self.after,
-            [],
-            "",
+            *inputs, *weights, no_bias, *output, self.after, [], ""
         )
         return out
 
 
 def digits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, D) quantised by row to uint8 (zero point 128, 127 steps to the row's maximum |x|), and that, (M, 1)."""
+    """x (M, D) quantised to uint8 by row, 127 steps to the row's maximum of |x| and zero point 128; and that maximum,
+    (M, 1)."""
     largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_min_(1e-30)
     return _quantised(x / largest, 1 / 127, 128), largest
 
 
 def positive_digits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, D), not negative, quantised by row to uint8 in 255 steps, and each row's maximum, (M, 1). Overwrites x."""
+    """x (M, D) >= 0 quantised to uint8 by row, 255 steps to the row's maximum; and that, (M, 1). Overwrites x."""
     largest = x.amax(-1, keepdim=True).clamp_min_(1e-30)
     return _quantised(x.div_(largest), 1 / 255, 0), largest
 
@@ -75,13 +66,12 @@ def _quantised(x: Tensor, step: float, zero: int) -> Tensor:
         warnings.simplefilter("ignore")
         quantised = torch.quantize_per_tensor(x, step, zero, torch.quint8)
     # A uint8 view without a copy: `int_repr` takes several times as long as the rounding.
-    return torch.empty(0, dtype=torch.uint8).set_(
-        quantised.untyped_storage(), 0, quantised.shape, quantised.stride()
-    )
+    storage = quantised.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, quantised.shape, quantised.stride())
 
 
 def _norm_scale(norm: RMSNorm, x: Tensor) -> Tensor:
-    """T5's layer norm's factor for each row of x (M, D), without the column weights, (M, 1)."""
+    """The factor of each row of x (M, D) in T5's layer norm, without the column weights, (M, 1)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.rsqrt(length.square_().div_(x.shape[-1]).add_(norm.epsilon))
 
@@ -98,7 +88,7 @@ class _Layer:
         self.outer = Product(inside.wo.weight, positive_input=True)
 
     def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of x (M, D), side by side."""
+        """Queries, keys and values of x (M, D), (M, 3*H*K)."""
         bytes_, largest = digits(x)
         return self.heads(bytes_).mul_(largest.mul_(_norm_scale(self.own_norm, x)))
 
@@ -127,8 +117,8 @@ class Int8Encoder:
     def encode(self, x: Tensor, mask: Tensor | None = None, first: Tensor | None = None) -> Tensor:
         """States (B, T, D) float32 of x (B, T, D) float32.
 
-        mask: (B, T) bool, True on real tokens; None without padding. first: queries, keys and values (B, T, 3*H*K) of
-        the first layer, if the caller has them.
+        mask: (B, T) bool, True on real tokens; None without padding. first: the first layer's queries, keys and values
+        (B, T, 3*H*K), if already computed.
         """
         B, T, D = x.shape
         if T not in self._biases:
@@ -158,24 +148,24 @@ class Int8MiniEncoder:
         block = network.contextual.blocks[0].self_attention
         attention = block.SelfAttention
         normed = block.layer_norm(inward)
-        # Per token, before tokens mix, in float32: the residual stream's start and the first projections.
+        # Per token id, in float32: the input to the residual stream, and the first layer's projections of it.
         self.starts = inward.detach()
         self.heads = torch.cat([p(normed) for p in (attention.q, attention.k, attention.v)], -1).detach()
         # A zero row for padding, so that sums over positions need no mask.
         self.topics = F.pad(network.topics.weight.detach().float(), (0, 0, 0, 1))
         a, b = F.pad(table, (0, 0, 0, 1)).chunk(2, dim=-1)
         self.tokens = torch.complex(a.contiguous(), b.contiguous())
-        # Rotating coordinate pairs is a complex product; the position-free part is added to the same factor.
+        # Rotating coordinate pairs is a complex product, and the unrotated term adds to its factor.
         rotation = network.rotation
-        self.places = c.word_weight + c.order_weight * torch.complex(rotation.cos, rotation.sin)
+        self.binding = c.word_weight + c.order_weight * torch.complex(rotation.cos, rotation.sin)
         self.stack = Int8Encoder(network.contextual)
 
     def __call__(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """ids (B, T) int64 and mask (B, T) bool, None when all places are real, to (B, D) float32 of unit norm."""
+        """ids (B, T) int64 and mask (B, T) bool, None without padding, to (B, 768) float32 of unit norm."""
         B, T = ids.shape
         padded = ids if mask is None else ids.masked_fill(~mask, len(self.topics) - 1)
-        turned = torch.view_as_real((F.embedding(padded, self.tokens) * self.places[:T]).sum(1))
-        lexical = turned.transpose(1, 2).reshape(B, -1)
+        bound = torch.view_as_real((F.embedding(padded, self.tokens) * self.binding[:T]).sum(1))
+        lexical = bound.transpose(1, 2).reshape(B, -1)
         hidden = self.stack.encode(F.embedding(ids, self.starts), mask, F.embedding(ids, self.heads))
         if mask is None:
             count = torch.full((B, 1), float(T))
@@ -185,6 +175,5 @@ class Int8MiniEncoder:
             mean = hidden.masked_fill(~mask[..., None], 0.0).sum(1) / count
             peak = hidden.masked_fill(~mask[..., None], float("-inf")).amax(1)
         bag = F.embedding_bag(padded, self.topics, mode="sum") / count.sqrt()
-        topic = bag + self.outward(torch.cat((mean, peak), dim=-1)) - self.centre
-        topic = F.normalize(topic, dim=-1)
+        topic = F.normalize(bag + self.outward(torch.cat((mean, peak), dim=-1)) - self.centre, dim=-1)
         return F.normalize(torch.cat((topic * self.topic_norm, lexical), dim=-1), dim=-1)

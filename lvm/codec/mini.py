@@ -1,25 +1,24 @@
-"""The `mini` codec's networks: an encoder whose vector holds topic, words and order, and its hypothesizer.
+"""The networks of the codec `mini`: an encoder whose vector holds topic, words and word order, and its hypothesizer.
 
-A vector is 768 numbers of unit norm, in two parts.
+A vector has unit norm and two parts.
 
-- Topic, the first 256: a bag of topic embeddings (started from latent semantic analysis) plus what a small
-  T5 encoder adds, scaled to a fixed norm and trained so that neighbouring chunks of an article are close.
-- Words and order, the last 512: the sum over the text's tokens of their embedding e_i, and of e_i rotated
-  by its position, R_i e_i. R_i rotates each coordinate pair by i times a fixed random angle, so rotating the
-  sum back by t makes the token at position t stand out while the others stay noise. This is binding in
-  holographic reduced representations (Plate 1995, IEEE TNN 6:623) in its frequency-domain form, with
-  phases as in rotary embeddings (arXiv:2104.09864).
+- The topic part, 256 numbers: a bag of topic embeddings (initialised by latent semantic analysis) plus the output of a
+  small T5 encoder, scaled to a fixed norm, and trained so that neighbouring chunks of an article are close.
+- The lexical part (words and order), 512 numbers: the sum over the tokens i of their embedding e_i and of R_i e_i, the
+  embedding rotated by its position. R_i rotates each coordinate pair by i times a fixed random angle. Rotating the sum
+  back by t makes the token at position t stand out, while the others stay noise. This is the binding of holographic
+  reduced representations (Plate 1995, IEEE TNN 6:623) in its frequency-domain form, with phases as in rotary embeddings
+  (arXiv:2104.09864).
 
-Because the topic part has a fixed norm before the whole is normalised, its share of the unit vector gives the
-scale of the other part, and so how much of it a known token explains.
+The topic part has a fixed norm before the whole is normalised, so its share of the unit vector gives the scale of the
+lexical part, from which known tokens can then be subtracted.
 
-The hypothesizer is a T5 decoder. It sees the vector as memory and, at each step t, the residual that the tokens
-written so far leave unexplained: x - sum_{j<t} (e_j + R_j e_j). The residual, rotated back by t, is both an
-input to the decoder and a prior added to its output: logits = (h + gates * priors) E^T + bias, so the prior
-needs no extra matrix product. Sparse superposition codes are decoded in the same way, by explaining away (Barron
-& Joseph 2012, arXiv:1006.3780).
+The hypothesizer is a T5 decoder. Its memory is the vector; at step t it also sees the residual that the tokens written
+so far do not explain, x - sum_{j<t} (e_j + R_j e_j). The residual, rotated back by t, is an input to the decoder and a
+prior added to its output: logits = (h + gates * priors) E^T + bias, so the prior needs no matrix product of its own.
+Sparse superposition codes are decoded in the same way, by explaining away (Barron & Joseph 2012, arXiv:1006.3780).
 
-Letters: B batch, T positions, D = 768, L = 512 (words and order), H = L/2, P = 256 (topic), V vocabulary.
+Letters: B batch, T positions, D = 768, L = 512 (lexical), H = L/2, P = 256 (topic), S memory positions, V vocabulary.
 """
 
 import math
@@ -36,7 +35,7 @@ from lvm.errors import InputError
 
 @dataclass(frozen=True)
 class MiniConfig:
-    """Sizes of encoder and hypothesizer, which determine the weights' shapes."""
+    """Sizes of encoder and hypothesizer, which determine the shapes of the weights."""
 
     vocabulary_size: int = 8192
     """Token ids, V."""
@@ -45,15 +44,15 @@ class MiniConfig:
     topic_dim: int = 256
     """Dimensions of the topic part, P."""
     lexical_dim: int = 512
-    """Dimensions of the words-and-order part, L; also the networks' width."""
+    """Dimensions of the lexical part, L; also the networks' width."""
     topic_share: float = 0.6
     """Share of the topic part in the energy (squared norm) of the vector of a text of `full_tokens` tokens."""
     full_tokens: int = 26
     """Mean tokens of a chunk of Wikipedia under the 32-token limit (measured: 24 to 26)."""
     word_weight: float = 1.0
-    """Amplitude of a token's position-free part."""
+    """Weight of a token's unrotated embedding."""
     order_weight: float = 0.8
-    """Amplitude of a token's rotated part."""
+    """Weight of its rotated embedding."""
     encoder_layers: int = 1
     """Blocks of the contextual encoder."""
     decoder_layers: int = 2
@@ -88,7 +87,7 @@ class MiniConfig:
 def paired(x: Tensor, real: bool = False) -> Tensor:
     """(…, L) to (…, H) complex: each coordinate pair that `Rotation` rotates becomes one complex number.
 
-    real: (…, H, 2) instead, for devices without complex numbers. The functions below take both forms."""
+    real: (…, H, 2) float instead, for devices without complex numbers. The functions below accept both forms."""
     first, second = x.chunk(2, dim=-1)
     return torch.stack((first, second), dim=-1) if real else torch.complex(first, second)
 
@@ -99,7 +98,7 @@ def unpaired(z: Tensor) -> Tensor:
 
 
 def times(z: Tensor, factor: Tensor) -> Tensor:
-    """Complex product of two arrays of pairs."""
+    """Elementwise complex product."""
     if z.is_complex():
         return z * factor
     a, b = z.unbind(-1)
@@ -108,12 +107,12 @@ def times(z: Tensor, factor: Tensor) -> Tensor:
 
 
 def conjugate(z: Tensor) -> Tensor:
-    """Complex conjugate: rotates back what `z` rotates."""
+    """Complex conjugate: as a factor, rotates back what `z` rotates."""
     return z.conj().resolve_conj() if z.is_complex() else torch.stack((z[..., 0], -z[..., 1]), dim=-1)
 
 
 def flat(z: Tensor) -> Tensor:
-    """Pairs viewed as (…, L) real, in memory order: enough for inner products."""
+    """Pairs viewed as (…, L) reals in memory order, unlike `unpaired`; for inner products the order does not matter."""
     return (torch.view_as_real(z) if z.is_complex() else z).flatten(-2)
 
 
@@ -142,11 +141,11 @@ class Rotation(nn.Module):
         self.register_buffer("sin", phase.sin().float(), persistent=False)
 
     def turns(self, real: bool = False) -> Tensor:
-        """(num_places, H) pairs: row i times a `paired` vector rotates it by i places, its conjugate back."""
+        """(num_places, H) pairs: a `paired` vector times row i is rotated by i positions, times its conjugate back."""
         return paired(torch.cat((self.cos, self.sin), dim=-1), real)
 
     def forward(self, x: Tensor, first: int = 0, back: bool = False) -> Tensor:
-        """x (B, T, L) with row t rotated by first + t places, or rotated back."""
+        """x (B, T, L) with row t rotated by first + t positions, or rotated back."""
         T = x.shape[-2]
         cos, sin = self.cos[first : first + T], self.sin[first : first + T]
         if back:
@@ -174,9 +173,9 @@ class MiniEncoder(nn.Module):
         self.outward = nn.Linear(2 * L, P, bias=False)
         nn.init.normal_(self.tokens.weight, std=L**-0.5)  # near-orthogonal rows of norm about 1
         nn.init.normal_(self.topics.weight, std=P**-0.5)
-        # Mean of the topic part; subtracted, as otherwise unrelated texts would look similar.
+        # Mean of the topic part, which is subtracted: otherwise unrelated texts would look similar.
         self.register_buffer("centre", torch.zeros(P))
-        # Starts near zero: training begins from the bag of topic embeddings and adds context to it.
+        # Near zero: training starts from the bag of topic embeddings alone.
         nn.init.normal_(self.outward.weight, std=0.1 * (2 * L) ** -0.5)
 
     @property
@@ -187,12 +186,12 @@ class MiniEncoder(nn.Module):
         return math.sqrt(lexical_energy * c.topic_share / (1 - c.topic_share))
 
     def binding(self, real: bool = False) -> Tensor:
-        """(T + 2, H) pairs: row i times a `paired` embedding is what that token adds at position i, as in `bound`."""
+        """(T + 2, H) pairs: a `paired` embedding times row i is its term at position i, as in `bound`."""
         w, o = self.config.word_weight, self.config.order_weight
         return paired(torch.cat((w + o * self.rotation.cos, o * self.rotation.sin), dim=-1), real)
 
     def bound(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
-        """Each token's term in the lexical part, (B, T, L) float32: w e_i + o R_i e_i."""
+        """Each token's term of the lexical part, (B, T, L) float32: w e_i + o R_i e_i."""
         c = self.config
         e = embedded.float() if mask is None else embedded.float() * mask[..., None]
         out: Tensor = c.word_weight * e + c.order_weight * self.rotation(e)
@@ -212,8 +211,8 @@ class MiniEncoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """ids (B, T) int64 and mask (B, T) bool, None without padding, to (B, D) float32 of unit norm.
 
-        In training mode the topic part is centred by the batch mean, as in batch normalisation; otherwise by
-        `centre`, which training sets from many chunks.
+        As in batch normalisation, the topic part is centred by the batch mean in training mode, otherwise by `centre`,
+        which training sets from many chunks.
         """
         embedded = self.tokens(ids)
         lexical = self.bound(embedded, mask).sum(1)
@@ -246,17 +245,17 @@ class MiniHypothesizer(nn.Module):
         nn.init.normal_(self.memory.weight, std=1.0)  # inputs are of unit norm: memory of about unit variance
         nn.init.normal_(self.glimpse.weight, std=(3 * L) ** -0.5)
         nn.init.normal_(self.gates.weight, std=0.01)
-        # Token embeddings have norm about 1, so states of norm sqrt(L) would already give logits of unit
-        # spread; the priors should lead at first.
+        # Token embeddings have norm about 1, so states of norm sqrt(L) would give logits of unit variance; smaller
+        # states let the priors dominate at first.
         nn.init.constant_(self.decoder.final_layer_norm.weight, 0.3)
-        # Initialised at the matched filter's order of magnitude, signal over noise squared; see `priors`.
+        # The order of magnitude of a matched filter, signal / noise^2; in the order of `priors`.
         with torch.no_grad():
             self.gates.bias.copy_(torch.tensor([2.0, 8.0, 1.0, 2.0]))
 
     def unscale(self, vectors: Tensor) -> Tensor:
         """The lexical part in units of one token's embedding, (B, L) float32.
 
-        The topic part's norm was `topic_norm` before normalisation, so its current norm gives the scale.
+        The norm of the topic part was `topic_norm` before normalisation, so its norm now gives the scale.
         """
         P = self.config.topic_dim
         topic, lexical = vectors[:, :P].float(), vectors[:, P:].float()
@@ -270,17 +269,17 @@ class MiniHypothesizer(nn.Module):
         return memory.view(-1, self.config.memory_tokens, self.config.lexical_dim)
 
     def priors(self, lexical: Tensor, residual: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        """The four prior directions (B, T, 4, L), and the decoder's glimpse input (B, T, 3L).
+        """The four priors (B, T, 4, L), and the residual as the decoder sees it (the glimpse), (B, T, 3L).
 
-        lexical: (B, T, L), the vector's lexical part; residual: (B, T, L), the same minus what the tokens
-        before each position explain. first: position of the first row. Decoding does the same on complex pairs
-        (`lvm.codec.inverter.MiniWriter`).
+        lexical: (B, T, L), the vector's lexical part; residual: (B, T, L), the same minus the terms of the tokens
+        before each position. first: position of the first row. `lvm.codec.inverter.MiniWriter` does the same on complex
+        pairs.
         """
-        here_all = self.rotation(lexical, first, back=True)
+        lexical_here = self.rotation(lexical, first, back=True)
         here = self.rotation(residual, first, back=True)
         following = self.rotation(residual, first + 1, back=True)
         glimpse = torch.cat((here, following, residual), dim=-1)
-        return torch.stack((here_all, here, lexical, residual), dim=-2), glimpse
+        return torch.stack((lexical_here, here, lexical, residual), dim=-2), glimpse
 
     def hidden(self, inputs: Tensor, glimpse: Tensor) -> Tensor:
         """The decoder's input (B, T, L) from the previous tokens' embeddings and the glimpse."""
@@ -289,15 +288,15 @@ class MiniHypothesizer(nn.Module):
         return out
 
     def head(self, state: Tensor, priors: Tensor) -> Tensor:
-        """Input to the output table, (B, T, L) float32: the state plus its gated priors."""
+        """Input to the output table, (B, T, L) float32: the state plus the gated priors."""
         gates: Tensor = self.gates(state).float()
         return state.float() + (gates[..., None] * priors).sum(-2)
 
     def forward(self, vectors: Tensor, ids: Tensor, mask: Tensor, encoder: MiniEncoder) -> Tensor:
-        """Teacher-forced states before the output table, (B, T, L) float32.
+        """Teacher-forced states before the output table, (B, T, L) float32; logits are `state @ table.T + bias`.
 
-        vectors (B, D); ids (B, T) the target tokens; mask (B, T) True on real ones. State t sees only the tokens
-        before t. Logits are `state @ table.T + bias`.
+        vectors (B, D); ids (B, T) the target tokens; mask (B, T) bool, True on real ones. State t depends only on the
+        tokens before t.
         """
         embedded = encoder.tokens(ids)
         x = self.unscale(vectors)[:, None, :]

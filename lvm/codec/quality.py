@@ -1,4 +1,4 @@
-"""Measures of a codec: how well it reads texts back, and how well its vectors place neighbouring chunks together."""
+"""Measures of a codec: how faithfully it decodes its own vectors, and how close it places neighbouring chunks."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 from lvm.errors import InputError
 
 MISMATCHED_COSINE = 0.3
-"""Mean round-trip cosine below which encoder and decoder do not match. Vectors of the wrong encoder gave 0.05 to 0.11,
-of the right one 0.63 or more (the original system's measurements)."""
+"""Mean round-trip cosine below which encoder and decoder do not match. The original system measured 0.05 to 0.11 with
+the wrong encoder, and 0.63 or more with the right one."""
 
 
 def spread(count: int, limit: int) -> NDArray[np.int64]:
-    """At most `limit` of the indices 0 to count - 1, evenly spaced, ascending, without repeats."""
+    """At most `limit` of the indices 0 to count - 1, evenly spaced, ascending, distinct."""
     return np.unique(np.linspace(0, count - 1, limit).astype(np.int64)) if count else np.empty(0, np.int64)
 
 
 def token_f1(source: str, written: str) -> float:
-    """F1 of two texts' words (split at white space, counted with multiplicity), 0 to 1."""
+    """F1 of two texts as multisets of words (split at white space), 0 to 1."""
     wanted, got = Counter(source.split()), Counter(written.split())
     total = wanted.total() + got.total()
     return 2 * (wanted & got).total() / total if total else 1.0
@@ -42,9 +42,9 @@ def read_back(sources: Sequence[str], written: Sequence[str]) -> dict[str, float
 
 
 def rotated(vectors: NDArray[np.float32], cosine: float, seed: int = 0) -> NDArray[np.float32]:
-    """Unit vectors at exactly this cosine to each unit row of (N, D), in random directions; float32.
+    """Each unit row of (N, D) rotated in a random direction, to exactly this cosine with the original; float32.
 
-    A predictor's error is not random, but this noise is the same for every codec.
+    A predictor's error is not random, but this noise is comparable between codecs.
     """
     if not 0 < cosine <= 1:
         raise InputError(f"cosine must be above 0 and at most 1, got {cosine}")
@@ -57,11 +57,11 @@ def rotated(vectors: NDArray[np.float32], cosine: float, seed: int = 0) -> NDArr
 def next_chunk_retrieval(
     vectors: NDArray[np.float32], doc_ids: NDArray[np.int32], seed: int = 0
 ) -> dict[str, float]:
-    """R@1 and R@10 of the next chunk of the same article among all N, the chunk itself excluded; and the mean cosine
-    of neighbours and of strangers (a sample of pairs from different articles).
+    """Retrieval of each chunk's successor in its article from all other chunks (R@1, R@10), and the mean cosines of
+    successive chunks and of random pairs from different articles.
 
-    vectors: (N, D) unit rows in article order; doc_ids: (N,). Ties count against the next chunk.
-    Raises InputError when no chunk is followed by one of its article.
+    vectors: (N, D) unit rows in article order; doc_ids: (N,). Ties count against the successor.
+    Raises InputError when no chunk has a successor.
     """
     has_next = np.flatnonzero(doc_ids[:-1] == doc_ids[1:])
     if not has_next.size:
@@ -81,23 +81,22 @@ def next_chunk_retrieval(
     first, second = np.random.default_rng(seed).integers(0, len(vectors), (2, 20_000))
     strangers = doc_ids[first] != doc_ids[second]
     first, second = first[strangers], second[strangers]
+    stranger_cosine = (vectors[first] * vectors[second]).sum(1).mean() if strangers.any() else np.nan
     return {
         "next_r1": float((ranks <= 1).mean()),
         "next_r10": float((ranks <= 10).mean()),
         "neighbour_cosine": float(nearness.mean()),
-        "stranger_cosine": float((vectors[first] * vectors[second]).sum(1).mean())
-        if strangers.any()
-        else float("nan"),
+        "stranger_cosine": float(stranger_cosine),
     }
 
 
 def rank_correlation(
     vectors: NDArray[np.float32], others: NDArray[np.float32], doc_ids: NDArray[np.int32], seed: int = 0
 ) -> float:
-    """Spearman correlation between two codecs' cosines of the same pairs: half at most seven chunks apart, half
-    strangers; at most 40,000 pairs.
+    """Spearman correlation of two codecs' cosines over the same pairs of chunks: up to 20,000 within seven chunks of
+    each other in an article, and as many random pairs. NaN if no article has two chunks.
 
-    vectors, others: (N, D) and (N, E) unit rows in article order; doc_ids: (N,). NaN where no article has two chunks.
+    vectors, others: (N, D) and (N, E) unit rows in article order; doc_ids: (N,).
     """
     from scipy.stats import spearmanr
 
@@ -113,7 +112,7 @@ def rank_correlation(
 
 
 def tfidf_svd_vectors(texts: Sequence[str], dim: int, seed: int = 0) -> NDArray[np.float32]:
-    """Unit TF-IDF + truncated SVD vectors (N, dim) fitted on the texts themselves: the baseline to beat."""
+    """Unit vectors (N, at most dim) by TF-IDF and truncated SVD, fitted on the texts themselves: a baseline codec."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 

@@ -1,14 +1,13 @@
 """sentence-transformers encoders, loaded from a folder in that library's layout.
 
 Reads `modules.json`, `config.json`, `tokenizer.json`, `model.safetensors` and the folders that `modules.json` names.
-Supports a transformer, mean or [CLS] pooling, Dense layers and normalisation, which covers nearly all published
-models. Loaded with transformers and safetensors, never from a pickle.
+Supports a transformer, mean or [CLS] pooling, Dense layers and normalisation, which covers nearly all published models.
+Never reads a pickle.
 
 Letters: B texts, T tokens, D vector length.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lvm.codec.encoder import GATE_TEXTS, MIN_COSINE, TextEncoder
-from lvm.codec.gtr import hash_tensors
+from lvm.codec.encoder import Sizes, TextEncoder
+from lvm.codec.gtr import hash_tensors, read_json
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.runner import Precision
 from lvm.codec.tokenizer import ChunkTokenizer
@@ -28,14 +27,6 @@ ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": lambda x: x,
 }
 """Supported activations of a Dense layer, by the name that sentence-transformers writes."""
-
-
-@dataclass(frozen=True)
-class SentenceSizes:
-    """The part of an encoder's configuration that callers need."""
-
-    dim: int
-    """Length of a vector, D."""
 
 
 class SentenceNetwork(nn.Module):
@@ -51,7 +42,7 @@ class SentenceNetwork(nn.Module):
         self.dense = nn.ModuleList(layer for layer, _ in dense)
         self.activations = [name for _, name in dense]
         width: int = transformer.config.hidden_size  # type: ignore[union-attr, assignment]
-        self.config = SentenceSizes(dense[-1][0].out_features if dense else width)
+        self.config = Sizes(dense[-1][0].out_features if dense else width)
 
     def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """ids (B, T) int64 and mask (B, T) bool, None without padding, to (B, D) float32."""
@@ -93,13 +84,12 @@ def load_sentence_network(folder: Path) -> SentenceNetwork:
         if kind == "Pooling":
             pooling = _pooling(path / "config.json")
         elif kind == "Dense":
-            settings = _read(path / "config.json")
+            settings = read_json(path / "config.json")
             activation = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
             if activation not in ACTIVATIONS:
                 raise InputError(f"{path} ends in {activation}; expected one of {', '.join(ACTIVATIONS)}")
-            layer = nn.Linear(
-                settings["in_features"], settings["out_features"], bool(settings.get("bias", True))
-            )
+            has_bias = bool(settings.get("bias", True))
+            layer = nn.Linear(settings["in_features"], settings["out_features"], has_bias)
             try:
                 weights = load_file(path / "model.safetensors")
                 layer.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
@@ -123,15 +113,15 @@ def load_sentence_network(folder: Path) -> SentenceNetwork:
 
 
 CHUNK_TOKENS = 40
-"""Maximum tokens of a chunk, special ones included, unless the model takes fewer: what a writer can write at once."""
+"""Maximum tokens of a chunk, special ones included, unless the model takes fewer: about what a writer can write."""
 
 
 def load_sentence_tokenizer(folder: Path, max_tokens: int | None = CHUNK_TOKENS) -> ChunkTokenizer:
-    """The model's tokenizer, limited to the smaller of `max_tokens` and the model's own limit: `max_seq_length`, or
-    the transformer's number of positions."""
+    """The model's tokenizer. Its token limit is `max_tokens` or the model's own limit (`max_seq_length`, else the
+    number of positions), whichever is smaller."""
     settings = folder / "sentence_bert_config.json"
-    own = _read(settings).get("max_seq_length") if settings.is_file() else None
-    own = int(own or _read(folder / "config.json").get("max_position_embeddings") or 512)
+    own = read_json(settings).get("max_seq_length") if settings.is_file() else None
+    own = int(own or read_json(folder / "config.json").get("max_position_embeddings") or 512)
     return ChunkTokenizer.load(folder / "tokenizer.json", own if max_tokens is None else min(own, max_tokens))
 
 
@@ -151,29 +141,17 @@ def load_sentence_encoder(
         max_tokens=tokenizer.max_tokens,
         dim=network.config.dim,
     )
-    # int8 is implemented for our own networks only.
-    how: Precision = "bfloat16" if precision == "bfloat16" else "float32"
-    encoder = TextEncoder(network, tokenizer, device, how)
+    # int8 is implemented for our own networks only; elsewhere it means float32.
+    encoder = TextEncoder(network, tokenizer, device, "bfloat16" if precision == "bfloat16" else "float32")
     if precision == "auto" and (device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16")):
-        exact = encoder.encode(GATE_TEXTS).vectors
-        encoder.use("bfloat16")
-        if not ((encoder.encode(GATE_TEXTS).vectors * exact).sum(1) >= MIN_COSINE).all():
-            encoder.use("float32")
+        encoder.use_if_close("bfloat16")
     return encoder, identity
 
 
 def _pooling(path: Path) -> str:
-    settings = _read(path)
+    settings = read_json(path)
     chosen = [k for k, v in settings.items() if k.startswith("pooling_mode_") and v]
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(chosen) != 1 or chosen[0] not in names:
         raise InputError(f"{path} asks for {chosen or 'no pooling'}; expected one of {', '.join(names)}")
     return names[chosen[0]]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
-        raise InputError(f"{path} cannot be read ({err}); copy the model's folder again") from err
-    return record

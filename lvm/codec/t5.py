@@ -1,7 +1,7 @@
 """T5 blocks in plain torch, with the parameter names of transformers' T5Stack.
 
-Why our own: the decode loop keeps its caches in fixed buffers and computes one position at a time, which
-the general-purpose classes do not offer. A test checks equality with transformers.
+Why our own: inference needs caches in fixed buffers and fused weights (`lvm.codec.runner`), which the general-purpose
+classes do not offer. A test checks equality with transformers.
 
 Letters: B batch, T positions, S memory positions, D model width, H heads, K width of a head.
 Source: Raffel et al. 2020 (arXiv:1910.10683) and the T5 v1.0/1.1 checkpoints.
@@ -33,11 +33,11 @@ class T5Config:
     num_layers: int
     """Blocks."""
     is_decoder: bool
-    """True for causal self-attention and attention to a memory."""
+    """Whether self-attention is causal and cross-attention to a memory follows it."""
     num_buckets: int = 32
     """Buckets of relative distance (T5's relative_attention_num_buckets)."""
     max_distance: int = 128
-    """Distances from here on share the last bucket (T5's relative_attention_max_distance)."""
+    """Distances of this and more share the last bucket (T5's relative_attention_max_distance)."""
     epsilon: float = 1e-6
     """Added to the mean square in the layer norm (T5's layer_norm_epsilon)."""
 
@@ -58,14 +58,8 @@ def relative_buckets(T: int, S: int, bidirectional: bool, num_buckets: int, max_
     else:
         distance = -distance.clamp(max=0)
     exact = num_buckets // 2
-    far = (
-        exact
-        + (
-            torch.log(distance.clamp(min=1).float() / exact)
-            / math.log(max_distance / exact)
-            * (num_buckets - exact)
-        ).long()
-    )
+    share = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = exact + (share * (num_buckets - exact)).long()
     return bucket + torch.where(distance < exact, distance, far.clamp(max=num_buckets - 1))
 
 
@@ -83,7 +77,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Unscaled dot-product attention; the first self-attention of a stack owns the position bias."""
+    """Unscaled dot-product attention; the first block's self-attention has the stack's position bias."""
 
     def __init__(self, config: T5Config, has_bias: bool = False) -> None:
         super().__init__()
@@ -105,7 +99,7 @@ class Attention(nn.Module):
         return x.view(*x.shape[:-1], self.heads, self.d_kv).transpose(1, 2)
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B, T, D) attends to memory (B, S, D); bias (1 or B, H, T, S) is added to the scores."""
+        """Attention of x (B, T, D) to memory (B, S, D), (B, T, D); bias (1 or B, H, T, S) is added to the scores."""
         q, k, v = self.split(self.q(x)), self.split(self.k(memory)), self.split(self.v(memory))
         mask = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
@@ -189,7 +183,7 @@ class Block(nn.Module):
 
 
 class T5Stack(nn.Module):
-    """A T5 encoder or decoder without its embedding table and output head."""
+    """A T5 encoder or decoder without embedding table and output head."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -203,7 +197,7 @@ class T5Stack(nn.Module):
         return [cast(Block, block) for block in self.block]
 
     def position_bias(self, T: int) -> Tensor:
-        """Bias of the self-attention scores, (1, H, T, T); a decoder's is -inf above the diagonal."""
+        """Bias of the self-attention scores, (1, H, T, T); in a decoder -inf above the diagonal."""
         c = self.config
         buckets = relative_buckets(T, T, not c.is_decoder, c.num_buckets, c.max_distance)
         table = self.blocks[0].self_attention.SelfAttention.relative_attention_bias
@@ -214,11 +208,8 @@ class T5Stack(nn.Module):
         return bias
 
     def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D).
-
-        mask: (B, T) bool, True on real positions; None without padding.
-        memory: (B, S, D) for a decoder, without padding.
-        """
+        """(B, T, D) to (B, T, D). mask: (B, T) bool, True on real positions; None without padding. memory: (B, S, D),
+        without padding, for a decoder."""
         bias = self.position_bias(x.shape[1])
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(torch.float32).min)

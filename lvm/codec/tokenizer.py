@@ -1,6 +1,5 @@
-"""The codec's tokenizer, used by the chunker and the encoder, and the training of `mini`'s own.
-
-No torch here: cutting half a million chunks must not load a model.
+"""The codec's tokenizer, for the chunker and the encoder, and the training of `mini`'s. Imports no torch, as the
+chunker must not load a model.
 """
 
 import hashlib
@@ -16,18 +15,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from lvm.errors import InputError
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
-"""T5's special tokens, in T5's order: ids 0, 1, 2."""
+"""T5's special tokens; their ids are 0, 1, 2."""
 
 SPECIAL = ((END, PAD), ("[SEP]", "[PAD]"))
-"""End and padding tokens of supported tokenizers: T5's (and most others'), BERT's."""
+"""End and padding tokens of supported tokenizers: T5's and most others', BERT's."""
 
-_NOT_NESTED = "give one list of texts, or encode each list by itself"
-_BYTES = 'decode it first: value.decode("utf-8")'
-_FIX = {
-    bytes: _BYTES,
-    bytearray: _BYTES,
-    list: _NOT_NESTED,
-    tuple: _NOT_NESTED,
+_FIX: dict[type, str] = {
+    **dict.fromkeys((bytes, bytearray), 'decode it first: value.decode("utf-8")'),
+    **dict.fromkeys((list, tuple), "give one list of texts, or encode each list by itself"),
     type(None): "leave out missing texts",
 }
 """Advice for a value that is not a text, by its type."""
@@ -36,7 +31,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def require_texts(texts: object) -> list[str]:
-    """A str as a list of one, a sequence of str as a list. Raises InputError on anything else, with its index."""
+    """A str as a list of one, a sequence of str as a list. Raises InputError on anything else, naming the index."""
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, Sequence) or isinstance(texts, bytes | bytearray):
@@ -55,7 +50,7 @@ def require_texts(texts: object) -> list[str]:
 
 
 class ChunkTokenizer:
-    """Text to token ids within one codec's limit; the end-of-sequence token always counts."""
+    """Text to token ids within a codec's token limit. The end-of-sequence token always counts."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, sha256: str) -> None:
         self.max_tokens = max_tokens
@@ -65,25 +60,25 @@ class ChunkTokenizer:
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        found = [(tokenizer.token_to_id(end), tokenizer.token_to_id(pad)) for end, pad in SPECIAL]
-        whole = [pair for pair in found if None not in pair]
-        if not whole:
+        ids = [(tokenizer.token_to_id(end), tokenizer.token_to_id(pad)) for end, pad in SPECIAL]
+        known = [pair for pair in ids if None not in pair]
+        if not known:
             names = " or ".join(f"{end} and {pad}" for end, pad in SPECIAL)
             raise InputError(f"the tokenizer lacks its special tokens; expected {names}")
         self.end_id: int
         self.pad_id: int
-        self.end_id, self.pad_id = whole[0]  # type: ignore[assignment]
+        self.end_id, self.pad_id = known[0]  # type: ignore[assignment]
         controls = [t.content for t in tokenizer.get_added_tokens_decoder().values() if len(t.content) > 1]
-        spelt = [re.escape(c) for c in controls]
+        patterns = [re.escape(c) for c in controls]
         if (
             tokenizer.token_to_id("<0x41>") is not None
-        ):  # byte fallback: "<0x41>" in a text would decode to "A"
+        ):  # byte fallback: a literal "<0x41>" would decode to "A"
             controls.append("<0x41>")
-            spelt.append("<0x[0-9A-F]{2}>")
-        self._control = re.compile("|".join(spelt))
+            patterns.append("<0x[0-9A-F]{2}>")
+        self._control = re.compile("|".join(patterns))
         self._control_starts = {c[0] for c in controls}
-        self._inside = Tokenizer.from_str(_without_prefix(tokenizer.to_str()))
-        """Tokenizes what follows a cut inside a control token, which does not start a new word."""
+        self._continuing = Tokenizer.from_str(_without_prefix(tokenizer.to_str()))
+        """For text that does not start a word."""
         self.num_special = len(tokenizer.encode("").ids)
         """Special tokens added to every text: 1 for T5 (end), 2 for BERT (start and end)."""
 
@@ -105,10 +100,9 @@ class ChunkTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def log_frequencies(self) -> list[float]:
-        """Log-probability of each id in running text, nats: the scores of a unigram tokenizer.
+        """Log-probability of each id in running text, nats: the scores of a unigram tokenizer, uniform for other kinds.
 
-        The end token occurs once per text, here once in 22 tokens; padding and unknown pieces almost never. Other kinds
-        of tokenizer give the same value for all ids.
+        The end token counts as one in 22, padding and unknown tokens as almost none.
         """
         model = json.loads(self._tokenizer.to_str())["model"]
         size = self.vocabulary_size
@@ -117,9 +111,8 @@ class ChunkTokenizer:
         never = -30.0
         scores = [float(score) for _, score in model["vocab"]] + [never] * (size - len(model["vocab"]))
         for special in (PAD, UNKNOWN):
-            place = self._tokenizer.token_to_id(special)
-            if place is not None:
-                scores[place] = never
+            if (token := self._tokenizer.token_to_id(special)) is not None:
+                scores[token] = never
         scores[self.end_id] = -math.log(22)
         return scores
 
@@ -137,30 +130,30 @@ class ChunkTokenizer:
         return rows, lengths
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """Character span of each content token (no end token), in order."""
+        """Character span of each token without the special ones, in order."""
         if not self._has_control(text):
             return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
-        return [span for _, span in self._spelt(text)]
+        return [span for _, span in self._literal(text)]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, end of sequence included. Control tokens in a text are read as plain characters."""
+        """Token ids of each text, special tokens included. Control tokens in a text count as plain characters."""
         rows = [e.ids for e in self._tokenizer.encode_batch_fast(list(texts))]
         for i, text in enumerate(texts):
             if self._has_control(text):
-                frame = self._tokenizer.encode("").ids
-                rows[i] = [*frame[:-1], *(token for token, _ in self._spelt(text)), frame[-1]]
+                special = self._tokenizer.encode("").ids
+                rows[i] = [*special[:-1], *(token for token, _ in self._literal(text)), special[-1]]
         return rows
 
     def _has_control(self, text: str) -> bool:
         return any(c in text for c in self._control_starts) and self._control.search(text) is not None
 
-    def _spelt(self, text: str) -> list[tuple[int, tuple[int, int]]]:
-        """Tokens and spans of a text that spells out control tokens: each is cut after its first character, so that
-        the tokenizer does not recognise it."""
+    def _literal(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """Tokens and spans of a text that contains control tokens as characters: the text is cut after the first
+        character of each, so that the tokenizer does not recognise it."""
         cuts = [m.start() + 1 for m in self._control.finditer(text)]
         out: list[tuple[int, tuple[int, int]]] = []
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            tokenizer = self._inside if start else self._tokenizer
+            tokenizer = self._continuing if start else self._tokenizer
             encoding = tokenizer.encode(text[start:end], add_special_tokens=False)
             spans = ((start + a, start + b) for a, b in encoding.offsets)
             out += zip(encoding.ids, spans, strict=True)
@@ -172,7 +165,7 @@ class ChunkTokenizer:
 
 
 def _without_prefix(tokenizer_json: str) -> str:
-    """The tokenizer's JSON, changed so that no space is put before a text."""
+    """The tokenizer's JSON, changed so that no space is put before texts."""
 
     def never(part: Any) -> None:
         if isinstance(part, dict):
@@ -189,8 +182,8 @@ def _without_prefix(tokenizer_json: str) -> str:
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: Path) -> None:
     """Fit a unigram tokenizer with byte fallback and write it to `path` as tokenizer.json.
 
-    Unigram (Kudo 2018, arXiv:1804.10959), as in T5; byte fallback, so that every text can be encoded. Unlike T5's
-    NFKC, it normalises only to NFC and white space to single spaces, so that decoded text equals its source.
+    Unigram (Kudo 2018, arXiv:1804.10959), as in T5; byte fallback, so that every text can be encoded. Normalises to
+    NFC, not T5's NFKC, and white space to single spaces; otherwise the decoded text equals its source.
     """
     tokenizer = Tokenizer(models.Unigram(byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
@@ -207,7 +200,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: Path) -> N
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer adds no byte pieces, so they are appended with the lowest score: used only where no piece fits.
+    # The trainer adds no byte tokens. They get the lowest score, to be used only where nothing else fits.
     state = json.loads(tokenizer.to_str())
     vocab = state["model"]["vocab"]
     floor = min(score for _, score in vocab) - 10.0

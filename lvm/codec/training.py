@@ -1,21 +1,19 @@
-"""Fits the `mini` codec: encoder and hypothesizer together, from chunks to weights. Plain torch.
+"""Trains the `mini` codec, encoder and hypothesizer together, on chunks. Plain torch.
 
     python -m lvm.codec.training --chunks CHUNKS_DIR --tokenizer tokenizer.json --output RUN_DIR --minutes 60
-
-Reads chunk shards (Parquet with `doc_id`, `position`, `text`, rows in article order). Writes into RUN_DIR:
-`checkpoint.pt` (a second run resumes from it), `curve.jsonl` (one line per minute: throughput, losses, held-out
-score), and at the end `encoder.safetensors`, `hypothesizer.safetensors`, `config.json`.
-
-The loss is the sum of two: cross-entropy of the text given its noised vector (reconstruction), and InfoNCE between
-the topic parts of neighbouring chunks of an article, with the other chunks of the batch as negatives
-(arXiv:1807.03748), so that vectors hold words and topic. Noise makes the hypothesizer robust: predicted vectors lie
-off the manifold of texts' vectors, and it must still write sense from them (see `noised` and `blended`).
-
     python -m lvm.codec.training ... --init CODEC_DIR                     start from a codec's weights
     python -m lvm.codec.training ... --init CODEC_DIR --freeze-encoder    train only the hypothesizer
 
-With a frozen encoder the codec keeps its identity: existing vectors, indexes and models stay valid, and only the
-decoded texts change. A step then costs little more than the decoder's share.
+Reads chunk shards (Parquet with `doc_id`, `position`, `text`, rows in article order). Writes into RUN_DIR:
+`checkpoint.pt` (a second run resumes from it), `curve.jsonl` (one line per minute: throughput, losses, held-out score),
+and at the end `encoder.safetensors`, `hypothesizer.safetensors`, `config.json`.
+
+The loss is the sum of two: reconstruction, the cross-entropy of the text given its noised vector; and InfoNCE
+(arXiv:1807.03748) between the topic parts of neighbouring chunks of an article, with the other chunks of the batch as
+negatives. Noise prepares the hypothesizer for predicted vectors, which are unlike those of texts (`noised`, `blended`).
+
+A frozen encoder keeps the codec's identity: existing vectors, indexes and models stay valid, and only decoded texts
+change. A step then costs little more than the hypothesizer's share.
 """
 
 import argparse
@@ -46,17 +44,19 @@ from lvm.devices import device_for_mini
 from lvm.errors import InputError, OutputError, TrainingError
 from lvm.info_nce import info_nce
 
+Ints = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a codec is fitted; saved with the weights."""
+    """Hyperparameters; saved with the weights."""
 
     minutes: float = 60.0
-    """Total training time, resumed runs included; the learning rate decays to zero at its end."""
+    """Total training time, earlier parts of a resumed run included; the learning rate decays to zero at its end."""
     steps: int | None = None
-    """Total training steps, if reached before `minutes`; None for no limit."""
+    """Maximum training steps in all; None for no limit."""
     batch_pairs: int = 160
-    """Neighbour pairs per step, all used in InfoNCE."""
+    """Pairs of neighbouring chunks per step, for InfoNCE."""
     batch_decoded: int = 96
     """Chunks decoded per step, each the first of a pair."""
     learning_rate: float = 1e-3
@@ -64,37 +64,37 @@ class TrainingSettings:
     warmup_steps: int = 150
     """Steps of linear warm-up."""
     decay_share: float = 0.35
-    """Final share of the time, in which the learning rate decays linearly to zero."""
+    """Last share of the time, in which the learning rate decays linearly to zero."""
     contrast_weight: float = 0.5
-    """Weight of InfoNCE relative to the cross-entropy in nats per token."""
+    """Weight of InfoNCE (nats per chunk), added to the cross-entropy (nats per token)."""
     temperature: float = 0.06
     """Temperature of InfoNCE on cosines."""
     topic_steps: int = 1500
-    """Steps of the first phase, on topic embeddings only; under a minute on two cores, not counted in `minutes`."""
+    """Steps of the first phase (`fit_topics`); under a minute on two cores, not counted in `minutes`."""
     topic_batch_pairs: int = 1024
-    """Neighbour pairs per step of the first phase."""
+    """Pairs per step of the first phase."""
     topic_rate_share: float = 0.2
     """Learning rate of the topic embeddings in the main phase, as a share of `learning_rate`."""
     reach: int = 2
-    """Maximum distance, in chunks, of a neighbour in the same article."""
+    """Maximum distance between the chunks of a pair."""
     noised_share: float = 0.6
     """Share of rows whose vector is noised before decoding."""
     lowest_cosine: float = 0.75
-    """The cosine of a noised vector to the true one is drawn from here to 1."""
+    """Minimum cosine between a noised vector and the true one, drawn uniformly from here to 1."""
     blended_share: float = 0.3
     """Share of rows first blended with vectors of similar topic, as in snapped and predicted vectors."""
     least_own: float = 0.1
-    """Minimum weight of a blended row's own vector; it is drawn from here to 1."""
+    """Minimum weight of a blended row's own vector, drawn uniformly from here to 1."""
     faded_share: float = 0.15
-    """Share of rows whose lexical part is also scaled down, by a factor from 0.15 to 1."""
+    """Share of rows whose lexical part is scaled down, by a factor from 0.15 to 1."""
     freeze_encoder: bool = False
     """Train only the hypothesizer, so that no vector changes; all chunks of a batch are then decoded."""
     run_length: int = 4
-    """Nearby chunks of one article per group in a batch, for blending; with a frozen encoder only."""
+    """Nearby chunks of one article per group in a batch, to be blended; with a frozen encoder only."""
     bfloat16: bool = True
     """Matrix products in bfloat16; without AMX or a GPU, float32 may be faster."""
     held_out_share: float = 0.01
-    """Share of articles held out for the curve (at least 20 articles)."""
+    """Share of articles held out for the score (at least 20 articles)."""
     seed: int = 7
     """Seed of initial weights, batches and noise."""
 
@@ -116,12 +116,32 @@ class TrainingSettings:
             raise InputError(f"run_length must be at least 1, got {self.run_length}")
 
 
+def hold_out(rows: Ints, docs: npt.NDArray[np.int32], share: float, seed: int) -> tuple[Ints, Ints]:
+    """Rows of training articles, and those of held-out articles. docs: the article of every row of the corpus. Raises
+    InputError for fewer than 40 articles."""
+    articles = np.unique(docs)
+    if len(articles) < 40:
+        raise InputError(f"expected chunks of at least 40 articles to hold some out, got {len(articles)}")
+    np.random.default_rng(seed).shuffle(articles)
+    is_held = np.isin(docs[rows], articles[: max(20, int(len(articles) * share))])
+    return rows[~is_held], rows[is_held]
+
+
+def padded(
+    ids: npt.NDArray[Any], starts: Ints, lengths: Ints, pad_id: int, width: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Slices of the flat ids as rows (B, T) int64, padded to `width` (0 for the longest), and the mask (B, T) bool,
+    True on real tokens. starts, lengths: (B,)."""
+    position = np.arange(width or lengths.max())[None]
+    mask = position < lengths[:, None]
+    flat = np.minimum(starts[:, None] + position, len(ids) - 1)
+    return torch.from_numpy(np.where(mask, ids[flat], pad_id).astype(np.int64)), torch.from_numpy(mask)
+
+
 class ChunkTokens:
     """All chunks as token ids in one flat array, in article order."""
 
-    def __init__(
-        self, ids: npt.NDArray[np.int16], ends: npt.NDArray[np.int64], doc_ids: npt.NDArray[np.int32]
-    ):
+    def __init__(self, ids: npt.NDArray[np.int16], ends: Ints, doc_ids: npt.NDArray[np.int32]):
         self.ids, self.ends, self.doc_ids = ids, ends, doc_ids
         self.starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
 
@@ -130,58 +150,43 @@ class ChunkTokens:
 
     @classmethod
     def read(cls, directory: Path, tokenizer: ChunkTokenizer, limit: int | None = None) -> "ChunkTokens":
-        """Tokenise the chunk shards of a directory. Raises InputError where there are none."""
+        """Tokenise the chunk shards of a directory. Raises InputError when there are none.
+
+        limit: stop once this many chunks are read; None for all.
+        """
         files = sorted(directory.glob("*.parquet"))
         if not files:
             raise InputError(
                 f"no *.parquet in {directory}; expected chunk shards, make them with `latent chunk`"
             )
         flat: list[npt.NDArray[np.int16]] = []
-        lengths: list[npt.NDArray[np.int64]] = []
+        lengths: list[Ints] = []
         docs: list[npt.NDArray[np.int32]] = []
         rows = 0
-        for file in files:
-            for batch in pq.ParquetFile(file).iter_batches(16384, columns=["doc_id", "text"]):
-                token_rows, _ = tokenizer.encode(batch.column("text").to_pylist())
-                lengths.append(np.fromiter((len(r) for r in token_rows), np.int64, len(token_rows)))
-                flat.append(np.concatenate([np.asarray(r, np.int16) for r in token_rows]))
-                docs.append(batch.column("doc_id").to_numpy().astype(np.int32))
-                rows += len(token_rows)
-                if limit is not None and rows >= limit:
-                    break
+        columns = ["doc_id", "text"]
+        for batch in (b for f in files for b in pq.ParquetFile(f).iter_batches(16384, columns=columns)):
+            token_rows, _ = tokenizer.encode(batch.column("text").to_pylist())
+            lengths.append(np.fromiter((len(r) for r in token_rows), np.int64, len(token_rows)))
+            flat.append(np.concatenate([np.asarray(r, np.int16) for r in token_rows]))
+            docs.append(batch.column("doc_id").to_numpy().astype(np.int32))
+            rows += len(token_rows)
             if limit is not None and rows >= limit:
                 break
         return cls(np.concatenate(flat), np.cumsum(np.concatenate(lengths)), np.concatenate(docs))
 
-    def batch(
-        self, rows: npt.NDArray[np.int64], pad_id: int, places: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Ids (B, T) int64 padded to `places` or the longest row, and the mask (B, T) bool of real places."""
-        lengths = self.ends[rows] - self.starts[rows]
-        place = np.arange(places or lengths.max())[None]
-        mask = place < lengths[:, None]
-        flat = np.minimum(self.starts[rows][:, None] + place, len(self.ids) - 1)
-        ids = np.where(mask, self.ids[flat], pad_id)
-        return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(mask)
+    def batch(self, rows: Ints, pad_id: int, width: int = 0) -> tuple[Tensor, Tensor]:
+        """Token ids of rows, padded, and their mask, as in `padded`."""
+        starts = self.starts[rows]
+        return padded(self.ids, starts, self.ends[rows] - starts, pad_id, width)
 
-    def split(self, held_out_share: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Rows of training and of held-out articles; split by article."""
-        docs = np.unique(self.doc_ids)
-        if len(docs) < 40:
-            raise InputError(f"expected chunks of at least 40 articles to hold some out, got {len(docs)}")
-        np.random.default_rng(seed).shuffle(docs)
-        held = docs[: max(20, int(len(docs) * held_out_share))]
-        is_held = np.isin(self.doc_ids, held)
-        return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+    def split(self, share: float, seed: int) -> tuple[Ints, Ints]:
+        """All rows, split as in `hold_out`."""
+        return hold_out(np.arange(len(self)), self.doc_ids, share, seed)
 
 
-def topic_start(
-    data: ChunkTokens, rows: npt.NDArray[np.int64], config: MiniConfig, seed: int
-) -> npt.NDArray[np.float32]:
-    """Initial topic embeddings, (V, P): latent semantic analysis of groups of four chunks.
-
-    TF-IDF over the vocabulary and truncated SVD (Deerwester et al. 1990), each token weighted by its inverse document
-    frequency, so that the sum over a text is already a usable topic vector.
+def topic_start(data: ChunkTokens, rows: Ints, config: MiniConfig, seed: int) -> npt.NDArray[np.float32]:
+    """Initial topic embeddings, (V, P): latent semantic analysis (Deerwester et al. 1990) with groups of four chunks as
+    documents. They are weighted by inverse document frequency, so that their sum over a text is a usable topic vector.
     """
     from scipy.sparse import csr_matrix
     from sklearn.decomposition import TruncatedSVD
@@ -202,48 +207,44 @@ def topic_start(
     svd = TruncatedSVD(config.topic_dim, n_iter=3, random_state=seed)
     weighted = counts.multiply(idf).tocsr()
     svd.fit(weighted)
-    # The square root of the singular values damps the first, most common directions.
+    # Dividing by the square roots of the singular values damps the first, most common directions.
     table = (svd.components_.T / np.sqrt(svd.singular_values_ / svd.singular_values_[0])[None]) * idf[:, None]
     return np.asarray(table / np.linalg.norm(table, axis=1).mean(), np.float32)
 
 
 def start_weights(
-    config: MiniConfig, data: ChunkTokens, rows: npt.NDArray[np.int64], seed: int
+    config: MiniConfig, data: ChunkTokens, rows: Ints, seed: int
 ) -> tuple[MiniEncoder, MiniHypothesizer]:
-    """Initialised networks: topic table from the data, token amplitudes by surprisal."""
+    """Networks with initial weights: topic embeddings by `topic_start`, norms of token embeddings by surprisal."""
     torch.manual_seed(seed)
     encoder = MiniEncoder(config)
     hypothesizer = MiniHypothesizer(config, encoder.topic_norm)
     frequency = np.bincount(data.ids.astype(np.int64), minlength=config.vocabulary_size) + 1.0
     surprisal = -np.log(frequency / frequency.sum())
-    # Predictable tokens need less energy in the vector. Scaled so that a token of running text has energy 1 on
-    # average, as the topic part's norm assumes.
+    # Predictable tokens need less energy in the vector. The mean energy of a token in running text is scaled to 1, as
+    # the norm of the topic part assumes.
     amplitude = np.clip(surprisal / 8.0, 0.3, 1.5)
     amplitude /= math.sqrt((frequency * amplitude**2).sum() / frequency.sum())
     with torch.no_grad():
         encoder.tokens.weight.mul_(torch.from_numpy(amplitude).float()[:, None])
         encoder.topics.weight.copy_(torch.from_numpy(topic_start(data, rows, config, seed)))
-        # Matched filter: the priors add about 10 <x, e>, whose peak for a token that is there is 10 |e|^2; half of
-        # that is taken off, so that strong tokens do not win where they are absent.
+        # The priors add about 10 <x, e> to the logits, that is 10 |e|^2 for a token that is present. As in a matched
+        # filter, half of that is subtracted, so that tokens of high norm do not win where they are absent.
         hypothesizer.bias.copy_(torch.from_numpy(-0.5 * surprisal - 5.0 * amplitude**2).float())
     return encoder, hypothesizer
 
 
-def neighbours_of(
-    picked: npt.NDArray[np.int64], doc_ids: npt.NDArray[np.int32], reach: int, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """For each picked row that has a next one, a row up to `reach` later in the same article."""
+def neighbours_of(picked: Ints, doc_ids: npt.NDArray[np.int32], reach: int, rng: np.random.Generator) -> Ints:
+    """For each row (which has a next one in its article), a random row up to `reach` later in the same article."""
     further = np.minimum(picked + rng.integers(1, reach + 1, len(picked)), len(doc_ids) - 1)
     return np.where(doc_ids[further] == doc_ids[picked], further, picked + 1)
 
 
-def fit_topics(
-    encoder: MiniEncoder, data: ChunkTokens, anchors: npt.NDArray[np.int64], settings: TrainingSettings
-) -> float:
-    """First phase: InfoNCE on the bag of topic embeddings only, in place; returns the last loss in nats.
+def fit_topics(encoder: MiniEncoder, data: ChunkTokens, anchors: Ints, settings: TrainingSettings) -> float:
+    """First phase: trains the topic embeddings, in place, by InfoNCE on bags of them; returns the last loss in nats.
 
-    A bag needs no matrix product, so a step covers thousands of chunks and soon beats latent semantic analysis (next
-    chunk among 10,000, R@10: 0.074 before, 0.136 after 30 s on two cores).
+    A bag needs no matrix product, so a step covers thousands of chunks and soon beats latent semantic analysis (R@10 of
+    the next chunk among 10,000: 0.074 before, 0.136 after 30 s on two cores).
     """
     table = encoder.topics.weight
     optimiser = torch.optim.Adam([table], lr=3e-3)
@@ -262,21 +263,18 @@ def fit_topics(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
-    with torch.no_grad():  # the contextual part is added to it, so its scale is fixed here
+    with torch.no_grad():  # a fixed scale, as the contextual part is added later
         table.div_(table.norm(dim=1).mean())
     return loss.item()
 
 
 def runs_of(
-    picked: npt.NDArray[np.int64],
-    doc_ids: npt.NDArray[np.int32],
-    length: int,
-    reach: int,
-    rng: np.random.Generator,
-) -> npt.NDArray[np.int64]:
-    """Each picked row and `length` - 1 later rows of its article, each up to `reach` after the previous one.
+    picked: Ints, doc_ids: npt.NDArray[np.int32], length: int, reach: int, rng: np.random.Generator
+) -> Ints:
+    """(B * length,) each picked row followed by `length` - 1 rows of its article, each up to `reach` after the
+    previous.
 
-    If the article ends too early, rows before the picked one, or the row itself, are used instead.
+    Where the article ends too early, rows before the picked one are used instead, or that row itself.
     """
     rows = [picked]
     for _ in range(length - 1):
@@ -288,11 +286,12 @@ def runs_of(
 
 
 def blended(vectors: Tensor, pool: Tensor, settings: TrainingSettings, topic_dim: int) -> Tensor:
-    """Vectors (B, D), some of them mixed with similar rows of the pool (N, D), whose first B rows they are.
+    """Vectors (B, D) float32 of unit norm, some of them blended with similar rows of the pool (N, D), which starts with
+    the same B vectors.
 
-    A predicted or snapped vector is a mean of many texts: their topic parts add up, while their words cancel except
-    common ones. Here the mean weights the pool by a softmax over topic cosines (without the row itself) of random
-    sharpness, so that it ranges from a single neighbour to the batch's mean. float32, unit norm.
+    A predicted or snapped vector is a mean of many texts: their topics agree, while only common words add up. Here the
+    mean is weighted by a softmax over topic cosines with a random temperature, from about a single neighbour to the
+    mean of the batch; a row itself is left out.
     """
     B, device = vectors.shape[0], vectors.device
     with torch.no_grad():
@@ -307,7 +306,7 @@ def blended(vectors: Tensor, pool: Tensor, settings: TrainingSettings, topic_dim
 
 
 def noised(vectors: Tensor, settings: TrainingSettings, topic_dim: int) -> Tensor:
-    """Vectors as a predictor might return them, (B, D), unit norm: some with a weaker lexical part, some noised."""
+    """Unit vectors (B, D), some with a weaker lexical part, some with noise, as a predictor might return them."""
     B = vectors.shape[0]
     fade = torch.rand(B, 1, device=vectors.device)
     factor = torch.where(
@@ -329,21 +328,18 @@ def losses(
     mask: Tensor,
     settings: TrainingSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Reconstruction in nats per token, and InfoNCE in nats per chunk (0 with a frozen encoder); float32 scalars.
+    """Reconstruction loss in nats per token, and InfoNCE in nats per chunk (0 with a frozen encoder); float32 scalars.
 
-    ids, mask: (2B, T); row i + B is the neighbour of row i, and the first `batch_decoded` rows are decoded. With a
-    frozen encoder (B, T), all of them decoded.
+    ids, mask: (2B, T), where row i + B is the neighbour of row i and the first `batch_decoded` rows are decoded. With a
+    frozen encoder (B, T), all decoded.
     """
     P = encoder.config.topic_dim
-    if settings.freeze_encoder:
-        with torch.no_grad():
-            vectors = encoder(ids, mask)
-        contrast = vectors.new_zeros(())
-        B = len(ids)
-    else:
+    with torch.set_grad_enabled(not settings.freeze_encoder):
         vectors = encoder(ids, mask)
-        topic = F.normalize(vectors[:, :P], dim=-1)
-        first, second = topic.chunk(2)
+    if settings.freeze_encoder:
+        contrast, B = vectors.new_zeros(()), len(ids)
+    else:
+        first, second = F.normalize(vectors[:, :P], dim=-1).chunk(2)
         contrast = info_nce(first, second, settings.temperature, both_ways=True)
         B = settings.batch_decoded
     given = noised(blended(vectors[:B], vectors, settings, P), settings, P)
@@ -353,10 +349,10 @@ def losses(
 
 
 @torch.inference_mode()
-def recentre(encoder: MiniEncoder, data: ChunkTokens, rows: npt.NDArray[np.int64], pad_id: int) -> None:
-    """Set the encoder's `centre` to the mean topic of 2,048 of these chunks, in place.
+def recentre(encoder: MiniEncoder, data: ChunkTokens, rows: Ints, pad_id: int) -> None:
+    """Set the encoder's `centre` to the mean topic part of 2,048 of these chunks.
 
-    A running mean would lag behind the changing weights and make unrelated texts look similar.
+    A running mean would lag behind the weights and make unrelated texts look similar.
     """
     device = encoder.tokens.weight.device
     total = torch.zeros_like(encoder.centre)
@@ -372,11 +368,12 @@ def held_out_score(
     encoder: MiniEncoder,
     hypothesizer: MiniHypothesizer,
     data: ChunkTokens,
-    rows: npt.NDArray[np.int64],
+    rows: Ints,
     tokenizer: ChunkTokenizer,
     num_decoded: int = 256,
 ) -> dict[str, float]:
-    """Read-back of held-out chunks without corrector steps, and cosines of neighbours and of strangers."""
+    """Quality of the hypothesizer's texts of held-out chunks (`read_back`), and cosines of successive and of unrelated
+    chunks."""
     rows = rows[np.linspace(0, len(rows) - 2, num_decoded, dtype=np.int64)]
     device = encoder.tokens.weight.device
     nexts = np.minimum(rows + 1, len(data) - 1)
@@ -399,16 +396,12 @@ def held_out_score(
 def optimiser_for(
     encoder: MiniEncoder, hypothesizer: MiniHypothesizer, settings: TrainingSettings
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, not on embedding tables, norms and biases."""
+    """AdamW with weight decay on matrices only, not on embeddings, norms and biases."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
-    for module in (encoder, hypothesizer):
-        if module is encoder and settings.freeze_encoder:
-            continue
+    for module in (hypothesizer,) if settings.freeze_encoder else (encoder, hypothesizer):
         for name, parameter in module.named_parameters():
-            is_matrix = (
-                parameter.ndim == 2 and not name.startswith(("tokens", "topics")) and "bias" not in name
-            )
+            is_matrix = parameter.ndim == 2 and not name.startswith("tokens") and "bias" not in name
             if name != "topics.weight":
                 (matrices if is_matrix else others).append(parameter)
     groups = [
@@ -437,9 +430,8 @@ def save_weights(
     """Write bfloat16 safetensors and config.json; each under a temporary name, then renamed."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, module in (("encoder", encoder), ("hypothesizer", hypothesizer)):
-        tensors = {
-            k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in module.state_dict().items()
-        }
+        state = module.state_dict()
+        tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in state.items()}
         temporary = directory / f".{name}.safetensors.tmp"
         save_file(tensors, temporary, metadata={"format": "pt"})
         os.replace(temporary, directory / f"{name}.safetensors")
@@ -483,11 +475,11 @@ def require_same_run(
     settings: TrainingSettings,
     limit: int | None = None,
 ) -> None:
-    """Check that a run in `output` may resume with these inputs and settings, and store them for the next call.
+    """Check that the run in `output` may resume with these inputs and settings; for a new run, store them.
 
-    Raises OutputError naming what differs: chunks (by the content of their shards), tokenizer, configuration, whether
-    the encoder is frozen, or the held-out articles, some of which would have been trained on. For a run of an older
-    version, which did not store them, a warning is printed, and `fit` checks only its configuration.
+    Raises OutputError naming what differs: chunks (by content), tokenizer, configuration, whether the encoder is
+    frozen, or what determines the held-out articles, which must never be trained on. Runs of an old version did not
+    store them; for those a warning is printed, and `fit` checks only the configuration.
     """
     digest = hashlib.sha256()
     for file in sorted(chunks.glob("*.parquet")):
@@ -505,10 +497,7 @@ def require_same_run(
     note = output / "run.json"
     if (output / "checkpoint.pt").exists():
         if not note.exists():
-            print(
-                f"{output} does not record its chunks and tokenizer; resuming without a check",
-                flush=True,
-            )
+            print(f"{output} does not record its chunks and tokenizer; resuming without a check", flush=True)
             return
         found = json.loads(note.read_text())
         if differ := [name for name in wanted if found.get(name) != wanted[name]]:
@@ -539,10 +528,11 @@ def fit(
 ) -> dict[str, Any]:
     """Train for `settings.minutes`, resuming from `output/checkpoint.pt` if it exists.
 
-    init: folder of a codec of the same configuration to start a new run from, instead of the topic phase. on_score is
-    called with each line of the curve. Returns the last held-out score with steps, chunks and seconds. Raises
-    OutputError when the existing run has other chunks, tokenizer or settings (`require_same_run`), InputError when
-    `init` does not fit or is missing for a frozen encoder, and TrainingError when a loss is not finite.
+    limit: as in `ChunkTokens.read`. on_score: called with each line of the curve. init: folder of a codec of the same
+    configuration; a new run starts from its weights and skips the topic phase. Returns the last held-out score with
+    steps, chunks and seconds. Raises OutputError when the existing run has other inputs or settings
+    (`require_same_run`), InputError when `init` does not fit or is missing for a frozen encoder, and TrainingError when
+    the loss is not finite.
     """
     if settings.freeze_encoder and init is None:
         raise InputError("a frozen encoder needs weights to start from; give --init with a codec's folder")
@@ -573,9 +563,8 @@ def fit(
     encoder.to(device).requires_grad_(not settings.freeze_encoder)
     hypothesizer.to(device)
     if state is None and init is None:
-        print(
-            f"topic phase done, InfoNCE {fit_topics(encoder, data, anchors, settings):.3f} nats", flush=True
-        )
+        nats = fit_topics(encoder, data, anchors, settings)
+        print(f"topic phase done, InfoNCE {nats:.3f} nats", flush=True)
     optimiser = optimiser_for(encoder, hypothesizer, settings)
     step, spent_s, chunks_seen = 0, 0.0, 0
     if state is not None:
@@ -596,19 +585,10 @@ def fit(
     score: dict[str, Any] = {}
 
     def save() -> None:
+        record = {"config": config.to_dict(), "step": step, "spent_s": spent_s, "chunks_seen": chunks_seen}
+        parts: dict[str, Any] = {"encoder": encoder, "hypothesizer": hypothesizer, "optimiser": optimiser}
         temporary = checkpoint.with_suffix(".tmp")
-        torch.save(
-            {
-                "config": config.to_dict(),
-                "encoder": encoder.state_dict(),
-                "hypothesizer": hypothesizer.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "step": step,
-                "spent_s": spent_s,
-                "chunks_seen": chunks_seen,
-            },
-            temporary,
-        )
+        torch.save(record | {name: part.state_dict() for name, part in parts.items()}, temporary)
         os.replace(temporary, checkpoint)
 
     while True:
@@ -647,8 +627,8 @@ def fit(
         # --- stop
         if done:
             break
-        # --- step; only steps count as training time, not scoring and saving
-        begun = time.perf_counter()
+        # --- step; scoring and saving do not count as training time
+        started = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = group["rate"] * learning_rate_at(step, spent_s, settings)
         if settings.freeze_encoder:
@@ -659,10 +639,9 @@ def fit(
             picked = rng.choice(anchors, settings.batch_pairs)
             rows = np.concatenate((picked, neighbours_of(picked, data.doc_ids, settings.reach, rng)))
         ids, mask = data.batch(rows, tokenizer.pad_id, config.max_tokens)
+        ids, mask = ids.to(device), mask.to(device)
         with torch.autocast(kind, torch.bfloat16, enabled=settings.bfloat16):
-            reconstruction, contrast = losses(
-                encoder, hypothesizer, ids.to(device), mask.to(device), settings
-            )
+            reconstruction, contrast = losses(encoder, hypothesizer, ids, mask, settings)
         loss = reconstruction + settings.contrast_weight * contrast
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -676,27 +655,23 @@ def fit(
         recent.append((reconstruction.item(), contrast.item()))
         step += 1
         chunks_seen += settings.batch_decoded
-        spent_s += time.perf_counter() - begun
+        spent_s += time.perf_counter() - started
 
     summary = {"steps": step, "chunks_seen": chunks_seen, "seconds": round(spent_s), **score}
-    save_weights(
-        output,
-        encoder,
-        hypothesizer,
-        {
-            "format": 1,
-            "config": config.to_dict(),
-            "training": asdict(settings),
-            "tokenizer_sha256": tokenizer.sha256,
-            "num_training_chunks": len(train_rows),
-            "held_out": summary,
-        },
-    )
+    record = {
+        "format": 1,
+        "config": config.to_dict(),
+        "training": asdict(settings),
+        "tokenizer_sha256": tokenizer.sha256,
+        "num_training_chunks": len(train_rows),
+        "held_out": summary,
+    }
+    save_weights(output, encoder, hypothesizer, record)
     return summary
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """The command line; see the module's docstring. Options named like fields of TrainingSettings set them."""
     defaults = TrainingSettings()
     parser = argparse.ArgumentParser(description="Fit the mini codec on chunk shards.", allow_abbrev=False)
     parser.add_argument("--chunks", type=Path, required=True, help="folder of chunk shards (Parquet)")
@@ -711,7 +686,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--freeze-encoder", action="store_true", help="train only the hypothesizer")
     parser.add_argument("--blended-share", type=float, default=defaults.blended_share)
     parser.add_argument("--noised-share", type=float, default=defaults.noised_share)
-    parser.add_argument("--float32", action="store_true", help="matrix products in float32, not bfloat16")
+    parser.add_argument(
+        "--float32", dest="bfloat16", action="store_false", help="matrix products in float32, not bfloat16"
+    )
     parser.add_argument("--contrast-weight", type=float, default=defaults.contrast_weight)
     parser.add_argument("--topic-share", type=float, default=MiniConfig().topic_share)
     parser.add_argument("--decoder-layers", type=int, default=MiniConfig().decoder_layers)
@@ -725,32 +702,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     config = MiniConfig(topic_share=args.topic_share, decoder_layers=args.decoder_layers)
-    settings = TrainingSettings(
-        minutes=args.minutes,
-        steps=args.steps,
-        batch_pairs=args.batch_pairs,
-        batch_decoded=args.batch_decoded,
-        learning_rate=args.learning_rate,
-        contrast_weight=args.contrast_weight,
-        blended_share=args.blended_share,
-        noised_share=args.noised_share,
-        bfloat16=not args.float32,
-        freeze_encoder=args.freeze_encoder,
-        seed=args.seed,
-    )
+    fields = TrainingSettings.__dataclass_fields__
+    settings = TrainingSettings(**{name: value for name, value in vars(args).items() if name in fields})
     tokenizer = ChunkTokenizer.load(args.tokenizer, config.max_tokens)
-    summary = fit(
-        args.chunks,
-        tokenizer,
-        args.output,
-        config,
-        settings,
-        args.device,
-        args.limit,
-        args.compile,
-        score_every_s=args.score_every * 60,
-        init=args.init,
-    )
+    paths = (args.chunks, tokenizer, args.output)
+    options = {"compiled": args.compile, "score_every_s": args.score_every * 60, "init": args.init}
+    summary = fit(*paths, config, settings, args.device, args.limit, **options)
     print(json.dumps(summary))
 
 

@@ -1,15 +1,14 @@
-"""vec2text's hypothesizer and corrector, loaded from its checkpoint folders and run by our decode loop.
+"""vec2text's hypothesizer and corrector, loaded from its checkpoints and run by our decode loop.
 
-A folder holds `config.json` and `model.safetensors` (or its sharded form), as `InversionModel` and
-`CorrectorEncoderModel` of vec2text 0.0.13 save them (Morris et al. 2023, arXiv:2310.06816). Sizes come from
-the weights' shapes, since the T5 configuration is not in the folder. vec2text's trainers are not used.
+A folder holds `config.json` and `model.safetensors` (or its sharded form), as saved by `InversionModel` and
+`CorrectorEncoderModel` of vec2text 0.0.13 (Morris et al. 2023, arXiv:2310.06816). Sizes come from the shapes of the
+weights, since the T5 configuration is not in the folder.
 
-- The hypothesizer projects a vector to n encoder tokens, from which T5 writes.
-- The corrector's encoder reads: sep, n tokens of the vector, sep, n of the hypothesis' vector, sep, n of their
-  difference, sep, then the hypothesis' tokens with the decoder's start token before them, all through one
-  layer norm.
+- The hypothesizer projects a vector to n input embeddings of T5's encoder.
+- The corrector's encoder gets, through one layer norm: sep, n embeddings of the vector, sep, n of the hypothesis'
+  vector, sep, n of their difference, sep, then the decoder's start token and the hypothesis' tokens.
 
-Letters: B rows, T tokens, D vector length, L T5's width, n tokens a vector becomes.
+Letters: B rows, S memory positions, D vector length, L T5's width, n embeddings per vector.
 """
 
 import json
@@ -71,7 +70,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_stack(tensors: Mapping[str, Tensor], prefix: str, is_decoder: bool, where: Path) -> T5Stack:
-    """The T5 v1.0 stack under `prefix`, sizes from the shapes. Raises InputError when there is none."""
+    """The T5 v1.0 stack whose tensors start with `prefix`. Raises InputError when there is none.
+
+    where: the folder, for messages.
+    """
     own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     own.pop("embed_tokens.weight", None)  # the shared table under another name
     if any(".wi_0." in name for name in own):
@@ -83,15 +85,7 @@ def read_stack(tensors: Mapping[str, Tensor], prefix: str, is_decoder: bool, whe
         inner, d_model = own["block.0.layer.0.SelfAttention.q.weight"].shape
         d_ff = own[f"block.0.layer.{2 if is_decoder else 1}.DenseReluDense.wi.weight"].shape[0]
         num_layers = 1 + max(int(name.split(".")[1]) for name in own if name.startswith("block."))
-        config = T5Config(
-            d_model=d_model,
-            d_kv=inner // num_heads,
-            num_heads=num_heads,
-            d_ff=d_ff,
-            num_layers=num_layers,
-            is_decoder=is_decoder,
-            num_buckets=num_buckets,
-        )
+        config = T5Config(d_model, inner // num_heads, num_heads, d_ff, num_layers, is_decoder, num_buckets)
         stack = T5Stack(config)
         stack.load_state_dict(own)
     except (KeyError, ValueError, RuntimeError) as err:
@@ -111,12 +105,14 @@ class _Projection:
     """Linear, GELU, Linear: (B, D) to (B, n, L). In float32: it is small and runs once per row."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str, width: int, where: Path) -> None:
-        # The second Linear is number 2 in checkpoints from before the dropout layer, 3 in later ones.
+        # The second Linear is number 2 in early checkpoints, and 3 in those with a dropout layer.
         last = "2" if f"{prefix}.2.weight" in tensors else "3"
-        self.first = _need(tensors, f"{prefix}.0.weight", where), _need(tensors, f"{prefix}.0.bias", where)
-        self.last = (
-            _need(tensors, f"{prefix}.{last}.weight", where),
-            _need(tensors, f"{prefix}.{last}.bias", where),
+        self.first, self.last = (
+            (
+                _need(tensors, f"{prefix}.{number}.weight", where),
+                _need(tensors, f"{prefix}.{number}.bias", where),
+            )
+            for number in ("0", last)
         )
         self.width = width
 
@@ -134,44 +130,34 @@ class _Projection:
 
 
 class _Seq2Seq:
-    """A T5 encoder-decoder for inference, common to hypothesizer and corrector."""
+    """The T5 encoder-decoder of hypothesizer or corrector, for inference."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], where: Path, precision: Precision, device: torch.device
     ) -> None:
         prefix = "encoder_decoder."
-        # Tied tables are saved once, under whichever name came first.
-        names = (
-            "shared.weight",
-            "encoder.embed_tokens.weight",
-            "decoder.embed_tokens.weight",
-            "lm_head.weight",
-        )
-        present = [prefix + n for n in names if prefix + n in tensors]
+        # Tied tables are saved once, under any of these names.
+        tied = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+        present = [name for n in tied if (name := f"{prefix}{n}.weight") in tensors]
         if not present:
             raise InputError(
                 f"{where} holds no token table ({prefix}shared.weight); expected a vec2text checkpoint"
             )
         self.table = tensors[present[0]].float().to(device)
-        self.vocabulary_size, self.width = self.table.shape
-        for stack in ("encoder", "decoder"):
-            runner = StackRunner(
-                read_stack(tensors, f"{prefix}{stack}.", stack == "decoder", where).to(device), precision
-            )
-            setattr(self, stack, runner)
-        # T5 v1.0 multiplies the last state by L^-1/2 before the tied head; it matters to scores, not to the argmax.
+        self.width = self.table.shape[1]
+        encoder = read_stack(tensors, f"{prefix}encoder.", False, where).to(device)
+        decoder = read_stack(tensors, f"{prefix}decoder.", True, where).to(device)
+        self.encoder, self.decoder = StackRunner(encoder, precision), StackRunner(decoder, precision)
+        # T5 v1.0 multiplies the last state by L^-1/2 before the tied head. This changes scores, not the argmax.
         self.head = Matrix(self.table * self.width**-0.5, precision)
         self.device = device
 
-    encoder: StackRunner
-    decoder: StackRunner
-
 
 class _Checkpoint:
-    """What vec2text's two models have in common: a configuration and a T5."""
+    """A configuration and a T5, the parts that vec2text's two models share."""
 
     def __init__(self, folder: str | Path, precision: Precision, device: torch.device | None = None) -> None:
-        """Load `folder`. Raises InputError when it is not such a checkpoint."""
+        """Load `folder`. Raises InputError when it is not a checkpoint of this model."""
         folder = Path(folder)
         device = device or torch.device("cpu")
         self.config = read_config(folder)
@@ -197,7 +183,7 @@ class Hypothesizer(_Checkpoint):
         return self.transform.dim
 
     def memory(self, vectors: Tensor) -> tuple[Tensor, None]:
-        """The decoder's memory, (B, n, L), without padding."""
+        """The decoder's memory for vectors (B, D), (B, n, L), and no mask."""
         return self.t5.encoder.encode(self.transform(vectors)), None
 
 
@@ -227,8 +213,8 @@ class Corrector(_Checkpoint):
     ) -> tuple[Tensor, Tensor]:
         """The decoder's memory, (B, S, L), and its mask, (B, S) bool, True on real positions.
 
-        vectors and hypothesis_vectors: (B, D) float32 on the encoder's own scale. hypotheses: B lists of token
-        ids, without the start token.
+        vectors, hypothesis_vectors: (B, D) float32, not normalised. hypotheses: B lists of token ids, without the start
+        token.
         """
         B, table = len(vectors), self.t5.table
         if self.ignores_hypothesis_vector:
@@ -239,7 +225,7 @@ class Corrector(_Checkpoint):
             padded[row, 1 : 1 + len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
         # vec2text masks by id, so the start token, which is the padding token, is masked too.
         real = (padded != PAD_ID).to(self.t5.device)
-        one, two, three = (
+        target, difference, hypothesis = (
             transform(v)
             for transform, v in zip(
                 self.transforms, (vectors, vectors - hypothesis_vectors, hypothesis_vectors), strict=True
@@ -247,6 +233,7 @@ class Corrector(_Checkpoint):
         )
         sep = table[END_ID].expand(B, 1, -1)
         tokens = F.embedding(padded.to(self.t5.device), table)
-        states = self.norm(torch.cat((sep, one, sep, three, sep, two, sep, tokens), dim=1))
+        parts = (sep, target, sep, hypothesis, sep, difference, sep, tokens)
+        states = self.norm(torch.cat(parts, dim=1))
         mask = torch.cat((real.new_ones(B, states.shape[1] - length), real), dim=1)
         return self.t5.encoder.encode(states, mask), mask

@@ -1,20 +1,20 @@
 """A language model conditioned on a vector: fluent text for vectors that encode no actual text.
 
-A decoder that inverts an encoder is exact on a text's own vector but fails on a blend, which is not the sum of one
-text's words. Here a small pretrained language model writes the text. Its prefix is the words with most evidence
-(`lvm.codec.evidence`), each as the mean of its token embeddings plus a strength embedding, and a few positions computed
-from the vector. A low-rank adapter is trained to follow the prefix (`lvm.codec.writer_training`).
+A decoder that inverts an encoder is exact on the vector of an actual text but fails on a blend of several. For blends,
+a small pretrained language model writes the text. Its prefix is the evidence words (`lvm.codec.evidence`), each the
+mean of its token embeddings plus a strength embedding, and a few soft positions computed from the vector. A low-rank
+adapter is trained to follow the prefix (`lvm.codec.writer_training`).
 
-The language model's weights are a third party's, used where installed and identified by hash; adapter and evidence
-network are ours, in the writer's folder:
+The language model is a third party's and is not shipped: it must be installed, and is identified by hash. Adapter and
+evidence network are ours, in the writer's folder:
 
     writer.json            sizes, codec identity, hash of the language model, training
     writer.safetensors     adapter and prefix
     evidence.safetensors   the evidence network
     words.txt              its words, one per line
 
-Letters: B vectors, C candidates per vector, R = B * C rows, S positions before the text, E evidence words, V'
-ids that may be written, W the language model's width, D vector length.
+Letters: B vectors, S prefix positions, E evidence words per vector, N words in the list, V' ids that may be written, W
+the language model's width, D vector length.
 """
 
 import hashlib
@@ -43,37 +43,34 @@ from lvm.errors import InputError
 FILES = ("writer.json", "writer.safetensors", "evidence.safetensors", "words.txt")
 
 
-# ------------------------------------------------------------------------------------------ vector to prefix
-
-
 @dataclass(frozen=True)
 class WriterConfig:
-    """Sizes of prefix and adapter, which determine the weights' shapes."""
+    """Sizes of prefix and adapter, which determine the shapes of the weights."""
 
     dim: int
     """Length of a vector, D."""
     num_words: int
-    """Words the evidence is drawn from."""
+    """Words in the evidence network's list, N."""
     evidence_words: int = 12
     """Evidence words per vector, E."""
     soft_positions: int = 4
     """Prefix positions computed from the vector."""
     soft_width: int = 512
-    """Hidden width of the network that computes them."""
+    """Hidden width of the network that computes the soft positions."""
     evidence_width: int = 384
-    """Width inside the evidence network."""
+    """Hidden width of the evidence network."""
     rank: int = 16
     """Rank of the adapter."""
 
 
 class Prefix(nn.Module):
-    """Vectors to the prefix before the text."""
+    """Vectors to the embeddings that precede the text."""
 
     kept: Tensor
     table: Tensor
 
     def __init__(self, config: WriterConfig, base: Llama, words: Sequence[str], kept: Tensor) -> None:
-        """words: the evidence words, in order; kept: (V',) int64, the ids that may be written."""
+        """words: the evidence network's list; kept: (V',) int64, the ids that may be written."""
         super().__init__()
         self.config, self.words = config, list(words)
         W = base.config.hidden_size
@@ -92,7 +89,7 @@ class Prefix(nn.Module):
         nn.init.normal_(last.weight, std=scale * config.soft_width**-0.5)
         encoded = [e.ids for e in base.tokenizer.encode_batch_fast([f" {word}" for word in words])]
         self.first_ids = [ids[0] for ids in encoded]
-        """First token of each word when it follows a space."""
+        """First token id of each word after a space."""
         rows = torch.tensor([i for ids in encoded for i in ids])
         starts = torch.tensor([0] + [len(ids) for ids in encoded[:-1]]).cumsum(0)
         table = F.embedding_bag(rows, embeddings, starts, mode="mean") if len(rows) else embeddings[:0]
@@ -101,7 +98,7 @@ class Prefix(nn.Module):
 
     @property
     def positions(self) -> int:
-        """Positions before the text, S."""
+        """Number of prefix positions, S."""
         return self.config.evidence_words + self.config.soft_positions
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -109,10 +106,10 @@ class Prefix(nn.Module):
         return self.of_words(vectors, *self.evidence.words(vectors, self.config.evidence_words))
 
     def of_words(self, vectors: Tensor, ids: Tensor, strengths: Tensor) -> Tensor:
-        """`forward` with the evidence already computed: ids and strengths, (B, E) each."""
-        shown = self.table[ids] + self.offset + strengths[..., None] * self.strength
+        """`forward` for evidence already computed: ids and strengths, (B, E) each."""
+        words = self.table[ids] + self.offset + strengths[..., None] * self.strength
         soft = self.soft(self.evidence.centred(vectors)).view(len(vectors), self.config.soft_positions, -1)
-        return torch.cat((shown, soft), dim=1)
+        return torch.cat((words, soft), dim=1)
 
 
 def save_writer(
@@ -123,7 +120,8 @@ def save_writer(
     base: Base,
     record: dict[str, Any],
 ) -> None:
-    """Write the four files, writer.json last; each under a temporary name, then renamed."""
+    """Write the four files, writer.json last; each under a temporary name, then renamed. record: more fields for
+    writer.json."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,19 +131,17 @@ def save_writer(
         write(temporary)
         os.replace(temporary, folder / name)
 
-    def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            k: (v if v.dtype == torch.int64 else v.detach().bfloat16()).cpu().contiguous()
-            for k, v in tensors.items()
-        }
+    def put_tensors(name: str, tensors: dict[str, Tensor]) -> None:
+        half = {k: v if v.dtype == torch.int64 else v.detach().bfloat16() for k, v in tensors.items()}
+        half = {k: v.cpu().contiguous() for k, v in half.items()}
+        put(name, lambda p: save_file(half, p, metadata={"format": "pt"}))
 
     state = prefix.state_dict()
-    evidence = {k.removeprefix("evidence."): v for k, v in state.items() if k.startswith("evidence.")}
     rest = {f"prefix.{k}": v for k, v in state.items() if not k.startswith("evidence.")}
     rest |= {f"adapter.{k}": v for k, v in adapter.state_dict().items()}
     put("words.txt", lambda p: p.write_text("\n".join(prefix.words) + "\n", encoding="utf-8"))
-    put("evidence.safetensors", lambda p: save_file(half(evidence), p, metadata={"format": "pt"}))
-    put("writer.safetensors", lambda p: save_file(half(rest), p, metadata={"format": "pt"}))
+    put_tensors("evidence.safetensors", _under("evidence.", state))
+    put_tensors("writer.safetensors", rest)
     whole = {
         "format": 1,
         "config": asdict(prefix.config),
@@ -156,23 +152,26 @@ def save_writer(
     put("writer.json", lambda p: p.write_text(json.dumps(whole, indent=1) + "\n"))
 
 
-# --------------------------------------------------------------------------------------------------- writing
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 @dataclass(frozen=True)
 class WritingSettings:
-    """How texts are generated."""
+    """Sampling of texts."""
 
     max_tokens: int = 48
     """Maximum tokens of a text, end token included."""
     temperature: float = 0.7
     """Sampling temperature of all candidates but the first, which is greedy."""
     top_k: int = 40
-    """Number of likeliest tokens to sample from."""
+    """Sample from this many of the likeliest tokens."""
     bonus: float = 1.0
-    """Nats added to the first token of an evidence word not written yet, per unit of its strength. On 100 predictions,
-    0, 0.4 and 0.8 give texts with centred cosine 0.124, 0.140 and 0.152 to the true next text, keywords in 66, 71 and
-    76 %, and log-probability -0.76, -0.84 and -0.87 (real text: -1.23; tests/bench/results/LOG.md)."""
+    """Nats added to the first token of each evidence word not written yet, per unit of its strength. On 100
+    predictions, a bonus of 0, 0.4 and 0.8 gives texts with centred cosine 0.124, 0.140 and 0.152 to the true next text,
+    of which 66, 71 and 76 % have a keyword, and log-probability -0.76, -0.84 and -0.87 (real text: -1.23;
+    tests/bench/results/LOG.md)."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.top_k < 1 or self.temperature <= 0:
@@ -181,7 +180,7 @@ class WritingSettings:
 
 @dataclass
 class Parts:
-    """Contents of a writer's folder, for training or writing."""
+    """The contents of a writer's folder."""
 
     prefix: Prefix
     adapter: Adapter
@@ -208,17 +207,16 @@ class Writer:
         self.precision = precision or best_precision(self.device)
         self._base, self._record, self.folder = base, parts.record, parts.folder
         self.prefix = parts.prefix.to(self.device).eval().requires_grad_(False)
-        self.runner = LlamaRunner(
-            base.model, self.precision, parts.adapter, self.prefix.kept.cpu(), self.device
-        )
-        self._tokens: list[int] = self.prefix.kept.tolist()
-        place = {token: i for i, token in enumerate(self._tokens)}
-        self.end_place = place[base.end_id]
+        kept = self.prefix.kept.cpu()
+        self.runner = LlamaRunner(base.model, self.precision, parts.adapter, kept, self.device)
+        self._kept: list[int] = kept.tolist()
+        index = {token: i for i, token in enumerate(self._kept)}
+        self.end_index = index[base.end_id]
         """Index of the end token among the kept ids."""
-        first = [place.get(token, -1) for token in self.prefix.first_ids]
-        self.first_places = torch.tensor(first, device=self.device)
-        """(N,) index of each evidence word's first token among the kept ids, -1 if it is not kept."""
-        special = [i for i, token in enumerate(self._tokens) if self._special(token) and i != self.end_place]
+        first = [index.get(token, -1) for token in self.prefix.first_ids]
+        self.first_indices = torch.tensor(first, device=self.device)
+        """(N,) index among the kept ids of each evidence word's first token, -1 if it is not kept."""
+        special = [i for i, token in enumerate(self._kept) if self._special(token) and i != self.end_index]
         self.banned = torch.tensor(special, dtype=torch.int64, device=self.device)
         """Indices of the control tokens, which are never written."""
 
@@ -229,7 +227,7 @@ class Writer:
 
     @cached_property
     def digest(self) -> str:
-        """Hash over the writer's weights, its language model and its settings, 64 hex digits."""
+        """Hash of weights, language model, settings and precision, 64 hex digits."""
         digest = hashlib.sha256(f"{self._base.sha256} {self.settings} {self.precision}".encode())
         for file in FILES:
             digest.update(hashlib.sha256((self.folder / file).read_bytes()).digest())
@@ -242,16 +240,16 @@ class Writer:
 
     @property
     def usual_log_prob(self) -> float:
-        """The same for 75 % of real chunks."""
+        """As `least_log_prob`, for 75 % of real chunks."""
         return float(self._record.get("usual_log_prob", USUAL_LOG_PROB))
 
     def drafting(self) -> WritingRounds:
         """A new batch for writing texts."""
         return WritingRounds(self)
 
-    def finished(self, places: Sequence[int], log_prob: float) -> Written:
-        """The text of these indices into the kept ids, with its log-probability per character."""
-        text: str = self._base.model.tokenizer.decode([self._tokens[i] for i in places])
+    def finished(self, indices: Sequence[int], log_prob: float) -> Written:
+        """The text of these indices into the kept ids. log_prob: of the whole text, nats."""
+        text: str = self._base.model.tokenizer.decode([self._kept[i] for i in indices])
         return Written(" ".join(text.split()), log_prob / max(1, len(text)))
 
     def _special(self, token: int) -> bool:
@@ -260,10 +258,10 @@ class Writer:
 
     @staticmethod
     def parts(folder: Path, base: Base, identity: CodecIdentity | None) -> Parts:
-        """Load and check a writer's folder.
+        """Load a writer's folder.
 
-        Raises InputError if a file is missing or damaged, if it was made for another language model, or for a codec
-        other than `identity` (None: any codec).
+        Raises InputError if a file is missing or damaged, or if the writer was made for another language model or for
+        a codec other than `identity` (None accepts any).
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -283,18 +281,18 @@ class Writer:
                 )
             if identity is not None and own.digest != identity.digest:
                 raise InputError(
-                    f"it writes for codec {own}, got vectors of {identity}; "
-                    "fit one with `latent train-writer`"
+                    f"it writes for codec {own}, got vectors of {identity}; fit one with `latent train-writer`"
                 )
             if len(words) != config.num_words:
-                raise InputError(f"words.txt has {len(words)} words, writer.json says {config.num_words}")
+                raise InputError(
+                    f"words.txt has {len(words)} words, writer.json says {config.num_words}; copy the folder again"
+                )
             prefix = Prefix(config, base.model, words, rest["prefix.kept"])
-            state = {k.removeprefix("prefix."): v for k, v in rest.items() if k.startswith("prefix.")}
-            prefix.load_state_dict({**state, **{f"evidence.{k}": v for k, v in evidence.items()}})
-            adapter = Adapter(base.model.config, config.rank)
-            adapter.load_state_dict(
-                {k.removeprefix("adapter."): v for k, v in rest.items() if k.startswith("adapter.")}
+            prefix.load_state_dict(
+                _under("prefix.", rest) | {f"evidence.{k}": v for k, v in evidence.items()}
             )
+            adapter = Adapter(base.model.config, config.rank)
+            adapter.load_state_dict(_under("adapter.", rest))
         except InputError as err:
             raise InputError(f"{folder} holds no usable writer: {err}") from err
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as err:
@@ -303,11 +301,9 @@ class Writer:
             ) from err
         return Parts(prefix, adapter, own, record, folder)
 
-    # ------------------------------------------------------------------ text out
-
     def write(self, vectors: npt.NDArray[np.float32], candidates: int = 1) -> list[list[Written]]:
-        """`candidates` texts for each of (B, D) unit vectors: first the greedy one, then samples seeded by the
-        vector, so that the same vector gets the same texts."""
+        """`candidates` texts for each of (B, D) unit vectors: one decoded greedily, the others sampled with a seed from
+        the vector, so that the same vector gives the same texts."""
         rounds = WritingRounds(self)
         tickets = [rounds.add(vector, candidates) for vector in vectors]
         done: dict[int, list[Written]] = {}
@@ -315,16 +311,14 @@ class Writer:
             done |= rounds.run(self.settings.max_tokens)
         return [done[ticket] for ticket in tickets]
 
-    # ------------------------------------------------------------------ scoring
-
     @cached_property
-    def judge(self) -> LlamaRunner:
-        """The language model without the adapter, made on the first call."""
+    def unadapted(self) -> LlamaRunner:
+        """The language model without the adapter; loaded on first use."""
         return LlamaRunner(self._base.model, self.precision, device=self.device)
 
     def log_probs(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """(N,) mean natural log-probability per character of each text under the language model without the adapter.
+        """Log-probabilities of N texts under the language model without the adapter, as in `language_model.log_probs`.
 
-        Real Wikipedia chunks have about -1.2; text that is not language far less. An empty text has -inf.
+        Real Wikipedia chunks have about -1.2; text that is not language far less.
         """
-        return log_probs(self.judge, self._base.model.tokenizer, texts)
+        return log_probs(self.unadapted, self._base.model.tokenizer, texts)

@@ -1,7 +1,7 @@
-"""Codecs by name, and where their weights come from.
+"""Loads codecs by name.
 
-`mini` ships with the package. `gtr-jxe` and `gtr-ielab` come from the Hugging Face hub, or from the folder in `path`
-(`lvm.codec.gtr`). Any codec our own training made loads from its folder with `path`.
+`mini` ships with the package. `gtr-jxe` and `gtr-ielab` come from the Hugging Face hub or from the folder `path`
+(`lvm.codec.gtr`). Codecs made by our own training load from their folder, `path`.
 """
 
 import json
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from lvm.codec.writer import Writer
 
 CODECS = {"mini": Path(__file__).parent / "weights" / "mini"}
-"""Codec name to the folder with its weights."""
+"""Name of each shipped codec to the folder with its weights."""
 
 SENTENCE = "sentence-transformers"
-"""Codec name for any sentence-transformers model, in the folder of --codec-path: an encoder, and a writer if fitted."""
+"""Codec name for any sentence-transformers model (an encoder, and a writer if one was fitted); its folder is `path`."""
 
 ENGINES = ("lvm", "vec2text")
 """Decode engines: this library, or the vec2text package for comparison."""
 
 MINI_STEPS = (0, 1, 2, 3, 4, 5)
-"""Corrector steps that `mini` supports; the first has nearly all the effect, and more than five changed no text."""
+"""Corrector steps that `mini` supports: the first has nearly all the effect, and more than five changed no text."""
 
 FILES = ("config.json", "tokenizer.json", "encoder.safetensors", "hypothesizer.safetensors")
 
@@ -69,17 +69,17 @@ class Codec:
         decoder_digest: str = "",
         find_writer: "Callable[[], Writer | str]" = lambda: "this codec has no writer",
     ) -> None:
-        """scale: norm of the vectors the decoder was trained on; 1 if the encoder normalises.
-        decoder_digest: hash of the decoder's weights. find_writer: loads the writer, or returns the reason why
-        there is none."""
+        """find_writer: loads the writer, or returns the reason why there is none."""
         self.identity = identity
         self.inverter = inverter
-        """The decode engine, for streams of rows (`lvm.codec.inverter.Rounds`); None for a codec without a decoder."""
+        """The decode engine; None for a codec without a decoder."""
+        self.scale = scale
+        """Norm of the vectors that the decoder was trained on; 1 if the encoder normalises."""
+        self.supported_steps = supported_steps
+        """Supported numbers of corrector steps: None for any, (0,) without a corrector, () without a decoder."""
         self.decoder_digest = decoder_digest
         """Hash of the decoder's weights: another decoder gives other texts for the same vectors."""
-        self.scale = scale
         self._encoder = encoder
-        self._supported_steps = supported_steps
         self._find_writer = find_writer
 
     @cached_property
@@ -88,8 +88,8 @@ class Codec:
 
     @property
     def writer(self) -> "Writer | None":
-        """The writer, for vectors that encode no actual text; loaded on first use. None if there is none; `no_writer`
-        says why."""
+        """The writer, for vectors that encode no actual text; loaded on first use. None if there is none (`no_writer`
+        says why)."""
         return None if isinstance(self._writer, str) else self._writer
 
     @property
@@ -97,13 +97,8 @@ class Codec:
         """Why there is no writer and how to get one; None if there is one."""
         return self._writer if isinstance(self._writer, str) else None
 
-    @property
-    def supported_steps(self) -> tuple[int, ...] | None:
-        """Supported numbers of corrector steps: None for any, (0,) without a corrector, () without a decoder."""
-        return self._supported_steps
-
     def reading(self) -> "Rounds":
-        """A new batch for reading unit vectors back. Raises InputError with engine vec2text, which has no rounds."""
+        """A new, empty batch of unit vectors to decode. Raises InputError without a decoder or with engine vec2text."""
         from lvm.codec.inverter import Inverter, Rounds
 
         inverter = self._require_inverter()
@@ -123,7 +118,7 @@ class Codec:
 
     @property
     def tokenizer(self) -> ChunkTokenizer:
-        """The codec's tokenizer, with its limit."""
+        """The codec's tokenizer and token limit."""
         return self._encoder.tokenizer
 
     def encode(
@@ -131,20 +126,20 @@ class Codec:
     ) -> npt.NDArray[np.float32]:
         """Unit vectors, float32: (D,) of one text, (N, D) of a list of N.
 
-        batch_size: maximum texts per batch; None to suit the device. show_progress: a bar on stderr. Texts above the
-        codec's limit are truncated, with a UserWarning; `lvm.chunk` splits them without loss.
+        batch_size: maximum texts per batch; None to suit the device. show_progress: show a bar on stderr. Texts longer
+        than the codec's token limit are truncated, with a UserWarning; `lvm.chunk` splits them without loss.
 
-        Raises InputError on anything but a str or a sequence of str, naming the index, and on a batch_size below 1.
+        Raises InputError on anything but a str or a sequence of str, and on a batch_size below 1.
         """
-        several = require_texts(texts)
+        as_list = require_texts(texts)
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size is {batch_size!r}; expected an integer of 1 or more, or None")
         with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
-            task = progress.add_task("encode", total=len(several))
-            encoded = self._encoder.encode(several, batch_size, lambda rows: progress.advance(task, rows))
+            task = progress.add_task("encode", total=len(as_list))
+            encoded = self._encoder.encode(as_list, batch_size, lambda rows: progress.advance(task, rows))
         if encoded.truncated.any():
             warnings.warn(
-                f"{int(encoded.truncated.sum())} of {len(several)} texts are longer than {self.identity.max_tokens} "
+                f"{int(encoded.truncated.sum())} of {len(as_list)} texts are longer than {self.identity.max_tokens} "
                 f"tokens and were truncated, text {int(encoded.truncated.argmax())} first; "
                 "lvm.chunk(text, codec) splits them without loss",
                 stacklevel=2,
@@ -152,7 +147,7 @@ class Codec:
         return encoded.vectors[0] if isinstance(texts, str) else encoded.vectors
 
     def encode_chunks(self, texts: list[str]) -> "Encoded":
-        """Everything a job stores for N chunks: unit vectors (N, D), norms, token counts and truncation."""
+        """Unit vectors (N, D) of N chunks, with norms, token counts and truncation; no warning."""
         return self._encoder.encode(texts)
 
     def decode(
@@ -166,11 +161,11 @@ class Codec:
         """Texts of unit vectors (B, D), or of one (D,), with the round-trip cosine of each.
 
         steps: maximum corrector steps, for all rows or per row. target_cosine: a row that reaches it takes no further
-        step. starts: texts of near neighbours; each row starts from its start or the hypothesizer's text, whichever is
-        nearer. norms: (B,) the original norms of the vectors, if known, for a decoder trained on unnormalised vectors;
-        by default it gets the codec's scale.
+        steps. starts: texts of near neighbours; each row starts from its start or the hypothesizer's text, whichever
+        encodes closer to the vector. norms: (B,) norms of the vectors before normalisation, for a decoder trained on
+        unnormalised vectors; None to use the codec's `scale`.
 
-        Raises InputError on a wrong shape, on NaN or infinity, and on unsupported steps.
+        Raises InputError on a wrong shape, zero, NaN or infinity, on unsupported steps, and without a decoder.
         """
         try:
             vectors = np.atleast_2d(np.asarray(vectors, np.float32))
@@ -197,18 +192,18 @@ class Codec:
                     f"norms have shape {scales.shape} for {len(vectors)} vectors, or are not all above 0; "
                     "give those the encoder returned"
                 )
-        done = self._require_inverter().invert(
-            vectors / lengths * scales[:, None], steps, target_cosine, starts
-        )
+        rescaled = vectors / lengths * scales[:, None]
+        rows = self._require_inverter().invert(rescaled, steps, target_cosine, starts)
         return Decoded(
-            [row.text for row in done],
-            np.array([row.cosine for row in done], np.float32),
-            np.array([row.steps_used for row in done], np.int32),
+            [row.text for row in rows],
+            np.array([row.cosine for row in rows], np.float32),
+            np.array([row.steps_used for row in rows], np.int32),
         )
 
 
 def codec_folder(name: str, path: str | Path | None = None) -> Path:
-    """The folder with a codec's files. Raises InputError on an unknown name or a missing file."""
+    """The folder with the files of `mini` or of a codec of our training. Raises InputError on an unknown name or a
+    missing file."""
     if path is None and name not in CODECS:
         raise InputError(
             f"unknown codec {name!r}; expected one of {', '.join(sorted([*CODECS, *GTR_CODECS, SENTENCE]))}, "
@@ -221,19 +216,19 @@ def codec_folder(name: str, path: str | Path | None = None) -> Path:
     return folder
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """MiniConfig's fields, and the sha256 of the tokenizer that the weights were trained with."""
     try:
         record = json.loads((folder / "config.json").read_text())
-        fields: dict[str, Any] = record["config"]
+        return record["config"], record.get("tokenizer_sha256")
     except (ValueError, KeyError, TypeError) as err:
         raise InputError(
             f"{folder / 'config.json'} is not a codec configuration ({err}); copy the folder again"
         ) from err
-    return fields
 
 
 def load_tokenizer(name: str, path: str | Path | None = None) -> ChunkTokenizer:
-    """The tokenizer and token limit of a codec, without loading its weights or torch."""
+    """A codec's tokenizer and token limit, without loading its weights or torch."""
     if name == SENTENCE and path is not None:
         from lvm.codec.sentence import load_sentence_tokenizer
 
@@ -241,7 +236,7 @@ def load_tokenizer(name: str, path: str | Path | None = None) -> ChunkTokenizer:
     if name in GTR_CODECS:
         return load_gtr_tokenizer(name, path)
     folder = codec_folder(name, path)
-    return ChunkTokenizer.load(folder / "tokenizer.json", int(_read_config(folder)["max_tokens"]))
+    return ChunkTokenizer.load(folder / "tokenizer.json", int(_read_config(folder)[0]["max_tokens"]))
 
 
 def load_codec(
@@ -255,12 +250,12 @@ def load_codec(
 ) -> Codec:
     """A codec ready to encode and decode.
 
-    device: "auto" (CUDA, then MPS except for `mini`, then CPU) or a torch device. precision: "float32", "bfloat16",
-    "int8", or "auto" for the fastest that keeps the quality. writer: folder of a writer trained by `latent
-    train-writer`; by default the one in the codec's folder. language_model: the writer's language model
-    (`lvm.codec.language_model.load_base`). engine: decode engine, "lvm" or, for comparison, "vec2text", the original
-    package (codec gtr-jxe). Raises InputError on an unknown name, missing or damaged files, and when the tokenizer is
-    not the one the weights were trained with.
+    path: the codec's folder; not needed for `mini` and the GTR codecs. device: "auto" (CUDA, then MPS except for
+    `mini`, then CPU) or a torch device. precision: "float32", "bfloat16", "int8", or "auto" for the fastest that keeps
+    the quality. writer: folder of a writer trained by `latent train-writer`; None for `writer/` in the codec's folder.
+    language_model: path of the writer's language model (`lvm.codec.language_model.base_file`). engine: "lvm", or for
+    comparison "vec2text", the original package (codec gtr-jxe only). Raises InputError on an unknown name, missing or
+    damaged files, and a tokenizer other than the one that the weights were trained with.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -272,6 +267,7 @@ def load_codec(
     from lvm.codec.unbind import Unbinder, UnbindingInverter
 
     where = pick_device(device)
+    given_precision = None if precision == "auto" else require_precision(precision)
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")
     if engine == "vec2text":
@@ -294,18 +290,16 @@ def load_codec(
             )
         from lvm.codec.sentence import load_sentence_encoder
 
-        how = "auto" if precision == "auto" else require_precision(precision)
-        sentence, identity = load_sentence_encoder(Path(path), where, how)
+        sentence, identity = load_sentence_encoder(Path(path), where, given_precision or "auto")
         find = partial(find_writer, Path(path), writer, language_model, where, identity)
         return Codec(identity, sentence, None, supported_steps=(), find_writer=find)
     if name in GTR_CODECS:
         own = None if path is None else Path(path)
-        return load_gtr(
-            name, path, where, precision, partial(find_writer, own, writer, language_model, where)
-        )
+        find = partial(find_writer, own, writer, language_model, where)
+        return load_gtr(name, path, where, precision, find)
     where = device_for_mini(device)
     folder = codec_folder(name, path)
-    fields = _read_config(folder)
+    fields, trained_with = _read_config(folder)
     try:
         config = MiniConfig(**fields)
     except TypeError as err:
@@ -313,7 +307,6 @@ def load_codec(
             f"{folder / 'config.json'}: {err}; it was written by another version, train again"
         ) from err
     tokenizer = ChunkTokenizer.load(folder / "tokenizer.json", config.max_tokens)
-    trained_with = json.loads((folder / "config.json").read_text()).get("tokenizer_sha256")
     if trained_with != tokenizer.sha256:
         raise InputError(
             f"{folder / 'tokenizer.json'} has sha256 {tokenizer.sha256[:16]}, the weights were trained with "
@@ -339,24 +332,13 @@ def load_codec(
         max_tokens=config.max_tokens,
         dim=config.dim,
     )
-    text_encoder = TextEncoder(
-        encoder, tokenizer, where, "auto" if precision == "auto" else require_precision(precision)
-    )
-    unbinder = Unbinder(
-        encoder,
-        hypothesizer,
-        tokenizer.log_frequencies(),
-        tokenizer.end_id,
-        best_precision(where) if precision == "auto" else require_precision(precision),
-    )
+    text_encoder = TextEncoder(encoder, tokenizer, where, given_precision or "auto")
+    decode_precision = given_precision or best_precision(where)
+    end = tokenizer.end_id
+    unbinder = Unbinder(encoder, hypothesizer, tokenizer.log_frequencies(), end, decode_precision)
+    hypothesizer.to(where).eval()
     inverter = UnbindingInverter(
-        MiniHypothesizing(
-            hypothesizer.to(where).eval(),
-            encoder,
-            tokenizer.end_id,
-            best_precision(where) if precision == "auto" else require_precision(precision),
-            unbinder.foresee,
-        ),
+        MiniHypothesizing(hypothesizer, encoder, end, decode_precision, unbinder.foresee),
         unbinder,
         lambda texts: text_encoder.encode(texts).vectors,
         tokenizer.decode,
@@ -370,7 +352,7 @@ def load_codec(
         inverter,
         supported_steps=MINI_STEPS,
         decoder_digest=digests["hypothesizer"],
-        find_writer=lambda: find_writer(folder, writer, language_model, where, identity),
+        find_writer=partial(find_writer, folder, writer, language_model, where, identity),
     )
 
 
@@ -381,18 +363,16 @@ def find_writer(
     device: Any,
     identity: CodecIdentity,
 ) -> "Writer | str":
-    """The writer in `folder`, else in `writer/` of the codec's folder; if there is none and no folder was given, the
-    reason as text. Raises InputError if the given one does not load or is for another codec."""
+    """The writer in `folder`, by default `writer/` in the codec's folder; a text with the reason if there is no writer
+    or no language model. Raises InputError if the writer does not load or is for another codec."""
     from lvm.codec.language_model import base_file, load_base, missing_base
     from lvm.codec.writer import Writer
 
-    own = None if codec is None else codec / "writer"
-    if folder is None and (own is None or not (own / "writer.json").is_file()):
-        return f"there is no writer for codec {identity}; fit one with `latent train-writer`"
-    asked = None if language_model is None else Path(language_model)
-    if asked is None and base_file() is None:
+    if folder is None:
+        if codec is None or not (codec / "writer" / "writer.json").is_file():
+            return f"there is no writer for codec {identity}; fit one with `latent train-writer`"
+        folder = codec / "writer"
+    if language_model is None and base_file() is None:
         return missing_base()
-    base = load_base(asked)
-    where = Path(folder) if folder is not None else own
-    assert where is not None
-    return Writer(Writer.parts(where, base, identity), base, device=device)
+    base = load_base(None if language_model is None else Path(language_model))
+    return Writer(Writer.parts(Path(folder), base, identity), base, device=device)

@@ -74,5 +74,5 @@ def test_weights_that_do_not_bear_int8_stay_in_float32(monkeypatch: pytest.Monke
     encoder = load_codec("mini")._encoder
     assert encoder.precision == "int8"
     monkeypatch.setattr("lvm.codec.encoder.MIN_COSINE", 1.001)  # which no weights keep
-    encoder.use_fastest()
+    encoder.use_if_close("int8")
     assert encoder.precision == "float32"

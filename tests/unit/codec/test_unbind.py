@@ -61,7 +61,7 @@ def test_wrong_tokens_are_mended(encoder: MiniEncoder, unbinder: Unbinder) -> No
     rows = texts(64)
     hypotheses = spoilt(rows, 2)
     assert sum(a == b for a, b in zip(hypotheses, rows, strict=True)) < 5
-    again = unbinder.improve(encode(encoder, rows), hypotheses)
+    again = unbinder.judge(encode(encoder, rows), hypotheses)[0]
     assert sum(a == b for a, b in zip(again, rows, strict=True)) >= 62
 
 
@@ -70,7 +70,7 @@ def test_a_text_of_the_wrong_length_is_mended(encoder: MiniEncoder, unbinder: Un
     shorter = [[*row[:-3], END] for row in rows]
     longer = [[*row[:-1], 7, END] for row in rows]
     for hypotheses in (shorter, longer):
-        again = unbinder.improve(encode(encoder, rows), hypotheses)
+        again = unbinder.judge(encode(encoder, rows), hypotheses)[0]
         assert sum(a == b for a, b in zip(again, rows, strict=True)) >= len(rows) - 2
 
 
@@ -106,12 +106,12 @@ def test_a_swap_takes_off_what_brute_force_says_and_the_best_goes_first(
 def test_a_right_text_stays_and_no_text_gets_worse(encoder: MiniEncoder, unbinder: Unbinder) -> None:
     rows = texts(32)
     vectors = encode(encoder, rows)
-    assert unbinder.improve(vectors, rows) == rows
+    assert unbinder.judge(vectors, rows)[0] == rows
     noisy = torch.nn.functional.normalize(vectors + 0.5 * torch.randn(vectors.shape) / 288**0.5, dim=-1)
     x = paired(unbinder._hypothesizer.unscale(noisy))
     hypotheses = spoilt(rows, 3)
     before = unbinder._share(x, unbinder._pack(hypotheses, x.device))
-    after = unbinder._share(x, unbinder._pack(unbinder.improve(noisy, hypotheses), x.device))
+    after = unbinder._share(x, unbinder._pack(unbinder.judge(noisy, hypotheses)[0], x.device))
     assert (after <= before + 1e-6).all()
     assert float(after.mean()) < 0.7 * float(before.mean())
     assert float(before.min()) > SOLVED
@@ -155,9 +155,9 @@ def test_leaving_blends_early_takes_no_text_for_one(
 def test_a_batch_is_its_singles(encoder: MiniEncoder, unbinder: Unbinder) -> None:
     rows = texts(12, seed=8)
     vectors, hypotheses = encode(encoder, rows), spoilt(rows, 3)
-    alone = [unbinder.improve(v[None], [h])[0] for v, h in zip(vectors, hypotheses, strict=True)]
-    assert unbinder.improve(vectors, hypotheses) == alone
-    assert unbinder.improve(vectors[:0], []) == []
+    alone = [unbinder.judge(v[None], [h])[0][0] for v, h in zip(vectors, hypotheses, strict=True)]
+    assert unbinder.judge(vectors, hypotheses)[0] == alone
+    assert unbinder.judge(vectors[:0], [])[0] == []
 
 
 def test_the_tokenizer_gives_the_frequencies() -> None:
