@@ -5,13 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TARGETS = {
-    "p50_s": 1.0,
-    "p95_s": 1.3,
-    "gibberish_share": 0.05,
-    "keyword_share": 0.75,
-    "error_share": 0.005,
-}
+TARGETS = {"p50_s": 1.0, "p95_s": 1.3, "gibberish_share": 0.05, "keyword_share": 0.75, "error_share": 0.005}
 """Targets of the original system. All but keyword_share are upper bounds."""
 
 WINDOW = 1000

@@ -78,7 +78,7 @@ class GatewayMetrics:
             "latent_deadline_exceeded_total", "Requests that exceeded their deadline.", ("route",)
         )
 
-    def measure_call(self, stage: str, *, rows: int, waiting: int, work_ms: float, retries: int) -> None:
+    def measure_call(self, stage: str, *, rows: int, waiting: int, retries: int) -> None:
         """Of `Stage`."""
         labels = {"stage": stage}
         self.calls.observe(rows, labels)

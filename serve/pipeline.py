@@ -314,13 +314,7 @@ class Pipeline:
         return self._contexts.get(options.model, CONTEXT_CHUNKS)
 
     async def _near(
-        self,
-        vector: NDArray[np.float32],
-        k: int,
-        context: Context,
-        deadline: float,
-        clock: Clock,
-        stage: str,
+        self, vector: NDArray[np.float32], k: int, context: Context, deadline: float, clock: Clock, stage: str
     ) -> list[CorpusChunk]:
         # A chunk the reader has just read is no continuation of it.
         row = NearRow(vector, k, frozenset(context.texts))

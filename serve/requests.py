@@ -91,11 +91,7 @@ def add_error_replies(app: FastAPI, service: Service) -> None:
 
 
 def error_reply(
-    request: Request,
-    status: int,
-    message: str,
-    retry_after_s: int | None = None,
-    param: str | None = None,
+    request: Request, status: int, message: str, retry_after_s: int | None = None, param: str | None = None
 ) -> JSONResponse:
     """An error reply. param: the invalid field."""
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}

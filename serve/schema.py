@@ -57,8 +57,7 @@ class _Reply(BaseModel):
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Vector = Annotated[
-    list[float] | str,
-    Field(description="768 finite numbers, or base64 of as many little-endian float32."),
+    list[float] | str, Field(description="768 finite numbers, or base64 of as many little-endian float32.")
 ]
 Deadline = Annotated[
     float | None,
@@ -634,10 +633,7 @@ def unpack(vectors: list[list[float] | str], dim: int, what: str) -> NDArray[np.
 def decoded_text(answer: Answer) -> DecodedText:
     """A ladder's answer as a reply."""
     return DecodedText(
-        text=answer.text,
-        cosine=round(answer.cosine, 6),
-        cached=answer.cached,
-        **provenance(answer),
+        text=answer.text, cosine=round(answer.cosine, 6), cached=answer.cached, **provenance(answer)
     )
 
 

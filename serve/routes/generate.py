@@ -104,10 +104,7 @@ class GenerateRoute:
             truncated = truncated or predicted.truncated
             generated.append(await self._generated(predicted, options, body.smooth))
         return GeneratedInput(
-            chunks=chunks,
-            truncated=truncated,
-            generated=generated,
-            text=" ".join(g.text for g in generated),
+            chunks=chunks, truncated=truncated, generated=generated, text=" ".join(g.text for g in generated)
         )
 
     async def _generated(self, predicted: PredictedChunk, options: ChunkOptions, smooth: bool) -> Generated:
