@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.codec.zoo import load_tokenizer
@@ -25,7 +25,7 @@ from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH
 from serve.breaker import Breaker
 from serve.concepts import Concepts
 from serve.encoder import Encoder
-from serve.guard import LOOPBACK, App, Guard, read_keys
+from serve.guard import LOOPBACK, Guard, read_keys
 from serve.metrics import GatewayMetrics
 from serve.pipeline import CorpusStages, Pipeline
 from serve.predictor import Predictor
@@ -99,7 +99,7 @@ class Gateway:
             with suppress(DatabaseError):  # other routes work without it, and requests reconnect
                 await self._concepts.open()
         self._service: Service | None = None
-        self._app: App = Starlette()
+        self._app: ASGIApp = Starlette()
 
     async def reconfigure(self, wanted: Mapping[str, Any]) -> None:
         """Switch to the release of a `user_config`; requests in flight finish with theirs.
@@ -205,7 +205,7 @@ class Gateway:
 
         return current
 
-    def _guarded(self, service: Service) -> App:
+    def _guarded(self, service: Service) -> ASGIApp:
         """The routes of a service, wrapped in the guard."""
         app = FastAPI(
             title="Latent vector models",
@@ -218,7 +218,7 @@ class Gateway:
         for kind in (GenerateRoute, VectorRoutes, CorpusRoutes, OpenAIRoutes, StatusRoutes):
             kind(service).add_to(app, errors)
         add_error_replies(app, service)
-        guarded: App = Guard(app, self._args.limits, self._keys, self._metrics)
+        guarded: ASGIApp = Guard(app, self._args.limits, self._keys, self._metrics)
         if self._args.cors_origins:
             # Outside the guard: preflight requests have no key, and pages must be able to read error replies.
             guarded = CORSMiddleware(

@@ -19,9 +19,9 @@ from lvm.corpus.tmd import Prototypes, phrases
 from serve.concepts import Concepts
 from serve.health import Seen, Window
 from serve.metrics import GatewayMetrics
-from serve.pipeline import NO_CORPUS, CorpusStages, Pipeline
+from serve.pipeline import NO_CORPUS, Clock, CorpusStages, Pipeline
 from serve.release import Release
-from serve.schema import CodecRecord, ModelRecord, RefusedError
+from serve.schema import CodecRecord, Milliseconds, ModelRecord, RefusedError
 from serve.settings import ServeArgs
 from serve.smoothing import Smoother
 from serve.stage import DeadlineError, FullError
@@ -65,6 +65,11 @@ class Service:
         """Inputs being processed."""
         self._prototypes: Prototypes | None = None
         self._chunker, self._chunking = chunker, asyncio.Lock()
+
+    def reply_fields(self, request: Request, clock: Clock) -> dict[str, Any]:
+        """Fields that the replies of all stages have."""
+        milliseconds = Milliseconds(**clock.finish())
+        return {"request_id": request.state.request_id, "codec": self.codec, "milliseconds": milliseconds}
 
     def model(self, name: str) -> ModelRecord:
         """The model with this alias or record folder."""

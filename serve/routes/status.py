@@ -29,10 +29,9 @@ class StatusRoutes:
         """Time of that count, on `time.monotonic`."""
 
     def add_to(self, app: FastAPI, errors: Errors) -> None:
-        """errors: replies of every route, for the OpenAPI document."""
-        app.add_api_route(
-            "/health", self.health, response_model=HealthReply, responses={503: {"model": HealthReply}}
-        )
+        """Register the routes."""
+        not_ready: Errors = {503: {"model": HealthReply}}
+        app.add_api_route("/health", self.health, response_model=HealthReply, responses=not_ready)
         app.add_api_route("/metrics", self.prometheus, response_class=PlainTextResponse, responses=errors)
         for path, file in (("/", "index.html"), ("/style.css", "style.css"), ("/page.js", "page.js")):
             app.add_api_route(path, _page(file), include_in_schema=False)
