@@ -56,7 +56,7 @@ class Breaker:
     def done(self, seconds: float | None, refused: bool | None) -> None:
         """Record a decode that took `seconds`, queue included; None if the decoder failed or was too slow.
 
-        refused: whether all its texts were refused; None for vectors from a client, which say nothing about the decoder.
+        refused: whether all its texts were refused; None for clients' vectors, which say nothing about the decoder.
         """
         bad = seconds is None or self.too_slow(seconds)
         if self._opened is not None:

@@ -44,7 +44,9 @@ def add_error_replies(app: FastAPI, service: Service) -> None:
         first = err.errors()[0]
         # The input is left out: it may be large, secret, or contain a NaN that JSON cannot encode.
         place = [str(p) for p in first["loc"] if p != "body"]
-        message = f"{'.'.join(place) or 'body'}: {first['msg']} ({len(err.errors())} such); see /openapi.json"
+        message = (
+            f"{'.'.join(place) or 'body'}: {first['msg']} (error 1 of {len(err.errors())}); see /openapi.json"
+        )
         return error_reply(request, 422, message, param=field_of(place[0]) if place else None)
 
     async def http_error(request: Request, err: Exception) -> Response:
