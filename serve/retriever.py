@@ -123,10 +123,10 @@ class _Corpus:
         """The k nearest chunks of each row, best first; fewer if the corpus has no more."""
         answering = [i for i, row in enumerate(rows) if row.answers]
         if answering:
-            found = self._best_answers([rows[i] for i in answering])
+            best = self._best_answers([rows[i] for i in answering])
             others = [i for i, row in enumerate(rows) if not row.answers]
             rest = self.near([rows[i] for i in others]) if others else []
-            by_row = dict(zip(answering + others, [*found, *rest], strict=True))
+            by_row = dict(zip(answering + others, [*best, *rest], strict=True))
             return [by_row[i] for i in range(len(rows))]
         if any(row.codes for row in rows):
             return [self._filtered(row, row.codes) if row.codes else self.near([row])[0] for row in rows]
