@@ -8,10 +8,10 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ CONNECTIONS = 4
 CONNECT_WAIT_S = 2.0
 """How long to retry when the server has no free connection; short, as a client is waiting."""
 
-Encode = Callable[[Sequence[str]], Awaitable[Sequence[EncodedText]]]
+Encode = Callable[[Sequence[str]], Coroutine[Any, Any, Sequence[EncodedText]]]
 Value = TypeVar("Value")
 
 
@@ -49,11 +49,8 @@ class _Encoder:
     encode: Encode
     loop: asyncio.AbstractEventLoop
 
-    async def _encode(self, texts: list[str]) -> Sequence[EncodedText]:
-        return await self.encode(texts)
-
     def encode_chunks(self, texts: list[str]) -> Encoded:
-        rows = asyncio.run_coroutine_threadsafe(self._encode(texts), self.loop).result()
+        rows = asyncio.run_coroutine_threadsafe(self.encode(texts), self.loop).result()
         return Encoded(
             np.stack([r.vector for r in rows]),
             np.array([r.norm for r in rows], np.float32),

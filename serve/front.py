@@ -122,9 +122,7 @@ class _Request:
             front.bytes -= self._size  # now, so that other requests are not refused too
             self._full, self._size = True, 0
             return {"type": "http.disconnect"}
-        if (
-            self._size > front.args.max_body_bytes
-        ):  # the gateway gets this part, and sees that the body is too large
+        if self._size > front.args.max_body_bytes:  # by this part the gateway sees that it is too large
             self._readable = False
             return {**message, "more_body": True}
         return message

@@ -208,9 +208,7 @@ def claim(host: str, port: int) -> socket.socket:
         with socket.create_server((host, port), family=family) as probe:
             port = probe.getsockname()[1]
         held = socket.socket(family)
-        held.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEPORT, 1
-        )  # shared with the proxy's socket, the only one that listens
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # shared with the proxy, which listens
         held.bind((host, port))
     except OSError as err:
         raise InputError(
