@@ -255,7 +255,7 @@ class Pipeline:
         answers: list[Answer | None] = [None] * len(rows)
         if refusal is None:
             try:
-                found, timing = await self._decode_rows(rows, deadline, fallback=corpus, predicted=False)
+                found, timing = await self._decode_rows(rows, deadline, bounded=corpus, predicted=False)
                 answers = list(found)
             except (UnavailableError, DeadlineError) as err:
                 if not corpus or time.monotonic() >= deadline:
@@ -337,15 +337,15 @@ class Pipeline:
         return extracted(answer, Nearest(chunk.text, chunk.cosine), refusal)
 
     async def _decode_rows(
-        self, rows: Sequence[VectorRow], deadline: float, fallback: bool, predicted: bool
+        self, rows: Sequence[VectorRow], deadline: float, bounded: bool, predicted: bool
     ) -> tuple[list[Answer], Timing]:
         """The decoder's answers; every outcome is reported to the breaker.
 
-        fallback: whether the corpus can answer instead, after `decode_patience_s`. predicted: whether the vectors are
-        predictions, so that refused texts are not due to the client's input.
+        bounded: wait at most `decode_patience_s`. predicted: whether the vectors are predictions, so that refused
+        texts are not due to the client's input.
         """
         begun = time.monotonic()
-        limit = min(deadline, begun + self._patience_s) if fallback else deadline
+        limit = min(deadline, begun + self._patience_s) if bounded else deadline
         # The breaker's limit is per vector and for the ladder's steps; larger requests may take longer.
         share = len(rows) * max(1.0, *((r.steps or 0) / _SETTINGS.steps[-1] for r in rows))
         try:
