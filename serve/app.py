@@ -1,9 +1,9 @@
 """The application: `build(args)` creates it for `latent serve`, `serve run` and config.yaml.
 
-    latent serve                                             on this machine, with the bundled predictors
-    latent serve --run out/demo                              with your own run
-    serve run serve.app:build run=out/demo                   the same, by Ray's own command
-    serve deploy serve/config.yaml                           on a cluster
+    latent serve                              on this machine, with the bundled predictors
+    latent serve --run out/demo               with your own run
+    serve run serve.app:build run=out/demo    the same with Ray's command line
+    serve deploy serve/config.yaml            on a cluster
 
 Importing this module starts nothing.
 """
@@ -26,15 +26,14 @@ from serve.settings import Scale, ServeArgs, codec_name, models_of, require_run
 def build(args: ServeArgs) -> serve.Application:
     """The application. Raises InputError if the run folder is incomplete or a model is missing.
 
-    Reads which folder each model alias points to now: build again, or give another `user_config` (serve/release.py), to
-    roll out a newer one.
+    Model aliases are resolved now. To roll out newer models, build again or change `user_config` (serve/release.py).
     """
     run = args.run and str(location(args.run).absolute())
     inbox = args.inbox and str(Path(args.inbox).absolute())
     args = args.model_copy(update={"run": run, "inbox": inbox})
     if run:
         require_run(run)
-    # Named here: replicas that start when another run is served need not find this one.
+    # Resolved now, so that replicas that start after a switch to another run do not need this one.
     args = args.model_copy(update={"codec": codec_name(args)})
     release = ReleaseArgs(run=run, release=args.release, models=read_models(models_of(run))).model_dump()
 
@@ -67,7 +66,7 @@ def build(args: ServeArgs) -> serve.Application:
 
     calls = args.max_calls
 
-    def apart(name: str, deployment: Any, scale: Scale, max_ongoing: int, **options: Any) -> Any:
+    def unless_inline(name: str, deployment: Any, scale: Scale, max_ongoing: int, **options: Any) -> Any:
         if name in args.inline:
             return None
         return scaled(deployment, scale, max_ongoing).options(**options).bind(args)
@@ -81,9 +80,11 @@ def build(args: ServeArgs) -> serve.Application:
         )
         .bind(  # type: ignore[no-any-return]
             args,
-            apart("encoder", Encoder, args.encoder, calls),
-            apart("predictor", Predictor, args.predictor, calls, user_config=release),
-            apart("retriever", Retriever, args.retriever, 3 * calls, user_config=release) if run else None,
+            unless_inline("encoder", Encoder, args.encoder, calls),
+            unless_inline("predictor", Predictor, args.predictor, calls, user_config=release),
+            unless_inline("retriever", Retriever, args.retriever, 3 * calls, user_config=release)
+            if run
+            else None,
             scaled(Decoder, args.decoder, 2 * args.queue_rows).bind(args),
         )
     )

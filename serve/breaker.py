@@ -1,4 +1,4 @@
-"""Circuit breaker for the decoder: while it is overloaded or failing, answers come from the corpus."""
+"""Circuit breaker for the decoder: while the decoder is overloaded or failing, the corpus answers."""
 
 import time
 from collections import deque
@@ -8,29 +8,27 @@ from serve.settings import BreakerArgs
 
 
 class Breaker:
-    """Closed: decode. Open: do not. After `open_s` one trial decode is let through; if it succeeds, the breaker
-    closes."""
+    """Closed: decode. Open: do not, but allow one trial decode after `open_s`; the breaker closes if it succeeds."""
 
     def __init__(self, args: BreakerArgs, clock: Callable[[], float] = time.monotonic) -> None:
         self._args, self._clock = args, clock
         self._failed: deque[bool] = deque(maxlen=args.window)
         self._refused: deque[bool] = deque(maxlen=args.window)
         self._opened: float | None = None
-        self._trying = False
-        self._for_refusals = False
+        self._trying = self._for_refusals = False
         self.reason = ""
         """Why it is open; empty while closed."""
         self.times_opened = 0
 
     @property
     def open(self) -> bool:
-        """True while answers come from the corpus."""
+        """True while the corpus answers."""
         return self._opened is not None
 
     def refuses(self, waiting: int) -> str | None:
-        """Why a decode should not be started now, or None. waiting: vectors queued before it.
+        """Why a decode must not start now, or None. waiting: vectors queued before it.
 
-        None while the breaker is open means the trial decode; report its outcome with `done` or `unknown`.
+        None from an open breaker allows the trial decode; report its outcome with `done` or `unknown`.
         """
         if not self._args.enabled:
             return None
@@ -48,18 +46,17 @@ class Breaker:
         return self.reason
 
     def too_slow(self, seconds: float) -> bool:
-        """Whether one decode of this length is a failure."""
+        """Whether a decode of this duration counts as a failure."""
         return seconds > self._args.max_decode_s
 
     def unknown(self) -> None:
-        """A decode ended without evidence for or against the decoder: the client left, or its deadline was short."""
+        """Record a decode that says nothing about the decoder: the client disconnected, or set a short deadline."""
         self._trying = False
 
     def done(self, seconds: float | None, refused: bool | None) -> None:
         """Record a decode that took `seconds`, queue included; None if the decoder failed or was too slow.
 
-        refused: whether all its texts were refused; None for vectors sent by a client, which say nothing of the
-        decoder.
+        refused: whether all its texts were refused; None for clients' vectors, which say nothing about the decoder.
         """
         bad = seconds is None or self.too_slow(seconds)
         if self._opened is not None:
@@ -82,10 +79,8 @@ class Breaker:
         if failed > self._args.max_failed_share:
             self._open(f"{failed:.0%} of the last {len(self._failed)} decodes failed or were too slow")
         elif refused_share > self._args.max_refused_share and len(self._refused) == self._args.window:
-            self._open(
-                f"{refused_share:.0%} of the last {len(self._refused)} decodes were refused",
-                for_refusals=True,
-            )
+            reason = f"{refused_share:.0%} of the last {len(self._refused)} decodes were refused"
+            self._open(reason, for_refusals=True)
 
     def _open(self, reason: str, for_refusals: bool = False) -> None:
         self._opened, self._trying, self._for_refusals = self._clock(), False, for_refusals

@@ -1,17 +1,17 @@
 """The gateway's client of the concept store: each thread has its own connection, so the event loop never blocks.
 
-All operations are idempotent: a search changes nothing, and an article is stored only once. So an operation on a dead
-connection is retried on a new one.
+An operation on a dead connection is retried on a new one, since all are idempotent: a search changes nothing, and an
+article is stored only once.
 """
 
 import asyncio
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,29 +31,26 @@ from serve.settings import ServeArgs
 from serve.stage import DeadlineError
 
 CONNECTIONS = 4
-"""Connections per gateway: how many searches and ingestions can run in parallel."""
+"""Connections per gateway, hence the number of concurrent searches and ingestions."""
 
 CONNECT_WAIT_S = 2.0
-"""How long to retry when the server has no free connection: a client is waiting."""
+"""How long to retry when the server has no free connection; short, as a client is waiting."""
 
-Encode = Callable[[Sequence[str]], Awaitable[Sequence[EncodedText]]]
+Encode = Callable[[Sequence[str]], Coroutine[Any, Any, Sequence[EncodedText]]]
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Adapts the service's async encoder for an `Ingester`, which calls it from a thread."""
+    """Makes the service's async encoder callable from an `Ingester`'s thread."""
 
     identity: CodecIdentity
     tokenizer: Tokenizer
     encode: Encode
     loop: asyncio.AbstractEventLoop
 
-    async def _encode(self, texts: list[str]) -> Sequence[EncodedText]:
-        return await self.encode(texts)
-
     def encode_chunks(self, texts: list[str]) -> Encoded:
-        rows = asyncio.run_coroutine_threadsafe(self._encode(texts), self.loop).result()
+        rows = asyncio.run_coroutine_threadsafe(self.encode(texts), self.loop).result()
         return Encoded(
             np.stack([r.vector for r in rows]),
             np.array([r.norm for r in rows], np.float32),
@@ -70,7 +67,7 @@ class _Own(threading.local):
 
 
 class Concepts:
-    """One dataset of a store."""
+    """A client of one dataset."""
 
     def __init__(self, args: ServeArgs, identity: CodecIdentity, tokenizer: Tokenizer) -> None:
         """Does not connect yet. Raises InputError when no database is configured."""
@@ -118,7 +115,7 @@ class Concepts:
         raise AssertionError("not reached")
 
     def _stale(self, store: ConceptStore, dataset: Dataset) -> bool:
-        """Whether the connection was lost, or the dataset was cleared in the meantime."""
+        """Whether the connection was lost, or the dataset was replaced in the meantime."""
         if store.connection.closed:
             return True
         found = store.find(self.name)
@@ -159,7 +156,7 @@ class Concepts:
         def work(store: ConceptStore, dataset: Dataset) -> list[Outcome]:
             self._own.chunker = self._own.chunker or Chunker(self._tokenizer)
             coder = lambda _, v: prototypes.nearest(v)  # noqa: E731
-            # The same coder name as `latent ingest`, so that each recognises articles stored by the other.
+            # The coder name of `latent ingest`, so that each recognises articles stored by the other.
             ingester = Ingester(store, dataset, encoder, coder, coder_name(), chunker=self._own.chunker)
             return ingester.ingest(articles)
 
@@ -173,6 +170,6 @@ class Concepts:
         try:
             self._indexed = not await self._run(lambda store, dataset: ensure_index(store, dataset, "hnsw"))
         except LvmError:
-            pass  # searches scan until the next article triggers another attempt
+            pass  # until the next article triggers another attempt, searches scan
         finally:
             self._indexing = None

@@ -1,7 +1,6 @@
 """The decoder deployment: vectors to text by the ladder, with continuous batching.
 
-The engine works in rounds: one step for every row, whatever its attempt. A row that arrives during a round joins
-the next.
+Each round takes every row one step further. A row that arrives during a round joins the next.
 """
 
 from dataclasses import dataclass
@@ -25,16 +24,16 @@ class VectorRow:
     vector: NDArray[np.float32]
     """(D,), norm 1."""
     context: NDArray[np.float32] | None = None
-    """(T, D), the preceding chunks, which the text should not repeat."""
+    """(T, D), vectors of the preceding chunks, which the text should not repeat."""
     steps: int | None = None
     """Exactly this many corrector steps of the codec's decoder; None for the whole ladder."""
     cache: bool = True
     coming: int = 0
-    """Other requests of the same gateway that were about to reach the decoder when this one was sent."""
+    """Other requests of the gateway that were about to be sent to the decoder when this one was sent."""
 
 
 class _Rows:
-    """The ladder as a `Stream`."""
+    """Adapts the ladder to `Stream`."""
 
     def __init__(self, ladder: Ladder) -> None:
         self._ladder = ladder
@@ -55,7 +54,7 @@ class Decoder:
         self._codec = load_served(args, args.decoder)
         settings = LadderSettings(candidates=args.candidates, cache_bytes=args.cache_bytes)
         self._ladder = Ladder(self._codec, self._codec.writer, settings)
-        # Warm up both engines: a text's own vector is read back, a blend is written.
+        # Warm up both engines: a text's own vector is inverted, a mixed one goes to the writer.
         own = self._codec.encode_chunks(["warm up", "a second text"]).vectors
         for vector in (own[0], unit(own.sum(0))):
             self._ladder.add(vector, cache=False)
@@ -66,11 +65,11 @@ class Decoder:
         )
 
     async def run(self, rows: list[VectorRow], remaining_s: list[float]) -> list[Outcome[Answer]]:
-        """One outcome per vector. An answer that is not accepted was refused."""
+        """One outcome per vector; refused texts are answers with `accepted` False."""
         return await self._queue.submit(rows, remaining_s, rows[-1].coming if rows else 0)
 
     async def describe(self) -> dict[str, Any]:
-        """The codec's identity, the steps it takes, and the cache."""
+        """The codec's identity, its supported steps, the ladder, the writer and the cache."""
         cache = self._ladder.cache
         return {
             "codec": self._codec.identity.to_dict(),

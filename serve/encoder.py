@@ -42,11 +42,9 @@ class Encoder:
 
     def _work(self, texts: list[str]) -> Sequence[EncodedText]:
         encoded = self._codec.encode_chunks(texts)
+        columns = encoded.vectors, encoded.norms, encoded.num_tokens, encoded.truncated
         return [
-            EncodedText(vector, float(norm), int(count), bool(cut))
-            for vector, norm, count, cut in zip(
-                encoded.vectors, encoded.norms, encoded.num_tokens, encoded.truncated, strict=True
-            )
+            EncodedText(v, float(n), int(count), bool(cut)) for v, n, count, cut in zip(*columns, strict=True)
         ]
 
     async def run(self, texts: list[str], remaining_s: list[float]) -> list[Outcome[EncodedText]]:

@@ -1,7 +1,7 @@
 """Middleware for Ray Serve's HTTP proxies: limits what is read, and replies when a gateway is lost.
 
-A plain proxy reads every body completely before it passes the request on. With this middleware it does not read
-bodies of requests without a valid key or above the limits; the gateway then refuses them by their headers. A request
+By default a proxy reads every body completely before it forwards the request. With this middleware it skips the body
+of a request without a valid key or above the limits, and the gateway refuses the request by its headers. A request
 whose gateway died gets 503 with `Retry-After`, since the proxy does not resend it.
 
 Ray calls `middlewares` in each proxy if its node's environment has
@@ -18,15 +18,16 @@ from collections.abc import Callable
 import uvicorn.config
 from pydantic import Field
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.guard import REQUEST_ID, App, Message, Receive, Scope, Send, accepts, error_body, read_keys
+from serve.guard import REQUEST_ID, accepts, error_body, read_keys
 from serve.metrics import FrontMetrics
 from serve.settings import Limits, Strict
 
 VARIABLE = "LATENT_FRONT"
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 RETRY_AFTER_S = 3
-"""`Retry-After` of a 503. A new gateway takes five to ten seconds to start, but another may be available at once."""
+"""`Retry-After` of a 503. A gateway restarts in five to ten seconds, but another may be available at once."""
 
 Count = Callable[[int, str], None]
 """Called for each request that no gateway answered, with the status and the reason."""
@@ -37,7 +38,7 @@ class FrontArgs(Strict):
 
     api_keys_sha256: tuple[str, ...] = ()
     api_keys_file: str | None = None
-    """As in the application's settings. Without either, only the gateway checks keys, after the proxy read the body."""
+    """As in the application's settings. Without both, only the gateway checks keys, after the proxy read the body."""
     max_body_bytes: int = Field(Limits().max_body_bytes, ge=1024)
     """As in the application's limits."""
     max_requests: int = Field(1024, ge=1)
@@ -49,7 +50,7 @@ class FrontArgs(Strict):
 class Front:
     """ASGI middleware around a proxy."""
 
-    def __init__(self, app: App, args: FrontArgs, count: Count) -> None:
+    def __init__(self, app: ASGIApp, args: FrontArgs, count: Count) -> None:
         self.app, self.args, self.count = app, args, count
         file = args.api_keys_file
         self.hashes = [*args.api_keys_sha256, *(read_keys(file) if file else [])]
@@ -60,7 +61,7 @@ class Front:
         """Handle one request."""
         if scope["type"] == "websocket":  # the service has none
             await send({"type": "websocket.close"})
-        elif scope["type"] != "http" or scope["path"].startswith("/-/"):  # Ray's own
+        elif scope["type"] != "http" or scope["path"].startswith("/-/"):  # the proxy's own routes
             await self.app(scope, receive, send)
         else:
             await _Request(self, scope, receive, send).run()
@@ -74,13 +75,13 @@ class _Request:
         self._id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         kept = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
         scope["headers"] = [*kept, (b"x-request-id", self._id.encode())]
-        self._readable = self._may_send(headers)
+        self._readable = self._accepts_body(headers)
         self._full = self._gone = self._started = self._ended = False
         self._size = 0
         self._foreign: tuple[int, list[tuple[bytes, bytes]]] | None = None
         """Status and headers of an error reply from Ray, until its body arrives."""
 
-    def _may_send(self, headers: dict[bytes, bytes]) -> bool:
+    def _accepts_body(self, headers: dict[bytes, bytes]) -> bool:
         hashes, length = self._front.hashes, headers.get(b"content-length", b"0")
         if len(length) > 19 or int(length) > self._front.args.max_body_bytes:
             return False
@@ -88,7 +89,7 @@ class _Request:
         return not hashes or accepts(key, hashes)  # paths open without a key have no body
 
     async def run(self) -> None:
-        """Pass the request through the proxy to a gateway, or refuse it."""
+        """Forward the request through the proxy to a gateway, or refuse it."""
         front = self._front
         if front.requests >= front.args.max_requests:
             await self._refuse(503, "requests", "too many concurrent requests; try again later")
@@ -105,7 +106,7 @@ class _Request:
             front.bytes -= self._size
 
     async def _read(self) -> Message:
-        if not self._readable:  # the gateway refuses by the headers, or by the part it received
+        if not self._readable:  # the gateway refuses by the headers, or by what it received so far
             if self._ended or self._size:
                 await asyncio.Event().wait()  # until the reply is sent and the proxy stops reading
             self._ended = True
@@ -118,10 +119,10 @@ class _Request:
         self._size += size
         front.bytes += size
         if front.bytes > front.args.max_total_bytes:
-            front.bytes -= self._size  # at once, or other requests would be refused too
+            front.bytes -= self._size  # now, so that other requests are not refused too
             self._full, self._size = True, 0
             return {"type": "http.disconnect"}
-        if self._size > front.args.max_body_bytes:  # with this part the gateway knows that it is too large
+        if self._size > front.args.max_body_bytes:  # by this part the gateway sees that it is too large
             self._readable = False
             return {**message, "more_body": True}
         return message

@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.codec.zoo import load_tokenizer
@@ -25,7 +25,7 @@ from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH
 from serve.breaker import Breaker
 from serve.concepts import Concepts
 from serve.encoder import Encoder
-from serve.guard import LOOPBACK, App, Guard, read_keys
+from serve.guard import LOOPBACK, Guard, read_keys
 from serve.metrics import GatewayMetrics
 from serve.pipeline import CorpusStages, Pipeline
 from serve.predictor import Predictor
@@ -44,16 +44,16 @@ from serve.settings import ServeArgs, codec_name
 from serve.stage import Call, FullError, Stage, StageError
 
 ATTEMPTS = 4
-"""Times that a part is asked what it is; seven seconds, in which a replica is started again."""
+"""Calls of `describe` before giving up: seven seconds with the backoff, in which a lost replica restarts."""
 
 LOST = (RayActorError, DeploymentUnavailableError)
-"""Errors of calls that were lost. Every operation is a pure function of its input, so they are resent."""
+"""Errors that mean a call was lost. It is resent, as every operation is a pure function of its input."""
 
 DESCRIPTION = """Documents to vectors, a model that predicts the next vector, and the vector back to text.
 
 `POST /v1/generate` runs all stages; the other routes are single stages. Errors have the form
-`{"error": {"message", "type", "param", "code", "request_id"}}`; the message says what was expected, what came and
-what to do.
+`{"error": {"message", "type", "param", "code", "request_id"}}`; the message says what was expected, what was
+received and what to do.
 """
 
 
@@ -70,7 +70,7 @@ class Gateway:
         retriever: DeploymentHandle | None,
         decoder: DeploymentHandle,
     ) -> None:
-        """Parts without a handle run in this process (`ServeArgs.inline`); `reconfigure` says with which run. Raises
+        """Deployments without a handle run in this process (`ServeArgs.inline`); `reconfigure` names the run. Raises
         InputError when the service would be reachable from a network without an API key."""
         self._args = args
         self._keys = [*args.api_keys_sha256, *(read_keys(args.api_keys_file) if args.api_keys_file else [])]
@@ -96,17 +96,16 @@ class Gateway:
         self._concepts: Concepts | None = None
         if args.dataset:
             self._concepts = Concepts(args, self._identity, self._tokenizer)
-            with suppress(DatabaseError):  # what needs no store answers meanwhile, and requests try again
+            with suppress(DatabaseError):  # other routes work without it, and requests reconnect
                 await self._concepts.open()
         self._service: Service | None = None
-        self._app: App = Starlette()
+        self._app: ASGIApp = Starlette()
 
     async def reconfigure(self, wanted: Mapping[str, Any]) -> None:
-        """Answer with the release of a `user_config` from now on; requests under way end with theirs.
+        """Switch to the release of a `user_config`; requests in flight finish with theirs.
 
-        What cannot be taken up is refused: the one before goes on, /health says so, and the log why (whoever may ask
-        for health need not know where runs lie). A replica that has none yet raises InputError, IdentityError, or what
-        its parts raise.
+        If it cannot be loaded, the previous release stays. /health reports that; only the log gives the reason, as it
+        may contain paths. Without a previous release, raises InputError, IdentityError, or a deployment's error.
         """
         try:
             release = await asyncio.to_thread(read_release, wanted, self._args)
@@ -114,18 +113,18 @@ class Gateway:
         except Exception as err:
             if self._service is None:
                 raise
-            # Raised, it would end the replica, whatever it is.
-            self._service.refused = (
-                f"release {str(wanted.get('release', ''))!r} is not taken up; the log says why"
+            # Not raised, as Ray would stop the replica.
+            self._service.rejected = (
+                f"release {str(wanted.get('release', ''))!r} was rejected; see the gateway's log"
             )
             logging.getLogger("ray.serve").error(
-                "%s is not taken up: %s", dict(wanted), _last_line(err), exc_info=err
+                "%s was rejected: %s", dict(wanted), _last_line(err), exc_info=err
             )
         else:
             self._app, self._service = self._guarded(service), service
 
     async def _serve(self, release: Release) -> Service:
-        """The service with this run, once its parts have it."""
+        """The service for a release, once the deployments have loaded it."""
         args = self._args
         models = await self._describe("predictor", release)
         corpus = await self._describe("retriever", release) if args.run else {}
@@ -146,8 +145,8 @@ class Gateway:
         contexts = {alias: record.context for alias, record in records.items()}
 
         def stage(name: str, part: str, method: str, max_rows: int, max_calls: int = args.max_calls) -> Stage:
-            where = self._parts[part]
-            call = _call(where, method) if isinstance(where, DeploymentHandle) else getattr(where, method)
+            target = self._parts[part]
+            call = _call(target, method) if isinstance(target, DeploymentHandle) else getattr(target, method)
             if part in ("predictor", "retriever"):
                 call = partial(call, release=release)
             return Stage(name, call, LOST, max_calls, max_rows, self._metrics.measure_call)
@@ -184,14 +183,14 @@ class Gateway:
             self._concepts,
         )
 
-    async def _describe(self, name: str, *of: Release) -> dict[str, Any]:
-        """What a part says of itself; asked again where its replica was lost."""
+    async def _describe(self, name: str, *release: Release) -> dict[str, Any]:
+        """A deployment's `describe`; retried when its replica is lost."""
         part = self._parts[name]
         for attempt in range(ATTEMPTS):
             try:
                 if isinstance(part, DeploymentHandle):
-                    return await part.describe.remote(*of)  # type: ignore[no-any-return]
-                return await part.describe(*of)  # type: ignore[no-any-return]
+                    return await part.describe.remote(*release)  # type: ignore[no-any-return]
+                return await part.describe(*release)  # type: ignore[no-any-return]
             except LOST:
                 if attempt + 1 == ATTEMPTS:
                     raise
@@ -199,29 +198,27 @@ class Gateway:
         raise AssertionError
 
     def __serve_build_asgi_app__(self) -> Any:
-        """The application of the release that answers; Ray asks for one, and starts it before there is a release."""
+        """Routes each request to the current release; Ray calls this once, before there is a release."""
 
         async def current(scope: Scope, receive: Receive, send: Send) -> None:
             await self._app(scope, receive, send)
 
         return current
 
-    def _guarded(self, service: Service) -> App:
-        """The routes of a service, behind the guard."""
+    def _guarded(self, service: Service) -> ASGIApp:
+        """The routes of a service, wrapped in the guard."""
         app = FastAPI(
             title="Latent vector models",
             version="1",
             description=DESCRIPTION,
-            docs_url=None,  # its page loads scripts from a CDN; use any viewer with /openapi.json
+            docs_url=None,  # it loads scripts from a CDN; point any viewer at /openapi.json
             redoc_url=None,
         )
-        errors: Errors = {
-            status: {"model": ErrorReply} for status in (400, 401, 404, 408, 413, 422, 429, 503)
-        }
+        errors: Errors = {s: {"model": ErrorReply} for s in (400, 401, 404, 408, 413, 422, 429, 503)}
         for kind in (GenerateRoute, VectorRoutes, CorpusRoutes, OpenAIRoutes, StatusRoutes):
             kind(service).add_to(app, errors)
         add_error_replies(app, service)
-        guarded: App = Guard(app, self._args.limits, self._keys, self._metrics)
+        guarded: ASGIApp = Guard(app, self._args.limits, self._keys, self._metrics)
         if self._args.cors_origins:
             # Outside the guard: preflight requests have no key, and pages must be able to read error replies.
             guarded = CORSMiddleware(
@@ -244,7 +241,7 @@ def require_key_unless_loopback(key_hashes: Sequence[str], host: str) -> None:
 
 
 def _http_host() -> str:
-    """Address on which this cluster's HTTP proxies listen."""
+    """Address that this cluster's HTTP proxies listen on."""
     from ray.serve.context import _get_global_client
 
     return str(_get_global_client().http_config.host or "127.0.0.1")
@@ -257,9 +254,9 @@ def _last_line(err: Exception) -> str:
 def _call(handle: DeploymentHandle, method: str) -> Call:
     caller = handle.options(method_name=method)
 
-    async def call(rows: list[Any], remaining_s: list[float], **of: Release) -> Any:
+    async def call(rows: list[Any], remaining_s: list[float], **release: Release) -> Any:
         try:
-            return await caller.remote(rows, remaining_s, **of)
+            return await caller.remote(rows, remaining_s, **release)
         except BackPressureError as err:
             raise FullError(f"the queue of {method} is full; try again later") from err
         except RayTaskError as err:

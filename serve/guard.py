@@ -1,6 +1,6 @@
-"""ASGI middleware before the routes: API keys, body size, JSON depth, and a request id on each reply.
+"""ASGI middleware around the routes: checks API key, body size, encoding and JSON depth; logs and counts requests.
 
-Requests refused here get an error reply in the same format as all others.
+Its error replies have the same format as all others.
 """
 
 import hashlib
@@ -10,22 +10,18 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lvm.errors import InputError
 from serve.metrics import GatewayMetrics
 from serve.settings import Limits
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 OPEN_PATHS = frozenset({"/", "/health", "/openapi.json", "/style.css", "/page.js", "/favicon.ico"})
-"""Paths open without a key: page and OpenAPI document hold no data, and load balancers must be able to check health."""
+"""Paths open without a key: the page and the OpenAPI document hold no data, and load balancers check health."""
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -77,9 +73,9 @@ def accepts(header: str, hashes: Sequence[str]) -> bool:
 
 
 def depth_of(body: bytes) -> int:
-    """Maximum nesting depth of a JSON text; meaningless for other bytes."""
+    """Maximum nesting depth of a JSON text; arbitrary for other bytes."""
     depth = deepest = 0
-    # Remove strings, whose brackets are text, then everything but brackets: vectors are megabytes of digits.
+    # Remove strings, which may contain brackets, then everything but brackets: vectors are megabytes of digits.
     for byte in _STRING.sub(b"", body).translate(None, _NO_BRACKETS):
         if byte in b"[{":
             depth += 1
@@ -94,33 +90,35 @@ def error_body(
 ) -> dict[str, Any]:
     """The body of every error reply, in OpenAI's format.
 
-    path: of the request. On OpenAI's routes `code` is a string or null, since typed clients reject a number; on the
-    others it is the status. param: the invalid field.
+    path: the request's. On OpenAI's routes `code` is a string or null, since typed clients reject a number; on others
+    it is the status. param: the invalid field.
     """
+    openai = path in ("/v1/embeddings", "/v1/models") or path.startswith("/v1/models/")
     return {
         "error": {
             "message": message,
             "type": _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error"),
             "param": param,
-            "code": _CODES.get(status) if is_openai(path) else status,
+            "code": _CODES.get(status) if openai else status,
             "request_id": request_id,
         }
     }
-
-
-def is_openai(path: str) -> bool:
-    """True for the routes that OpenAI's clients call."""
-    return path in ("/v1/embeddings", "/v1/models") or path.startswith("/v1/models/")
 
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
+class _Refused(Exception):
+    """Arguments: status, reason for the metrics, message."""
+
+
 class Guard:
     """ASGI middleware around the application."""
 
-    def __init__(self, app: App, limits: Limits, key_hashes: Sequence[str], metrics: GatewayMetrics) -> None:
+    def __init__(
+        self, app: ASGIApp, limits: Limits, key_hashes: Sequence[str], metrics: GatewayMetrics
+    ) -> None:
         self._app, self._limits, self._hashes, self._metrics = app, limits, tuple(key_hashes), metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,112 +132,87 @@ class Guard:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         status = 500
-        # A HEAD is a GET whose answer has no body (RFC 9110, 9.3.2), on every route.
+        # On every route, HEAD is GET without the reply's body (RFC 9110, 9.3.2).
         head = scope["method"] == "HEAD"
         inner = {**scope, "method": "GET"} if head else scope
 
-        async def send_named(message: Message) -> None:
+        async def send_reply(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                # X-Request-ID is added by Ray Serve, which also generates one if the client sent none.
-                kept = [
-                    *message.get("headers", []),
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"cache-control", b"no-store"),
-                ]
-                message = {**message, "headers": kept}
+                # Ray Serve adds X-Request-ID, and generates one if the client sent none.
+                added = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+                message = {**message, "headers": [*message.get("headers", []), *added]}
             elif head:
                 message = {**message, "body": b""}
             await send(message)
 
         try:
-            refusal, body = await self._check(scope, headers, receive)
-            if refusal is not None:
-                status_refused, reason, message = refusal
+            try:
+                body = await self._read(scope, headers, receive)
+            except _Refused as refusal:
+                code, reason, message = refusal.args
                 self._metrics.refused.inc(1, {"reason": reason})
-                await _reply(
-                    send_named, status_refused, error_body(status_refused, message, request_id, scope["path"])
-                )
+                await _reply(send_reply, code, error_body(code, message, request_id, scope["path"]))
             else:
-                await self._app(inner, _again(body, receive), send_named)
+                await self._app(inner, _replay(body, receive), send_reply)
         finally:
             took = time.perf_counter() - begun
-            # The route's pattern, not the path: clients choose paths, which would flood the metrics.
-            matched = inner.get("route")
-            route = getattr(matched, "path", "none")
+            # The route's pattern, not the path: clients could create any number of labels.
+            route = getattr(inner.get("route"), "path", "none")
             self._metrics.requests.inc(1, {"route": route, "status": str(status)})
             self._metrics.duration.observe(took, {"route": route})
             if route not in ("/health", "/metrics"):
-                logger.info(
-                    "request",
-                    extra={
-                        "log_fields": {
-                            "request_id": request_id,
-                            "method": scope["method"],
-                            "route": route,
-                            "status": status,
-                            "milliseconds": round(took * 1000, 2),
-                            **scope["state"].get("log", {}),
-                        }
-                    },
-                )
+                fields = {
+                    "request_id": request_id,
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                    "milliseconds": round(took * 1000, 2),
+                    **scope["state"].get("log", {}),
+                }
+                logger.info("request", extra={"log_fields": fields})
 
-    async def _check(
-        self, scope: Scope, headers: dict[str, str], receive: Receive
-    ) -> tuple[tuple[int, str, str] | None, bytes]:
-        """An error as (status, reason, message), or None; and the whole body."""
+    async def _read(self, scope: Scope, headers: dict[str, str], receive: Receive) -> bytes:
+        """The whole body. Raises _Refused when a check fails."""
         if self._hashes and scope["path"] not in OPEN_PATHS:
             header = headers.get("authorization", "")
             if not accepts(header, self._hashes):
                 got = "none" if not header else "an unknown key"
-                return (401, "key", f"expected the header 'Authorization: Bearer <API key>', got {got}"), b""
-        limit = self._limits.max_body_bytes
+                raise _Refused(
+                    401, "key", f"expected the header 'Authorization: Bearer <API key>', got {got}"
+                )
+        limit, max_depth = self._limits.max_body_bytes, self._limits.max_depth
         length = headers.get("content-length", "0")
         if length.isdecimal() and len(length) < 20 and int(length) > limit:
-            return (
-                413,
-                "body",
-                f"the body has {length} bytes, limit max_body_bytes is {limit}; send less at once",
-            ), b""
+            message = f"the body has {length} bytes, limit max_body_bytes is {limit}; send less at once"
+            raise _Refused(413, "body", message)
         parts: list[bytes] = []
         size = 0
         while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return (400, "http", "the body is incomplete; send it again"), b""
-            parts.append(message.get("body", b""))
+            received = await receive()
+            if received["type"] == "http.disconnect":
+                raise _Refused(400, "http", "the body is incomplete; send it again")
+            parts.append(received.get("body", b""))
             size += len(parts[-1])
             if size > limit:
-                return (
-                    413,
-                    "body",
-                    f"the body has more than {limit} bytes, limit max_body_bytes; send less at once",
-                ), b""
-            if not message.get("more_body"):
+                message = f"the body has more than {limit} bytes, limit max_body_bytes; send less at once"
+                raise _Refused(413, "body", message)
+            if not received.get("more_body"):
                 break
         body = b"".join(parts)
-        if body.count(b"[") + body.count(b"{") > self._limits.max_depth:
-            found = depth_of(body)
-            if found > self._limits.max_depth:
-                return (
-                    400,
-                    "depth",
-                    f"the JSON is {found} levels deep, limit max_depth is {self._limits.max_depth}; flatten it",
-                ), b""
-        if body:
-            try:
-                body.decode("utf-8")
-            except UnicodeDecodeError as err:
-                return (
-                    400,
-                    "utf-8",
-                    f"the body is not UTF-8 ({err.reason} at byte {err.start}); send JSON in UTF-8",
-                ), b""
-        return None, body
+        if body.count(b"[") + body.count(b"{") > max_depth and (depth := depth_of(body)) > max_depth:
+            message = f"the JSON is {depth} levels deep, limit max_depth is {max_depth}; flatten it"
+            raise _Refused(400, "depth", message)
+        try:
+            body.decode("utf-8")
+        except UnicodeDecodeError as err:
+            message = f"the body is not UTF-8 ({err.reason} at byte {err.start}); send JSON in UTF-8"
+            raise _Refused(400, "utf-8", message) from err
+        return body
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
+def _replay(body: bytes, receive: Receive) -> Receive:
     """A receive function that returns the body already read, then the server's further messages."""
     given = False
 

@@ -1,38 +1,32 @@
-"""Whether the service meets its targets, over the latest answers of one gateway."""
+"""Whether one gateway meets the service's targets, over its most recent requests."""
 
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
-TARGETS = {
-    "p50_s": 1.0,
-    "p95_s": 1.3,
-    "gibberish_share": 0.05,
-    "keyword_share": 0.75,
-    "error_share": 0.005,
-}
+TARGETS = {"p50_s": 1.0, "p95_s": 1.3, "gibberish_share": 0.05, "keyword_share": 0.75, "error_share": 0.005}
 """Targets of the original system. All but keyword_share are upper bounds."""
 
 WINDOW = 1000
 """Number of recent requests considered."""
 MIN_REQUESTS = 20
-"""Below this many requests no target counts as missed: one slow first request is not a trend."""
+"""With fewer requests no target counts as missed: one slow first request is not a trend."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One finished request for text."""
+    """A finished request for text."""
 
     seconds: float
     failed: bool
-    """Our fault: a status of 500 or more."""
+    """By a server error: a status of 500 or more."""
     gibberish: bool = False
     keyword_hit: bool = True
 
 
 class Window:
-    """The latest requests."""
+    """The most recent requests."""
 
     def __init__(self, size: int = WINDOW) -> None:
         self._seen: deque[Seen] = deque(maxlen=size)
@@ -65,14 +59,11 @@ class Window:
         figures = self.figures()
         if figures["requests"] < MIN_REQUESTS:
             return []
-        found = []
+        missed = []
         for name, target in TARGETS.items():
-            value = figures.get(name)
-            if value is None:
-                continue
-            if name == "keyword_share":
-                if value < target:
-                    found.append(f"{name} {value:g} is below {target:g}")
-            elif value > target:
-                found.append(f"{name} {value:g} is above {target:g}")
-        return found
+            value = figures.get(name, target)
+            if name == "keyword_share" and value < target:
+                missed.append(f"{name} {value:g} is below {target:g}")
+            elif name != "keyword_share" and value > target:
+                missed.append(f"{name} {value:g} is above {target:g}")
+        return missed

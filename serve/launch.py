@@ -1,10 +1,10 @@
-"""Serve a run's models over HTTP on this machine, or on a cluster. Ends on Ctrl-C.
+"""Serve a run's models over HTTP, on this machine or on a cluster, until Ctrl-C.
 
     python -m serve.launch --run out/demo --port 8000
     LATENT_API_KEYS=... python -m serve.launch --run out/demo --host 0.0.0.0
 
-The same application as `serve deploy serve/config.yaml`. The address goes to stdout when the service responds.
-SIGUSR1 rolls out what the run's model aliases point to now, without a pause.
+The same application as `serve deploy serve/config.yaml`. Prints the address to stdout once the service responds.
+SIGUSR1 rolls out the models that the run's aliases point to now, without downtime.
 """
 
 import json
@@ -29,6 +29,7 @@ from serve.guard import LOOPBACK, check_keys, read_keys
 from serve.settings import ServeArgs, SmoothingArgs, require_run
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+LOGS: dict[str, Any] = {"encoding": "JSON", "log_level": "INFO", "enable_access_log": False}
 
 
 def main(
@@ -37,7 +38,7 @@ def main(
         typer.Option(
             parser=location,
             metavar="PATH",
-            help="Folder of `latent run` or `latent demo`, s3:// and gs:// too; default: the bundled predictors, "
+            help="Folder of `latent run` or `latent demo`, also s3:// or gs://; default: the bundled predictors, "
             "without a corpus.",
         ),
     ] = None,
@@ -46,7 +47,7 @@ def main(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     model: Annotated[str | None, typer.Option(help="Default model.")] = None,
-    codec: Annotated[str | None, typer.Option(help="Codec name; by default the run's own.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Codec name; default: the run's codec.")] = None,
     codec_path: Annotated[Path | None, typer.Option(help="Folder of your own codec.")] = None,
     api_keys_file: Annotated[
         Path | None,
@@ -60,9 +61,7 @@ def main(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(
-            help="Dataset of the concept store that /v1/ingest stores articles in and /v1/search finds them in."
-        ),
+        typer.Option(help="Dataset of the concept store, for /v1/ingest and /v1/search."),
     ] = None,
     database_url: Annotated[
         str | None,
@@ -70,7 +69,7 @@ def main(
             envvar="LATENT_DATABASE_URL",
             show_envvar=True,
             metavar="URL",
-            help="Its server, postgresql://USER@HOST:PORT/DATABASE; default: a local Postgres.",
+            help="Server of the dataset, postgresql://USER@HOST:PORT/DATABASE; default: a local Postgres.",
         ),
     ] = None,
     smoothing_url: Annotated[
@@ -79,7 +78,9 @@ def main(
     smoothing_model: Annotated[str, typer.Option(help="Model name at that endpoint.")] = "",
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(help="Origin whose pages may call the service, as https://app.example.org; repeatable."),
+        typer.Option(
+            help="Origin whose pages may call the service, such as https://app.example.org; repeatable."
+        ),
     ] = None,
     set: Annotated[
         list[str] | None,
@@ -89,12 +90,12 @@ def main(
         str | None, typer.Option(help="Ray cluster to join (host:port or auto); default: start a local one.")
     ] = None,
 ) -> None:
-    """Start the service and stay until a signal."""
+    """Start the service, and run until a signal arrives."""
     if run is None:
-        say("serving the predictors that ship, without a corpus; --run DIR serves a run of yours")
+        say("serving the bundled predictors, without a corpus; --run DIR serves your own run")
     elif not run.is_dir():
         raise InputError(
-            f"no folder {run}; expected the output of `latent run` (--run DIR), or no --run for what ships"
+            f"no folder {run}; expected the output of `latent run`, or no --run for the bundled predictors"
         )
     hashes = [] if api_keys_file is None else read_keys(api_keys_file)
     from_environment = [k.strip() for k in os.environ.get("LATENT_API_KEYS", "").split(",") if k.strip()]
@@ -102,7 +103,7 @@ def main(
     if host not in LOOPBACK and not hashes:
         raise InputError(
             f"--host {host} opens the service to a network without an API key; set LATENT_API_KEYS or --api-keys-file, "
-            "or leave the host at 127.0.0.1"
+            "or keep the default host 127.0.0.1"
         )
     record: dict[str, Any] = {
         "run": "" if run is None else str(run.absolute()),
@@ -131,11 +132,7 @@ def main(
         start(args, host, port, address)
     wait_for_proxy(host, port)
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # after Ray has put its own handlers in place
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # after Ray installed its handlers
         signal.signal(number, lambda n, _: signals.put(n))
     shown = f"[{host}]" if ":" in host else host
     print(json.dumps({"url": f"http://{shown}:{port}", "pid": os.getpid()}), flush=True)
@@ -143,17 +140,17 @@ def main(
         try:
             deploy(args)
             say("rolled out")
-        except (LvmError, RuntimeError) as err:  # what runs goes on
+        except (LvmError, RuntimeError) as err:  # the running version stays
             say(f"error: not rolled out: {err}")
-    say("stopping: requests under way have ten seconds")
+    say("stopping: requests in flight have ten seconds to finish")
     shut_down()
 
 
 def open_store(args: ServeArgs, url: str | None, address: str | None) -> None:
-    """Wait until the concept store responds, and put its address where the local gateways find it.
+    """Wait until the concept store responds, and pass its address to the local gateways in the environment.
 
-    Raises DatabaseError if the server accepts no connection, IdentityError if the dataset has another codec than
-    the run, InputError on a cluster without an address.
+    Raises DatabaseError if the server accepts no connection, IdentityError if the dataset and the run have different
+    codecs, InputError on a cluster without an address.
     """
     from lvm.vectors.concepts import ConceptStore
     from lvm.vectors.entries import require_name
@@ -162,7 +159,7 @@ def open_store(args: ServeArgs, url: str | None, address: str | None) -> None:
     require_name(args.dataset)
     url = url or args.database_url
     if not url and address is not None:
-        raise InputError("--dataset on a cluster needs --database-url, a server that every node reaches")
+        raise InputError("--dataset on a cluster needs --database-url, a server that every node can reach")
     url = url or embedded()
     with ConceptStore(url) as store:
         if store.missing:
@@ -171,26 +168,26 @@ def open_store(args: ServeArgs, url: str | None, address: str | None) -> None:
         if found is not None and args.run:
             vectors = require_run(args.run).identity
             require_same_codec(found.identity, vectors, f"dataset {args.dataset!r}", f"{args.run}/vectors")
-    # Not among the arguments, which Ray shows: it may hold a password.
+    # Not an argument of the application, which Ray displays: it may contain a password.
     os.environ["LATENT_DATABASE_URL"] = url
 
 
 def put(record: dict[str, Any], entry: str) -> None:
-    """Set "a.b=value" in nested dictionaries. Raises InputError on another form."""
+    """Apply an entry "a.b=value" to nested dictionaries. Raises InputError if it is malformed."""
     path, equals, value = entry.partition("=")
     if not equals or not all(path.split(".")):
-        raise InputError(f"--set {entry!r}: expected NAME=VALUE, as limits.max_texts=8")
+        raise InputError(f"--set {entry!r}: expected NAME=VALUE, such as limits.max_texts=8")
     *folders, last = path.split(".")
     place = record
     for folder in folders:
         place = place.setdefault(folder, {})
         if not isinstance(place, dict):
-            raise InputError(f"--set {entry!r}: {folder} is no group of settings")
+            raise InputError(f"--set {entry!r}: {folder} is not a group of settings")
     place[last] = value
 
 
 def parse(record: dict[str, Any]) -> ServeArgs:
-    """The settings. Raises InputError describing the first invalid one."""
+    """The validated settings. Raises InputError that names the first invalid one."""
     from pydantic import ValidationError
 
     try:
@@ -204,14 +201,14 @@ def parse(record: dict[str, Any]) -> ServeArgs:
 
 
 def claim(host: str, port: int) -> socket.socket:
-    """A socket that reserves the port (for 0 a free one) until the proxy binds it, since Ray's own processes may take
-    free ports as they start. Raises InputError if another process listens there."""
+    """A socket that reserves the port (0: any free one) until the proxy binds it, as Ray's own processes take free
+    ports when they start. Raises InputError if another process listens on it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family) as probe:
             port = probe.getsockname()[1]
         held = socket.socket(family)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as the proxy's, which alone will listen
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # shared with the proxy, which listens
         held.bind((host, port))
     except OSError as err:
         raise InputError(
@@ -221,7 +218,7 @@ def claim(host: str, port: int) -> socket.socket:
 
 
 def wait_for_proxy(host: str, port: int, seconds: float = 60) -> None:
-    """Wait until the proxy sends requests to the application, which it learns of a moment after it runs."""
+    """Wait until the proxy routes requests to the application, a moment after the application runs."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     until = time.monotonic() + seconds
     while True:
@@ -237,18 +234,18 @@ def wait_for_proxy(host: str, port: int, seconds: float = 60) -> None:
 
 
 def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
-    """Join or start Ray, start Serve, run the application; returns when it responds."""
+    """Join or start Ray, start Serve and run the application; returns when it responds."""
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray runs workers at niceness 15, right for batches; replicas that people wait for are not to give way.
+    # Ray's default niceness of 15 suits batch jobs; replicas serve waiting users.
     os.environ.setdefault("RAY_worker_niceness", "0")
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     if address is None:
-        # For the proxies, which take no runtime environment. Nodes of a cluster bring these along.
+        # For the proxies, which ignore runtime environments. On a cluster the nodes' environments have these.
         front = FrontArgs(
             api_keys_sha256=tuple(args.api_keys_sha256),
             api_keys_file=args.api_keys_file,
@@ -256,27 +253,27 @@ def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
         )
         os.environ.update(environment(front), PYTHONPATH=python_path)
     ray.init(
-        address=address or "local",  # without a word Ray joins whatever was last started here, be it dead
+        address=address or "local",  # with None Ray would join the last cluster started here, even a dead one
         runtime_env={"env_vars": {"PYTHONPATH": python_path}},
         logging_level=logging.WARNING,
         log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
         include_dashboard=False if address is None else None,
     )
-    logs = LoggingConfig(encoding="JSON", log_level="INFO", enable_access_log=False)
     options = HTTPOptions(host=host, port=port, keep_alive_timeout_s=75)
-    serve.start(proxy_location=ProxyLocation.EveryNode, http_options=options, logging_config=logs)
+    serve.start(
+        proxy_location=ProxyLocation.EveryNode, http_options=options, logging_config=LoggingConfig(**LOGS)
+    )
     deploy(args)
 
 
 def deploy(args: ServeArgs) -> None:
-    """Run the application, or replace the running one; returns when the new one responds."""
+    """Run the application, or replace the running one; returns when it responds."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
     from serve.app import build
 
-    logs = LoggingConfig(encoding="JSON", log_level="INFO", enable_access_log=False)
-    serve.run(build(args), name="latent", logging_config=logs)
+    serve.run(build(args), name="latent", logging_config=LoggingConfig(**LOGS))
 
 
 def shut_down() -> None:

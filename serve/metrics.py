@@ -1,4 +1,4 @@
-"""Prometheus metrics, exported through Ray's agents, so every replica on every node is included.
+"""Prometheus metrics. Ray's agents export them, so every replica on every node is included.
 
 Ray prefixes each name with `ray_` and adds the labels `application`, `deployment` and `replica`. Scrape Ray's
 agents, or the service's `/metrics` for one node's; deploy/grafana/latent.json is a dashboard.
@@ -14,7 +14,6 @@ SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128]
 COSINES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
 
-
 REQUESTS = ("latent_http_requests_total", "Requests by route and status.", ("route", "status"))
 REFUSED = ("latent_refused_total", "Requests refused at once, by reason.", ("reason",))
 
@@ -27,7 +26,7 @@ class FrontMetrics:
         self._requests, self._refused = plain.Counter(*REQUESTS), plain.Counter(*REFUSED)
 
     def count(self, status: int, reason: str) -> None:
-        """Of `Front`."""
+        """The `Count` of `Front`."""
         self._requests.inc(1, {"route": "none", "status": str(status)})
         self._refused.inc(1, {"reason": reason})
 
@@ -78,8 +77,8 @@ class GatewayMetrics:
             "latent_deadline_exceeded_total", "Requests that exceeded their deadline.", ("route",)
         )
 
-    def measure_call(self, stage: str, *, rows: int, waiting: int, work_ms: float, retries: int) -> None:
-        """Of `Stage`."""
+    def measure_call(self, stage: str, *, rows: int, waiting: int, retries: int) -> None:
+        """The `Measure` of `Stage`."""
         labels = {"stage": stage}
         self.calls.observe(rows, labels)
         self.waiting.set(waiting, labels)
@@ -96,7 +95,7 @@ class ReplicaMetrics:
         self.dropped = Counter("latent_dropped_rows_total", "Rows dropped: deadline passed or caller gone.")
 
     def measure(self, rows: int, waiting: int, dropped: int) -> None:
-        """Of `RowQueue`."""
+        """The `measure` of `RowQueue` and `StreamQueue`."""
         if rows:
             self.rows.observe(rows)
         self.waiting.set(waiting)

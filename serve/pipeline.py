@@ -1,7 +1,7 @@
-"""Text to text across the deployments: encode, complete the context, predict, snap, decode; with timings.
+"""Text to text across the deployments: encode, complete the context, predict, snap, decode.
 
-The steps themselves are lvm's; this module adds their order, caches, circuit breaker and timing. Results equal those of
-`latent predict` on the same run.
+lvm implements the stages; this module adds their order, caching, the circuit breaker and timing. Results equal those
+of `latent predict` on the same run.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from serve.encoder import EncodedText
 from serve.metrics import GatewayMetrics
 from serve.predictor import ContextRow, Predicted
 from serve.retriever import CorpusChunk, FillRow, NearRow, SnapRow
-from serve.stage import DeadlineError, Stage, StageError, Timing, UnavailableError
+from serve.stage import DeadlineError, Stage, Timing, UnavailableError
 
 STAGES = ("queue", "encode", "context", "predict", "snap", "decode")
 """Keys of `PredictedChunk.milliseconds`."""
@@ -47,7 +47,7 @@ class ChunkOptions:
 
 @dataclass(frozen=True)
 class ReadContext:
-    """The predictor's context without its vectors, which would be most of a cached answer's bytes."""
+    """The predictor's context without its vectors, which would take most of a cached answer's bytes."""
 
     mode: Mode
     texts: tuple[str, ...]
@@ -76,7 +76,7 @@ class PredictedChunk:
 
 @dataclass(frozen=True)
 class _Steered:
-    """A request ready for the decoder."""
+    """Result of all stages before the decoder."""
 
     folder: str
     context: Context
@@ -90,7 +90,7 @@ class _Steered:
 
 
 class Clock:
-    """Milliseconds by stage; time in a stage without work counts as queue."""
+    """Milliseconds by stage; waiting time counts as the stage "queue"."""
 
     def __init__(self) -> None:
         self.ms = dict.fromkeys(STAGES, 0.0)
@@ -111,7 +111,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class CorpusStages:
-    """Operations of the retriever."""
+    """The retriever's operations."""
 
     fill: Stage
     snap: Stage
@@ -138,21 +138,21 @@ class Pipeline:
         folders: dict[str, str],
         contexts: dict[str, int],
     ) -> None:
-        """corpus: None if no corpus is loaded; then there is no snap, and refused texts are returned for lack of better
-        ones. folders: alias to record folder. contexts: alias to context length; CONTEXT_CHUNKS for others."""
+        """corpus: None if no corpus is loaded; then vectors are not snapped, and refused texts are not replaced.
+        folders: alias to record folder. contexts: alias to context length; CONTEXT_CHUNKS for others."""
         self.identity, self.breaker = identity, breaker
         self.encoder, self.predictor, self.decoder, self.corpus = encoder, predictor, decoder, corpus
         self._metrics, self._patience_s = metrics, decode_patience_s
         self._folders, self._contexts = folders, contexts
         self._vectors: Cache[EncodedText] = Cache(cache_bytes)
         self._answers: Cache[PredictedChunk] = Cache(cache_bytes)
-        self._on_their_way = 0
-        """Requests between their first stage and the decoder."""
+        self._before_decoder = 0
+        """Requests in a stage before the decoder."""
 
     async def encode(
         self, texts: Sequence[str], deadline: float, cache: bool = True
     ) -> tuple[list[EncodedText], Timing]:
-        """One EncodedText per text; cached texts are reused, and equal ones are encoded once."""
+        """One EncodedText per text. Cached vectors are reused, and equal texts are encoded once."""
         found: dict[str, EncodedText] = {}
         if cache:
             for text in texts:
@@ -160,7 +160,7 @@ class Pipeline:
                 if held is not None:
                     found[text] = replace(held, cached=True)
             hits = sum(t in found for t in texts)
-            self._look("text", hits, len(texts) - hits)
+            self._count_lookups("text", hits, len(texts) - hits)
         missing = [t for t in dict.fromkeys(texts) if t not in found]
         values, timing = await self.encoder.run(missing, deadline)
         for text, value in zip(missing, values, strict=True):
@@ -173,14 +173,14 @@ class Pipeline:
     async def predict_next(self, texts: Sequence[str], options: ChunkOptions) -> PredictedChunk:
         """The chunk that follows these (at least one).
 
-        Raises DeadlineError, StageError or UnavailableError; if only the decoder fails, the corpus answers where one is
-        loaded.
+        If only the decoder fails, the corpus answers, if one is loaded. Raises DeadlineError, StageError or
+        UnavailableError.
         """
         key = self._key(texts, options)
         if options.cache:
             begun = time.perf_counter()
             held = self._answers.get(key)
-            self._look("answer", int(held is not None), int(held is None))
+            self._count_lookups("answer", int(held is not None), int(held is None))
             if held is not None:
                 took = round((time.perf_counter() - begun) * 1000, 3)
                 predicted = replace(
@@ -192,11 +192,11 @@ class Pipeline:
                 self._count(predicted, options)
                 return predicted
         clock = Clock()
-        self._on_their_way += 1
+        self._before_decoder += 1
         try:
             steered = await self._steer(texts[-self._context_length(options) :], options, clock)
         finally:
-            self._on_their_way -= 1
+            self._before_decoder -= 1
         answer = await self._decode(steered, options, clock)
         predicted = PredictedChunk(
             answer,
@@ -215,7 +215,7 @@ class Pipeline:
             and answer.emergency is None
             and steered.folder == self._folders.get(options.model, PASSTHROUGH)
         ):
-            # Do not cache emergency answers, or answers of a model version that is being replaced.
+            # Not emergency answers, nor those of a model version that is being replaced.
             self._answers.put(key, predicted)
         self._count(predicted, options)
         return predicted
@@ -255,33 +255,28 @@ class Pipeline:
         answers: list[Answer | None] = [None] * len(rows)
         if refusal is None:
             try:
-                found, timing = await self._decode_rows(rows, deadline, patient=corpus, ours=False)
+                found, timing = await self._decode_rows(rows, deadline, bounded=corpus, predicted=False)
                 answers = list(found)
             except (UnavailableError, DeadlineError) as err:
                 if not corpus or time.monotonic() >= deadline:
                     raise
                 refusal = str(err)
-        open_ = [i for i, a in enumerate(answers) if a is None or (corpus and not a.accepted)]
-        if open_ and self.corpus is not None:
-            near, near_timing = await self.corpus.find.run(
-                [NearRow(vectors[i], 1, answers=True) for i in open_], deadline
-            )
-            timing = Timing(
-                timing.queue_ms + near_timing.queue_ms, timing.work_ms + near_timing.work_ms, timing.retries
-            )
-            for i, chunks in zip(open_, near, strict=True):
+        missing = [i for i, a in enumerate(answers) if a is None or (corpus and not a.accepted)]
+        if missing and self.corpus is not None:
+            near_rows = [NearRow(vectors[i], 1, answers=True) for i in missing]
+            near, added = await self.corpus.find.run(near_rows, deadline)
+            timing = Timing(timing.queue_ms + added.queue_ms, timing.work_ms + added.work_ms, timing.retries)
+            for i, chunks in zip(missing, near, strict=True):
                 answers[i] = extracted(answers[i], Nearest(chunks[0].text, chunks[0].cosine), refusal)
         return [a for a in answers if a is not None], timing
 
-    # ------------------------------------------------------------------------------------------- the stages
-
-    async def _steer(self, texts: Sequence[str], options: ChunkOptions, clock: Clock) -> "_Steered":
+    async def _steer(self, texts: Sequence[str], options: ChunkOptions, clock: Clock) -> _Steered:
         """All stages before the decoder."""
         encoded, timing = await self.encode(texts, options.deadline, options.cache)
         clock.add("encode", timing)
         vectors = np.stack([e.vector for e in encoded])
         context = await self._context(vectors, texts, options, clock)
-        # Passthrough tests the codec only.
+        # Passthrough tests only the codec.
         snaps = options.snap and options.model != PASSTHROUGH and self.corpus is not None
         (predicted,), timing = await self.predict([context.vectors], options.model, options.deadline, snaps)
         clock.add("predict", timing)
@@ -293,7 +288,10 @@ class Pipeline:
             clock.add("snap", timing)
         near: list[CorpusChunk] = []
         if options.neighbours and self.corpus is not None:
-            near = await self._near(steered, options.neighbours, context, options.deadline, clock, "snap")
+            # The context's own chunks are no continuation of it.
+            near_row = NearRow(steered, options.neighbours, frozenset(context.texts))
+            (near,), timing = await self.corpus.find.run([near_row], options.deadline)
+            clock.add("snap", timing)
         return _Steered(folder, context, sum(e.truncated for e in encoded), raw, steered, drifted, near)
 
     async def _context(
@@ -313,36 +311,19 @@ class Pipeline:
     def _context_length(self, options: ChunkOptions) -> int:
         return self._contexts.get(options.model, CONTEXT_CHUNKS)
 
-    async def _near(
-        self,
-        vector: NDArray[np.float32],
-        k: int,
-        context: Context,
-        deadline: float,
-        clock: Clock,
-        stage: str,
-    ) -> list[CorpusChunk]:
-        # A chunk the reader has just read is no continuation of it.
-        row = NearRow(vector, k, frozenset(context.texts))
-        assert self.corpus is not None
-        (near,), timing = await self.corpus.find.run([row], deadline)
-        clock.add(stage, timing)
-        return near  # type: ignore[no-any-return]
-
-    async def _decode(self, steered: "_Steered", options: ChunkOptions, clock: Clock) -> Answer:
+    async def _decode(self, steered: _Steered, options: ChunkOptions, clock: Clock) -> Answer:
         refusal = self.breaker.refuses(self.decoder.depth)
         if refusal is not None and self.corpus is None:
-            raise UnavailableError(f"{refusal}; {NO_CORPUS}, to answer from it meanwhile")
+            raise UnavailableError(f"{refusal}; {NO_CORPUS}, to get answers from it meanwhile")
         answer: Answer | None = None
         if refusal is None:
-            row = VectorRow(
-                steered.steered, steered.context.vectors, options.steps, options.cache, self._on_their_way
-            )
+            coming = self._before_decoder
+            row = VectorRow(steered.steered, steered.context.vectors, options.steps, options.cache, coming)
             try:
-                ours = options.steps is None and options.model != PASSTHROUGH
-                (answer,), timing = await self._decode_rows([row], options.deadline, patient=True, ours=ours)
+                predicted = options.steps is None and options.model != PASSTHROUGH
+                (answer,), timing = await self._decode_rows([row], options.deadline, True, predicted)
                 clock.add("decode", timing)
-                self._look("vector", int(answer.cached), int(not answer.cached))
+                self._count_lookups("vector", int(answer.cached), int(not answer.cached))
             except (UnavailableError, DeadlineError) as err:
                 if self.corpus is None or time.monotonic() >= options.deadline:
                     raise
@@ -350,23 +331,22 @@ class Pipeline:
         if answer is not None and (answer.accepted or options.steps is not None or self.corpus is None):
             return answer
         assert self.corpus is not None
-        # A chunk the reader has just read is no continuation of it.
         row = NearRow(steered.raw, 1, frozenset(steered.context.texts), answers=True)
         ((chunk,),), timing = await self.corpus.find.run([row], options.deadline)
         clock.add("decode", timing)
         return extracted(answer, Nearest(chunk.text, chunk.cosine), refusal)
 
     async def _decode_rows(
-        self, rows: Sequence[VectorRow], deadline: float, patient: bool, ours: bool
+        self, rows: Sequence[VectorRow], deadline: float, bounded: bool, predicted: bool
     ) -> tuple[list[Answer], Timing]:
-        """Answers of the decoder; reports every outcome to the breaker.
+        """The decoder's answers; every outcome is reported to the breaker.
 
-        patient: wait at most `decode_patience_s`. ours: whether the vectors are predictions, so that a refused text is
-        not due to the client's input.
+        bounded: wait at most `decode_patience_s`. predicted: whether the vectors are predictions, so that refused
+        texts are not due to the client's input.
         """
         begun = time.monotonic()
-        limit = min(deadline, begun + self._patience_s) if patient else deadline
-        # A large request may rightly take long, so its time is scaled to one vector and the ladder's steps.
+        limit = min(deadline, begun + self._patience_s) if bounded else deadline
+        # The breaker's limit is per vector and for the ladder's steps; larger requests may take longer.
         share = len(rows) * max(1.0, *((r.steps or 0) / _SETTINGS.steps[-1] for r in rows))
         try:
             answers, timing = await self.decoder.run(rows, limit)
@@ -383,28 +363,19 @@ class Pipeline:
             self.breaker.done(None, None)
             raise
         else:
-            refused = not any(a.accepted for a in answers) if ours else None
+            refused = not any(a.accepted for a in answers) if predicted else None
             self.breaker.done((time.monotonic() - begun) / share, refused)
             return answers, timing
         finally:
             self._metrics.breaker.set(int(self.breaker.open))
 
-    # ------------------------------------------------------------------------------------------ book-keeping
-
     def _key(self, texts: Sequence[str], options: ChunkOptions) -> bytes:
-        read = texts[-self._context_length(options) :]
-        what = (
-            self.identity.digest,
-            self._folders.get(options.model, options.model),
-            options.fill,
-            options.snap,
-            options.steps,
-            options.neighbours,
-            tuple(read),
-        )
-        return _digest(repr(what))
+        context = tuple(texts[-self._context_length(options) :])
+        model = self.identity.digest, self._folders.get(options.model, options.model)
+        chosen = options.fill, options.snap, options.steps, options.neighbours
+        return _digest(repr((model, chosen, context)))
 
-    def _look(self, cache: str, hits: int, misses: int) -> None:
+    def _count_lookups(self, cache: str, hits: int, misses: int) -> None:
         if hits:
             self._metrics.cache.inc(hits, {"cache": cache, "result": "hit"})
         if misses:
@@ -427,10 +398,10 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality of an answer, given its context."""
+    """Quality of an answer in its context."""
 
     gibberish: bool
-    """It is not language, repeats itself or uses too few different characters."""
+    """It is not language, repeats itself, or uses too few different characters."""
     keyword_hit: bool
     entity_hit: bool
     """It shares a capitalised word that is not at the start of a sentence; True if the context has none."""
@@ -446,7 +417,7 @@ _SETTINGS = LadderSettings()
 
 
 def judge(text: str, refusals: Sequence[str], context: Sequence[str]) -> Quality:
-    """Quality of an answer in this context. refusals: the ladder's reasons against it."""
+    """Quality of an answer in this context. refusals: why the ladder refused it; empty if it did not."""
     source = " ".join(context)
     wanted, names = keywords(source), set(_NAME.findall(source))
     return Quality(
@@ -454,6 +425,3 @@ def judge(text: str, refusals: Sequence[str], context: Sequence[str]) -> Quality
         not wanted or bool(wanted & keywords(text)),
         not names or any(name in text for name in names),
     )
-
-
-__all__ = ["ChunkOptions", "Pipeline", "PredictedChunk", "Quality", "StageError", "judge"]

@@ -1,11 +1,9 @@
-"""The predictor deployment: contexts to the next vector, with every model of the run in each replica.
+"""The predictor deployment: contexts to the next vector. Each replica holds every model of the run.
 
-All models share one process, without multiplexing: four of them take 130 MB and predict in milliseconds, while a
-replica takes half a gigabyte before loading any weights, and loading on demand would cost a request more than all its
-predictions (tests/bench/results/).
+Models are not multiplexed: four take 130 MB and predict in milliseconds, while a replica takes half a gigabyte before
+it loads weights, and loading on demand would take longer than all predictions of a request (tests/bench/results/).
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from ray import serve
 
 from lvm.predict.steer import PASSTHROUGH
 from serve.metrics import replica_metrics
-from serve.release import Held, Release, read_release
+from serve.release import Held, Release
 from serve.rows import Outcome, RowQueue
 from serve.settings import ServeArgs, device_of, models_of, require_run
 
@@ -33,12 +31,12 @@ class ContextRow:
     vectors: NDArray[np.float32]
     """(T, D), norm 1, oldest first."""
     search: bool = False
-    """Whether to return the search vector too, which takes a second pass of the predictor."""
+    """Whether to return the search vector too, by a second forward pass."""
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """The next vector, and the record that predicted it."""
+    """The next vector, and the record of the model that predicted it."""
 
     vector: NDArray[np.float32]
     """(D,), norm 1."""
@@ -60,19 +58,16 @@ class Predictor:
         self._queue: RowQueue[tuple[dict[str, TrainedPredictor], ContextRow], Predicted] = RowQueue(
             self._work,
             args.queue_rows * 2,
-            group=lambda of_row: (id(of_row[0]), of_row[1].model, len(of_row[1].vectors), of_row[1].search),
+            group=lambda job: (id(job[0]), job[1].model, len(job[1].vectors), job[1].search),
             measure=replica_metrics().measure,
         )
 
     async def reconfigure(self, wanted: Mapping[str, Any]) -> None:
-        """Load what a `user_config` asks for before a gateway does. What cannot be loaded the gateways refuse."""
-        try:
-            await self._held.get(read_release(wanted, self._args))
-        except Exception as err:  # raised, it would end the replica
-            logging.getLogger("ray.serve").warning("not taken up: %s", err)
+        """Load the release of a `user_config`."""
+        await self._held.prepare(wanted, self._args)
 
     def _load(self, release: Release) -> "dict[str, TrainedPredictor]":
-        # With torch; the gateway imports this module for its rows.
+        # Imports torch; the gateway imports this module only for its rows.
         from lvm.predict.predictor import load_predictor
 
         predictors = {}
@@ -82,7 +77,7 @@ class Predictor:
             if release.run:
                 predictor.require_codec(require_run(release.run).identity, f"{release.run}/vectors")
             blank = np.zeros((1, predictor.context, predictor.record.identity.dim), np.float32)
-            predictor(blank), predictor.search(blank)  # the first calls allocate
+            predictor(blank), predictor.search(blank)  # warm up
             predictors[alias] = predictor
         return predictors
 
@@ -93,8 +88,8 @@ class Predictor:
             return [Predicted(vector, vector, PASSTHROUGH) for vector in contexts[:, -1]]
         predictor = predictors[first.model]
         vectors = predictor(contexts)
-        searching = predictor.search(contexts) if first.search else vectors
-        return [Predicted(v, s, predictor.name) for v, s in zip(vectors, searching, strict=True)]
+        searches = predictor.search(contexts) if first.search else vectors
+        return [Predicted(v, s, predictor.name) for v, s in zip(vectors, searches, strict=True)]
 
     async def run(
         self, rows: list[ContextRow], remaining_s: list[float], release: Release
@@ -106,12 +101,7 @@ class Predictor:
     async def describe(self, release: Release) -> dict[str, dict[str, Any]]:
         """Each alias's record: folder, context length, architecture, parameters, codec, metrics, training."""
         return {
-            alias: {
-                "folder": p.name,
-                "context": p.context,
-                "config": p.record.config,
-                "metrics": p.record.metrics,
-            }
+            alias: dict(folder=p.name, context=p.context, config=p.record.config, metrics=p.record.metrics)
             for alias, p in (await self._held.get(release)).items()
             if p.record is not None
         }

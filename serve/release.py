@@ -1,12 +1,13 @@
-"""Which run the service answers with: the `user_config` of Gateway, Predictor and Retriever.
+"""The release that the service answers with: the `user_config` of Gateway, Predictor and Retriever.
 
-Ray Serve hands a changed `user_config` to the replicas that run (`reconfigure`); none restarts. Predictor and Retriever
-load the new run beside the old one. A gateway takes it up when one of each has it, and tells them with every call which
-run it means, so a request is answered by one run from its first stage to its last, whoever is ahead meanwhile.
+Ray Serve passes a changed `user_config` to the running replicas (`reconfigure`) without restarting them. Predictor and
+Retriever load the new run beside the old one. A gateway switches once a replica of each has loaded it, and names its
+release in every call, so that all stages of a request use the same run during a rollout.
 """
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,27 +29,27 @@ class ReleaseArgs(Strict):
     run: str = ""
     """Folder of a run, as `ServeArgs.run`, of the same codec."""
     release: str = ""
-    """Any word. Another one takes up what the aliases and the index of the same run are now."""
+    """Any string. A new one reloads the aliases and the index of the same run."""
     models: dict[str, str] | None = None
-    """Alias to record folder; by default what the run's aliases are when a replica takes this up."""
+    """Alias to record folder; by default the run's aliases at the time a replica loads the release."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """What is answered with."""
+    """A run and its models."""
 
     run: str
-    """Empty for the predictors that ship."""
-    word: str
+    """Empty for the bundled predictors."""
+    name: str
     models: tuple[tuple[str, str], ...]
     """Alias and record folder."""
 
     def __str__(self) -> str:
-        return f"run {self.run or 'none'}, release {self.word!r}"
+        return f"run {self.run or 'none'}, release {self.name!r}"
 
 
 def read_release(wanted: Mapping[str, Any], args: ServeArgs) -> Release:
-    """The release that a `user_config` asks for. Raises InputError where it is none, or its run is not whole."""
+    """The release that a `user_config` names. Raises InputError if it is invalid or its run is incomplete."""
     try:
         asked = ReleaseArgs.model_validate(wanted)
     except ValidationError as err:
@@ -59,21 +60,23 @@ def read_release(wanted: Mapping[str, Any], args: ServeArgs) -> Release:
         ) from err
     if bool(asked.run) != bool(args.run):
         raise InputError(
-            f"user_config has run {asked.run!r}, args have {args.run!r}; with and without a corpus are two "
-            "applications: change args.run"
+            f"user_config has run {asked.run!r}, args have {args.run!r}; a running service cannot gain or lose its "
+            "corpus: change args.run"
         )
     if asked.run:
         folder = location(asked.run)
         if isinstance(folder, Path) and not folder.is_absolute():
-            raise InputError(f"user_config: run {asked.run} is no absolute path; expected one of every node")
+            raise InputError(
+                f"user_config: run {asked.run} is not an absolute path; expected one that every node has"
+            )
         require_run(asked.run)
     models = read_models(models_of(asked.run)) if asked.models is None else asked.models
     return Release(asked.run, asked.release, tuple(models.items()))
 
 
 def read_models(models: Location) -> dict[str, str]:
-    """Alias to record folder, as of now."""
-    # As `lvm.predict.record.read_aliases`, which brings torch along; a builder has no use for it.
+    """The current aliases: alias to record folder."""
+    # Not `lvm.predict.record.read_aliases`, which imports torch: building an application does not need it.
     path = models / "aliases.json"
     if not path.is_file():
         return {}
@@ -84,25 +87,33 @@ def read_models(models: Location) -> dict[str, str]:
 
 
 class Held(Generic[Loaded]):
-    """What a replica loaded of the two latest releases: requests of the one before may still be under way."""
+    """The two latest releases, loaded in a replica: requests for the previous one may still be in flight."""
 
     def __init__(self, load: Callable[[Release], Loaded]) -> None:
         self._load = load
         self._loads: dict[Release, asyncio.Future[Loaded]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="load")
 
+    async def prepare(self, wanted: Mapping[str, Any], args: ServeArgs) -> None:
+        """Load the release of a `user_config` before a gateway switches to it. Errors are only logged: the gateway
+        meets them too, and rejects the release."""
+        try:
+            await self.get(read_release(wanted, args))
+        except Exception as err:  # not raised, as Ray would stop the replica
+            logging.getLogger("ray.serve").warning("release not loaded: %s", err)
+
     async def get(self, release: Release) -> Loaded:
-        """Loaded in a thread of its own when first asked for. Raises what loading does; the next call tries again."""
+        """The loaded release. The first call loads it, in a separate thread; after an error the next call retries."""
         loading = self._loads.pop(release, None)
         if loading is None:
             loading = asyncio.get_running_loop().run_in_executor(self._thread, self._load, release)
-        self._loads[release] = loading  # the latest asked for comes last
+        self._loads[release] = loading  # most recently used last
         try:
             loaded = await asyncio.shield(loading)
         except Exception:
             if self._loads.get(release) is loading:
                 del self._loads[release]
             raise
-        while len(self._loads) > 2:  # only now: what cannot be loaded takes no place
+        while len(self._loads) > 2:  # only after success: a failed load evicts nothing
             del self._loads[next(iter(self._loads))]
         return loaded

@@ -1,4 +1,4 @@
-"""Common to all routes: a request's id, log fields and duration, and error replies."""
+"""Shared by all routes: a request's id, log fields and duration, and error replies."""
 
 import time
 from typing import Any
@@ -33,7 +33,7 @@ def ms_since(since: float) -> float:
 
 
 def add_error_replies(app: FastAPI, service: Service) -> None:
-    """Map each kind of exception to its status and the common error format."""
+    """Register a handler per exception type, which replies with its status in the common error format."""
 
     async def refused(request: Request, err: Exception) -> Response:
         assert isinstance(err, RefusedError)
@@ -42,9 +42,11 @@ def add_error_replies(app: FastAPI, service: Service) -> None:
     async def invalid(request: Request, err: Exception) -> Response:
         assert isinstance(err, RequestValidationError)
         first = err.errors()[0]
-        # Without the input itself: it may be large, secret, or hold a NaN that JSON cannot encode.
+        # The input is left out: it may be large, secret, or contain a NaN that JSON cannot encode.
         place = [str(p) for p in first["loc"] if p != "body"]
-        message = f"{'.'.join(place) or 'body'}: {first['msg']} ({len(err.errors())} such); see /openapi.json"
+        message = (
+            f"{'.'.join(place) or 'body'}: {first['msg']} (error 1 of {len(err.errors())}); see /openapi.json"
+        )
         return error_reply(request, 422, message, param=field_of(place[0]) if place else None)
 
     async def http_error(request: Request, err: Exception) -> Response:
@@ -52,7 +54,7 @@ def add_error_replies(app: FastAPI, service: Service) -> None:
         message = str(err.detail)
         if err.status_code == 404:
             message = f"no route {request.method} {request.url.path[:100]}; /openapi.json lists them"
-        elif err.status_code == 400:  # FastAPI's status for a body that Python's JSON parser rejects
+        elif err.status_code == 400:  # raised by FastAPI for a body that is not JSON
             message = "the body is not valid JSON; send an object as described in /openapi.json"
         return error_reply(request, err.status_code, message)
 
@@ -91,14 +93,10 @@ def add_error_replies(app: FastAPI, service: Service) -> None:
 
 
 def error_reply(
-    request: Request,
-    status: int,
-    message: str,
-    retry_after_s: int | None = None,
-    param: str | None = None,
+    request: Request, status: int, message: str, retry_after_s: int | None = None, param: str | None = None
 ) -> JSONResponse:
     """An error reply. param: the invalid field."""
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    message = message.encode("utf-8", "replace").decode()  # it may quote half a surrogate pair
+    message = message.encode("utf-8", "replace").decode()  # it may quote an unpaired surrogate
     error = error_body(status, message, request_id(request), request.url.path, param)
     return JSONResponse(error, status, headers)

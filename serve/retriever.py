@@ -1,7 +1,6 @@
-"""The retriever deployment: the corpus and its FAISS index, memory-mapped, so a node's replicas share pages."""
+"""The retriever deployment: the corpus and its FAISS index, memory-mapped, so that a node's replicas share pages."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from lvm.predict.extract import Extractor
 from lvm.predict.steer import Context, build_context, snap
 from lvm.vectors.array import open_vectors
 from lvm.vectors.index import load_index
-from serve.release import Held, Release, read_release
+from serve.release import Held, Release
 from serve.rows import EXPIRED, Outcome
 from serve.settings import ServeArgs, once_a_node, require_run
 
@@ -30,7 +29,7 @@ class FillRow:
     """(n, D), n under `length`."""
     texts: tuple[str, ...]
     length: int
-    """Vectors that the model reads."""
+    """The model's context length."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class SnapRow:
 
 @dataclass(frozen=True)
 class CodeFilter:
-    """TMD codes to keep, and how chunks get theirs."""
+    """TMD codes to keep, and the prototypes that assign a code to each chunk."""
 
     wanted: Wanted
     prototypes: Prototypes
@@ -61,7 +60,7 @@ class NearRow:
     """(D,)."""
     k: int
     barred: frozenset[str] = frozenset()
-    """Texts to exclude: those of the context, which would not be a continuation."""
+    """Texts to exclude: those of the context, which are not a continuation of it."""
     codes: CodeFilter | None = None
     """Only chunks whose code passes."""
     answers: bool = False
@@ -95,7 +94,7 @@ class _Corpus:
         self._codes: NDArray[np.int32] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Codec, number of chunks, the index's kind and its measured recall."""
+        """Codec, number of chunks, and the index's type and measured recall."""
         return {
             "codec": self.identity.to_dict(),
             "chunks": len(self._array),
@@ -124,14 +123,14 @@ class _Corpus:
         """The k nearest chunks of each row, best first; fewer if the corpus has no more."""
         answering = [i for i, row in enumerate(rows) if row.answers]
         if answering:
-            found = self._answering([rows[i] for i in answering])
+            best = self._best_answers([rows[i] for i in answering])
             others = [i for i, row in enumerate(rows) if not row.answers]
             rest = self.near([rows[i] for i in others]) if others else []
-            by_row = dict(zip(answering + others, [*found, *rest], strict=True))
+            by_row = dict(zip(answering + others, [*best, *rest], strict=True))
             return [by_row[i] for i in range(len(rows))]
         if any(row.codes for row in rows):
-            return [self._passing(row, row.codes) if row.codes else self.near([row])[0] for row in rows]
-        # A text may stand in the corpus several times; twice as many leave enough after those are taken out.
+            return [self._filtered(row, row.codes) if row.codes else self.near([row])[0] for row in rows]
+        # Twice the number of excluded texts, since the corpus may contain some of them more than once.
         k = min(len(self._index), max(r.k + 2 * len(r.barred) for r in rows))
         scores, found = self._index.search(np.stack([r.vector for r in rows]), k)
         answers = []
@@ -140,16 +139,12 @@ class _Corpus:
             wanted = wanted[wanted >= 0]
             texts = self._array.texts(wanted)
             kept = [i for i, text in enumerate(texts) if text not in row.barred] or list(range(len(texts)))
-            kept = kept[: row.k]
-            numbers = wanted[kept]
-            answers.append(
-                [self._chunk(int(n), float(row_scores[i])) for i, n in zip(kept, numbers, strict=True)]
-            )
+            answers.append([self._chunk(int(wanted[i]), float(row_scores[i])) for i in kept[: row.k]])
         return answers
 
-    def _passing(self, row: NearRow, filters: CodeFilter) -> list[CorpusChunk]:
-        """The nearest of the chunks whose codes pass: all of them are compared, as no list of the index holds them."""
-        if self._codes is None:  # once, at the first request that asks
+    def _filtered(self, row: NearRow, filters: CodeFilter) -> list[CorpusChunk]:
+        """The nearest chunks whose codes pass, by a full scan: the index does not know codes."""
+        if self._codes is None:  # on the first such request
             self._codes = filters.prototypes.codes(self._array.vectors)
         numbers = np.flatnonzero(filters.wanted.matches(self._codes))
         blocks = np.split(numbers, range(16_384, len(numbers), 16_384))
@@ -160,8 +155,8 @@ class _Corpus:
             for i in best
         ]
 
-    def _answering(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
-        """The chunk that answers best for each row's vector, excluded texts only if there is nothing else."""
+    def _best_answers(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
+        """The best answer for each row's vector; an excluded text only if there is no other."""
         places, cosines = self._extractor.answers(
             np.stack([r.vector for r in rows]), [r.barred for r in rows]
         )
@@ -172,14 +167,8 @@ class _Corpus:
         (text,), (title,), (source,) = (
             read([number]) for read in (self._array.texts, self._array.titles, self._array.sources)
         )
-        return CorpusChunk(
-            text,
-            title,
-            source,
-            str(self._array.chunk_ids[number]),
-            int(self._array.positions[number]),
-            cosine,
-        )
+        chunk_id, position = str(self._array.chunk_ids[number]), int(self._array.positions[number])
+        return CorpusChunk(text, title, source, chunk_id, position, cosine)
 
 
 @serve.deployment
@@ -195,16 +184,13 @@ class Retriever:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="search")
 
     async def reconfigure(self, wanted: Mapping[str, Any]) -> None:
-        """Load what a `user_config` asks for before a gateway does. What cannot be loaded the gateways refuse."""
-        try:
-            await self._held.get(read_release(wanted, self._args))
-        except Exception as err:  # raised, it would end the replica
-            logging.getLogger("ray.serve").warning("not taken up: %s", err)
+        """Load the release of a `user_config`."""
+        await self._held.prepare(wanted, self._args)
 
     async def fill(
         self, rows: list[FillRow], remaining_s: list[float], release: Release
     ) -> list[Outcome[Context]]:
-        """`_Corpus.fill`; one outcome a row, as of all these."""
+        """`_Corpus.fill`. Like the methods below, returns one outcome per row."""
         return await self._each(rows, remaining_s, (await self._held.get(release)).fill)
 
     async def snap(
@@ -226,7 +212,7 @@ class Retriever:
     async def _each(
         self, rows: list[Any], remaining_s: list[float], work: Callable[[list[Any]], Sequence[Any]]
     ) -> list[Outcome[Any]]:
-        """Searches of one call are batched; FAISS releases the GIL, so calls run in parallel."""
+        """Process a call's rows as one batch, in a thread: FAISS releases the GIL, so calls run in parallel."""
         since, now = time.perf_counter(), time.monotonic()
 
         def live_work() -> tuple[list[int], Sequence[Any], float, float]:

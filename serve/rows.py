@@ -1,8 +1,7 @@
-"""The batching queue inside a replica: rows of many callers share a batch; abandoned rows are dropped.
+"""The batching queues inside a replica: rows of many callers share a batch; abandoned and late rows are dropped.
 
-No timer delays a batch: while one is running, the next one fills; when the replica is idle, a single row starts at
-once. A round waits briefly for rows that callers have announced, while more are announced than present. A row whose
-deadline passes before its batch starts is dropped unprocessed.
+No timer delays a batch: while one runs, the next one fills, and an idle replica starts a single row at once. Only a
+round of a `StreamQueue` waits briefly for rows that callers have announced, if they outnumber the rows present.
 """
 
 import asyncio
@@ -28,7 +27,7 @@ class Outcome(Generic[Value]):
 
     value: Value | None = None
     error: str | None = None
-    """None, "expired", or this row's error."""
+    """None, EXPIRED, or this row's error."""
     queue_ms: float = 0.0
     """Time in the replica before its batch started."""
     work_ms: float = 0.0
@@ -60,7 +59,7 @@ class Stream(Protocol[Item_contra, Value_co]):
 
 
 class _Queue(Generic[Item, Value]):
-    """Waiting rows, and the task that processes them while there are any."""
+    """Waiting rows, and a task that processes them until none is left."""
 
     def __init__(
         self, max_rows: int, measure: Callable[[int, int, int], None] | None, thread_name: str
@@ -84,7 +83,7 @@ class _Queue(Generic[Item, Value]):
         try:
             return [await row.done for row in rows]
         except asyncio.CancelledError:
-            for row in rows:  # the caller is gone: `_live` or the next sweep removes its rows
+            for row in rows:  # `_next_live` or `_sweep` removes the rows
                 row.done.cancel()
             raise
 
@@ -92,8 +91,8 @@ class _Queue(Generic[Item, Value]):
         """Process rows until none is left."""
         raise NotImplementedError
 
-    def _live(self) -> _Waiting[Item, Value] | None:
-        """The oldest row, or None if it was dropped because its caller is gone or its deadline passed."""
+    def _next_live(self) -> _Waiting[Item, Value] | None:
+        """Pop the oldest row; None if it was dropped, as its caller is gone or its deadline passed."""
         row = self._waiting.popleft()
         if row.done.done():
             self.dropped += 1
@@ -106,7 +105,7 @@ class _Queue(Generic[Item, Value]):
 
 
 class StreamQueue(_Queue[Item, Value]):
-    """Runs a `Stream` round after round in its own thread, while there are rows."""
+    """Runs rounds of a `Stream` in a thread while there are rows."""
 
     def __init__(
         self,
@@ -125,7 +124,7 @@ class StreamQueue(_Queue[Item, Value]):
     async def submit(
         self, items: Sequence[Item], remaining_s: Sequence[float], coming: int = 0
     ) -> list[Outcome[Value]]:
-        """As in the base class. coming: further rows that the caller is about to send."""
+        """As in the base class. coming: rows that the caller announces, to be sent soon."""
         self._coming = coming
         self._arrived.set()
         return await super().submit(items, remaining_s)
@@ -155,10 +154,10 @@ class StreamQueue(_Queue[Item, Value]):
                 self._measure(rows, len(self._waiting), self.dropped - dropped_before)
 
     async def _gather(self) -> None:
-        """Wait for announced rows while they outnumber those present, for at most half of the last round's duration.
+        """Wait for announced rows while they outnumber those present, for at most half the last round's duration.
 
-        A round of two rows takes half as long as one of thirty (tests/bench/results/LOG.md), and a row that just misses
-        it has to wait for all of it.
+        A round of two rows takes half as long as one of thirty (tests/bench/results/LOG.md), and a row that misses it
+        waits until it ends.
         """
         until = time.perf_counter() + self._round_s / 2
         while self._coming > len(self._inside) + len(self._waiting):
@@ -167,7 +166,7 @@ class StreamQueue(_Queue[Item, Value]):
                 async with asyncio.timeout(max(0.0, until - time.perf_counter())):
                     await self._arrived.wait()
             except TimeoutError:
-                self._coming = 0  # they went elsewhere or are slow: do not wait again
+                self._coming = 0  # late, or sent to another replica: do not wait again
                 break
 
     def _sweep(self) -> None:
@@ -183,26 +182,26 @@ class StreamQueue(_Queue[Item, Value]):
 
     def _join(self) -> None:
         while self._waiting and len(self._inside) < self._max_rows:
-            if (row := self._live()) is None:
+            if (row := self._next_live()) is None:
                 continue
             try:
                 ticket = self._stream.add(row.item)
             except Exception as err:
-                row.done.set_result(Outcome(error=_words(err)))
+                row.done.set_result(Outcome(error=_describe(err)))
             else:
                 self._inside[ticket] = (row, time.perf_counter())
 
     def _fail(self, err: Exception) -> None:
-        """Fail every row of a failed round: which row caused it is unknown."""
+        """Fail every row of a failed round, as the cause may be any of them."""
         for ticket, (row, _) in self._inside.items():
             self._stream.drop(ticket)
             if not row.done.done():
-                row.done.set_result(Outcome(error=_words(err)))
+                row.done.set_result(Outcome(error=_describe(err)))
         self._inside.clear()
 
 
 class RowQueue(_Queue[Item, Value]):
-    """Batches rows for a `work` function, which runs in its own thread, one batch at a time."""
+    """Batches rows for a function, which runs in a thread, one batch at a time."""
 
     def __init__(
         self,
@@ -211,8 +210,8 @@ class RowQueue(_Queue[Item, Value]):
         group: Callable[[Item], Any] | None = None,
         measure: Callable[[int, int, int], None] | None = None,
     ) -> None:
-        """work: rows to one value each, in order. group: key that all rows of a batch share.
-        measure: called after each batch with its rows, the rows still waiting, and the rows dropped before it."""
+        """work: rows to one value each, in order. group: key that all rows of a batch must share. measure: called after
+        each batch with the numbers of its rows, of rows still waiting, and of rows dropped before it."""
         super().__init__(max_rows, measure, "rows")
         self._work, self._group = work, group
 
@@ -229,19 +228,14 @@ class RowQueue(_Queue[Item, Value]):
                 self._measure(len(batch), len(self._waiting), self.dropped - dropped_before)
 
     def _next(self) -> list[_Waiting[Item, Value]]:
-        """Up to `max_rows` live rows of the oldest row's group; the others keep their order."""
+        """Pop up to `max_rows` live rows of the oldest row's group; the others keep their order."""
         batch: list[_Waiting[Item, Value]] = []
         kept: list[_Waiting[Item, Value]] = []
-        group: Any = None
         while self._waiting and len(batch) < self._max_rows:
-            if (row := self._live()) is None:
+            if (row := self._next_live()) is None:
                 continue
-            if not batch or self._group is None or self._group(row.item) == group:
-                if not batch and self._group is not None:
-                    group = self._group(row.item)
-                batch.append(row)
-            else:
-                kept.append(row)
+            same = not batch or self._group is None or self._group(row.item) == self._group(batch[0].item)
+            (batch if same else kept).append(row)
         self._waiting.extendleft(reversed(kept))
         return batch
 
@@ -249,24 +243,19 @@ class RowQueue(_Queue[Item, Value]):
         begun = time.perf_counter()
         queued = [(begun - row.since) * 1000 for row in batch]
         loop = asyncio.get_running_loop()
-        values: Sequence[Value | None]
+        values: list[Value | None] = [None] * len(batch)
         errors: list[str | None] = [None] * len(batch)
         try:
-            values = await loop.run_in_executor(self._thread, self._work, [row.item for row in batch])
+            values = list(await loop.run_in_executor(self._thread, self._work, [row.item for row in batch]))
         except Exception as err:
-            # One bad row must not fail the others: retry each by itself.
-            values, errors = [None] * len(batch), [_words(err)] * len(batch)
-            if len(batch) > 1:
-                singles: list[Value | None] = []
+            if len(batch) == 1:
+                errors = [_describe(err)]
+            else:  # one bad row must not fail the others: retry each by itself
                 for i, row in enumerate(batch):
                     try:
-                        (value,) = await loop.run_in_executor(self._thread, self._work, [row.item])
-                        singles.append(value)
-                        errors[i] = None
-                    except Exception as one:
-                        singles.append(None)
-                        errors[i] = _words(one)
-                values = singles
+                        (values[i],) = await loop.run_in_executor(self._thread, self._work, [row.item])
+                    except Exception as own:
+                        errors[i] = _describe(own)
         took = _ms(begun)
         for row, value, error, waited in zip(batch, values, errors, queued, strict=True):
             if not row.done.done():
@@ -277,5 +266,5 @@ def _ms(since: float) -> float:
     return (time.perf_counter() - since) * 1000
 
 
-def _words(err: Exception) -> str:
+def _describe(err: Exception) -> str:
     return f"{type(err).__name__}: {err}"

@@ -1,6 +1,6 @@
-"""Requests and replies, as in the OpenAPI document at /openapi.json.
+"""Request and reply models; /openapi.json is generated from them.
 
-Unknown fields are refused, since a mistyped one would silently do nothing. A vector is a list of numbers, or base64 of
+Unknown fields are rejected, as a mistyped one would otherwise be ignored. A vector is a list of numbers, or base64 of
 little-endian float32, which takes a quarter of the bytes.
 """
 
@@ -24,7 +24,7 @@ STORY = [
     "In 1769 he patented a separate condenser that stayed cold.",
     "With Matthew Boulton he then sold engines to mills and mines.",
 ]
-
+"""Example input."""
 
 PIECE = 32
 """Vectors per piece of a streamed reply."""
@@ -37,7 +37,7 @@ VECTOR = base64.b64encode(np.full(768, 768**-0.5, "<f4").tobytes()).decode()
 
 
 class RefusedError(Exception):
-    """A request that is refused, with the status and message of the reply."""
+    """An invalid request, with the status and message of the reply."""
 
     def __init__(
         self, status: int, message: str, retry_after_s: int | None = None, param: str | None = None
@@ -58,19 +58,19 @@ class _Reply(BaseModel):
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Vector = Annotated[
     list[float] | str,
-    Field(description="768 finite numbers, or base64 of as many little-endian float32."),
+    Field(description="Finite numbers, as many as the codec has (768), or base64 of little-endian float32."),
 ]
 Deadline = Annotated[
     float | None,
     Field(
         gt=0,
-        description="Seconds the whole request may take; then it is cancelled in all stages, status 408.",
+        description="Time limit of the whole request, seconds; then it is cancelled in all stages, status 408.",
     ),
 ]
 UseCache = Annotated[bool, Field(description="False bypasses the caches.")]
 Steps = Annotated[
     int | None,
-    Field(ge=0, description="Exactly this many corrector steps; by default 1, 3, 5 are tried in turn."),
+    Field(ge=0, description="Exact number of corrector steps; by default 1, 3 and 5 are tried in turn."),
 ]
 OneOrMany = Annotated[str | list[str], Field(description="One text, or several in one call.")]
 
@@ -94,10 +94,10 @@ class ModelRecord(_Reply):
     folder: str = Field(description="Folder of its record, which identifies the weights.")
     architecture: str
     parameters: int
-    context: int = Field(description="Number of chunks it reads; of longer inputs only the last ones.")
+    context: int = Field(description="Number of chunks it reads: the last ones of a longer input.")
     created: str
     val_cosine: float | None = None
-    codec: str = Field(description="Digest of the codec its vectors come from.")
+    codec: str = Field(description="Digest of the codec whose vectors it predicts.")
 
 
 class CodecRecord(_Reply):
@@ -112,6 +112,11 @@ class CodecRecord(_Reply):
     normalized: bool
     max_tokens: int
     dim: int
+
+
+class _CodecReply(_Reply):
+    request_id: str
+    codec: CodecRecord
 
 
 class Neighbour(_Reply):
@@ -139,21 +144,21 @@ class GenerateRequest(_Request):
     )
 
     text: OneOrMany | None = Field(
-        None, description="A text, to be cut into chunks; or several, each a separate input."
+        None, description="A text to split into chunks, or several texts, each a separate input."
     )
     chunks: list[str] | list[list[str]] | None = Field(
-        None, description="Chunks in order, the latest last; or several such lists."
+        None, description="Chunks in reading order, or several such lists, each a separate input."
     )
     model: Name | None = Field(None, description="A name of /v1/models.")
     length: int = Field(1, ge=1, description="Number of chunks to generate, one after another.")
-    stream: bool = Field(False, description="Server-sent events, one per chunk as it is ready.")
+    stream: bool = Field(False, description="Reply with server-sent events, one per chunk when it is ready.")
     steps: Steps = None
     snap: bool = Field(
         False,
         description="Move the prediction towards its nearest corpus vectors before decoding. Not needed with a writer.",
     )
     fill: Literal["retrieve", "repeat", "none"] = Field(
-        "retrieve", description="How to complete a context that is shorter than the model's."
+        "retrieve", description="How to fill up a context that is shorter than the model's context length."
     )
     neighbours: int = Field(
         0, ge=0, description="Number of nearest corpus chunks to return for each prediction."
@@ -182,8 +187,8 @@ class AttemptReply(_Reply):
 
 
 SOURCE = Field(
-    description="exact: read back, the vector encodes this text. writer: written by a language model from the vector. "
-    "corpus: the text of the nearest corpus chunk."
+    description="exact: inverted, the text encodes back to the vector. writer: written by a language model from the "
+    "vector. corpus: the text of the nearest corpus chunk."
 )
 
 
@@ -194,16 +199,16 @@ class Generated(_Reply):
     source: Literal["exact", "writer", "corpus"] = SOURCE
     steps: int = Field(description="Corrector steps of an exact text.")
     refusals: list[str] = Field(
-        description="Why the text was refused, if it is returned for lack of a better one."
+        description="Why the text was refused; not empty if no better text was found."
     )
     attempts: list[AttemptReply] = Field(description="Texts refused before this one, in order.")
     log_prob: float | None = Field(
-        description="Mean natural log-probability per character under the language model; real text has about -1."
+        description="Mean natural log-probability per character under the language model; about -1 for real text."
     )
     emergency: str | None = Field(None, description="Why the decoder was bypassed, if it was.")
     cosine: float = Field(description="Cosine of the text's vector to the prediction.")
     snapped_cosine: float = Field(description="Cosine of the raw prediction to the snapped vector.")
-    drifted: bool = Field(description="Whether the snap used the weights for drifted predictions.")
+    drifted: bool = Field(description="Whether the snap used its weights for drifted predictions.")
     context: ContextReply
     cached: Literal["answer", "vector"] | None
     neighbours: list[Neighbour]
@@ -244,18 +249,16 @@ class ChunkRequest(_Request):
 
 
 class ChunkItem(_Reply):
-    """A chunk."""
+    """One chunk."""
 
     position: int
     text: str
     num_tokens: int
 
 
-class ChunkReply(_Reply):
+class ChunkReply(_CodecReply):
     """Reply of /v1/chunk, one list per text."""
 
-    request_id: str
-    codec: CodecRecord
     results: list[list[ChunkItem]]
     milliseconds: float
 
@@ -269,11 +272,9 @@ class EncodeRequest(_Request):
     deadline_s: Deadline = None
 
 
-class EncodeReply(_Reply):
+class EncodeReply(_CodecReply):
     """Reply of /v1/encode."""
 
-    request_id: str
-    codec: CodecRecord
     vectors: list[list[float]] | list[str]
     num_tokens: list[int]
     truncated: list[bool] = Field(
@@ -291,7 +292,7 @@ def _require_texts(given: Any) -> Any:
     if isinstance(first, int) and not isinstance(first, bool):
         raise PydanticCustomError(
             "token_ids",
-            "token ids are not supported, since they are of another tokenizer; send texts. "
+            "token ids are not supported, as they belong to another tokenizer; send texts. "
             "In LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)",
         )
     return given
@@ -308,7 +309,7 @@ class EmbeddingsRequest(_Request):
     )
     encoding_format: Literal["float", "base64"] | None = Field(None, description="By default float.")
     dimensions: int | None = Field(
-        None, description="The codec's dimension, or left out: vectors are never shortened."
+        None, description="The codec's dimension, or omitted: vectors cannot be shortened."
     )
 
 
@@ -321,19 +322,19 @@ class Embedding(_Reply):
 
 
 class Usage(_Reply):
-    """Tokens read."""
+    """Token counts."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingsReply(_Reply):
-    """OpenAI's format, plus fields common to all replies of this service."""
+    """OpenAI's format, plus fields that all replies of this service have."""
 
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
-    usage: Usage = Field(description="Tokens of the whole texts, truncated ones included.")
+    usage: Usage = Field(description="Tokens of the texts before truncation.")
     truncated: list[bool] = Field(
         description="One value per entry of `data`: true if the text exceeded the codec's limit (`codec.max_tokens`) "
         "and only its beginning was encoded."
@@ -369,12 +370,12 @@ class DecodeRequest(_Request):
     """Vectors to text."""
 
     vectors: list[Vector] = Field(
-        description="Vectors of the loaded codec; scaled to norm 1.", examples=[[VECTOR]]
+        description="Vectors of the loaded codec; they are scaled to norm 1.", examples=[[VECTOR]]
     )
     steps: Steps = None
-    codec: Name | None = Field(None, description="The vectors' codec; refused if another one is loaded.")
+    codec: Name | None = Field(None, description="The vectors' codec; must be the loaded one.")
     subscribers: OneOrMany | None = Field(
-        None, description="Codec names of the original system's API: jxe, ielab."
+        None, description="Codecs as named by the original system's API: jxe, ielab."
     )
     cache: UseCache = True
     deadline_s: Deadline = None
@@ -394,11 +395,9 @@ class DecodedText(_Reply):
     cached: bool
 
 
-class DecodeReply(_Reply):
+class DecodeReply(_CodecReply):
     """Reply of /v1/decode, one result per vector."""
 
-    request_id: str
-    codec: CodecRecord
     results: list[DecodedText]
     milliseconds: Milliseconds
 
@@ -411,7 +410,7 @@ class SearchRequest(_Request):
     k: int = Field(10, ge=1)
     corpus: Literal["run", "store"] | None = Field(
         None,
-        description="run: chunks of --run; store: chunks of --dataset; by default the dataset, if there is one.",
+        description="run: the chunks of --run; store: those of --dataset. Default: store, if there is a dataset.",
     )
     domain: str | None = Field(
         None, description="Filter by the domain of the chunk's TMD code.", examples=["Engineering"]
@@ -425,11 +424,9 @@ class SearchRequest(_Request):
     deadline_s: Deadline = None
 
 
-class SearchReply(_Reply):
+class SearchReply(_CodecReply):
     """Reply of /v1/search, one list per query, best first."""
 
-    request_id: str
-    codec: CodecRecord
     results: list[list[Neighbour]]
     milliseconds: Milliseconds
 
@@ -449,15 +446,13 @@ class TmdCode(_Reply):
     task: str
     modifier: str
     cosines: list[float] = Field(description="Cosine of the text to each label's prototype.")
-    confidence: float = Field(description="0 to 1: geometric mean of the three labels' shares in their axes.")
+    confidence: float = Field(description="0 to 1: geometric mean of the three labels' shares on their axes.")
     features: list[int] = Field(description="The 16 bits, highest first.")
 
 
-class TmdReply(_Reply):
+class TmdReply(_CodecReply):
     """Reply of /v1/tmd, one code per text."""
 
-    request_id: str
-    codec: CodecRecord
     results: list[TmdCode]
     milliseconds: Milliseconds
 
@@ -481,7 +476,7 @@ class IngestRequest(_Request):
 
 
 class IngestChunk(_Reply):
-    """A chunk, with the id that the chunk job will give it."""
+    """A chunk, with the id that it will get from the chunk job."""
 
     chunk_id: str
     position: int
@@ -496,18 +491,16 @@ class IngestedArticle(_Reply):
     id: str
     source: str
     status: Literal["stored", "known", "refused"] = Field(
-        description="Newly stored; already stored with this content; or not storable, see `reason`."
+        description="stored: newly stored; known: already stored with this content; refused: see `reason`."
     )
     chunks: int = Field(description="Newly stored chunks.")
     episodes: int = Field(description="Coherent runs of paragraphs among them.")
     reason: str = ""
 
 
-class IngestReply(_Reply):
+class IngestReply(_CodecReply):
     """Reply of /v1/ingest: a result for each article in the dataset, or its chunks if it went to the inbox."""
 
-    request_id: str
-    codec: CodecRecord
     dataset: str | None = Field(None, description="Dataset of the concept store, if there is one.")
     articles: list[IngestedArticle] = []
     file: str | None = Field(None, description="File in the inbox; the same articles give the same file.")
@@ -542,7 +535,7 @@ class HealthReply(_Reply):
     """Reply of /health."""
 
     status: Literal["ready", "degraded", "not ready"]
-    release: str = Field(description="Release that answers, as the configuration names it.")
+    release: str = Field(description="Name of the current release, as in the configuration.")
     reasons: list[str] = Field(description="Missed targets and missing replicas.")
     targets: dict[str, float]
     figures: dict[str, float | int]
@@ -552,7 +545,7 @@ class HealthReply(_Reply):
 
 
 class ErrorDetail(_Reply):
-    """What was expected, what came, what to do."""
+    """An error; `message` says what was expected, what was received and what to do."""
 
     message: str
     type: str
@@ -562,7 +555,7 @@ class ErrorDetail(_Reply):
 
 
 class ErrorReply(_Reply):
-    """Reply of every status from 400."""
+    """Reply of every status of 400 or more."""
 
     error: ErrorDetail
 
@@ -580,8 +573,7 @@ def pack(vector: NDArray[np.float32], form: str) -> Any:
 def embeddings_json(
     reply: EmbeddingsReply, vectors: Sequence[NDArray[np.float32]], form: str
 ) -> Iterator[str]:
-    """The JSON of `reply` with these vectors as its data, in pieces: 2,048 lists of numbers at once would take 100
-    MB."""
+    """The JSON of `reply` with these vectors as `data`, in pieces, as 2,048 lists of numbers would take 100 MB."""
     rest = reply.model_dump_json(exclude={"object", "data"})
     for start in range(0, len(vectors), PIECE):
         part = [
@@ -594,13 +586,13 @@ def embeddings_json(
 
 
 def event(name: str, data: dict[str, Any]) -> str:
-    """A server-sent event. JSON escapes ASCII line ends; Unicode's are escaped here, since clients that use
-    `str.splitlines` would split the event."""
+    """A server-sent event. Unicode's line ends, which JSON does not escape, are escaped for clients that split lines at
+    them, as `str.splitlines` does."""
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False).translate(LINE_ENDS)}\n\n"
 
 
 def unpack(vectors: list[list[float] | str], dim: int, what: str) -> NDArray[np.float32]:
-    """A request's vectors, normalised, (N, dim). Raises RefusedError naming the first invalid one."""
+    """A request's vectors, scaled to norm 1, (N, dim) float32. Raises RefusedError that names the first invalid one."""
     rows = np.empty((len(vectors), dim), np.float32)
     for i, vector in enumerate(vectors):
         if isinstance(vector, str):
@@ -634,15 +626,12 @@ def unpack(vectors: list[list[float] | str], dim: int, what: str) -> NDArray[np.
 def decoded_text(answer: Answer) -> DecodedText:
     """A ladder's answer as a reply."""
     return DecodedText(
-        text=answer.text,
-        cosine=round(answer.cosine, 6),
-        cached=answer.cached,
-        **provenance(answer),
+        text=answer.text, cosine=round(answer.cosine, 6), cached=answer.cached, **provenance(answer)
     )
 
 
 def provenance(answer: Answer) -> dict[str, Any]:
-    """The reply fields that say where a text comes from."""
+    """The reply fields that describe where a text comes from."""
     return {
         "source": answer.source,
         "steps": answer.steps,

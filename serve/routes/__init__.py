@@ -7,11 +7,11 @@ from serve.retriever import CorpusChunk
 from serve.schema import Neighbour
 
 Errors = dict[int | str, dict[str, Any]]
-"""Error statuses and their reply models."""
+"""Error replies of every route by status, for the OpenAPI document."""
 
 
 def neighbour(chunk: CorpusChunk) -> Neighbour:
-    """A chunk as a reply."""
+    """A corpus chunk in a reply."""
     return Neighbour(
         text=chunk.text,
         title=chunk.title,

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from serve.schema import (
     IngestedArticle,
     IngestReply,
     IngestRequest,
-    Milliseconds,
     RefusedError,
     TmdCode,
     TmdReply,
@@ -41,14 +41,11 @@ class CorpusRoutes:
         self._service = service
 
     def add_to(self, app: FastAPI, errors: Errors) -> None:
-        """errors: replies of every route, for the OpenAPI document."""
-        app.add_api_route(
-            "/v1/chunk", self.chunk, methods=["POST"], response_model=ChunkReply, responses=errors
-        )
-        app.add_api_route("/v1/tmd", self.tmd, methods=["POST"], response_model=TmdReply, responses=errors)
-        app.add_api_route(
-            "/v1/ingest", self.ingest, methods=["POST"], response_model=IngestReply, responses=errors
-        )
+        """Register the routes."""
+        add_post = partial(app.add_api_route, methods=["POST"], responses=errors)
+        add_post("/v1/chunk", self.chunk, response_model=ChunkReply)
+        add_post("/v1/tmd", self.tmd, response_model=TmdReply)
+        add_post("/v1/ingest", self.ingest, response_model=IngestReply)
 
     async def chunk(self, request: Request, body: ChunkRequest) -> ChunkReply:
         """Texts to chunks within the codec's limit."""
@@ -67,17 +64,12 @@ class CorpusRoutes:
         )
 
     async def tmd(self, request: Request, body: TmdRequest) -> TmdReply:
-        """Texts to domain, task and modifier."""
+        """Texts to TMD codes: domain, task and modifier."""
         clock = Clock()
         texts = self._service.texts(body.texts, "texts")
         with self._service.admitted(len(texts)):
             codes = await self._codes(texts, self._service.deadline(body.deadline_s), clock)
-        return TmdReply(
-            request_id=request_id(request),
-            codec=self._service.codec,
-            results=codes,
-            milliseconds=Milliseconds(**clock.finish()),
-        )
+        return TmdReply(results=codes, **self._service.reply_fields(request, clock))
 
     async def _codes(self, texts: Sequence[str], deadline: float, clock: Clock) -> list[TmdCode]:
         prototypes = await self._service.prototypes(deadline)
@@ -126,7 +118,7 @@ class CorpusRoutes:
         results = [
             [
                 IngestChunk(
-                    chunk_id=chunk_id(file, article.id, c.position),  # as `latent run` will name it
+                    chunk_id=chunk_id(file, article.id, c.position),  # the same id as from `latent run`
                     position=c.position,
                     text=c.text,
                     num_tokens=c.num_tokens,
@@ -136,13 +128,7 @@ class CorpusRoutes:
             ]
             for article, chunks in zip(body.articles, cut, strict=True)
         ]
-        return IngestReply(
-            request_id=request_id(request),
-            codec=self._service.codec,
-            file=file,
-            results=results,
-            milliseconds=Milliseconds(**clock.finish()),
-        )
+        return IngestReply(file=file, results=results, **self._service.reply_fields(request, clock))
 
     async def _store(
         self, request: Request, body: IngestRequest, concepts: Concepts, deadline: float, clock: Clock
@@ -151,7 +137,7 @@ class CorpusRoutes:
         prototypes = await self._service.prototypes(deadline)
 
         async def encode(texts: Sequence[str]) -> Sequence[EncodedText]:
-            # Bypass the cache: one article would evict entries that are requested again.
+            # Bypass the cache, so that an article does not evict texts that will be requested again.
             encoded, timing = await self._service.pipeline.encode(texts, deadline, cache=False)
             clock.add("encode", timing)
             return encoded
@@ -159,8 +145,6 @@ class CorpusRoutes:
         with self._service.admitted(len(articles)):
             outcomes = await concepts.ingest(articles, encode, prototypes, deadline)
         return IngestReply(
-            request_id=request_id(request),
-            codec=self._service.codec,
             dataset=concepts.name,
             articles=[
                 IngestedArticle(
@@ -173,5 +157,5 @@ class CorpusRoutes:
                 )
                 for a, o in zip(articles, outcomes, strict=True)
             ],
-            milliseconds=Milliseconds(**clock.finish()),
+            **self._service.reply_fields(request, clock),
         )

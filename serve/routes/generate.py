@@ -1,4 +1,4 @@
-"""Text, or chunks, to the predicted next text."""
+"""The route that runs all stages: text, or chunks, to the predicted next text."""
 
 import asyncio
 import logging
@@ -33,19 +33,20 @@ from serve.stage import DeadlineError, FullError, StageError, UnavailableError
 logger = logging.getLogger("ray.serve")
 
 IN_STREAM = {DeadlineError: 408, FullError: 429, StageError: 503, UnavailableError: 503}
-"""Status reported in the stream's last event for each kind of error."""
+"""Status in a stream's `error` event, by exception."""
 
 
 class GenerateRoute:
-    """All stages in one call, with one reply or a stream."""
+    """All stages in one call; replies with JSON or a stream."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     def add_to(self, app: FastAPI, errors: Errors) -> None:
-        """errors: replies of every route, for the OpenAPI document."""
+        """Register the route."""
+        post = ["POST"]
         app.add_api_route(
-            "/v1/generate", self.generate, methods=["POST"], response_model=GenerateReply, responses=errors
+            "/v1/generate", self.generate, methods=post, response_model=GenerateReply, responses=errors
         )
 
     async def generate(self, request: Request, body: GenerateRequest) -> Any:
@@ -61,8 +62,7 @@ class GenerateRoute:
             self._service.require_corpus("snap" if body.snap else "neighbours")
         if body.smooth and not self._service.smoother.configured:
             raise RefusedError(
-                422,
-                "smooth is true but no chat endpoint is configured; start the service with --smoothing-url",
+                422, "smooth needs a chat endpoint, and none is set; start the service with --smoothing-url"
             )
         inputs = await self._inputs(body)
         options = ChunkOptions(
@@ -79,9 +79,8 @@ class GenerateRoute:
             try:
                 results = await gather([self._continue(chunks, options, body) for chunks in inputs])
             except Exception as err:
-                self._service.window.add(
-                    Seen(time.perf_counter() - begun, not isinstance(err, DeadlineError | FullError))
-                )
+                seconds = time.perf_counter() - begun
+                self._service.window.add(Seen(seconds, not isinstance(err, DeadlineError | FullError)))
                 raise
         for result in results:
             for generated in result.generated:
@@ -104,10 +103,7 @@ class GenerateRoute:
             truncated = truncated or predicted.truncated
             generated.append(await self._generated(predicted, options, body.smooth))
         return GeneratedInput(
-            chunks=chunks,
-            truncated=truncated,
-            generated=generated,
-            text=" ".join(g.text for g in generated),
+            chunks=chunks, truncated=truncated, generated=generated, text=" ".join(g.text for g in generated)
         )
 
     async def _generated(self, predicted: PredictedChunk, options: ChunkOptions, smooth: bool) -> Generated:
@@ -144,7 +140,7 @@ class GenerateRoute:
         record: ModelRecord,
         begun: float,
     ) -> AsyncIterator[str]:
-        """Server-sent events of all inputs, as they are ready."""
+        """Server-sent events of all inputs, in the order in which chunks are ready."""
         queue: asyncio.Queue[tuple[int, int, Generated] | None] = asyncio.Queue()
 
         async def write(number: int, chunks: list[str]) -> None:
@@ -180,31 +176,28 @@ class GenerateRoute:
             yield event("done", {"milliseconds": ms_since(begun)})
         except Exception as err:  # the status line is already sent, so the error goes into the stream
             self._service.note(err, request, time.perf_counter() - begun)
-            status, message = (
-                next((s for kind, s in IN_STREAM.items() if isinstance(err, kind)), 500),
-                str(err),
-            )
+            status = next((s for kind, s in IN_STREAM.items() if isinstance(err, kind)), 500)
+            message = str(err)
             if status == 500:
                 logger.exception("a stream failed", extra={"log_fields": {"request_id": request_id(request)}})
                 message = OUR_FAULT.format(request_id(request))
             yield event("error", error_body(status, message, request_id(request)))
         finally:
             if task is not None:
-                task.cancel()  # the client may be gone
+                task.cancel()  # the client may have disconnected
 
     def _see(self, generated: Generated, seconds: float) -> None:
         quality = judge(generated.text, generated.refusals, generated.context.texts)
         self._service.window.add(Seen(seconds, False, quality.gibberish, quality.keyword_hit))
 
     async def _inputs(self, body: GenerateRequest) -> list[list[str]]:
-        """The chunk lists of a request, checked."""
+        """The chunks of each input, validated."""
         self._service.require_one(text=body.text, chunks=body.chunks)
         if body.text is not None:
             texts = self._service.texts(body.text, "text")
             cut = await self._service.cut(texts)
-            for i, chunks in enumerate(cut):
-                if not chunks:
-                    raise RefusedError(422, f"text[{i}] holds only white space; expected words")
+            if [] in cut:
+                raise RefusedError(422, f"text[{cut.index([])}] holds only white space; expected words")
             inputs = [[c.text for c in chunks] for chunks in cut]
         else:
             chunks_or_lists: Sequence[Any] = body.chunks or []

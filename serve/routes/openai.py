@@ -1,7 +1,8 @@
-"""The routes for OpenAI's clients; see docs/clients.md."""
+"""Routes for OpenAI's clients; see docs/clients.md."""
 
 import time
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,12 +10,10 @@ from fastapi.responses import StreamingResponse
 
 from serve.encoder import EncodedText
 from serve.pipeline import Clock
-from serve.requests import request_id
 from serve.routes import Errors
 from serve.schema import (
     EmbeddingsReply,
     EmbeddingsRequest,
-    Milliseconds,
     ModelReply,
     ModelsReply,
     RefusedError,
@@ -25,24 +24,17 @@ from serve.service import Service
 
 
 class OpenAIRoutes:
-    """Embeddings and models in OpenAI's form."""
+    """Embeddings and models in OpenAI's format."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     def add_to(self, app: FastAPI, errors: Errors) -> None:
-        """errors: replies of every route, for the OpenAPI document."""
-        app.add_api_route(
-            "/v1/embeddings",
-            self.embeddings,
-            methods=["POST"],
-            response_model=EmbeddingsReply,
-            responses=errors,
-        )
-        app.add_api_route("/v1/models", self.list_models, response_model=ModelsReply, responses=errors)
-        app.add_api_route(
-            "/v1/models/{model:path}", self.get_model, response_model=ModelReply, responses=errors
-        )
+        """Register the routes."""
+        add = partial(app.add_api_route, responses=errors)
+        add("/v1/embeddings", self.embeddings, methods=["POST"], response_model=EmbeddingsReply)
+        add("/v1/models", self.list_models, response_model=ModelsReply)
+        add("/v1/models/{model:path}", self.get_model, response_model=ModelReply)
 
     async def embeddings(self, request: Request, body: EmbeddingsRequest) -> Any:
         """Texts to vectors in OpenAI's format; `model` is the codec's name. Texts above the codec's limit are
@@ -74,15 +66,13 @@ class OpenAIRoutes:
             model=self._service.identity.name,
             usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
             truncated=[e.truncated for e in encoded],
-            request_id=request_id(request),
-            codec=self._service.codec,
-            milliseconds=Milliseconds(**clock.finish()),
+            **self._service.reply_fields(request, clock),
         )
         pieces = embeddings_json(reply, [e.vector for e in encoded], body.encoding_format or "float")
         return StreamingResponse(pieces, media_type="application/json")
 
     async def list_models(self) -> ModelsReply:
-        """What is loaded: models, codec, decoder, corpus, and the limits of a request."""
+        """The loaded models, codec, decoder and corpus, and the limits of a request."""
         return ModelsReply(
             data=self._listed(),
             models=list(self._service.models.values()),
@@ -95,22 +85,16 @@ class OpenAIRoutes:
         )
 
     async def get_model(self, model: str) -> ModelReply:
-        """One entry of `data` of /v1/models."""
+        """One entry of `data` in /v1/models."""
         for listed in self._listed():
             if listed.id == model:
                 return listed
-        raise RefusedError(
-            404,
-            f"no model {model[:100]!r} is loaded; available: {', '.join(m.id for m in self._listed())}",
-            param="model",
-        )
+        available = ", ".join(m.id for m in self._listed())
+        raise RefusedError(404, f"no model {model[:100]!r} is loaded; available: {available}", param="model")
 
     def _listed(self) -> list[ModelReply]:
-        codec = ModelReply(id=self._service.identity.name, created=0)
-        return [
-            *(ModelReply(id=alias, created=_unix(r.created)) for alias, r in self._service.models.items()),
-            codec,
-        ]
+        models = [ModelReply(id=alias, created=_unix(r.created)) for alias, r in self._service.models.items()]
+        return [*models, ModelReply(id=self._service.identity.name, created=0)]
 
 
 def _unix(created: str) -> int:

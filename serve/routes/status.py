@@ -1,4 +1,4 @@
-"""Health and metrics, for people, load balancers and Prometheus."""
+"""Routes for health, metrics and the web page."""
 
 import asyncio
 import time
@@ -13,42 +13,36 @@ from ray import serve
 
 from serve.health import TARGETS
 from serve.routes import Errors
-from serve.schema import (
-    HealthReply,
-    RefusedError,
-)
+from serve.schema import HealthReply, RefusedError
 from serve.service import Service
 
 WEB = Path(__file__).parents[1] / "web"
 
 
 class StatusRoutes:
-    """Health, metrics and the page."""
+    """Health, metrics and the web page."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._replicas: dict[str, int] = {}
         self._replicas_at = 0.0
-        """When they were counted, on `time.monotonic`."""
+        """Time of that count, on `time.monotonic`."""
 
     def add_to(self, app: FastAPI, errors: Errors) -> None:
-        """errors: replies of every route, for the OpenAPI document."""
-        app.add_api_route(
-            "/health", self.health, response_model=HealthReply, responses={503: {"model": HealthReply}}
-        )
+        """Register the routes."""
+        not_ready: Errors = {503: {"model": HealthReply}}
+        app.add_api_route("/health", self.health, response_model=HealthReply, responses=not_ready)
         app.add_api_route("/metrics", self.prometheus, response_class=PlainTextResponse, responses=errors)
         for path, file in (("/", "index.html"), ("/style.css", "style.css"), ("/page.js", "page.js")):
             app.add_api_route(path, _page(file), include_in_schema=False)
 
     async def health(self, response: Response) -> HealthReply:
-        """Ready, degraded (and which target is missed), or not ready (503)."""
+        """Ready; degraded, with the reasons; or not ready (503)."""
         replicas = await self._running_replicas()
         lacking = [name for name, count in replicas.items() if count == 0]
         missed = self._service.window.missed()
-        if self._service.pipeline.breaker.open:
-            missed.append(self._service.pipeline.breaker.reason)
-        if self._service.refused:
-            missed.append(self._service.refused)
+        breaker = self._service.pipeline.breaker
+        missed += [reason for reason in (breaker.reason, self._service.rejected) if reason]
         # Without a decoder the service still answers from the corpus.
         if [name for name in lacking if name != "Decoder"]:
             status, response.status_code = "not ready", 503
@@ -56,14 +50,11 @@ class StatusRoutes:
             status = "degraded" if missed or lacking else "ready"
         return HealthReply(
             status=status,
-            release=self._service.release.word,
+            release=self._service.release.name,
             reasons=[*(f"no replica of {name} is running" for name in lacking), *missed],
             targets=TARGETS,
             figures=self._service.window.figures(),
-            breaker={
-                "open": self._service.pipeline.breaker.open,
-                "times_opened": self._service.pipeline.breaker.times_opened,
-            },
+            breaker={"open": breaker.open, "times_opened": breaker.times_opened},
             replicas=replicas,
             pending=self._service.pending,
         )

@@ -1,6 +1,7 @@
 """Routes for single stages on vectors: encode, predict, decode, search."""
 
 import time
+from functools import partial
 
 import numpy as np
 from fastapi import FastAPI, Request
@@ -8,7 +9,6 @@ from fastapi import FastAPI, Request
 from lvm.corpus.tmd import Wanted
 from lvm.vectors.concept_search import Filters, Hit
 from serve.pipeline import Clock
-from serve.requests import request_id
 from serve.retriever import CodeFilter, CorpusChunk, NearRow
 from serve.routes import Errors, neighbour
 from serve.schema import (
@@ -16,7 +16,6 @@ from serve.schema import (
     DecodeRequest,
     EncodeReply,
     EncodeRequest,
-    Milliseconds,
     PredictReply,
     PredictRequest,
     RefusedError,
@@ -37,19 +36,12 @@ class VectorRoutes:
         self._service = service
 
     def add_to(self, app: FastAPI, errors: Errors) -> None:
-        """errors: replies of every route, for the OpenAPI document."""
-        app.add_api_route(
-            "/v1/encode", self.encode, methods=["POST"], response_model=EncodeReply, responses=errors
-        )
-        app.add_api_route(
-            "/v1/predict", self.predict, methods=["POST"], response_model=PredictReply, responses=errors
-        )
-        app.add_api_route(
-            "/v1/decode", self.decode, methods=["POST"], response_model=DecodeReply, responses=errors
-        )
-        app.add_api_route(
-            "/v1/search", self.search, methods=["POST"], response_model=SearchReply, responses=errors
-        )
+        """Register the routes."""
+        add_post = partial(app.add_api_route, methods=["POST"], responses=errors)
+        add_post("/v1/encode", self.encode, response_model=EncodeReply)
+        add_post("/v1/predict", self.predict, response_model=PredictReply)
+        add_post("/v1/decode", self.decode, response_model=DecodeReply)
+        add_post("/v1/search", self.search, response_model=SearchReply)
 
     async def encode(self, request: Request, body: EncodeRequest) -> EncodeReply:
         """Texts to unit vectors."""
@@ -61,13 +53,11 @@ class VectorRoutes:
             )
         clock.add("encode", timing)
         return EncodeReply(
-            request_id=request_id(request),
-            codec=self._service.codec,
             vectors=[pack(e.vector, body.encoding_format) for e in encoded],
             num_tokens=[e.num_tokens for e in encoded],
             truncated=[e.truncated for e in encoded],
             cached=[e.cached for e in encoded],
-            milliseconds=Milliseconds(**clock.finish()),
+            **self._service.reply_fields(request, clock),
         )
 
     async def predict(self, request: Request, body: PredictRequest) -> PredictReply:
@@ -92,46 +82,37 @@ class VectorRoutes:
             )
         clock.add("predict", timing)
         return PredictReply(
-            request_id=request_id(request),
             model=record,
-            codec=self._service.codec,
             vectors=[pack(p.vector, body.encoding_format) for p in predicted],
-            milliseconds=Milliseconds(**clock.finish()),
+            **self._service.reply_fields(request, clock),
         )
 
     async def decode(self, request: Request, body: DecodeRequest) -> DecodeReply:
         """Vectors to text."""
         clock = Clock()
-        for name in _names(body.codec), _names(body.subscribers):
-            for codec in name:
-                self._service.require_codec(codec, "codec")
+        for codec in _names(body.codec) + _names(body.subscribers):
+            self._service.require_codec(codec, "codec")
         self._service.require_steps(body.steps)
         if not body.vectors:
             raise RefusedError(422, "vectors is empty; expected at least one")
         self._service.require_at_most("vectors", len(body.vectors), "max_vectors")
         vectors = unpack(body.vectors, self._service.identity.dim, "vectors")
         with self._service.admitted(len(vectors)):
+            deadline = self._service.deadline(body.deadline_s)
             answers, timing = await self._service.pipeline.decode(
-                vectors,
-                self._service.deadline(body.deadline_s),
-                body.steps,
-                body.cache,
-                corpus=body.steps is None,
+                vectors, deadline, body.steps, body.cache, corpus=body.steps is None
             )
         clock.add("decode", timing)
         return DecodeReply(
-            request_id=request_id(request),
-            codec=self._service.codec,
-            results=[decoded_text(a) for a in answers],
-            milliseconds=Milliseconds(**clock.finish()),
+            results=[decoded_text(a) for a in answers], **self._service.reply_fields(request, clock)
         )
 
     async def search(self, request: Request, body: SearchRequest) -> SearchReply:
         """Texts or vectors to the nearest chunks of the run or the dataset that pass the filters."""
         clock = Clock()
-        of_store = body.corpus == "store" or (body.corpus is None and self._service.concepts is not None)
+        from_store = body.corpus == "store" or (body.corpus is None and self._service.concepts is not None)
         wanted = Wanted.of(body.domain, body.task, body.modifier)
-        if of_store:
+        if from_store:
             concepts = self._service.require_concepts("search")
         else:
             corpus = self._service.require_corpus("search")
@@ -154,21 +135,19 @@ class VectorRoutes:
             queries = unpack(body.vectors, self._service.identity.dim, "vectors")
         with self._service.admitted(len(queries)):
             begun = time.perf_counter()
-            if of_store:
+            if from_store:
                 filters = Filters(body.source, body.contains, None, wanted)
                 hits = await concepts.search(queries, body.k, filters, deadline)
                 timing = Timing(work_ms=(time.perf_counter() - begun) * 1000)
-                found = [[_chunk(hit) for hit in of_query] for of_query in hits]
+                found = [[_chunk(hit) for hit in query_hits] for query_hits in hits]
             else:
                 codes = CodeFilter(wanted, await self._service.prototypes(deadline)) if wanted else None
                 rows = [NearRow(q, body.k, codes=codes) for q in queries]
                 found, timing = await corpus.find.run(rows, deadline)
         clock.add("snap", timing)
         return SearchReply(
-            request_id=request_id(request),
-            codec=self._service.codec,
             results=[[neighbour(c) for c in chunks] for chunks in found],
-            milliseconds=Milliseconds(**clock.finish()),
+            **self._service.reply_fields(request, clock),
         )
 
 
@@ -179,7 +158,7 @@ def _chunk(hit: Hit) -> CorpusChunk:
 
 
 def _names(value: str | list[str] | None) -> list[str]:
-    """Names in a list or in a comma-separated string."""
+    """The names in a list or a comma-separated string."""
     if value is None:
         return []
     listed = value.split(",") if isinstance(value, str) else value

@@ -271,7 +271,7 @@ def test_a_server_that_is_gone_is_said_and_the_rest_answers(service: Service, fo
             "cannot connect to Postgres",
         ),
         (["--dataset", " x"], "no space at its ends"),
-        (["--dataset", "x", "--inbox", "here"], "articles go one way"),
+        (["--dataset", "x", "--inbox", "here"], "articles are stored in one of them"),
         (["--dataset", "x", "--address", "10.0.0.5:6379"], "needs --database-url"),
     ],
 )

@@ -76,7 +76,7 @@ def test_another_run_is_taken_up_by_the_same_replicas_and_a_bad_one_refused(tmp_
             wait_for("answers of the second run", lambda: under.statuses(switched)[200] > 8, 90)
 
             deploy(write_release(config, tmp_path / "gone", "third"), dashboard)
-            wait_for("the third is refused", lambda: "is not taken up" in str(health()["reasons"]), 60)
+            wait_for("the third is refused", lambda: "was rejected" in str(health()["reasons"]), 60)
             refused = time.perf_counter()
             wait_for("the second run still answers", lambda: under.statuses(refused)[200] > 8, 90)
             said = health()
@@ -87,7 +87,7 @@ def test_another_run_is_taken_up_by_the_same_replicas_and_a_bad_one_refused(tmp_
 
             deploy(write_release(config, new, "fourth"), dashboard)
             wait_for("the reason is gone", lambda: health()["release"] == "fourth", 60)
-            assert "is not taken up" not in str(health()["reasons"])
+            assert "was rejected" not in str(health()["reasons"])
         assert replica_pids(dashboard) == pids
         assert set(under.statuses()) == {200}, [a for a in under.answers if a[2] != 200][:2]
         # One run answered each request, from the predictor to the corpus, and after the second none of the first.

@@ -71,7 +71,7 @@ def test_the_shipped_config_is_open_to_a_network_only_with_keys() -> None:
         ("limits=8", "limits"),
         ("limits.=8", "NAME=VALUE"),
         ("limits.max_texts", "NAME=VALUE"),
-        ("run.x=1", "no group of settings"),
+        ("run.x=1", "not a group of settings"),
     ],
 )
 def test_a_wrong_setting_is_named(entry: str, message: str) -> None:

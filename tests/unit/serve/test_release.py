@@ -40,7 +40,7 @@ def test_aliases_are_read_unless_models_are_named(run: Path) -> None:
     ("wanted", "message"),
     [
         ({"run": "/not/there"}, "/not/there has no vectors/"),
-        ({"run": "runs/wiki"}, "run runs/wiki is no absolute path"),
+        ({"run": "runs/wiki"}, "run runs/wiki is not an absolute path"),
         ({}, "change args.run"),
         ({"rnu": "/x"}, "user_config: rnu"),
         ({"run": 3}, "user_config: run.*got 3"),
@@ -53,7 +53,7 @@ def test_what_is_no_release_is_refused_in_words(wanted: dict[str, Any], message:
 
 
 def test_a_corpus_where_none_was_deployed_is_refused(run: Path) -> None:
-    with pytest.raises(InputError, match="with and without a corpus are two applications"):
+    with pytest.raises(InputError, match="a running service cannot gain or lose its corpus"):
         read_release({"run": str(run)}, ServeArgs())
 
 
@@ -62,13 +62,13 @@ def test_two_releases_are_kept_and_each_is_loaded_once() -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def load(asked: Release) -> str:
-        loads.append(asked.word)
-        if asked.word == "slow":
+        loads.append(asked.name)
+        if asked.name == "slow":
             begun.set()
             assert go_on.wait(30)
-        if asked.word == "bad":
+        if asked.name == "bad":
             raise InputError("no such run")
-        return asked.word.upper()
+        return asked.name.upper()
 
     async def scenario() -> None:
         held = Held(load)
