@@ -12,12 +12,11 @@ DEVELOPING = $(VENV)/.developing
 demo: $(INSTALLED)
 	$(BIN)/latent demo
 
-SIDE_BY_SIDE = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder -m "not slow"
+SIDE_BY_SIDE = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-# Three at once in the second line: for much of their time these wait for Ray and for servers to start.
 test: $(DEVELOPING)
-	$(SIDE_BY_SIDE) -n 2 tests/unit
-	$(SIDE_BY_SIDE) -n 3 tests/integration
+	$(SIDE_BY_SIDE) tests/unit
+	$(SIDE_BY_SIDE) tests/integration
 
 test-slow: $(DEVELOPING)
 	$(BIN)/python -m pytest -m slow
