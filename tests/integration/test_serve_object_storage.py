@@ -65,7 +65,7 @@ def test_a_damaged_index_on_s3_is_refused_and_named(tmp_path: Path, bucket: Remo
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(InputError, match="it changed or was damaged"):
+    with pytest.raises(InputError, match="it changed or is damaged"):
         load_index(bucket / "run/index")
 
 
