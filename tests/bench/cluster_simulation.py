@@ -40,6 +40,7 @@ import pyarrow as pa
 from lvm.corpus.chunker import chunk_id
 from lvm.vectors.shards import CHUNK_SCHEMA, Manifest, write_table
 from tests.doubles import Encoded, FakeCodec, FakeTokenizer, chunk_table, fake_articles
+from tests.sampling import Sampler
 
 CHECKOUT = Path(__file__).parents[2]
 SHARD_ROWS = 2048
@@ -173,54 +174,43 @@ def cluster_of(num_nodes: int) -> Iterator[Any]:
         cluster.shutdown()
 
 
-class Load:
+class Load(Sampler):
     """Processor time of the driver, of Ray's head and daemons, of workers and of the whole machine, over time; and the
     most memory that driver, Ray and workers held, shared pages split among their sharers."""
 
     WHO = ("driver", "ray", "workers", "machine")
 
+    interval_s = 1.0
+
     def __init__(self) -> None:
+        super().__init__()
         self.peak_bytes = 0
         self._times: list[float] = []
         self._spent: dict[str, list[float]] = {who: [] for who in self.WHO}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def __enter__(self) -> "Load":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
 
     def cores(self, who: str, begun: float, ended: float) -> float:
         """How many cores were busy with it, of 1.0 each, on average between two times."""
         spent = np.interp([begun, ended], self._times, self._spent[who])
         return float(spent[1] - spent[0]) / (ended - begun)
 
-    def _look(self) -> None:
-        me = psutil.Process()
-        for number in itertools.count():
-            whole = psutil.cpu_times()
-            spent = {"driver": sum(me.cpu_times()[:2]), "ray": 0.0, "workers": 0.0}
-            spent["machine"] = sum(whole) - whole.idle - whole.iowait - whole.guest - whole.guest_nice
-            children = me.children(recursive=True)
-            for process in children:
+    def sample(self) -> None:
+        me, whole = psutil.Process(), psutil.cpu_times()
+        spent = {"driver": sum(me.cpu_times()[:2]), "ray": 0.0, "workers": 0.0}
+        spent["machine"] = sum(whole) - whole.idle - whole.iowait - whole.guest - whole.guest_nice
+        children = me.children(recursive=True)
+        for process in children:
+            with contextlib.suppress(psutil.Error):
+                who = "workers" if process.name().startswith("ray::") else "ray"
+                spent[who] += sum(process.cpu_times()[:2])
+        self._times.append(time.monotonic())
+        for who, seconds in spent.items():
+            self._spent[who].append(seconds)
+        if len(self._times) % 5 == 1:
+            held = 0
+            for process in (me, *children):
                 with contextlib.suppress(psutil.Error):
-                    who = "workers" if process.name().startswith("ray::") else "ray"
-                    spent[who] += sum(process.cpu_times()[:2])
-            self._times.append(time.monotonic())
-            for who, seconds in spent.items():
-                self._spent[who].append(seconds)
-            if number % 5 == 0:
-                held = 0
-                for process in (me, *children):
-                    with contextlib.suppress(psutil.Error):
-                        held += process.memory_full_info().pss
-                self.peak_bytes = max(self.peak_bytes, held)
-            if self._over.wait(1):
-                return
+                    held += process.memory_full_info().pss
+            self.peak_bytes = max(self.peak_bytes, held)
 
 
 def of_workers(log: Path, begun: float) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from lvm.vectors.array import open_vectors
 from lvm.vectors.index import build_index
 from tests.doubles import Encoded, FakeCodec, fake_articles, fake_codec, write_chunks, write_vectors
 from tests.integration.faults.world import World
+from tests.sampling import Sampler
 
 
 def refusal(work: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
@@ -42,33 +43,25 @@ def refusal(work: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
     return {"said": "", "seconds": round(time.monotonic() - begun, 1)}
 
 
-class Watch:
+class Watch(Sampler):
     """The placement groups of Ray Train's runs while they live: on which node, how many at once."""
 
+    interval_s = 0.1
+
     def __init__(self) -> None:
+        super().__init__()
         self.nodes: dict[str, set[str]] = {}
         self.resources: dict[str, Any] = {}
         self.most_at_once = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
+    def sample(self) -> None:
         from ray.util import placement_group_table
 
-        while not self._over.wait(0.1):
-            alive = {k: g for k, g in placement_group_table().items() if g["state"] == "CREATED"}
-            self.most_at_once = max(self.most_at_once, len(alive))
-            for key, group in alive.items():
-                self.nodes.setdefault(key, set()).update(group["bundles_to_node_id"].values())
-                self.resources[key] = group["bundles"][0]
+        alive = {k: g for k, g in placement_group_table().items() if g["state"] == "CREATED"}
+        self.most_at_once = max(self.most_at_once, len(alive))
+        for key, group in alive.items():
+            self.nodes.setdefault(key, set()).update(group["bundles_to_node_id"].values())
+            self.resources[key] = group["bundles"][0]
 
 
 class LoggedCodec(FakeCodec):

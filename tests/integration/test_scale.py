@@ -21,7 +21,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +39,7 @@ from lvm.vectors.array import array_folder
 from lvm.vectors.shards import CHUNK_SCHEMA, Manifest, Shard, read_table, write_table
 from tests.integration.conftest import CHECKOUT
 from tests.integration.serving import Service, descendants, running, vectors_of
+from tests.sampling import Sampler
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -72,8 +72,6 @@ of 5 million chunks are 7.7 GB in float16."""
 
 MOST_DRIVER_BYTES = 1 << 30
 """What a job's own process may hold."""
-
-SAMPLE_S = 0.5
 
 
 # ------------------------------------------------------------------------------------------------ the corpus
@@ -143,29 +141,21 @@ def held_bytes(pid: int) -> int:
     return 0
 
 
-class Watch:
+class Watch(Sampler):
     """Most memory that a process and all it started held at once, and the process alone."""
 
+    interval_s = 0.5
+
     def __init__(self, root: int) -> None:
+        super().__init__()
         self.root, self.peak, self.driver_peak, self.largest, self.processes = root, 0, 0, 0, 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(SAMPLE_S):
-            own, *others = (held_bytes(pid) for pid in (self.root, *descendants(self.root)))
-            self.peak = max(self.peak, own + sum(others))
-            self.driver_peak = max(self.driver_peak, own)
-            self.largest = max(self.largest, own, *others)
-            self.processes = max(self.processes, 1 + len(others))
+    def sample(self) -> None:
+        own, *others = (held_bytes(pid) for pid in (self.root, *descendants(self.root)))
+        self.peak = max(self.peak, own + sum(others))
+        self.driver_peak = max(self.driver_peak, own)
+        self.largest = max(self.largest, own, *others)
+        self.processes = max(self.processes, 1 + len(others))
 
 
 def disk_bytes(folder: Path) -> int:
@@ -380,7 +370,7 @@ def test_the_service_predicts_and_finds_neighbours_in_every_part(run: Run, servi
 
 def test_no_stage_holds_the_corpus(run: Run, service: Service) -> None:
     assert service.post("/v1/search", {"query": article(1)[0], "k": 3}, timeout_s=300).status == 200
-    time.sleep(3 * SAMPLE_S)
+    time.sleep(3 * Watch.interval_s)
     assert run.serving is not None
     stages = run.report["stages"]
     held = {name: stages[name]["peak_mb"] << 20 for name in ("encode", "index", "train")}
