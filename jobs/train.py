@@ -60,8 +60,9 @@ from lvm.predict.fitting import (
     require_models_folder,
     vectors_entry,
 )
+from lvm.predict.predictor import SHIPPED
 from lvm.predict.record import find_record, import_checkpoint, load_record, read_aliases, set_alias
-from lvm.predict.runs import Outcome, TrainRun, require_whole, train_run
+from lvm.predict.runs import SMALL_SET, Outcome, TrainRun, require_whole, train_run
 from lvm.predict.team import Team
 from lvm.predict.tracking import prepare_mlflow
 from lvm.predict.training import FAST, OWN_RECIPES, RECIPES, Recipe, evaluate, recipe_named, spread_batches
@@ -342,6 +343,7 @@ def train_models(
     own_recipes: Mapping[str, Recipe] | None = None,
     mlflow: str | None = None,
     prototypes: Prototypes | None = None,
+    fresh: bool = False,
 ) -> TrainResult:
     """Make `models` hold a record of each architecture, trained on `vectors` with these settings.
 
@@ -350,9 +352,10 @@ def train_models(
     same model as with one. own_recipes: by architecture, in place of `recipe`. gpus: how many to wait for; None for
     those available. gpt2_layers: folder of a checkpoint in GPT-2's layout to initialise `gpt2` from. mlflow: URI from
     `prepare_mlflow`, to log the curves there too. prototypes: TMD labels in the vectors' codec, for models that also
-    read each vector's code; their aliases end in -tmd. Raises InputError before any training when the vectors are
-    unfinished, not sequential or too few to split, or when the cluster does not get the requested resources;
-    IdentityError when `models` holds models of another codec.
+    read each vector's code; their aliases end in -tmd. fresh: do not start from bundled models.
+
+    Raises InputError before any training when the vectors are unfinished, not sequential or too few to split, or when
+    the cluster does not get the requested resources; IdentityError when `models` holds models of another codec.
     """
     for name in names:
         require_known(name)
@@ -370,7 +373,15 @@ def train_models(
         sizes = {} if layers is None else gpt2.sizes_of(local_folder(layers))
         own = (own_recipes or {}).get(name, recipe)
         first = TrainRun.of(
-            array, name, settings, own, seed, sizes, layers_from=layers, prototypes=prototypes
+            array,
+            name,
+            settings,
+            own,
+            seed,
+            sizes,
+            layers_from=layers,
+            prototypes=prototypes,
+            bundled=data.bundled_start(name, fresh or prototypes is not None),
         )
         runs += [first, *(replace(first, training_seed=seed + n) for n in range(1, seeds))]
     ready: dict[str, Trained] = {}
@@ -573,6 +584,14 @@ def main(
             "--tmd", help="Models also read each vector's TMD code, 16 bits; their aliases end in -tmd."
         ),
     ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help=f"Never start from a bundled model ({', '.join(read_aliases(SHIPPED))}). Below {SMALL_SET:,} windows "
+            "of the bundled codec, a run otherwise does where that gives the better val cosine.",
+        ),
+    ] = False,
     codec_path: Annotated[
         PathOrUrl | None, path_option("Folder with the vectors' codec, for --tmd; default: the shipped one.")
     ] = None,
@@ -604,6 +623,7 @@ def main(
             workers=workers_per_model,
             mlflow=None if mlflow is None else prepare_mlflow(mlflow),
             prototypes=prototypes_of(vectors, codec_path) if tmd else None,
+            fresh=fresh,
             own_recipes={n: replace(own, **changes) for n, own in OWN_RECIPES.items()},
         )
         if ensemble is not None:

@@ -331,7 +331,11 @@ class Pipeline:
         if answer is not None and (answer.accepted or options.steps is not None or self.corpus is None):
             return answer
         assert self.corpus is not None
-        row = NearRow(steered.raw, 1, frozenset(steered.context.texts), answers=True)
+        (predicted,), timing = await self.predict(
+            [steered.context.vectors], options.model, options.deadline, search=True
+        )
+        clock.add("predict", timing)
+        row = NearRow(steered.raw, 1, frozenset(steered.context.texts), answers=True, search=predicted.search)
         ((chunk,),), timing = await self.corpus.find.run([row], options.deadline)
         clock.add("decode", timing)
         return extracted(answer, Nearest(chunk.text, chunk.cosine), refusal)

@@ -65,6 +65,8 @@ class NearRow:
     """Only chunks whose code passes."""
     answers: bool = False
     """True: return the single best answer (`lvm.predict.extract`) instead of the k nearest."""
+    search: NDArray[np.float32] | None = None
+    """(D,) vector of the predictor's rank head, which takes part in the search for the best answer."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,9 @@ class _Corpus:
     def _best_answers(self, rows: list[NearRow]) -> list[list[CorpusChunk]]:
         """The best answer for each row's vector; an excluded text only if there is no other."""
         places, cosines = self._extractor.answers(
-            np.stack([r.vector for r in rows]), [r.barred for r in rows]
+            np.stack([r.vector for r in rows]),
+            [r.barred for r in rows],
+            np.stack([r.vector if r.search is None else r.search for r in rows]),
         )
         numbers = np.maximum(places, 0)
         return [[self._chunk(int(n), float(c))] for n, c in zip(numbers, cosines, strict=True)]

@@ -26,6 +26,8 @@ class Block:
 
     vectors: Float32Array
     """(B, D) unit vectors."""
+    searches: Float32Array
+    """(B, D) rank heads' unit vectors, which take part in the search for chunks; `vectors` where there is none."""
     truths: Float32Array
     """(B, D) the true next vectors."""
     contexts: Float32Array
@@ -54,7 +56,8 @@ def decode_block(
     extractor = Extractor(array, index)
 
     def nearest(vectors: Float32Array, rows: Sequence[int]) -> list[Nearest]:
-        chunks, near = extractor.nearest(vectors, barring(array, block.doc_ids[list(rows)]))
+        own = list(rows)
+        chunks, near = extractor.nearest(vectors, barring(array, block.doc_ids[own]), block.searches[own])
         texts = array.texts(np.maximum(chunks, 0))
         return [Nearest(text, float(cosine)) for text, cosine in zip(texts, near, strict=True)]
 
@@ -108,25 +111,27 @@ def plan_texts(data: EvaluationData, scored: Sequence[Scored], index: Index) -> 
     sample, array = data.sample, data.sample.array
     contexts, targets = sample.batch(slice(None))
     truths, held_out = unit(targets), barring(array, sample.doc_ids)
-    wanted: list[tuple[tuple[str, Form], Float32Array]] = []
+    wanted: list[tuple[tuple[str, Form], Float32Array, Float32Array]] = []
     for one in scored:
         if one.kind == "model":
             means = contexts.mean(axis=1)
             moved = snap(one.sample_search, contexts[:, -1], means, index, array.vectors, barred=held_out)
             wanted += [
-                ((one.name, "raw"), one.sample),
-                ((one.name, "snap"), moved.vectors),
-                ((one.name, "found"), one.sample),
+                ((one.name, "raw"), one.sample, one.sample_search),
+                ((one.name, "snap"), moved.vectors, one.sample_search),
+                ((one.name, "found"), one.sample, one.sample_search),
             ]
-    wanted += [(("passthrough", "raw"), unit(contexts[:, -1])), ((CEILING, "raw"), truths)]
+    last = unit(contexts[:, -1])
+    wanted += [(("passthrough", "raw"), last, last), ((CEILING, "raw"), truths, truths)]
     return TextPlan(
-        tuple(name for name, _ in wanted),
+        tuple(name for name, _, _ in wanted),
         Block(
-            np.concatenate([vectors for _, vectors in wanted]),
+            np.concatenate([vectors for _, vectors, _ in wanted]),
+            np.concatenate([searches for _, _, searches in wanted]),
             np.tile(truths, (len(wanted), 1)),
             np.tile(contexts, (len(wanted), 1, 1)),
             np.tile(sample.doc_ids, len(wanted)),
-            np.repeat([form == "found" for (_, form), _ in wanted], len(sample)),
+            np.repeat([form == "found" for (_, form), _, _ in wanted], len(sample)),
         ),
     )
 

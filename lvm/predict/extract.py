@@ -4,6 +4,11 @@ Predictions lie near the corpus mean, and so do some chunks, which by plain cosi
 (hubness). So cosines are computed after subtracting the mean, and each chunk's score is reduced by its mean cosine to
 its neighbours (cross-domain similarity local scaling, Conneau et al. 2018, arXiv:1710.04087, section 2.3).
 
+Predictors trained on a small corpus predict nearly the same vector everywhere; their rank heads do not. So the query is
+the sum of both centred unit vectors. Of 328 test windows of the demo, 44 % had the same best chunk with a GRU's
+prediction alone, 4 % with the sum, whose chunks are also nearer to the true next one (cosine 0.116 and 0.114). On a
+million chunks of Wikipedia the sum costs 0.001 to 0.005 of 0.214 and gives more distinct answers.
+
 Letters: B vectors, N chunks, K candidates, D vector length.
 """
 
@@ -41,7 +46,9 @@ class Extractor:
         """(D,) mean of the corpus vectors."""
         self._sample = unit(sample - self.centre)
 
-    def answers(self, vectors: Floats, read: Sequence[Collection[str]]) -> tuple[Rows, NDArray[np.float32]]:
+    def answers(
+        self, vectors: Floats, read: Sequence[Collection[str]], search: Floats | None = None
+    ) -> tuple[Rows, NDArray[np.float32]]:
         """`nearest`, without the texts `read` as each vector's context and their neighbours in the article."""
 
         def barred(rows: Rows) -> NDArray[np.bool_]:
@@ -54,19 +61,25 @@ class Extractor:
             found: NDArray[np.bool_] = (seen & same).any(-1)
             return found
 
-        return self.nearest(vectors, barred if any(read) else None)
+        return self.nearest(vectors, barred if any(read) else None, search)
 
     def nearest(
-        self, vectors: Floats, barred: Callable[[Rows], NDArray[np.bool_]] | None = None
+        self,
+        vectors: Floats,
+        barred: Callable[[Rows], NDArray[np.bool_]] | None = None,
+        search: Floats | None = None,
     ) -> tuple[Rows, NDArray[np.float32]]:
         """Row of the best chunk for each of (B, D) vectors, -1 if there is none, and its plain cosine; (B,) each.
 
-        barred: maps rows (B, k) to True for chunks that must not be used, such as a held-out article.
+        barred: maps rows (B, k) to True for chunks that must not be used, such as a held-out article. search: (B, D)
+        unit vectors of the predictor's rank head, which take part in the query; None for vectors that have none.
         """
         given = unit(vectors)
         size = len(self._corpus.vectors)
         # Inner products with this direction rank chunks as if the mean had been subtracted from them.
         away = unit(given - self.centre)
+        if search is not None:
+            away = unit(away + unit(search - self.centre))
         _, rows = allowed_neighbours(away, self._index, min(CANDIDATES, size), size, barred)
         best = np.full(len(given), -1, np.int64)
         cosines = np.zeros(len(given), np.float32)

@@ -16,7 +16,7 @@ from lvm.models import Predictor, require_known
 from lvm.predict import training
 from lvm.predict.predictor import TrainedPredictor
 from lvm.predict.record import find_record, load_record, read_aliases, save_record, set_alias
-from lvm.predict.runs import Outcome, TrainRun, outcome_of
+from lvm.predict.runs import Outcome, TrainRun, bundled_start, outcome_of, start_run
 from lvm.predict.start import spread_batches
 from lvm.predict.training import Recipe, recipe_for
 from lvm.storage import Location, location
@@ -56,6 +56,10 @@ class TrainingData:
         """Number of windows of train, val and test."""
         return {name: len(part) for name, part in self.parts.items()}
 
+    def bundled_start(self, model: str, fresh: bool = False) -> str | None:
+        """`lvm.predict.runs.bundled_start` for these windows; None if `fresh`."""
+        return None if fresh else bundled_start(self.array, model, len(self.parts["train"]))
+
 
 def fit(
     vectors: VectorArray,
@@ -68,6 +72,7 @@ def fit(
     log: Callable[[dict[str, Any]], None] | None = None,
     allow_non_sequential: str | None = None,
     prototypes: Prototypes | None = None,
+    fresh: bool = False,
 ) -> TrainedPredictor:
     """Train a predictor of these vectors, save its record in `models`, and point the alias `model` to it.
 
@@ -80,6 +85,8 @@ def fit(
     with its entry of the learning curve (epoch, val_loss, val_cosine, seconds and, from epoch 1, train_loss).
     allow_non_sequential: the sentence, quoted in the error, that allows training on text that is not sequential.
     prototypes: TMD labels of the vectors' codec, for a model that also reads each vector's code; its alias gets -tmd.
+    fresh: do not start from a bundled model, which otherwise happens on small corpora of the bundled codec where it
+    gives the better val cosine.
 
     Raises InputError on an unknown name, text that is not sequential, or too few articles; OutputError if `models` is
     not a folder of models; IdentityError if it has models of another codec; TrainingError if the loss becomes NaN.
@@ -94,13 +101,18 @@ def fit(
     models = location(models).resolve()
     require_models_folder(models)
     require_codec_of_models(models, vectors)
-    run = TrainRun.of(vectors, model, windows or WindowSettings(), recipe, seed, prototypes=prototypes)
-    data = TrainingData.of(vectors, run.windows, seed, allow_non_sequential)
+    windows = windows or WindowSettings()
+    data = TrainingData.of(vectors, windows, seed, allow_non_sequential)
+    bundled = data.bundled_start(model, fresh or prototypes is not None)
+    run = TrainRun.of(vectors, model, windows, recipe, seed, prototypes=prototypes, bundled=bundled)
     folder = find_record(models, model, run=run.fingerprint)
     if folder is None:
         torch.manual_seed(seed)
         network = run.build().to(pick_device(device))
-        progress = training.fit(network, model, data.parts["train"], data.parts["val"], recipe, seed, log=log)
+        progress, _ = start_run(run, network, data.parts)
+        progress = training.fit(
+            network, model, data.parts["train"], data.parts["val"], recipe, seed, progress=progress, log=log
+        )
         done = outcome_of(run, network, data.parts["train"], progress)
         folder, _ = save_trained(models, run, network, data, done, progress.best)
     if read_aliases(models).get(run.alias) != folder.name:
@@ -142,7 +154,9 @@ def save_trained(
     elif share := recipe.loss.info_nce_share:
         loss += f", with InfoNCE at {share:g} of its gradient norm"
     start = [f"layers of {run.layers_from}"] if run.layers_from is not None else []
-    if recipe.solved_start:
+    if progress.bundled is not None:
+        start.append(f"the bundled {progress.bundled}")
+    elif recipe.solved_start:
         start.append("inputs along the principal directions")
         if getattr(network, "solves_output", True):
             start.append("output layer by ridge regression")
@@ -160,6 +174,7 @@ def save_trained(
         "device": done.device,
         **({} if run.reach is None else {"reach": run.reach}),
         **({} if run.prototypes is None else {"tmd": coder_name()}),
+        **({} if progress.bundled is None else {"bundled": progress.bundled}),
     }
     codes = {"Codes": f"16 bits of its TMD code beside each vector ({coder_name()})"}
     seeds = f"{run.seed} of the split, {run.training_seed} of training"

@@ -179,7 +179,7 @@ class Generator:
         def timed(stage: str, call: Callable[[], R]) -> R:
             begun = time.perf_counter()
             result = call()
-            clock[stage] = round((time.perf_counter() - begun) * 1000, 3)
+            clock[stage] = round(clock.get(stage, 0.0) + (time.perf_counter() - begun) * 1000, 3)
             return result
 
         flat = [text for texts in contexts for text in texts]
@@ -198,15 +198,15 @@ class Generator:
             return network(np.stack(given)) if same else np.concatenate([network(g[None]) for g in given])
 
         raw = timed("predict", lambda: predict(self.predictor))
+        sought = raw if self._extractor is None else timed("predict", lambda: predict(self.predictor.search))
         steered = raw
         if self._snapped and self.index is not None and self.array is not None:
             index, vectors = self.index, self.array.vectors
             last, means = np.stack([g[-1] for g in given]), np.stack([g.mean(0) for g in given])
-            sought = timed("predict", lambda: predict(self.predictor.search))
             steered = timed("snap", lambda: snap(sought, last, means, index, vectors).vectors)
         extracts: list[Nearest] | None = None
         if self._extractor is not None:
-            extracts = timed("extract", lambda: self._extract(raw, filled))
+            extracts = timed("extract", lambda: self._extract(raw, sought, filled))
         nearest = None if extracts is None else (lambda _, rows: [extracts[i] for i in rows])
         stacked = np.stack(given) if same else None
         answers = timed("decode", lambda: self.ladder.decode(steered, stacked, nearest))
@@ -218,10 +218,12 @@ class Generator:
             for answer, vector, extract, context, cosine, truncated in rows
         ]
 
-    def _extract(self, vectors: NDArray[np.float32], contexts: Sequence[Context]) -> list[Nearest]:
+    def _extract(
+        self, vectors: NDArray[np.float32], searches: NDArray[np.float32], contexts: Sequence[Context]
+    ) -> list[Nearest]:
         """The best matching corpus chunk for each prediction, without its context and the chunks beside it."""
         assert self._extractor is not None
         assert self.array is not None
-        rows, cosines = self._extractor.answers(vectors, [set(c.texts) for c in contexts])
+        rows, cosines = self._extractor.answers(vectors, [set(c.texts) for c in contexts], searches)
         texts = self.array.texts(np.maximum(rows, 0))
         return [Nearest(t if r >= 0 else "", float(c)) for t, r, c in zip(texts, rows, cosines, strict=True)]

@@ -137,10 +137,12 @@ def fit_rank_head(
     seed: int = 0,
     bfloat16: bool = False,
     log: Callable[[dict[str, Any]], None] | None = None,
+    start: RankHead | None = None,
 ) -> RankHead:
     """Train a head for this predictor, on its device; the predictor is not changed.
 
-    windows: the predictor's training windows. log: called every hundred steps with step, steps and rank_loss.
+    windows: the predictor's training windows. log: called every hundred steps with step, steps and rank_loss. start: a
+    head to start from; ignored if its sizes differ, as with another context length.
     Raises TrainingError if the loss becomes NaN or infinite.
     """
     settings = settings or RankSettings()
@@ -151,6 +153,8 @@ def fit_rank_head(
         example = features_of(model, torch.from_numpy(contexts).to(device))
     torch.manual_seed(seed)
     head = RankHead(windows.context, contexts.shape[2], 0 if example is None else example.shape[1]).to(device)
+    if start is not None and start.sizes == head.sizes:
+        head.load_state_dict(start.state_dict())
     groups = [
         {"params": [p for p in head.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in head.parameters() if p.ndim < 2], "weight_decay": 0.0},

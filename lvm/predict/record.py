@@ -150,7 +150,7 @@ def load_record(models: Location, name_or_folder: str) -> Record:
     not match the others.
     """
     folder = resolve(models, name_or_folder)
-    config, metrics = _read_json(folder / CONFIG), _read_json(folder / METRICS)
+    config, metrics = read_json(folder / CONFIG), read_json(folder / METRICS)
     for key in ("model", "sizes", "codec"):
         if key not in config:
             raise InputError(f"{folder / CONFIG} has no {key!r}; it was edited or is of another version")
@@ -191,7 +191,7 @@ def record_folders(models: Location) -> list[Location]:
 def find_record(models: Location, name: str, **wanted: Any) -> Location | None:
     """The newest intact record of this architecture whose config.json has these values, or None."""
     for folder in reversed(record_folders(models)):
-        config = _read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG)
         complete = all((folder / file).is_file() for file in (WEIGHTS, METRICS))
         matches = config.get("model") == name and all(config.get(k) == v for k, v in wanted.items())
         if complete and matches and config.get("weights_sha256") in (None, file_sha256(folder / WEIGHTS)):
@@ -204,7 +204,7 @@ def series_of(models: Location, record: Record) -> list[Location]:
     series = record.config.get("series", record.config.get("run"))
     found: dict[int, Location] = {}
     for folder in record_folders(models) if series is not None else []:
-        config = _read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG)
         if config.get("model") == record.name and config.get("series", config.get("run")) == series:
             found[config.get("training_seed", config["seed"])] = folder
     found[record.config.get("training_seed", record.config.get("seed", 0))] = record.folder
@@ -214,7 +214,7 @@ def series_of(models: Location, record: Record) -> list[Location]:
 def read_aliases(models: Location) -> dict[str, str]:
     """Folder name of each alias; {} if nothing was trained yet."""
     path = models / ALIASES
-    return {str(k): str(v) for k, v in _read_json(path).items()} if path.exists() else {}
+    return {str(k): str(v) for k, v in read_json(path).items()} if path.exists() else {}
 
 
 def set_alias(models: Location, alias: str, folder: Location) -> None:
@@ -257,7 +257,8 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], source: Location) -> 
     model.load_state_dict(dict(weights))
 
 
-def _read_json(path: Location) -> dict[str, Any]:
+def read_json(path: Location) -> dict[str, Any]:
+    """The object in a JSON file of a record. Raises InputError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:

@@ -18,11 +18,12 @@ from lvm.corpus.tmd import Prototypes, coder_name
 from lvm.devices import pick_device
 from lvm.errors import InputError
 from lvm.models import CONFIGS, Architecture, build
+from lvm.predict.predictor import SHIPPED
 from lvm.predict.ranking import RankHead, fit_rank_head
-from lvm.predict.record import on_cpu
+from lvm.predict.record import CONFIG, load_record, on_cpu, read_aliases, read_json
 from lvm.predict.team import ALONE, Team
 from lvm.predict.tracking import MlflowCurves
-from lvm.predict.training import Progress, Recipe, bfloat16_is_faster, fit
+from lvm.predict.training import TRIAL_EPOCHS, Progress, Recipe, bfloat16_is_faster, choose_start, fit
 from lvm.storage import Location, local_folder, local_folder_for
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.sequences import Windows, WindowSettings, make_windows
@@ -63,6 +64,8 @@ class TrainRun:
     """Seed of initial weights, batch order and dropout; None: `seed`."""
     prototypes: Prototypes | None = None
     """TMD labels of the vectors' codec, for a model that also reads each vector's code; None for vectors only."""
+    bundled: str | None = None
+    """Folder name of a bundled record to start from if that is better (`choose_start`)."""
 
     @classmethod
     def of(
@@ -99,6 +102,7 @@ class TrainRun:
             "layers_from": None if self.layers_from is None else str(self.layers_from),
             "training_seed": self.training_seed,
             "tmd": None if self.prototypes is None else coder_name(),
+            "bundled": self.bundled,
         }
         return fingerprint(parts | {k: v for k, v in optional.items() if v is not None})
 
@@ -151,6 +155,21 @@ class TrainRun:
         return model  # type: ignore[no-any-return]
 
 
+SMALL_SET = 50_000
+"""Below this many training windows, a run may start from a bundled record. Larger sets train well by themselves, and
+may hold the very articles that the bundled models have read."""
+
+
+def bundled_start(array: VectorArray, model: str, num_windows: int) -> str | None:
+    """Folder name of the bundled record that a run of this architecture could start from: `num_windows` are few, and
+    the vectors are of its codec. None if there is none."""
+    name = read_aliases(SHIPPED).get(model)
+    if name is None or num_windows >= SMALL_SET:
+        return None
+    digest = read_json(SHIPPED / name / CONFIG)["codec"]["digest"]
+    return name if digest == array.identity.digest else None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Result of a finished run."""
@@ -188,7 +207,13 @@ def train_run(
     model = run.build()
     progress: Progress | None = None
     optimiser_state: dict[str, Any] | None = None
-    if checkpoint is not None:
+    device = pick_device()
+    model.to(device)
+    if checkpoint is None:
+        progress, note = start_run(run, model, parts, team)
+        if note is not None and team.rank == 0:
+            on_progress({"note": note})
+    else:
         model.load_state_dict(load_file(checkpoint / WEIGHTS))
         best = load_file(checkpoint / (BEST if (checkpoint / BEST).exists() else WEIGHTS))
         # Deleted once the run has its record: then training is over.
@@ -198,8 +223,6 @@ def train_run(
     start = progress.epoch if progress is not None else 0
     if checkpoint is not None and team.rank == 0:
         on_progress({"resumed": start})
-    device = pick_device()
-    model.to(device)
 
     def save(model: torch.nn.Module, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
         if team.rank:
@@ -254,6 +277,26 @@ def train_run(
     return outcome if team.size == 1 else replace(outcome, device=f"{team.size} x {outcome.device}")
 
 
+def start_run(
+    run: TrainRun, model: Architecture, parts: Mapping[str, Windows], team: Team = ALONE
+) -> tuple[Progress | None, str | None]:
+    """Choose between the recipe's start and the run's bundled record; returns the state to hand to `fit`, and a note
+    for people. Both are None for a run without a bundled record, which `fit` initialises."""
+    if run.bundled is None:
+        return None, None
+    weights = load_record(SHIPPED, run.bundled).model.state_dict()
+    cosines = choose_start(
+        model, run.model, parts["train"], parts["val"], run.recipe, run.seed_of_training, weights, team
+    )
+    better = cosines["weights"] >= cosines["recipe"]
+    figures = (
+        f"val cosine after {TRIAL_EPOCHS} epochs {cosines['weights']:.4f}, without it {cosines['recipe']:.4f}"
+    )
+    if better:
+        return Progress(bundled=run.bundled), f"starts from the bundled {run.bundled} ({figures})"
+    return Progress(), f"does not start from the bundled {run.bundled} ({figures})"
+
+
 def outcome_of(
     run: TrainRun,
     model: Architecture,
@@ -269,7 +312,8 @@ def outcome_of(
     ranker = None
     if run.recipe.rank is not None:
         bfloat16 = run.recipe.bfloat16 and bfloat16_is_faster(device)
-        ranker = fit_rank_head(model, train, run.recipe.rank, run.seed_of_training, bfloat16, log)
+        start = None if progress.bundled is None else load_record(SHIPPED, progress.bundled).ranker
+        ranker = fit_rank_head(model, train, run.recipe.rank, run.seed_of_training, bfloat16, log, start)
     return Outcome(progress, str(device), ranker)
 
 

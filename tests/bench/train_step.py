@@ -226,12 +226,12 @@ def measure(vectors: Path, names: list[str], epochs: int, seed: int, work: Path)
     alone = {}
     for name in names:
         begun = time.perf_counter()
-        made = train_models(vectors, work / "alone" / name, [name], recipe, seed).trained[name]
+        made = train_models(vectors, work / "alone" / name, [name], recipe, seed, fresh=True).trained[name]
         alone[name] = time.perf_counter() - begun
         models[name]["ray_loop_seconds"] = made.metrics["curve"][-1]["seconds"]
         models[name]["ray_overhead"] = models[name]["ray_loop_seconds"] / models[name]["loop_seconds"] - 1
     begun = time.perf_counter()
-    together = train_models(vectors, work / "together", names, recipe, seed)
+    together = train_models(vectors, work / "together", names, recipe, seed, fresh=True)
     wall = time.perf_counter() - begun
     assert list(together.trained) == names, together.failed
 

@@ -148,7 +148,7 @@ def main() -> None:
         build_index(array, folder / "index")
         vectors = array.vectors[:4].astype(np.float32)
         found = np.zeros(4, bool)
-        block = Block(vectors, vectors, vectors[:, None], array.doc_ids[:4], found)
+        block = Block(vectors, vectors, vectors, vectors[:, None], array.doc_ids[:4], found)
         plan = TextPlan((("copy-last", "raw"),), block)
         said = decode_all(array, plan, fake_codec, folder / "index", cpus=6, gpus=1, candidates=1)
         report["decoded"] = len(said)

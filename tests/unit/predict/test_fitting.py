@@ -10,12 +10,17 @@ import pytest
 import torch
 
 from lvm import InputError, OutputError, WindowSettings, fit, load_predictor, make_windows, open_vectors
+from lvm.codec.zoo import load_codec
+from lvm.corpus.chunker import Chunker
+from lvm.corpus.readers import read_articles
 from lvm.corpus.tmd import Prototypes, coder_name
 from lvm.errors import IdentityError
 from lvm.models import ORIGINAL
 from lvm.predict import training
 from lvm.predict.ensemble import make_ensemble
+from lvm.predict.predictor import SHIPPED
 from lvm.predict.record import load_record, read_aliases
+from lvm.predict.runs import bundled_start
 from lvm.predict.training import FAST, evaluate
 from lvm.vectors.array import VectorArray
 from tests.doubles import FakeCodec, fake_articles, write_vectors
@@ -124,6 +129,44 @@ def test_a_seed_gives_the_same_weights_on_one_thread(array: VectorArray, tmp_pat
         torch.set_num_threads(threads)
     contexts = make_windows(array).batch(slice(0, 5))[0]
     assert np.array_equal(one(contexts), two(contexts))
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> VectorArray:
+    """The bundled sample in vectors of the bundled codec."""
+    folder, codec = tmp_path_factory.mktemp("sample"), load_codec("mini", device="cpu")
+    chunker = Chunker(codec.tokenizer)
+    chunks = [[c.text for c in article] for article in chunker.chunk(list(read_articles("sample")))]
+    write_vectors(folder, chunks, codec)
+    return open_vectors(folder)
+
+
+def test_on_a_small_corpus_it_starts_from_the_bundled_model_and_says_so(
+    sample: VectorArray, tmp_path: Path
+) -> None:
+    recipe = replace(FAST, epochs=2)
+    started, fresh = fit(sample, tmp_path, "amn", recipe), fit(sample, tmp_path, "amn", recipe, fresh=True)
+    assert started.record is not None
+    assert fresh.record is not None
+    assert started.record.folder != fresh.record.folder
+    bundled = read_aliases(SHIPPED)["amn"]
+    assert started.record.config["bundled"] == bundled
+    assert f"| Start | the bundled {bundled} |" in (started.record.folder / "MODEL_CARD.md").read_text()
+    assert "bundled" not in fresh.record.config
+    assert started.record.metrics["val_cosine"] > fresh.record.metrics["val_cosine"]
+    # It is a model of this corpus, not a copy.
+    theirs = load_predictor("amn").record
+    assert theirs is not None
+    assert started.record.config["weights_sha256"] != theirs.config["weights_sha256"]
+
+
+def test_only_few_windows_of_the_bundled_codec_start_from_a_bundled_model(
+    sample: VectorArray, array: VectorArray
+) -> None:
+    assert bundled_start(sample, "amn", 49_999) == read_aliases(SHIPPED)["amn"]
+    assert bundled_start(sample, "amn", 50_000) is None
+    assert bundled_start(sample, "lstm", 100) is None
+    assert bundled_start(array, "amn", 100) is None
 
 
 def test_what_cannot_be_fitted_is_refused(array: VectorArray, tmp_path: Path) -> None:

@@ -120,3 +120,17 @@ def test_settings_that_make_no_sense_are_refused_and_a_recipe_keeps_them(array: 
     windows = make_windows(array).split(0)["train"]
     with pytest.raises(TrainingError, match="the rank head's loss is"):
         fit_rank_head(build("amn", {"dim": 96}), windows, replace(BRIEF, learning_rate=float("inf")))
+
+
+def test_it_goes_on_from_a_head_of_the_same_sizes(array: VectorArray) -> None:
+    train = make_windows(array, WindowSettings(context=3)).split(0)["train"]
+    model = build("amn", {"dim": 96})
+    torch.manual_seed(0)
+    given = RankHead(3, 96, model.features(torch.zeros(1, 3, 96)).shape[1])
+    torch.nn.init.normal_(given.add.weight)
+    still = replace(BRIEF, learning_rate=1e-9)
+    assert torch.allclose(
+        fit_rank_head(model, train, still, start=given).add.weight, given.add.weight, atol=1e-4
+    )
+    other = RankHead(4, 96, given.sizes["features"])
+    assert float(fit_rank_head(model, train, still, start=other).add.weight.detach().abs().max()) < 1e-4

@@ -23,6 +23,7 @@ from lvm.predict.training import (
     RECIPES,
     Progress,
     Recipe,
+    choose_start,
     evaluate,
     fit,
     learning_rate,
@@ -96,6 +97,25 @@ def test_info_nce_is_logged_with_its_gradients(train: MemoryWindows, val: Memory
     assert row["info_nce_gradient_norm"] > 0
     assert row["info_nce_scale"] > 0
     assert row["mse_gradient_norm"] > 0
+
+
+@pytest.mark.parametrize(("taught", "better"), [(2, "weights"), (0, "recipe")])
+def test_the_better_start_is_the_one_that_is_better_after_two_epochs(
+    taught: int, better: str, train: MemoryWindows, val: MemoryWindows
+) -> None:
+    rates = dict.fromkeys(MODELS, 3e-3)
+    slow = replace(QUICK, learning_rates=dict.fromkeys(MODELS, 1e-5))
+    teacher, model = toy("amn", seed=1), toy("amn")
+    if taught:
+        fit(teacher, "amn", train, val, replace(QUICK, epochs=30, learning_rates=rates), seed=0)
+    weights = copy.deepcopy(teacher.state_dict())
+    cosines = choose_start(model, "amn", train, val, slow, 0, weights)
+    assert max(cosines, key=lambda start: cosines[start]) == better
+    kept = all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert kept == (better == "weights")
+    # Going on from there is an ordinary run, whose first row is the start that was chosen.
+    progress = fit(model, "amn", train, val, replace(slow, epochs=2), 0, progress=Progress())
+    assert progress.best["val_cosine"] == pytest.approx(cosines[better], abs=1e-4)
 
 
 # ---- stopping
