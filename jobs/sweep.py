@@ -321,9 +321,9 @@ def _progress_lines(total: int) -> Any:
 
 
 def rows_of(
-    results: Any, trials: Sequence[Mapping[str, Any]], runs: Sequence[TrainRun], epochs: int, over: bool
+    results: Any, trials: Sequence[Mapping[str, Any]], runs: Sequence[TrainRun], epochs: int
 ) -> list[Trial]:
-    """The table of trials, in order. over: whether the sweep ran out of time."""
+    """The table of trials, in order."""
     found = {r.config["trial"]["number"]: r for r in results if r.config}
     rows = []
     for trial, this in zip(trials, runs, strict=True):
@@ -338,7 +338,8 @@ def rows_of(
         elif done >= epochs:
             state = "finished"
         else:
-            state = "out of time" if over or cosine is None else "stopped early"
+            # Tune marks the last report as done if its scheduler ended the trial, not if the time ran out.
+            state = "stopped early" if metrics.get("done") and cosine is not None else "out of time"
         with torch.device("meta"):
             parameters = None if note else sum(p.numel() for p in this.build().parameters())
         rows.append(
@@ -443,12 +444,10 @@ def sweep(
     windows_of(runs[0])  # raises if there are too few windows for the longest context, before Ray starts
 
     connect(address)
-    begun = time.monotonic()
     folder = output / "tune" / identity
     output.mkdir(parents=True, exist_ok=True)
     results = tune_trials(trials, runs, folder, settings.epochs, hours, gpus)
-    over = hours is not None and time.monotonic() - begun >= 3600 * hours
-    rows = rows_of(results, trials, runs, settings.epochs, over)
+    rows = rows_of(results, trials, runs, settings.epochs)
     if not scored(rows):
         raise InputError(
             f"none of {len(rows)} trials has a score; the first: {rows[0]['note'] or 'unfinished, raise --hours'}"

@@ -3,15 +3,20 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jobs.sweep import INFO_NCE_SHARES, RATES, SEARCHED, SweepSettings, draw_trials, parse_contexts
+from jobs.sweep import INFO_NCE_SHARES, RATES, SEARCHED, SweepSettings, draw_trials, parse_contexts, rows_of
 from lvm.errors import InputError
 from lvm.evaluate.metrics import Interval
 from lvm.evaluate.sweep import Trial, best_of_each, compare, html_page, leaderboard
 from lvm.models import MODELS, SPACES, build
+from lvm.predict.runs import TrainRun
+from lvm.predict.training import FAST
+from lvm.vectors.sequences import WindowSettings
 
 SETTINGS = SweepSettings(60, SEARCHED, (5, 10), "fast", 4, 1000, 0)
 
@@ -80,6 +85,24 @@ def test_every_size_of_a_space_can_be_built(name: str) -> None:
     with torch.device("meta"):
         for values in itertools.product(*SPACES[name].values()):
             build(name, dict(zip(SPACES[name], values, strict=True)))
+
+
+def test_a_trial_that_the_scheduler_ended_did_not_run_out_of_time() -> None:
+    ends = {
+        "finished": {"best_val_cosine": 0.3, "epoch": 3, "done": False},
+        "stopped early": {"best_val_cosine": 0.2, "epoch": 1, "done": True},
+        "out of time": {"best_val_cosine": 0.2, "epoch": 1, "done": False},
+    }
+    settings = {"model": "amn", "context": 5, "learning_rate": 1e-3, "info_nce_share": 0.0, "sizes": {}}
+    trials = [{"number": n, **settings} for n in range(len(ends) + 1)]
+    run = TrainRun("amn", Path("vectors"), "0", WindowSettings(), FAST, 0, {"dim": 96})
+    results = [
+        SimpleNamespace(config={"trial": {"number": n}}, metrics=metrics, error=None)
+        for n, metrics in enumerate(ends.values())
+    ]
+    rows = rows_of(results, trials, [run] * len(trials), epochs=3)
+    # The last never began.
+    assert [r["state"] for r in rows] == [*ends, "out of time"]
 
 
 def test_contexts_are_numbers_by_comma() -> None:
