@@ -68,6 +68,8 @@ def leaderboard(evaluation: Evaluation) -> Table:
         f"{split['test_windows']:,} windows of {split['test_articles']:,} test articles. {measured}: rank of the true "
         f"next chunk in its article; R@10: among {pool}. ms: mean time of one query."
     )
+    if bundled := [e["name"] for e in ranked if e["details"].get("config", {}).get("bundled")]:
+        note += f" Started from a bundled model, trained on Wikipedia: {', '.join(bundled)}."
     return table_of_columns("Leaderboard", ranked, columns, note, _models(ranked))
 
 

@@ -131,6 +131,13 @@ def test_what_was_not_measured_is_a_dash(evaluation: Evaluation) -> None:
     assert "0 windows have more than one candidate, none on average" in tables(evaluation)[2].note
 
 
+def test_models_that_began_as_bundled_ones_are_named(evaluation: Evaluation) -> None:
+    assert "bundled" not in leaderboard(evaluation).note
+    amn = next(e for e in evaluation["entries"] if e["name"] == "amn")
+    amn["details"]["config"] = {"bundled": "amn-20260101-0c"}
+    assert leaderboard(evaluation).note.endswith("Started from a bundled model, trained on Wikipedia: amn.")
+
+
 def test_efficiency_is_cosine_per_millisecond_times_a_thousand() -> None:
     assert efficiency(made_entry("amn", 0.58)) == pytest.approx(0.58 / 0.5 * 1000)
 
