@@ -62,10 +62,19 @@ from lvm.predict.fitting import (
 )
 from lvm.predict.predictor import SHIPPED
 from lvm.predict.record import find_record, import_checkpoint, load_record, read_aliases, set_alias
-from lvm.predict.runs import SMALL_SET, Outcome, TrainRun, require_whole, train_run
+from lvm.predict.runs import Outcome, TrainRun, require_whole, train_run
 from lvm.predict.team import Team
 from lvm.predict.tracking import prepare_mlflow
-from lvm.predict.training import FAST, OWN_RECIPES, RECIPES, Recipe, evaluate, recipe_named, spread_batches
+from lvm.predict.training import (
+    FAST,
+    OWN_RECIPES,
+    RECIPES,
+    SMALL_SET,
+    Recipe,
+    evaluate,
+    recipe_named,
+    spread_batches,
+)
 from lvm.storage import Location, local_folder, local_input, move_tree
 from lvm.vectors.array import open_vectors
 from lvm.vectors.sequences import WindowSettings, make_windows
@@ -381,7 +390,7 @@ def train_models(
             sizes,
             layers_from=layers,
             prototypes=prototypes,
-            bundled=data.bundled_start(name, fresh or prototypes is not None),
+            bundled=data.bundled_start(name, fresh, prototypes),
         )
         runs += [first, *(replace(first, training_seed=seed + n) for n in range(1, seeds))]
     ready: dict[str, Trained] = {}

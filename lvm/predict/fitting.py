@@ -56,9 +56,11 @@ class TrainingData:
         """Number of windows of train, val and test."""
         return {name: len(part) for name, part in self.parts.items()}
 
-    def bundled_start(self, model: str, fresh: bool = False) -> str | None:
-        """`lvm.predict.runs.bundled_start` for these windows; None if `fresh`."""
-        return None if fresh else bundled_start(self.array, model, len(self.parts["train"]))
+    def bundled_start(self, model: str, fresh: bool, prototypes: Prototypes | None) -> str | None:
+        """`lvm.predict.runs.bundled_start` for these windows; None if `fresh`, or for a model that also reads codes."""
+        if fresh or prototypes is not None:
+            return None
+        return bundled_start(self.array, model, len(self.parts["train"]))
 
 
 def fit(
@@ -103,7 +105,7 @@ def fit(
     require_codec_of_models(models, vectors)
     windows = windows or WindowSettings()
     data = TrainingData.of(vectors, windows, seed, allow_non_sequential)
-    bundled = data.bundled_start(model, fresh or prototypes is not None)
+    bundled = data.bundled_start(model, fresh, prototypes)
     run = TrainRun.of(vectors, model, windows, recipe, seed, prototypes=prototypes, bundled=bundled)
     folder = find_record(models, model, run=run.fingerprint)
     if folder is None:

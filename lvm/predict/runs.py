@@ -23,7 +23,15 @@ from lvm.predict.ranking import RankHead, fit_rank_head
 from lvm.predict.record import CONFIG, load_record, on_cpu, read_aliases, read_json
 from lvm.predict.team import ALONE, Team
 from lvm.predict.tracking import MlflowCurves
-from lvm.predict.training import TRIAL_EPOCHS, Progress, Recipe, bfloat16_is_faster, choose_start, fit
+from lvm.predict.training import (
+    SMALL_SET,
+    TRIAL_EPOCHS,
+    Progress,
+    Recipe,
+    bfloat16_is_faster,
+    choose_start,
+    fit,
+)
 from lvm.storage import Location, local_folder, local_folder_for
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.sequences import Windows, WindowSettings, make_windows
@@ -153,11 +161,6 @@ class TrainRun:
         if self.layers_from is not None:
             model.load_layers(local_folder(self.layers_from))
         return model  # type: ignore[no-any-return]
-
-
-SMALL_SET = 50_000
-"""Below this many training windows, a run may start from a bundled record. Larger sets train well by themselves, and
-may hold the very articles that the bundled models have read."""
 
 
 def bundled_start(array: VectorArray, model: str, num_windows: int) -> str | None:

@@ -29,6 +29,11 @@ from lvm.predict.team import ALONE, Team
 # ------------------------------------------------------------------------------------------------- settings
 
 
+SMALL_SET = 50_000
+"""Training windows below which `Recipe.small_sets` applies, and a run may start from a bundled record: larger sets
+train well by themselves, and may hold the very articles that the bundled models have read."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Training settings."""
@@ -60,7 +65,7 @@ class Recipe:
     max_minutes: float | None = None
     """Maximum training time; the learning rate schedule ends with it."""
     small_sets: bool = False
-    """Below 50,000 windows, use smaller batches and scale the learning rate with the square root of their number."""
+    """Below SMALL_SET windows, use smaller batches and scale the learning rate with the square root of their number."""
     solved_start: bool = False
     """Initialise the model with `lvm.predict.start` instead of at random."""
     bfloat16: bool = False
@@ -99,7 +104,7 @@ class Recipe:
 
     def peak_rate(self, model: str, num_windows: int) -> float:
         """Peak learning rate for this architecture and a training set of this size."""
-        shrink = min(1.0, math.sqrt(num_windows / 50_000)) if self.small_sets else 1.0
+        shrink = min(1.0, math.sqrt(num_windows / SMALL_SET)) if self.small_sets else 1.0
         return self.learning_rates[model] * shrink
 
     def windows_per_epoch(self, num_windows: int) -> int:
