@@ -14,11 +14,14 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -41,8 +44,11 @@ from lvm.vectors.shards import (
     write_json,
 )
 
-BLOCK_ROWS = 16_384
-"""Rows processed at a time while the array is written: 48 MiB of float32 vectors."""
+BLOCK_ROWS = 4_096
+"""Rows processed at a time while the array is written: 12 MiB of float32 vectors."""
+
+READERS = max(2, min(8, os.cpu_count() or 1))
+"""Threads that read shards while the array is written; each holds one, about 10 MB at 2,048 rows."""
 
 TEXT_BYTES = 256 << 20
 """Size of a reader's text cache; a chunk takes 100 to 150 bytes."""
@@ -57,6 +63,8 @@ _LAYOUT = 2
 """Version of the file layout; arrays of another version are ignored."""
 
 Rows = Sequence[int] | NDArray[Any]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,32 +321,17 @@ def _write_columns(directory: Location, manifest: Manifest, folder: Path, width:
     row, dtype = 0, None
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / f"{name}.npy").open("wb")) for name in _STORED}
-        for number, shard in enumerate(manifest.shards):
-            path = directory / shard.file
-            table = read_table(path)
-            if "codec" in (record := footer_in(table.schema)):
-                found = CodecIdentity.from_dict(record["codec"])
-                require_same_codec(manifest.identity, found, f"manifest of {directory}", f"shard {path.name}")
-            vectors = table_to_vectors(table, f"shard {path}")
-            ids = table.column("chunk_id").to_pylist()
-            require_unit_vectors(vectors, manifest.identity.dim, f"shard {path}", ids)
-            if vectors.dtype != (dtype := dtype or vectors.dtype):
-                raise InputError(f"shard {path} stores {vectors.dtype}, earlier shards {dtype}; encode again")
-            if (longest := max(map(len, ids), default=0)) > width:
+        paths = [directory / shard.file for shard in manifest.shards]
+        blocks = stack.enter_context(closing(_in_threads(partial(_read_columns, manifest), paths)))
+        for number, (path, block) in enumerate(zip(paths, blocks, strict=True)):
+            found, ids = block["vectors"].dtype, block["chunk_ids"]
+            if found != (dtype := dtype or found):
+                raise InputError(f"shard {path} stores {found}, earlier shards {dtype}; encode again")
+            if (longest := ids.dtype.itemsize // 4) > width:
                 return longest
-            texts = table.column("text").to_pylist()
             end = row + len(ids)
-            block = {
-                "vectors": vectors,
-                "doc_ids": _numbers(table, "doc_id", np.int32, directory),
-                "positions": _numbers(table, "position", np.int32, directory),
-                "chunk_ids": np.asarray(ids, dtype=f"<U{width}"),
-                "num_tokens": _numbers(table, "num_tokens", np.int32, directory),
-                "truncated": _numbers(table, "truncated", np.bool_, directory),
-                "norms": _numbers(table, "norm", np.float32, directory),
-                "text_keys": np.fromiter(map(_text_key, texts), np.uint64, len(texts)),
-                "shard_rows": np.arange(row, end, dtype=np.int64),
-            }
+            block["chunk_ids"] = ids.astype(f"<U{width}")
+            block["shard_rows"] = np.arange(row, end, dtype=np.int64)
             for name, values in block.items():
                 _append(files[name], values, None if number else (manifest.rows, *values.shape[1:]))
             if end <= manifest.rows:
@@ -350,6 +343,41 @@ def _write_columns(directory: Location, manifest: Manifest, folder: Path, width:
         )
     _require_unique(hashes, folder / "chunk_ids.npy", directory)
     return width
+
+
+def _in_threads(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Generator[_Result, None, None]:
+    """Results in the order of `items`; threads work ahead on the next READERS."""
+    with ThreadPoolExecutor(READERS) as threads:
+        ahead: deque[Future[_Result]] = deque()
+        for item in items:
+            ahead.append(threads.submit(work, item))
+            if len(ahead) > READERS:
+                yield ahead.popleft().result()
+        for future in ahead:
+            yield future.result()
+
+
+def _read_columns(manifest: Manifest, path: Location) -> dict[str, NDArray[Any]]:
+    """A shard's columns of _STORED, but for `shard_rows`. Raises InputError or IdentityError if it is not as its
+    manifest says."""
+    table = read_table(path)
+    if "codec" in (record := footer_in(table.schema)):
+        found = CodecIdentity.from_dict(record["codec"])
+        require_same_codec(manifest.identity, found, f"manifest of {path.parent}", f"shard {path.name}")
+    vectors = table_to_vectors(table, f"shard {path}")
+    ids = table.column("chunk_id").to_pylist()
+    require_unit_vectors(vectors, manifest.identity.dim, f"shard {path}", ids)
+    texts = table.column("text").to_pylist()
+    return {
+        "vectors": vectors,
+        "doc_ids": _numbers(table, "doc_id", np.int32, path),
+        "positions": _numbers(table, "position", np.int32, path),
+        "chunk_ids": np.asarray(ids, dtype=np.str_),
+        "num_tokens": _numbers(table, "num_tokens", np.int32, path),
+        "truncated": _numbers(table, "truncated", np.bool_, path),
+        "norms": _numbers(table, "norm", np.float32, path),
+        "text_keys": np.fromiter(map(_text_key, texts), np.uint64, len(texts)),
+    }
 
 
 def _append(file: IO[bytes], values: NDArray[Any], shape: tuple[int, ...] | None) -> None:
@@ -379,18 +407,22 @@ def _blocks(rows: int) -> Iterator[slice]:
 
 
 def _neighbour_cosines(vectors: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
-    for rows in _blocks(len(vectors)):
+    def work(rows: slice) -> NDArray[np.float32]:
         block = vectors[rows.start : rows.stop + 1].astype(np.float32)
         block /= np.linalg.norm(block, axis=1, keepdims=True)  # float16 rounding moved them off 1
         cosines = np.zeros(min(BLOCK_ROWS, len(vectors) - rows.start), np.float32)
         cosines[: len(block) - 1] = np.einsum("nd,nd->n", block[:-1], block[1:])
-        yield cosines
+        return cosines
+
+    return _in_threads(work, _blocks(len(vectors)))
 
 
-def _numbers(table: pa.Table, name: str, dtype: Any, directory: Location) -> NDArray[Any]:
+def _numbers(table: pa.Table, name: str, dtype: Any, path: Location) -> NDArray[Any]:
     column = table.column(name)
     if column.null_count:
-        raise InputError(f"{directory}: {column.null_count} rows have no {name}, expected none; encode again")
+        raise InputError(
+            f"shard {path}: {column.null_count} rows have no {name}, expected none; encode again"
+        )
     values: NDArray[Any] = column.to_numpy()
     return values.astype(dtype, copy=False)
 

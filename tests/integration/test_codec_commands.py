@@ -91,6 +91,7 @@ def test_bad_options_are_one_line(arguments: tuple[str, ...], message: str) -> N
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_codec_trained_on_own_articles_is_what_codec_path_takes(tmp_path: Path) -> None:
     mini = CODECS["mini"]
     command = (

@@ -136,6 +136,7 @@ def test_a_load_that_is_killed_ends_with_the_same_rows(
     assert len(killed) == 1200
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_in_mid_load_is_said_and_the_load_goes_on_when_it_is_back(
     ray_cluster: str, own_server: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -173,6 +174,7 @@ def embedded_again(folder: Path) -> str:
     return embedded(folder)
 
 
+@pytest.mark.slow
 def test_articles_are_ingested_once_whenever_the_job_is_killed(
     ray_cluster: str, database: str, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def test_a_row_holds_context_truth_text_and_how_near_it_is(made: Path) -> None:
         assert row["extract"] is None  # without --run there is no corpus
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_nothing_and_a_lost_block_alone_is_made_again(made: Path) -> None:
     again = latent("generate", *ARGUMENTS, "--output", str(made))
     assert json.loads(again.stdout.splitlines()[-1])["up_to_date"]

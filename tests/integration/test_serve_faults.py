@@ -20,7 +20,7 @@ import pytest
 
 from tests.integration.serving import Service, add_model, make_run, running
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 CLIENTS = 16
 WORDS = [
@@ -240,7 +240,6 @@ def test_a_new_model_version_rolls_out_without_a_failed_request(service: Service
     assert set(under.statuses()) == {200}, [a for a in under.answers if a[2] != 200][:2]
 
 
-@pytest.mark.slow
 def test_decoder_replicas_go_up_with_load_and_down_again(service: Service) -> None:
     timeline: list[tuple[float, int]] = []
     begun = time.perf_counter()

@@ -170,6 +170,7 @@ def test_no_cluster_is_one_line(head: Head) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_job_goes_on_where_it_was_and_its_exit_code_is_ours(
     head: Head, chunks: Path, tmp_path: Path
 ) -> None:

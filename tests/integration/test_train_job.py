@@ -170,6 +170,7 @@ TOLERANCE = 2e-3
 """Of val cosines, between one worker and two: the order of sums in bfloat16, and what dropout draws."""
 
 
+@pytest.mark.slow
 def test_two_workers_train_the_model_that_one_would(
     trained: tuple[Path, TrainResult], vectors: Path, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_two_workers_train_the_model_that_one_would(
     assert all(t.up_to_date for t in again.trained.values())
 
 
+@pytest.mark.slow
 def test_a_run_of_two_workers_goes_on_with_one(vectors: Path, tmp_path: Path, ray_cluster: str) -> None:
     first = train_models(vectors, tmp_path, ["amn"], BRIEF, workers=2).trained["amn"]
     first.folder.rename(tmp_path / "moved-away")
@@ -200,6 +202,7 @@ def test_a_run_of_two_workers_goes_on_with_one(vectors: Path, tmp_path: Path, ra
 # ---- the monitor is lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("for_good", [False, True])
 def test_runs_end_well_without_their_monitor(
     for_good: bool,
@@ -242,6 +245,7 @@ def test_a_second_run_trains_nothing(
     assert "lstm is up to date" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_seed_makes_a_new_record_and_the_old_one_stays(
     trained: tuple[Path, TrainResult], vectors: Path
 ) -> None:
@@ -256,6 +260,7 @@ def test_another_seed_makes_a_new_record_and_the_old_one_stays(
     assert read_aliases(models)["amn"] == first.trained["amn"].folder.name
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_side_by_side_and_the_best_gets_the_alias(
     ray_cluster: str, vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +287,7 @@ def test_seeds_are_trained_side_by_side_and_the_best_gets_the_alias(
     assert read_aliases(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_models_that_read_codes_are_trained_beside_those_that_do_not(
     vectors: Path, tmp_path: Path, ray_cluster: str
 ) -> None:
@@ -411,6 +417,7 @@ def test_a_killed_job_goes_on_where_it_was(ray_cluster: str, vectors: Path, tmp_
         assert found["val_cosine"] == pytest.approx(expected["val_cosine"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_whose_record_was_lost_is_not_trained_again(
     ray_cluster: str, vectors: Path, tmp_path: Path
 ) -> None:

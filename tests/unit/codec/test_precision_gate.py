@@ -42,6 +42,7 @@ def test_lower_precision_loses_next_to_nothing_on_the_sample(precision: str) -> 
     assert cosine < MOST_COSINE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 @pytest.mark.skipif(not WIKIPEDIA.is_file(), reason=f"no {WIKIPEDIA.name}; set LATENT_DATA to its folder")
 def test_lower_precision_holds_the_gate_on_unseen_wikipedia(precision: str) -> None:

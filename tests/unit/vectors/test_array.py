@@ -5,6 +5,7 @@ import errno
 import pickle
 import shutil
 import subprocess
+import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import lvm.vectors.array as array_module
 from lvm.errors import IdentityError, InputError, OutputError
 from lvm.vectors.array import VectorArray, open_vectors, write_array
 from lvm.vectors.shards import Manifest, read_table, table_to_vectors, with_footer, write_table
@@ -362,3 +364,18 @@ def test_vectors_of_another_codec_are_refused_by_name(array: VectorArray) -> Non
     array.require_codec(FakeCodec().identity, "model lstm")
     with pytest.raises(IdentityError, match="model lstm"):
         array.require_codec(FakeCodec("other").identity, "model lstm")
+
+
+def test_threads_read_ahead_in_order_and_no_further_than_they_may() -> None:
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.01 * (number % 2))  # the even ones overtake
+        return number
+
+    results = array_module._in_threads(work, range(100))
+    assert [next(results) for _ in range(10)] == list(range(10))
+    assert len(begun) <= 10 + array_module.READERS
+    results.close()
+    assert len(begun) <= 11 + array_module.READERS
