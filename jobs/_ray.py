@@ -151,6 +151,10 @@ def connect(address: str | None) -> None:
     _joined.append(True)
     # Ray 2.60's new default, set here to avoid its deprecation warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if os.environ.get("LATENT_RAY_LOGS") != "1":
+        # Ray 2.60 prints an error on every start of Ray Data's actors, though nothing is wrong:
+        # https://github.com/ray-project/ray/issues/57733. It comes from C++ code, past Python's logging.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     starts_one = address is None and "RAY_ADDRESS" not in os.environ
     _started[:] = [True] * starts_one
     if starts_one:

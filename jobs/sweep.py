@@ -17,6 +17,7 @@ own restore; one that ran out of --hours runs the trials that had not started.
 """
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -291,7 +292,12 @@ def tune_trials(
 
 
 def _fit(tuner: Any) -> Any:
-    with redirect_stdout(sys.stderr):  # Tune prints its paths to stdout
+    # Tune prints its settings and paths of temporary folders to stdout, and warns of slow steps while cores are busy.
+    if os.environ.get("LATENT_RAY_LOGS") == "1":
+        with redirect_stdout(sys.stderr):
+            return tuner.fit()
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         return tuner.fit()
 
 

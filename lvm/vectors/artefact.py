@@ -5,18 +5,20 @@ their JSON result last, so its presence marks them as complete (`finished_result
 are folders that appear under their name when complete and never change (`lvm.storage.new_folder`).
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from lvm.errors import InputError, OutputError
-from lvm.storage import Location, remove_tree
+from lvm.storage import Location, remove_tree, storage_errors
 from lvm.vectors.shards import (
     Manifest,
     Shard,
     as_json,
-    file_sha256,
     read_footer,
     read_table,
     sweep_temporaries,
@@ -92,13 +94,16 @@ class Artefact:
         try:
             if read_footer(path) != footer:
                 return None
-            rows, found = read_table(path).num_rows, file_sha256(path)
-        except InputError:
+            with storage_errors(path):
+                contents = path.read_bytes()  # once, for both checks
+            rows = read_table(path, contents=pa.py_buffer(contents)).num_rows
+            found = hashlib.sha256(contents).hexdigest()
+        except (InputError, OSError):
             found = "damaged"
         if found == "damaged" or sha256 not in (None, found):
             self.log(f"{path} is damaged and is written again")
             return None
-        return Shard(file, rows, path.stat().st_size, found)
+        return Shard(file, rows, len(contents), found)
 
     def publish(self, manifest: Manifest) -> list[str]:
         """Write the manifest, then delete shards that it does not list; returns their names."""
