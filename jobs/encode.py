@@ -98,6 +98,10 @@ MAX_CHECKS = 16
 CHECK_BYTES = 256 << 20
 """Memory for these checks, in the driver."""
 
+SHARDS_PER_TASK, TASKS_PER_SLOT = 8, 8
+"""At most and at least. Tasks take the driver's time, which on large clusters would limit how fast small shards are
+handed out (tests/bench/results/scale_amd-epyc-2core_2026-11.md)."""
+
 SHARDS_PER_ACTOR = {"CPU": 1, "GPU": 3}
 """Shards that an actor encodes in parallel, one thread each; one more is queued, so that it never idles. On a CPU one
 shard takes 1.08 times as long as a loop without Ray, two in parallel 1.25 (tests/bench/results/LOG.md). On a GPU three:
@@ -394,6 +398,15 @@ def require_tokenizer(chunks: Manifest, identity: CodecIdentity, source: Locatio
         )
 
 
+def num_tasks(num_shards: int, slots: int) -> int:
+    """Number of Ray tasks: one per shard; on large clusters fewer, but enough to even out the end.
+
+    slots: shards that are encoded at a time.
+    """
+    per_task = min(SHARDS_PER_TASK, slots // 8, num_shards // (slots * TASKS_PER_SLOT))
+    return -(-num_shards // max(1, per_task))
+
+
 def _encode_with_ray(
     job: EncodeJob, pending: list[Shard], max_workers: int | None = None, gpus: int | None = None
 ) -> Iterator[Made]:
@@ -425,7 +438,8 @@ def _encode_with_ray(
         sizes = {"min_size": max(1, min(num_actors, int(room))), "max_size": num_actors}
         context.wait_for_min_actors_s = START_TIMEOUT_S
     rows = [asdict(s) for s in pending]
-    finished = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    slots = SHARDS_PER_ACTOR[kind] * (sizes.get("size") or sizes["max_size"])
+    finished = data.from_items(rows, override_num_blocks=num_tasks(len(rows), slots)).map_batches(
         ShardEncoder,
         fn_constructor_args=(job,),
         batch_size=1,

@@ -3,9 +3,9 @@
     python -m jobs.index --vectors out/vectors --output out/index
     ray job submit --working-dir . -- python -m jobs.index --vectors /shared/vectors --output /shared/index
 
-Each part of the index (at most --part-vectors) is built in a Ray task on a node with free CPUs; another measures the
-whole index, which is then published. The previous version stays on disk. If the published index was made from these
-vectors, the job changes nothing.
+Each part of the index (at most --part-vectors) is built in a Ray task on a node with free CPUs, and in another compared
+with the queries that measure recall; then the index is published. The previous version stays on disk. If the
+published index was made from these vectors, the job changes nothing.
 """
 
 import sys
@@ -22,12 +22,12 @@ from lvm.errors import OutputError, StorageError
 from lvm.storage import Location
 from lvm.vectors.array import open_vectors, write_array
 from lvm.vectors.artefact import require_folder
-from lvm.vectors.index import Build, IndexSettings, build_index, find_index
-from lvm.vectors.shards import Manifest, Shard
+from lvm.vectors.index import IndexSettings, Part, build_index, find_index
+from lvm.vectors.shards import Manifest
 
 
-def build_one(part: Build, number: int, threads: int) -> Shard:
-    """Build a part of the index with this many threads."""
+def with_threads(part: Part, number: int, threads: int) -> Any:
+    """Build or search a part of the index with this many threads."""
     import faiss
 
     faiss.omp_set_num_threads(threads)
@@ -35,14 +35,14 @@ def build_one(part: Build, number: int, threads: int) -> Shard:
 
 
 def build(source: Location, target: Location, settings: IndexSettings, threads: int) -> None:
-    """Build and publish the index; several parts are built in Ray tasks."""
+    """Build and publish the index; several parts are built and searched in Ray tasks."""
     import faiss
     import ray
 
-    def in_tasks(part: Build, numbers: range) -> Iterable[Shard]:
+    def in_tasks(part: Part, numbers: range) -> Iterable[Any]:
         if len(numbers) == 1:
             return [part(0)]
-        task = ray.remote(num_cpus=threads)(build_one)
+        task = ray.remote(num_cpus=threads)(with_threads)
         return ray.get([task.remote(part, number, threads) for number in numbers])
 
     faiss.omp_set_num_threads(threads)

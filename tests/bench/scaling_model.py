@@ -27,7 +27,7 @@ SHARD_ROWS = 2_048
 """Default of --rows-per-shard."""
 
 BACKFILL = "backfill_mini_intel-xeon-2core_2026-11.md"
-PREDICTORS = "predictors_wikipedia-recent_amd-epyc-2core_2026-11.md"
+SCALE = "scale_amd-epyc-2core_2026-11.md"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Rate:
     """Chunks of what one node does alone."""
     source: str
     """File in tests/bench/results."""
+    cores: int | None = None
+    """Cores that it uses however many there are; None for all."""
 
     @property
     def per_core(self) -> float:
@@ -52,7 +54,8 @@ class Rate:
 RATES = {
     "chunk": Rate(505_986, 48, SHARD_ROWS, BACKFILL),
     "encode": Rate(505_986, 154, SHARD_ROWS, BACKFILL),
-    "index": Rate(456_459, 39, IndexSettings().part_vectors, PREDICTORS),
+    "array": Rate(5_000_000, 51, SHARD_ROWS, SCALE, cores=2),
+    "index": Rate(5_000_000, 251, IndexSettings().part_vectors, SCALE),
 }
 
 CHUNK_BYTES = 61
@@ -74,7 +77,7 @@ MANIFEST_BYTES = {True: 190, False: 37}
 
 def hours(size: int, rate: Rate, nodes: int) -> float:
     """Hours of a stage at this many chunks."""
-    cores = CORES_PER_NODE * min(nodes, -(-size // rate.piece))
+    cores = rate.cores or CORES_PER_NODE * min(nodes, -(-size // rate.piece))
     return size / (rate.per_core * cores) / 3600
 
 

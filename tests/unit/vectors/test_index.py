@@ -12,9 +12,9 @@ from lvm.errors import IdentityError, InputError
 from lvm.vectors import index as index_module
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.index import (
-    Build,
     Index,
     IndexSettings,
+    Part,
     build_index,
     find_index,
     load_index,
@@ -102,10 +102,22 @@ def test_parts_are_searched_together(large_array: VectorArray, parted: tuple[Ind
     assert sorted(all_rows[0].tolist()) == list(range(len(three)))
 
 
+def test_recall_is_measured_against_the_nearest_of_all_parts(large_array: VectorArray, coded: Index) -> None:
+    queries = large_array.vectors[::250].astype(np.float32)
+    near = [index_module._nearest_in_part(large_array, queries, 9, 3, number) for number in range(3)]
+    scores = np.concatenate([found for found, _ in near], axis=1)
+    rows = np.concatenate([found for _, found in near], axis=1)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :9]
+    wanted_scores, wanted_rows = exact(large_array, queries, 9)
+    np.testing.assert_allclose(np.take_along_axis(scores, best, 1), wanted_scores, atol=1e-5)
+    np.testing.assert_array_equal(np.take_along_axis(rows, best, 1), wanted_rows)
+    assert measure_recall(large_array, coded, parts=3) == measure_recall(large_array, coded)
+
+
 def test_parts_that_an_earlier_try_built_are_taken(large_array: VectorArray, tmp_path: Path) -> None:
     settings = IndexSettings(part_vectors=2500)
 
-    def one_and_no_more(build: Build, numbers: range) -> Iterable[Shard]:
+    def one_and_no_more(build: Part, numbers: range) -> Iterable[Shard]:
         yield build(numbers[0])
         raise KeyboardInterrupt
 
