@@ -41,12 +41,12 @@ class FinishedRun:
         return json.loads(self.stdout.splitlines()[-1])
 
 
-ARGUMENTS = ("--input", "sample", "--max-minutes", "0.2")
+ARGUMENTS = ("--input", "sample", "--limit", "50", "--max-minutes", "0.2")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """One whole run of the pipeline on the sample, with its training cut short."""
+    """A whole run of the pipeline on part of the sample, with its training cut short."""
     output = tmp_path_factory.mktemp("run") / "out"
     done = latent("run", "--output", str(output), *ARGUMENTS)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,8 +62,24 @@ def test_a_run_prints_leaderboard_examples_report_and_json(finished: FinishedRun
     report = Path(finished.summary["paths"]["report"])
     assert report.is_file()
     assert set(finished.summary["seconds"]) >= {"chunk", "encode", "index", "train", "evaluate"}
-    assert finished.summary["rows"]["chunk"] == finished.summary["rows"]["encode"] > 2000
+    assert finished.summary["rows"]["chunk"] == finished.summary["rows"]["encode"] > 1000
     assert finished.summary["versions"]["ray"]
+
+
+@pytest.mark.slow
+def test_the_demo_takes_the_whole_sample_to_its_end(tmp_path: Path) -> None:
+    done = latent("run", "--demo", "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["rows"]["chunk"] == summary["rows"]["encode"] > 3500
+    assert "gru: starts from the bundled gru-" in done.stderr
+    ranks = {
+        line.split()[1]: int(line.split()[0])
+        for line in done.stdout.splitlines()
+        if re.match(r" ?\d+  \w", line)
+    }
+    assert ranks["gru"] < ranks["ridge"]
+    assert len(re.findall(r"true next", done.stdout)) >= 3
 
 
 def test_the_report_needs_no_network(finished: FinishedRun) -> None:

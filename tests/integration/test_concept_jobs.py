@@ -227,6 +227,7 @@ def test_articles_are_ingested_once_whenever_the_job_is_killed(
     assert summary["articles"] == {"stored": 0, "known": 148, "refused": 1}
 
 
+@pytest.mark.slow
 def test_what_is_ingested_is_published_in_a_run_and_readers_keep_what_they_opened(
     ray_cluster: str, database: str, tmp_path: Path
 ) -> None:

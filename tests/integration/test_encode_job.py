@@ -467,6 +467,7 @@ def require_complete_summary(summary: dict[str, Any], target: Path, num_shards: 
     assert {"ray", "torch"} <= set(summary["versions"])
 
 
+@pytest.mark.slow
 def test_a_kill_halfway_and_a_second_run_give_the_ids_and_vectors_of_an_undisturbed_run(
     ray_cluster: str, real_chunks: Path, tmp_path: Path
 ) -> None:

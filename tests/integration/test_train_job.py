@@ -317,6 +317,7 @@ def test_labels_come_from_the_codec_of_the_vectors(tmp_path: Path) -> None:
         prototypes_of(tmp_path / "fake", None)
 
 
+@pytest.mark.slow
 def test_the_optimized_transformer_is_a_model_of_its_own(
     ray_cluster: str, vectors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,6 +343,7 @@ def wild(monkeypatch: pytest.MonkeyPatch) -> str:
     return "wild"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_that_run_alone(
     ray_cluster: str, vectors: Path, tmp_path: Path, wild: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
