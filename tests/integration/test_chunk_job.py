@@ -236,6 +236,7 @@ def test_only_what_is_damaged_is_redone(corpus: Path, tmp_path: Path, damage: st
     assert run(corpus, tmp_path / "out").up_to_date
 
 
+@pytest.mark.slow
 def test_a_killed_job_run_again_gives_the_rows_of_an_uninterrupted_one(
     ray_cluster: str, tmp_path: Path
 ) -> None:

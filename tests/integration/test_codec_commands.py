@@ -29,6 +29,7 @@ def latent(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_eval_prints_the_yardstick() -> None:
     extra = ("--decoded", "60", "--cosines", "1,0.9", "--ridge-windows", "900", "--candidates", "1500")
     done = latent("eval", "--input", "sample", "--limit", "90", "--json", *extra)

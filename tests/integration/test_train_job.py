@@ -86,6 +86,7 @@ def test_the_weights_are_those_of_the_best_epoch(trained: tuple[Path, TrainResul
         assert cosine == pytest.approx(record.metrics["val_cosine"], abs=0.003)
 
 
+@pytest.mark.slow
 def test_vectors_of_another_length_train_on_contexts_of_another(
     ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,6 +365,7 @@ def train_command(vectors: Path, models: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "jobs.train", *paths, *options, *more]
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_where_it_was(ray_cluster: str, vectors: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
     log = tmp_path / "first.log"
