@@ -55,7 +55,8 @@ RATES = {
     "chunk": Rate(505_986, 48, SHARD_ROWS, BACKFILL),
     "encode": Rate(505_986, 154, SHARD_ROWS, BACKFILL),
     "array": Rate(5_000_000, 51, SHARD_ROWS, SCALE, cores=2),
-    "index": Rate(5_000_000, 251, IndexSettings().part_vectors, SCALE),
+    "index": Rate(5_000_000, 132, IndexSettings().part_vectors, SCALE),
+    "recall": Rate(1_497_499, 11, IndexSettings().part_vectors, SCALE),
 }
 
 CHUNK_BYTES = 61
