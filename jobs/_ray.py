@@ -138,6 +138,11 @@ Address = Annotated[
 ]
 
 
+def shows_ray_logs() -> bool:
+    """Whether Ray's own lines are shown beside the job's."""
+    return os.environ.get("LATENT_RAY_LOGS") == "1"
+
+
 def connect(address: str | None) -> None:
     """Join the cluster at `address`, else the one this process was submitted to, else start a local one.
 
@@ -151,7 +156,7 @@ def connect(address: str | None) -> None:
     _joined.append(True)
     # Ray 2.60's new default, set here to avoid its deprecation warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if os.environ.get("LATENT_RAY_LOGS") != "1":
+    if not shows_ray_logs():
         # Ray 2.60 prints an error on every start of Ray Data's actors, though nothing is wrong:
         # https://github.com/ray-project/ray/issues/57733. It comes from C++ code, past Python's logging.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -176,7 +181,7 @@ def connect(address: str | None) -> None:
             address="local" if starts_one else address,
             runtime_env={"env_vars": workers},
             logging_level=logging.WARNING,
-            log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
+            log_to_driver=shows_ray_logs(),
             include_dashboard=False if starts_one else None,
         )
     except (OSError, RuntimeError, ValueError) as err:

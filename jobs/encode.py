@@ -65,6 +65,7 @@ from lvm.vectors.shards import (
     file_sha256,
     footer_in,
     read_table,
+    shards_at_once,
     table_to_vectors,
     vector_schema,
     vectors_to_table,
@@ -95,12 +96,9 @@ MOST_WORKERS = 1000
 MAX_CHECKS = 16
 """Maximum number of existing shards that are checked in parallel."""
 
-CHECK_BYTES = 256 << 20
-"""Memory for these checks, in the driver."""
-
 SHARDS_PER_TASK, TASKS_PER_SLOT = 8, 8
-"""At most and at least. Tasks take the driver's time, which on large clusters would limit how fast small shards are
-handed out (tests/bench/results/scale_amd-epyc-2core_2026-11.md)."""
+"""At most and at least; a task gets a second shard from 16 slots on. Tasks take the driver's time, which on large
+clusters would limit how fast small shards are handed out (tests/bench/results/scale_amd-epyc-2core_2026-11.md)."""
 
 SHARDS_PER_ACTOR = {"CPU": 1, "GPU": 3}
 """Shards that an actor encodes in parallel, one thread each; one more is queued, so that it never idles. On a CPU one
@@ -349,9 +347,7 @@ def encode_chunks(
         footer = footer_of(shard, identity, settings)
         return finished_shard(target / shard.file, source / shard.file, footer, known.get(shard.file))
 
-    # Each thread holds one shard in memory.
-    largest = max((s.rows for s in chunks.shards), default=1) * identity.dim * 4
-    with ThreadPoolExecutor(max(1, min(MAX_CHECKS, CHECK_BYTES // largest))) as threads:
+    with ThreadPoolExecutor(shards_at_once(chunks.shards, identity.dim, MAX_CHECKS)) as threads:
         found = zip(chunks.shards, threads.map(find, chunks.shards), strict=True)
         finished = {shard.file: made for shard, made in found if made is not None}
     pending = [s for s in chunks.shards if s.file not in finished]

@@ -48,6 +48,7 @@ from jobs._ray import (
     path_option,
     refusal_in,
     run,
+    shows_ray_logs,
     timing,
 )
 from jobs._training import for_ray, plan_resources, publish_run, runs_at_once
@@ -293,7 +294,7 @@ def tune_trials(
 
 def _fit(tuner: Any) -> Any:
     # Tune prints its settings and paths of temporary folders to stdout, and warns of slow steps while cores are busy.
-    if os.environ.get("LATENT_RAY_LOGS") == "1":
+    if shows_ray_logs():
         with redirect_stdout(sys.stderr):
             return tuner.fit()
     logging.getLogger("ray.tune").setLevel(logging.ERROR)

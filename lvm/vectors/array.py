@@ -40,6 +40,7 @@ from lvm.vectors.shards import (
     footer_in,
     read_table,
     require_unit_vectors,
+    shards_at_once,
     table_to_vectors,
     write_json,
 )
@@ -48,7 +49,7 @@ BLOCK_ROWS = 4_096
 """Rows processed at a time while the array is written: 12 MiB of float32 vectors."""
 
 READERS = max(2, min(8, os.cpu_count() or 1))
-"""Threads that read shards while the array is written; each holds one, about 10 MB at 2,048 rows."""
+"""Threads that read while the array is written; fewer if shards are large."""
 
 TEXT_BYTES = 256 << 20
 """Size of a reader's text cache; a chunk takes 100 to 150 bytes."""
@@ -322,7 +323,8 @@ def _write_columns(directory: Location, manifest: Manifest, folder: Path, width:
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / f"{name}.npy").open("wb")) for name in _STORED}
         paths = [directory / shard.file for shard in manifest.shards]
-        blocks = stack.enter_context(closing(_in_threads(partial(_read_columns, manifest), paths)))
+        threads = shards_at_once(manifest.shards, manifest.identity.dim, READERS)
+        blocks = stack.enter_context(closing(_in_threads(partial(_read_columns, manifest), paths, threads)))
         for number, (path, block) in enumerate(zip(paths, blocks, strict=True)):
             found, ids = block["vectors"].dtype, block["chunk_ids"]
             if found != (dtype := dtype or found):
@@ -345,13 +347,15 @@ def _write_columns(directory: Location, manifest: Manifest, folder: Path, width:
     return width
 
 
-def _in_threads(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Generator[_Result, None, None]:
-    """Results in the order of `items`; threads work ahead on the next READERS."""
-    with ThreadPoolExecutor(READERS) as threads:
+def _in_threads(
+    work: Callable[[_Item], _Result], items: Iterable[_Item], num_threads: int
+) -> Generator[_Result, None, None]:
+    """Results in the order of `items`; as many threads work ahead, each on one item."""
+    with ThreadPoolExecutor(num_threads) as threads:
         ahead: deque[Future[_Result]] = deque()
         for item in items:
             ahead.append(threads.submit(work, item))
-            if len(ahead) > READERS:
+            if len(ahead) > num_threads:
                 yield ahead.popleft().result()
         for future in ahead:
             yield future.result()
@@ -414,7 +418,7 @@ def _neighbour_cosines(vectors: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
         cosines[: len(block) - 1] = np.einsum("nd,nd->n", block[:-1], block[1:])
         return cosines
 
-    return _in_threads(work, _blocks(len(vectors)))
+    return _in_threads(work, _blocks(len(vectors)), READERS)
 
 
 def _numbers(table: pa.Table, name: str, dtype: Any, path: Location) -> NDArray[Any]:

@@ -240,6 +240,16 @@ def damaged_files(directory: Location, files: Sequence[Shard], deep: bool = Fals
         return {f.file: wrong for f, wrong in zip(files, threads.map(fault, files), strict=True) if wrong}
 
 
+HELD_BYTES = 256 << 20
+"""Memory for the shards that a job's own process reads in parallel, as float32 vectors."""
+
+
+def shards_at_once(shards: Sequence[Shard], dim: int, most: int) -> int:
+    """How many of these shards, at most `most`, fit HELD_BYTES at a time; at least 1. dim: D of their vectors."""
+    largest = max((s.rows for s in shards), default=0) * dim * 4
+    return max(1, min(most, HELD_BYTES // max(1, largest)))
+
+
 # ------------------------------------------------------------------------------------------------- manifest
 
 MOST_IN_JSON = 4096

@@ -18,7 +18,15 @@ import pytest
 import lvm.vectors.array as array_module
 from lvm.errors import IdentityError, InputError, OutputError
 from lvm.vectors.array import VectorArray, open_vectors, write_array
-from lvm.vectors.shards import Manifest, read_table, table_to_vectors, with_footer, write_table
+from lvm.vectors.shards import (
+    Manifest,
+    Shard,
+    read_table,
+    shards_at_once,
+    table_to_vectors,
+    with_footer,
+    write_table,
+)
 from tests.doubles import FakeCodec, fake_articles, write_vectors
 
 
@@ -366,6 +374,16 @@ def test_vectors_of_another_codec_are_refused_by_name(array: VectorArray) -> Non
         array.require_codec(FakeCodec("other").identity, "model lstm")
 
 
+def test_few_large_shards_are_held_at_once() -> None:
+    def at_once(rows: int) -> int:
+        return shards_at_once([Shard("part-00000.parquet", rows, 1, "")], 768, 8)
+
+    assert at_once(2048) == 8
+    assert at_once(16_384) == 5  # 256 MiB of vectors of 3 KiB
+    assert at_once(1_000_000) == 1
+    assert shards_at_once([], 768, 8) == 8
+
+
 def test_threads_read_ahead_in_order_and_no_further_than_they_may() -> None:
     begun: list[int] = []
 
@@ -374,7 +392,7 @@ def test_threads_read_ahead_in_order_and_no_further_than_they_may() -> None:
         time.sleep(0.01 * (number % 2))  # the even ones overtake
         return number
 
-    results = array_module._in_threads(work, range(100))
+    results = array_module._in_threads(work, range(100), array_module.READERS)
     assert [next(results) for _ in range(10)] == list(range(10))
     assert len(begun) <= 10 + array_module.READERS
     results.close()
