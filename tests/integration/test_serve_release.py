@@ -3,13 +3,13 @@
 import json
 import os
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from tests.integration.serving import Service, free_port, make_run
 from tests.integration.test_serve_cluster import KEY, TWICE, deploy, two_nodes, write_config
@@ -36,8 +36,8 @@ def write_release(config: Path, run: Path, word: str) -> Path:
 
 
 def replica_pids(dashboard: int) -> dict[str, set[int]]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/serve/applications/", timeout=30) as reply:
-        deployments = json.load(reply)["applications"]["latent"]["deployments"]
+    details = ServeSubmissionClient(f"http://127.0.0.1:{dashboard}").get_serve_details()
+    deployments = details["applications"]["latent"]["deployments"]
     return {name: {r["pid"] for r in d["replicas"]} for name, d in deployments.items()}
 
 
