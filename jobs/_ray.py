@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -156,10 +156,6 @@ def connect(address: str | None) -> None:
     _joined.append(True)
     # Ray 2.60's new default, set here to avoid its deprecation warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not shows_ray_logs():
-        # Ray 2.60 prints an error on every start of Ray Data's actors, though nothing is wrong:
-        # https://github.com/ray-project/ray/issues/57733. It comes from C++ code, past Python's logging.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     starts_one = address is None and "RAY_ADDRESS" not in os.environ
     _started[:] = [True] * starts_one
     if starts_one:
@@ -401,6 +397,49 @@ def ray_data() -> Any:
     return ray.data
 
 
+_FALSE_ALARM = re.compile(rb"[^\r\n]*has constructor arguments in the object store[^\r\n]*\n")
+
+
+@contextmanager
+def without_false_alarm() -> Iterator[None]:
+    """Hide an error that Ray 2.60 prints whenever Ray Data starts its actors, though nothing is wrong:
+    https://github.com/ray-project/ray/issues/57733. C++ code writes it to the process's stderr, past Python's logging.
+    """
+    if shows_ray_logs():
+        yield
+        return
+    sys.stderr.flush()
+    shown, (pipe, given) = os.dup(2), os.pipe()
+
+    def forward() -> None:
+        while said := os.read(pipe, 1 << 16):
+            os.write(shown, _FALSE_ALARM.sub(b"", said))
+
+    forwarder = threading.Thread(target=forward, daemon=True, name="stderr")
+    with ExitStack() as stack:
+        if _writes_to(sys.stderr, 2):  # Python keeps the terminal, with its width and colours
+            mine = stack.enter_context(open(shown, "w", buffering=1, closefd=False))
+            stack.enter_context(redirect_stderr(mine))
+        os.dup2(given, 2)
+        os.close(given)
+        forwarder.start()
+        try:
+            yield
+        finally:
+            os.dup2(shown, 2)  # closes the pipe, which ends the thread
+            forwarder.join(1)
+    if not forwarder.is_alive():
+        os.close(pipe)
+        os.close(shown)
+
+
+def _writes_to(stream: Any, descriptor: int) -> bool:
+    try:
+        return bool(stream.fileno() == descriptor)
+    except (AttributeError, OSError, ValueError):  # a test's or a notebook's
+        return False
+
+
 def echo(line: str) -> None:
     """Print a line to stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
@@ -465,7 +504,7 @@ def accepted(
     noted = False
     source = iter(rows)
     try:
-        with progress_bar(stage, total, unit) as advance:
+        with without_false_alarm(), progress_bar(stage, total, unit) as advance:
             for row in source:
                 note, error = row.pop("note", ""), refusal_in(row)
                 if note and not noted:  # once is enough

@@ -6,8 +6,8 @@
 A trial is a training run as in `latent train`, with sizes, learning rate, objective and context length sampled with
 the seed; architectures alternate. ASHA stops trials that fall behind (Li et al. 2018, arXiv 1810.05934). All trials
 are scored on the same validation targets: those with enough vectors before them for the longest context. One trial
-runs per CPU core, or eight per GPU. A killed sweep, run again with the same settings, resumes every trial with Tune's
-own restore; one that ran out of --hours runs the trials that had not started.
+runs per CPU core, or eight per GPU. A sweep that was killed, or ran out of --hours, resumes every trial with Tune's
+own restore when it is run again with the same settings.
 
     trials.parquet, trials.csv   one row per trial
     sweep.html                   leaderboard with intervals, parallel coordinates, quality by cost; self-contained
@@ -20,10 +20,12 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -260,7 +262,7 @@ def tune_trials(
             resume_unfinished=True,
             storage_filesystem=where["storage_filesystem"],
         )
-        return _fit(tuner)
+        return _fit(tuner, hours)
     tuner = tune.Tuner(
         trainable,
         param_space=space,
@@ -275,7 +277,6 @@ def tune_trials(
                 stop_last_trials=False,
             ),
             max_concurrent_trials=at_once,
-            time_budget_s=None if hours is None else 3600 * hours,
             trial_dirname_creator=_name_of,
             trial_name_creator=_name_of,
         ),
@@ -289,17 +290,48 @@ def tune_trials(
             verbose=0,
         ),
     )
-    return _fit(tuner)
+    return _fit(tuner, hours)
 
 
-def _fit(tuner: Any) -> Any:
+def _fit(tuner: Any, hours: float | None) -> Any:
     # Tune prints its settings and paths of temporary folders to stdout, and warns of slow steps while cores are busy.
     if shows_ray_logs():
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), _stopped_after(hours):
             return tuner.fit()
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    logging.getLogger("ray.tune.tune").setLevel(
+        logging.CRITICAL
+    )  # lists the trials that a stop left unfinished
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), _stopped_after(hours):
         return tuner.fit()
+
+
+@contextmanager
+def _stopped_after(hours: float | None) -> Iterator[None]:
+    """Stop Tune after this time as SIGUSR1 does: it saves its state and leaves running trials to be resumed.
+
+    Its own `time_budget_s` ends them for good, and a restored sweep would find its time used up.
+    """
+    if hours is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def stop() -> None:
+        due = 3600.0 * hours
+        while not ended.wait(due):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            due = 1.0  # again, in case Tune was not listening yet
+
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    timer = threading.Thread(target=stop, daemon=True, name="hours")
+    timer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _name_of(trial: Any) -> str:
@@ -457,7 +489,8 @@ def sweep(
     rows = rows_of(results, trials, runs, settings.epochs)
     if not scored(rows):
         raise InputError(
-            f"none of {len(rows)} trials has a score; the first: {rows[0]['note'] or 'unfinished, raise --hours'}"
+            f"none of {len(rows)} trials has a score; the first: "
+            f"{rows[0]['note'] or 'unfinished; the same command resumes it, with more --hours'}"
         )
     models = output / "models"
     intervals = publish_best(rows, runs, results, models, array, coherence)
@@ -568,6 +601,9 @@ def main(
     )
     if up_to_date:
         echo(f"sweep: {output} is up to date")
+    if not record["complete"]:
+        missing = sum(r["state"] == "out of time" for r in rows)
+        echo(f"sweep: unfinished trials: {missing} of {len(rows)}; the same command resumes them")
     intervals = {int(n): Interval(**i) for n, i in record["intervals"].items()}
     print(as_text(leaderboard(rows, intervals)))
     best = scored(rows)[0]

@@ -118,22 +118,49 @@ def test_a_context_longer_than_the_articles_is_said_before_any_trial(vectors: Pa
     assert not (tmp_path / "out").exists()
 
 
+def four_trials(vectors: Path, output: Path) -> list[str]:
+    options = ["--trials", "4", "--model", "amn", "--contexts", "2", "--epochs", "3"]
+    return [sys.executable, "-m", "jobs.sweep", "--vectors", str(vectors), "--output", str(output), *options]
+
+
+def outside_of_ray() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+
+
+def run_to_its_end(command: list[str], output: Path) -> None:
+    done = subprocess.run(
+        command, cwd=CHECKOUT, env=outside_of_ray(), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sweep: resuming" in done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["complete"]
+    assert summary["rows"] == 4
+    assert set(summary["states"]) <= {"finished", "stopped early"}
+    assert len(list((output / "tune").glob("*/*-amn"))) == 4
+
+
+def test_out_of_hours_and_run_again_it_does_what_is_missing(vectors: Path, tmp_path: Path) -> None:
+    command = four_trials(vectors, tmp_path / "out")
+    done = subprocess.run(
+        [*command, "--hours", "0.001"],
+        cwd=CHECKOUT,
+        env=outside_of_ray(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "the same command resumes" in done.stderr, done.stderr[-3000:]
+    assert "incomplete" not in done.stderr
+    run_to_its_end(command, tmp_path / "out")
+
+
 def test_killed_and_run_again_it_does_what_is_missing(vectors: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    options = ["--trials", "4", "--model", "amn", "--contexts", "2", "--epochs", "3"]
-    command = [
-        sys.executable,
-        "-m",
-        "jobs.sweep",
-        "--vectors",
-        str(vectors),
-        "--output",
-        str(output),
-        *options,
-    ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = four_trials(vectors, output)
     child = subprocess.Popen(
-        command, cwd=CHECKOUT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=CHECKOUT, env=outside_of_ray(), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert child.stderr is not None
     said = []
@@ -147,12 +174,4 @@ def test_killed_and_run_again_it_does_what_is_missing(vectors: Path, tmp_path: P
     child.wait()
     child.stderr.close()
     assert not (output / "sweep.json").exists()
-    done = subprocess.run(
-        command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "sweep: resuming" in done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["complete"]
-    assert summary["rows"] == 4
-    assert len(list((output / "tune").glob("*/*-amn"))) == 4
+    run_to_its_end(command, output)
