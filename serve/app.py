@@ -20,6 +20,7 @@ from serve.gateway import Gateway
 from serve.predictor import Predictor
 from serve.release import ReleaseArgs, read_models
 from serve.retriever import Retriever
+from serve.searcher import Searcher
 from serve.settings import Scale, ServeArgs, codec_name, models_of, require_run
 
 
@@ -66,11 +67,19 @@ def build(args: ServeArgs) -> serve.Application:
 
     calls = args.max_calls
 
-    def unless_inline(name: str, deployment: Any, scale: Scale, max_ongoing: int, **options: Any) -> Any:
+    def unless_inline(
+        name: str, deployment: Any, scale: Scale, max_ongoing: int, *bound: Any, **options: Any
+    ) -> Any:
         if name in args.inline:
             return None
-        return scaled(deployment, scale, max_ongoing).options(**options).bind(args)
+        return scaled(deployment, scale, max_ongoing).options(**options).bind(args, *bound)
 
+    searchers = [
+        scaled(Searcher, args.searcher, 3 * calls)
+        .options(name=f"Searcher{share + 1}", user_config=release)
+        .bind(args, share)
+        for share in range(args.searchers)
+    ]
     return (
         scaled(Gateway, args.gateway, 4 * args.limits.max_pending)
         .options(
@@ -82,7 +91,7 @@ def build(args: ServeArgs) -> serve.Application:
             args,
             unless_inline("encoder", Encoder, args.encoder, calls),
             unless_inline("predictor", Predictor, args.predictor, calls, user_config=release),
-            unless_inline("retriever", Retriever, args.retriever, 3 * calls, user_config=release)
+            unless_inline("retriever", Retriever, args.retriever, 3 * calls, searchers, user_config=release)
             if run
             else None,
             scaled(Decoder, args.decoder, 2 * args.queue_rows).bind(args),

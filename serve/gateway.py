@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
@@ -41,13 +41,10 @@ from serve.routes.vectors import VectorRoutes
 from serve.schema import ErrorReply, ModelRecord
 from serve.service import Service
 from serve.settings import ServeArgs, codec_name
-from serve.stage import Call, FullError, Stage, StageError
+from serve.stage import LOST, Call, FullError, Stage, StageError
 
 ATTEMPTS = 4
 """Calls of `describe` before giving up: seven seconds with the backoff, in which a lost replica restarts."""
-
-LOST = (RayActorError, DeploymentUnavailableError)
-"""Errors that mean a call was lost. It is resent, as every operation is a pure function of its input."""
 
 DESCRIPTION = """Documents to vectors, a model that predicts the next vector, and the vector back to text.
 
@@ -260,6 +257,8 @@ def _call(handle: DeploymentHandle, method: str) -> Call:
         except BackPressureError as err:
             raise FullError(f"the queue of {method} is full; try again later") from err
         except RayTaskError as err:
+            if isinstance(err.cause, LOST):  # a deployment behind this one lost its replica
+                raise err.cause from err
             raise StageError(_last_line(err)) from err
 
     return call

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from lvm.corpus.tmd import Prototypes, Wanted
 from lvm.predict.extract import Extractor
 from lvm.predict.steer import Context, build_context, snap
+from lvm.storage import location
 from lvm.vectors.array import open_vectors
 from lvm.vectors.index import load_index
 from serve.release import Held, Release
 from serve.rows import EXPIRED, Outcome
+from serve.searcher import divided_index
 from serve.settings import ServeArgs, once_a_node, require_run
 
 
@@ -84,13 +87,18 @@ class CorpusChunk:
 
 
 class _Corpus:
-    """The corpus of one run."""
+    """The corpus of one release."""
 
-    def __init__(self, run: str) -> None:
-        self.identity = require_run(run).identity
-        with once_a_node(run) as folder:
+    def __init__(
+        self, release: Release, searchers: Sequence[DeploymentHandle] = (), timeout_s: float = 30.0
+    ) -> None:
+        """searchers: deployments that search the index; without any, it is searched here."""
+        self.identity = require_run(release.run).identity
+        with once_a_node(release.run) as folder:
             self._array = open_vectors(folder / "vectors")
-            self._index = load_index(folder / "index")
+            self._index = load_index(folder / "index") if not searchers else None
+        if self._index is None:  # not under the lock, which the searchers take
+            self._index = divided_index(location(release.run) / "index", searchers, release, timeout_s)
         self._index.require_array(self._array)
         self._extractor = Extractor(self._array, self._index)
         self._codes: NDArray[np.int32] | None = None
@@ -179,12 +187,13 @@ class _Corpus:
 class Retriever:
     """Searches the corpus of a run."""
 
-    def __init__(self, args: ServeArgs) -> None:
+    def __init__(self, args: ServeArgs, searchers: Sequence[DeploymentHandle] = ()) -> None:
+        """searchers: those that hold the index, if `ServeArgs.searchers` says so."""
         import faiss
 
         faiss.omp_set_num_threads(args.retriever.num_threads)
         self._args = args
-        self._held = Held(lambda release: _Corpus(release.run))
+        self._held = Held(lambda release: _Corpus(release, searchers, args.limits.max_deadline_s))
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="search")
 
     async def reconfigure(self, wanted: Mapping[str, Any]) -> None:

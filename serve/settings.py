@@ -179,6 +179,11 @@ class ServeArgs(Strict):
     replicas split the batch and the cores, and four gave 8 requests/s where one gave 15 (tests/bench/results/). Set
     max_replicas on a cluster."""
     retriever: Scale = Scale()
+    searchers: int = Field(0, ge=0)
+    """Deployments that divide the parts of the index among them, Searcher1, Searcher2, …, so that its codes need not
+    fit one node; 0: each retriever holds the whole index. The index has a part per 4 million chunks."""
+    searcher: Scale = Scale()
+    """Of each of them."""
     breaker: BreakerArgs = BreakerArgs()
     smoothing: SmoothingArgs = SmoothingArgs()
 
@@ -201,6 +206,14 @@ class ServeArgs(Strict):
                 "in ~/.pgpass or PGPASSWORD, or the whole address in LATENT_DATABASE_URL, where the gateways run"
             )
         return url
+
+    @model_validator(mode="after")
+    def _searchers_have_a_retriever(self) -> Self:
+        if self.searchers and (not self.run or "retriever" in self.inline):
+            raise ValueError(
+                "searchers need a run and a retriever of its own; set run, and leave retriever out of inline"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_destination(self) -> Self:

@@ -12,7 +12,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+
 from serve.rows import EXPIRED, Outcome
+
+LOST = (RayActorError, DeploymentUnavailableError)
+"""Errors that mean a call was lost. It is resent, as every operation is a pure function of its input."""
 
 
 class DeadlineError(Exception):

@@ -11,7 +11,7 @@ until the next one is published, so open readers keep working.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -108,6 +108,8 @@ class Index:
     """Source vectors, settings and measured recall."""
     store: Any
     """The faiss index."""
+    first: int = 0
+    """The array's row of the first vector: above 0 if only later parts are loaded."""
 
     def __len__(self) -> int:
         return int(self.store.ntotal)
@@ -137,7 +139,7 @@ class Index:
         Raises InputError on a wrong shape, NaN, and k outside 1..N.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        dim = self.store.d
+        dim = self.identity.dim
         if queries.ndim != 2 or queries.shape[1] != dim:
             expected = f"(B, {dim}); encode them with {self.identity}"
             raise InputError(f"queries have shape {queries.shape}, expected {expected}")
@@ -146,15 +148,10 @@ class Index:
             raise InputError(f"query {bad[0]} holds NaN or infinity ({len(bad)} do), expected finite numbers")
         if not 1 <= k <= len(self):
             raise InputError(f"k must be between 1 and the {len(self)} vectors of the index, got {k}")
-        lists = self._num_lists
-        scores, rows = self._search(queries, k, min(probes or int(self.manifest.settings["probes"]), lists))
-        short = np.flatnonzero(rows[:, -1] < 0)
-        if len(short):
-            scores[short], rows[short] = self._search(queries[short], k, lists)
-        return scores, rows
+        return self._search(queries, k, probes)
 
     def reconstruct(self, rows: Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
-        """The stored vectors (B, D) float32 of these rows."""
+        """The stored vectors (B, D) float32 of these rows, counted from `first`."""
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             low, high = wanted.min(), wanted.max()
@@ -173,9 +170,10 @@ class Index:
 
     @property
     def _parts(self) -> list[Any]:
-        if "parts" not in self.manifest.settings:
-            return [self.store]
-        return [faiss.downcast_index(self.store.at(number)) for number in range(self.store.count())]
+        store: Any = self.store
+        if not isinstance(self.store, faiss.IndexShards):
+            return [store]
+        return [faiss.downcast_index(store.at(number)) for number in range(store.count())]
 
     @property
     def _num_lists(self) -> int:
@@ -186,6 +184,16 @@ class Index:
         return bool(self.manifest.settings.get("candidates"))
 
     def _search(
+        self, queries: NDArray[np.float32], k: int, probes: int | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        lists = self._num_lists
+        scores, rows = self._probe(queries, k, min(probes or int(self.manifest.settings["probes"]), lists))
+        short = np.flatnonzero(rows[:, -1] < 0)
+        if len(short):
+            scores[short], rows[short] = self._probe(queries[short], k, lists)
+        return scores, np.where(rows < 0, rows, rows + self.first)
+
+    def _probe(
         self, queries: NDArray[np.float32], k: int, probes: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         # As arguments, not as state of the index: threads share it.
@@ -198,6 +206,31 @@ class Index:
             )
         scores, rows = self.store.search(queries, k, params=params)
         return scores, rows
+
+
+Nearest = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Scores (B, k) and rows (B, k), best first."""
+
+
+@dataclass(frozen=True)
+class DividedIndex(Index):
+    """An index whose parts others hold, in this process or elsewhere: they are searched together."""
+
+    searchers: Callable[[NDArray[np.float32], int, int | None], Sequence[Nearest]] = field(kw_only=True)
+    """Returns what `Index.search` finds for these arguments in each share of the parts, fewer than k where a share has
+    fewer."""
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def _search(
+        self, queries: NDArray[np.float32], k: int, probes: int | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        scores, rows = (
+            np.concatenate(found, axis=1) for found in zip(*self.searchers(queries, k, probes), strict=True)
+        )
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
 
 
 Part = Callable[[int], Any]
@@ -230,7 +263,7 @@ def build_index(
     shards = tuple(each(partial(build_part, array, version, settings), range(settings.num_parts(len(array)))))
     inputs = {"vectors": array.fingerprint}
     manifest = Manifest("index", record, inputs, shards, len(array), array.identity.to_dict())
-    index = Index(version, manifest, _map(version, manifest))
+    index = Index(version, manifest, _map(version, manifest, shards))
     recall = measure_recall(array, index, settings.seed, parts=len(shards), each=each)
     manifest.with_report(**recall).save(version)
     write_bytes(directory / "CURRENT", f"{version.name}\n".encode())
@@ -263,13 +296,22 @@ def _rows_of(array: VectorArray, parts: int, number: int) -> range:
     return range(len(array) * number // parts, len(array) * (number + 1) // parts)
 
 
-def load_index(directory: Location | str) -> Index:
+def load_index(directory: Location | str, share: int = 0, shares: int = 1) -> Index:
     """The published version, memory-mapped: processes on one machine share its pages. From object storage, its files
     are downloaded into the local cache once.
 
-    Raises InputError if none is published, or a file is missing or damaged.
+    share: which of `shares` of its parts to load; rows are those of the array all the same. Raises InputError if none
+    is published, it has fewer parts than `shares`, or a file is missing or damaged.
     """
-    directory = location(directory)
+    version, manifest = published(location(directory), shares)
+    parts = len(manifest.shards)
+    mine = range(parts * share // shares, parts * (share + 1) // shares)
+    first = sum(shard.rows for shard in manifest.shards[: mine.start])
+    return Index(version, manifest, _map(version, manifest, manifest.shards[mine.start : mine.stop]), first)
+
+
+def published(directory: Location, shares: int = 1) -> tuple[Location, Manifest]:
+    """Folder and manifest of the published version. Raises InputError as `load_index`."""
     current = directory / "CURRENT"
     try:
         name = current.read_text().strip()
@@ -279,15 +321,20 @@ def load_index(directory: Location | str) -> Index:
     version = directory / "versions" / name
     manifest = Manifest.load(version, "index")
     manifest.verify(version)
-    return Index(version, manifest, _map(version, manifest))
+    if len(manifest.shards) < shares:
+        raise InputError(
+            f"index {version} has {len(manifest.shards)} part{'s'[: len(manifest.shards) != 1]}, expected at least "
+            f"{shares} to divide it by; divide it by fewer"
+        )
+    return version, manifest
 
 
-def _map(version: Location, manifest: Manifest) -> Any:
-    """The faiss index of a version; several parts are combined in one."""
+def _map(version: Location, manifest: Manifest, shards: Sequence[Shard]) -> Any:
+    """The faiss index of some parts of a version; several are combined in one."""
     # IVF_FLAT needs one mmap flag, flat and refined indexes the other; faiss does not accept both.
     flags = faiss.IO_FLAG_MMAP if manifest.settings["type"] == "IVF_FLAT" else faiss.IO_FLAG_MMAP_IFC
     stores = []
-    for shard in manifest.shards:
+    for shard in shards:
         file = version / shard.file
         try:
             store = faiss.read_index(str(fetch(file, shard.sha256)), flags)

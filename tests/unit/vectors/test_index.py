@@ -12,6 +12,7 @@ from lvm.errors import IdentityError, InputError
 from lvm.vectors import index as index_module
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.index import (
+    DividedIndex,
     Index,
     IndexSettings,
     Part,
@@ -19,6 +20,7 @@ from lvm.vectors.index import (
     find_index,
     load_index,
     measure_recall,
+    published,
 )
 from lvm.vectors.shards import Manifest, Shard
 from tests.doubles import FakeCodec, fake_articles, write_vectors
@@ -100,6 +102,36 @@ def test_parts_are_searched_together(large_array: VectorArray, parted: tuple[Ind
     np.testing.assert_allclose(three.reconstruct(rows), large_array.vectors[rows], atol=1e-3)
     _, all_rows = three.search(queries[:1], len(three))
     assert sorted(all_rows[0].tolist()) == list(range(len(three)))
+
+
+def test_shares_of_the_parts_find_what_the_whole_index_finds(
+    large_array: VectorArray, parted: tuple[Index, Index]
+) -> None:
+    three, one = parted
+    folder = three.directory.parents[1]
+    shares = [load_index(folder, share, 2) for share in range(2)]
+    assert [(s.first, len(s)) for s in shares] == [(0, 1666), (1666, 3334)]
+    np.testing.assert_allclose(shares[1].reconstruct([0, 1668]), large_array.vectors[[1666, 3334]], atol=1e-3)
+    divided = DividedIndex(
+        *published(folder, 2),
+        None,
+        searchers=lambda queries, k, probes: [s.search(queries, min(k, len(s)), probes) for s in shares],
+    )
+    divided.require_array(large_array)
+    queries = large_array.vectors[::250].astype(np.float32)
+    for found, wanted in zip(divided.search(queries, 9), three.search(queries, 9), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    scores, rows = divided.search(
+        queries, 2000
+    )  # more than the smaller share has, which then searches all its lists
+    assert (scores >= three.search(queries, 2000)[0] - 1e-6).all()
+    assert all(len(set(r)) == 2000 for r in rows.tolist())
+    with pytest.raises(InputError, match="k must be between 1 and the 5000"):
+        divided.search(queries, 5001)
+    with pytest.raises(InputError, match="has 3 parts, expected at least 4"):
+        load_index(folder, 0, 4)
+    with pytest.raises(InputError, match="has 1 part, expected at least 2"):
+        published(one.directory.parents[1], 2)
 
 
 def test_recall_is_measured_against_the_nearest_of_all_parts(large_array: VectorArray, coded: Index) -> None:
