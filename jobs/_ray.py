@@ -353,6 +353,22 @@ def load_codec_at(
 # `refusal_in` and `accepted` on the driver.
 
 
+def in_tasks(address: str | None, part: Callable[[int], Any], numbers: range) -> Iterable[Any]:
+    """`part` of each number, in Ray tasks of two CPUs, or of one where no node has more; one alone runs here."""
+    if len(numbers) == 1:
+        return [part(numbers[0])]
+    import ray
+
+    connect(address)
+    task = ray.remote(num_cpus=min(2, max(int(n.get("CPU", 0)) for n in nodes_with())))(_call)
+    held = ray.put(part)  # once: it may hold a list of all shards
+    return [get(reference) for reference in [task.remote(held, number) for number in numbers]]
+
+
+def _call(part: Callable[[int], Any], number: int) -> Any:
+    return part(number)
+
+
 def get(ref: Any) -> Any:
     """ray.get that re-raises an LvmError as it was raised, without the worker's traceback."""
     import ray

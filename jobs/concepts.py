@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -32,6 +33,7 @@ from jobs._ray import (
     echo,
     finish,
     guarded,
+    in_tasks,
     load_codec_at,
     nodes_with,
     path_option,
@@ -238,7 +240,7 @@ def export_dataset(
     vectors.claim(overwrite)
     done = vectors.current(inputs, deep=True)
     if done is not None:
-        write_array(target, done)
+        write_array(target, done, each=partial(in_tasks, address))
         return done, 0
     vectors.begin()
     items = [
@@ -265,7 +267,7 @@ def export_dataset(
         licence=found.licence,
         versions=versions(),
     )
-    write_array(target, manifest)
+    write_array(target, manifest, each=partial(in_tasks, address))
     vectors.publish(manifest)
     return manifest, len(pending)
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -41,6 +42,7 @@ from jobs._ray import (
     finish,
     grows,
     guarded,
+    in_tasks,
     in_words,
     load_codec_at,
     nodes_with,
@@ -338,7 +340,7 @@ def encode_chunks(
         settings = replace(settings, tmd=inputs["tmd"])
     done = vectors.current(inputs, deep=True)
     if done is not None:
-        if made := write_array(target, done):
+        if made := write_array(target, done, each=partial(in_tasks, address)):
             echo(f"encode: wrote the missing memory-mapped array of {target} from its shards")
         return EncodeResult(done, (), up_to_date=not made)
     known = vectors.begin()
@@ -372,7 +374,7 @@ def encode_chunks(
         report={**chunks.report, "truncated": sum(truncated for _, truncated in finished.values())},
         versions=versions(),
     )
-    write_array(target, manifest)
+    write_array(target, manifest, each=partial(in_tasks, address))
     vectors.publish(manifest)
     return EncodeResult(manifest, tuple(s.file for s in pending), up_to_date=False)
 

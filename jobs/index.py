@@ -13,11 +13,24 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from jobs._ray import Address, PathOrUrl, connect, echo, finish, get, nodes_with, path_option, run, timing
+from jobs._ray import (
+    Address,
+    PathOrUrl,
+    connect,
+    echo,
+    finish,
+    get,
+    in_tasks,
+    nodes_with,
+    path_option,
+    run,
+    timing,
+)
 from lvm.errors import OutputError, StorageError
 from lvm.storage import Location
 from lvm.vectors.array import open_vectors, write_array
@@ -99,7 +112,7 @@ def main(
     if codes is not None:
         settings = replace(settings, coded_from=0 if codes else sys.maxsize)
     with suppress(OutputError, StorageError):  # the input may be read-only
-        if write_array(vectors, Manifest.load(vectors, "vectors")):
+        if write_array(vectors, Manifest.load(vectors, "vectors"), each=partial(in_tasks, address)):
             echo(f"index: wrote the missing memory-mapped array of {vectors} from its shards")
     array = open_vectors(vectors)
     index = find_index(array, output, settings)

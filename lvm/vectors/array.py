@@ -1,9 +1,10 @@
-"""The vectors of one encode job as one memory-mapped array, sorted by article and position.
+"""The vectors of one encode job as memory-mapped arrays, sorted by article and position.
 
-`latent encode` writes it beside its shards, before the manifest that marks the job as complete; opening it writes
+`latent encode` writes them beside its shards, before the manifest that marks the job as complete; opening them writes
 nothing. Titles, texts and sources are only in the shards, and are read from there.
 
-    _array/<fingerprint>-2/vectors.npy …     one file per column, named as the fields of `VectorArray`
+    _array/<fingerprint>-2/vectors.npy …     one file per column, named as the fields of `VectorArray`; of each part,
+                                             vectors-00000.npy …, if there are more than PART_ROWS chunks
     _array/<fingerprint>-2/array.json        size and SHA-256 of each; written last
 
 Letters: N chunks, D = 768.
@@ -15,11 +16,12 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -30,7 +32,18 @@ from numpy.typing import NDArray
 
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import InputError, OutputError
-from lvm.storage import Location, fetch, location, new_folder, publish_folder, remove_tree
+from lvm.storage import (
+    Location,
+    fetch,
+    local_output,
+    location,
+    new_folder,
+    publish_folder,
+    remove_tree,
+    temporary_name,
+    upload,
+)
+from lvm.vectors.parted import Parted
 from lvm.vectors.shards import (
     Manifest,
     Shard,
@@ -47,6 +60,9 @@ from lvm.vectors.shards import (
 
 BLOCK_ROWS = 4_096
 """Rows processed at a time while the array is written: 12 MiB of float32 vectors."""
+
+PART_ROWS = 4_000_000
+"""Maximum rows of a part: 6 GB of float16 vectors. Parts are written in parallel, and read as one."""
 
 READERS = max(2, min(8, os.cpu_count() or 1))
 """Threads that read while the array is written; fewer if shards are large."""
@@ -70,7 +86,10 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, eq=False)
 class VectorArray:
-    """The chunks of one encode job, sorted by article and position. Every array is memory-mapped and read-only."""
+    """The chunks of one encode job, sorted by article and position.
+
+    Every array is memory-mapped and read-only; those of several parts are `Parted`, which are indexed in the same way.
+    """
 
     directory: Location
     """The encode job's folder."""
@@ -197,7 +216,7 @@ def open_vectors(directory: Location | str) -> VectorArray:
         return _map(directory, manifest, {f.file: fetch(folder / f.file, f.sha256) for f in files})
     try:
         with tempfile.TemporaryDirectory(prefix="latent-") as name:
-            made = _lay_out(directory, manifest, Path(name))
+            made = _lay_out(directory, manifest, Path(name), PART_ROWS, map)
             # The mappings survive the deletion of the folder.
             return _map(directory, manifest, {f.file: Path(name, f.file) for f in made})
     except OSError as err:
@@ -227,7 +246,8 @@ def _files(folder: Location) -> list[Shard] | None:
     path = folder / "array.json"
     try:
         files = [Shard(**record) for record in json.loads(path.read_bytes())]
-        if {f.file for f in files} != {f"{name}.npy" for name in _ARRAYS}:
+        parts = max(1, len(files) // len(_ARRAYS))
+        if {f.file for f in files} != {_file(name, i, parts) for name in _ARRAYS for i in range(parts)}:
             raise ValueError("unexpected list of files")
         return files
     except FileNotFoundError:
@@ -240,46 +260,76 @@ def _unusable(file: Location, why: str) -> InputError:
     return InputError(f"{file} {why}; delete {file.parent} and run `latent encode` again, which rebuilds it")
 
 
+def _file(column: str, number: int, parts: int) -> str:
+    """Name of a column's file in one of `parts` parts."""
+    return f"{column}.npy" if parts == 1 else f"{column}-{number:05d}.npy"
+
+
 def _map(directory: Location, manifest: Manifest, files: dict[str, Path]) -> VectorArray:
-    arrays: dict[str, NDArray[Any]] = {}
+    parts = len(files) // len(_ARRAYS)
+    arrays: dict[str, Any] = {}
     for name in _ARRAYS:
-        path = files[f"{name}.npy"]
-        try:
-            # numpy cannot map an empty file.
-            arrays[name] = np.load(path, mmap_mode="r" if manifest.rows else None, allow_pickle=False)
-        except (OSError, ValueError) as err:
-            raise _unusable(path, f"is damaged ({err})") from err
+        arrays[name] = _joined([_mapped_array(files[_file(name, i, parts)]) for i in range(parts)])
+        last = files[_file(name, parts - 1, parts)]
+        if len(arrays[name]) != manifest.rows:
+            raise _unusable(
+                last, f"has {len(arrays[name])} rows, expected {manifest.rows} as its manifest says"
+            )
     shape, expected = arrays["vectors"].shape, (manifest.rows, manifest.identity.dim)
     if shape != expected:
-        raise _unusable(files["vectors.npy"], f"has shape {shape}, expected {expected} as its manifest says")
-    for name, values in arrays.items():
-        if len(values) != manifest.rows:
-            why = f"has {len(values)} rows, expected {manifest.rows} as its manifest says"
-            raise _unusable(files[f"{name}.npy"], why)
+        path = files[_file("vectors", 0, parts)]
+        raise _unusable(path, f"has shape {shape}, expected {expected} as its manifest says")
     texts = TextShards(directory, manifest.shards)
     return VectorArray(directory, manifest.fingerprint, manifest.identity, **arrays, shards=texts)
+
+
+def _mapped_array(path: Path) -> NDArray[Any]:
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            empty = 0 in np.lib.format.read_array_header_1_0(file)[0]
+        # numpy cannot map an empty file.
+        mapped: NDArray[Any] = np.load(path, mmap_mode=None if empty else "r", allow_pickle=False)
+        return mapped
+    except (OSError, ValueError) as err:
+        raise _unusable(path, f"is damaged ({err})") from err
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> Any:
+    return parts[0] if len(parts) == 1 else Parted(parts)
 
 
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def write_array(directory: Location, manifest: Manifest) -> bool:
+def write_array(
+    directory: Location,
+    manifest: Manifest,
+    part_rows: int = PART_ROWS,
+    each: Callable[[Callable[[int], Any], range], Iterable[Any]] = map,
+) -> bool:
     """Write the array beside its shards and delete those of earlier shards; False if it already exists.
 
-    Call it before saving the manifest: a folder with a manifest then always has its array.
+    Call it before saving the manifest: a folder with a manifest then always has its array. part_rows: maximum rows of
+    a part. each: maps a picklable function over the part numbers, in parallel or not, and returns the results in order.
 
     Raises InputError if a shard is damaged, a chunk id repeats, or a vector is NaN, not of norm 1 or of the wrong
     dimension; IdentityError if shards come from different codecs; OutputError if the folder cannot be written.
     """
+    directory = directory.resolve()  # other processes write parts
     folder = array_folder(directory, manifest)
     files = _files(folder)
     if not manifest.shards or (files is not None and not damaged_files(folder, files)):
         return False
     try:
-        with new_folder(folder) as temporary:
-            written = _lay_out(directory, manifest, temporary)
-            write_json(temporary / "array.json", [asdict(f) for f in written])
-            publish_folder(temporary, folder, last="array.json")
+        with ExitStack() as stack:
+            on_disk = isinstance(folder, Path)
+            # On object storage parts are uploaded where they stay, as other nodes write them.
+            target = stack.enter_context(new_folder(folder)) if on_disk else folder
+            written = _lay_out(directory, manifest, target, part_rows, each)
+            write_json(target / "array.json", [asdict(f) for f in written])
+            if isinstance(target, Path):
+                publish_folder(target, folder, last="array.json")
     except OSError as err:
         raise cannot_write(folder, err) from err
     for other in folder.parent.iterdir():
@@ -288,42 +338,133 @@ def write_array(directory: Location, manifest: Manifest) -> bool:
     return True
 
 
-def _lay_out(directory: Location, manifest: Manifest, folder: Path) -> list[Shard]:
-    """Write the array's files into `folder`, with fsync. Shards are streamed: memory use is 8 bytes per chunk, about
+@dataclass(frozen=True)
+class _Part:
+    """What is known of a part once it is written."""
+
+    files: list[Shard]
+    hashes: NDArray[np.uint64]
+    """Of its chunk ids."""
+    dtype: str
+    """Of its vectors."""
+    ascending: bool
+    """Whether its rows are sorted by article and position, without repeats."""
+    first: int
+    last: int
+    """`_places` of its first and last row; -1 if it has none."""
+
+
+def _lay_out(
+    directory: Location,
+    manifest: Manifest,
+    target: Location,
+    part_rows: int,
+    each: Callable[[Callable[[int], Any], range], Iterable[Any]],
+) -> list[Shard]:
+    """Write the array's files into `target`, with fsync. Shards are streamed: memory use is 8 bytes per chunk, about
     100 if the shards are not sorted by article and position."""
     if not manifest.shards:
         raise InputError(f"{directory} holds no shard, expected one or more; run `latent chunk` on some text")
-    # Ids of `latent chunk` have 32 characters. If one is longer, the columns are written again, wider.
-    width = 32
-    while (longest := _write_columns(directory, manifest, folder, width)) > width:
-        width = longest
+    spans = _spans(manifest.shards, part_rows)
+    parts: list[_Part] = list(
+        each(partial(_write_part, directory, manifest, target, spans), range(len(spans)))
+    )
+    files = [f for part in parts for f in part.files]
+    if len({part.dtype for part in parts}) > 1:
+        kinds = ", ".join(sorted({part.dtype for part in parts}))
+        raise InputError(f"the shards of {directory} store {kinds}, expected one type; encode again")
 
-    def written(name: str) -> NDArray[Any]:
-        loaded: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r" if manifest.rows else None)
-        return loaded
+    names = partial(_file, parts=len(spans))
 
-    doc_ids, positions = written("doc_ids"), written("positions")
-    if not _ascending(doc_ids, positions):
-        order = np.lexsort((positions, doc_ids))
-        _require_own_places(doc_ids, positions, order, directory)
-        for name in _STORED:
-            given, path = written(name), folder / f"{name}.npy"
-            path.rename(folder / "unordered.npy")
-            _save(path, given.shape, (given[order[rows]] for rows in _blocks(len(order))))
-            (folder / "unordered.npy").unlink()
-    _save(folder / "neighbour_cosines.npy", (manifest.rows,), _neighbour_cosines(written("vectors")))
-    return [_listed(folder / f"{name}.npy", manifest.rows) for name in _ARRAYS]
+    def column(name: str, files: Sequence[Shard]) -> Any:
+        found = {f.file: f.sha256 for f in files}
+        of_parts = [names(name, i) for i in range(len(spans))]
+        return _joined([_mapped_array(fetch(target / file, found[file])) for file in of_parts])
+
+    _require_unique(np.concatenate([p.hashes for p in parts]), lambda: column("chunk_ids", files), directory)
+    full = [p for p in parts if p.last >= 0]
+    if all(p.ascending for p in parts) and all(a.last < b.first for a, b in pairwise(full)):
+        return files
+    doc_ids, positions = np.asarray(column("doc_ids", files)), np.asarray(column("positions", files))
+    order = np.lexsort((positions, doc_ids))
+    _require_own_places(doc_ids, positions, order, directory)
+    rows = [_rows_of(manifest, span) for span in spans]
+    ordered: list[Shard] = []
+    for name in _STORED:
+        given = column(name, files)  # stays mapped while its files are replaced
+        for number, part in enumerate(rows):
+            shape = (len(part), *given.shape[1:])
+            blocks = (given[order[block]] for block in _blocks(part))
+            ordered.append(_save(target / names(name, number), shape, blocks))
+    vectors = column("vectors", ordered)
+    for number, part in enumerate(rows):
+        path = target / names("neighbour_cosines", number)
+        ordered.append(_save(path, (len(part),), _neighbour_cosines(vectors, part)))
+    return ordered
 
 
-def _write_columns(directory: Location, manifest: Manifest, folder: Path, width: int) -> int:
-    """Write the columns of _STORED in shard order, ids as `width` characters, and return `width`. On a longer id, stop
-    and return its length. Raises InputError if an id repeats."""
-    hashes = np.empty(manifest.rows, np.uint64)
+def _spans(shards: Sequence[Shard], part_rows: int) -> list[range]:
+    """The numbers of the shards of each part."""
+    starts, rows = [0], 0
+    for number, shard in enumerate(shards):
+        if rows and rows + shard.rows > part_rows:
+            starts.append(number)
+            rows = 0
+        rows += shard.rows
+    return [range(low, high) for low, high in pairwise([*starts, len(shards)])]
+
+
+def _rows_of(manifest: Manifest, span: range) -> range:
+    """The rows of these shards, in the order of the shards."""
+    start = sum(s.rows for s in manifest.shards[: span.start])
+    return range(start, start + sum(s.rows for s in manifest.shards[span.start : span.stop]))
+
+
+def _write_part(
+    directory: Location, manifest: Manifest, target: Location, spans: Sequence[range], number: int
+) -> _Part:
+    """Write a part's files into `target`, in the order of its shards."""
+    rows = _rows_of(manifest, spans[number])
+    with ExitStack() as stack:
+        folder = target if isinstance(target, Path) else stack.enter_context(new_folder(target))
+        paths = {name: folder / _file(name, number, len(spans)) for name in _ARRAYS}
+        # Ids of `latent chunk` have 32 characters. If one is longer, the columns are written again, wider.
+        width = 32
+        hashes = np.empty(len(rows), np.uint64)
+        while (longest := _write_columns(directory, manifest, spans[number], paths, width, hashes)) > width:
+            width = longest
+        vectors, doc_ids, positions = (
+            _mapped_array(paths[name]) for name in ("vectors", "doc_ids", "positions")
+        )
+        following = [s for s in manifest.shards[spans[number].stop :] if s.rows][:1]
+        after = [_read_columns(manifest, directory / s.file)["vectors"][:1] for s in following]
+        near = _neighbour_cosines(_joined([vectors, *after]), range(len(rows)))
+        _save(paths["neighbour_cosines"], (len(rows),), near)
+        files = [_listed(path, len(rows)) for path in paths.values()]
+        if not isinstance(target, Path):
+            for path in paths.values():
+                with path.open("rb") as file:
+                    upload(file, target / path.name)
+    ends = _places(doc_ids[[0, -1]], positions[[0, -1]]).tolist() if len(rows) else (-1, -1)
+    return _Part(files, hashes, str(vectors.dtype), _ascending(doc_ids, positions), *ends)
+
+
+def _write_columns(
+    directory: Location,
+    manifest: Manifest,
+    span: range,
+    files_of: Mapping[str, Path],
+    width: int,
+    hashes: NDArray[np.uint64],
+) -> int:
+    """Write the columns of _STORED of these shards, ids as `width` characters, their hashes into `hashes`, and return
+    `width`. On a longer id, stop and return its length."""
+    shards, rows = manifest.shards[span.start : span.stop], _rows_of(manifest, span)
     row, dtype = 0, None
     with ExitStack() as stack:
-        files = {name: stack.enter_context((folder / f"{name}.npy").open("wb")) for name in _STORED}
-        paths = [directory / shard.file for shard in manifest.shards]
-        threads = shards_at_once(manifest.shards, manifest.identity.dim, READERS)
+        files = {name: stack.enter_context(files_of[name].open("wb")) for name in _STORED}
+        paths = [directory / shard.file for shard in shards]
+        threads = shards_at_once(shards, manifest.identity.dim, READERS)
         blocks = stack.enter_context(closing(_in_threads(partial(_read_columns, manifest), paths, threads)))
         for number, (path, block) in enumerate(zip(paths, blocks, strict=True)):
             found, ids = block["vectors"].dtype, block["chunk_ids"]
@@ -333,17 +474,17 @@ def _write_columns(directory: Location, manifest: Manifest, folder: Path, width:
                 return longest
             end = row + len(ids)
             block["chunk_ids"] = ids.astype(f"<U{width}")
-            block["shard_rows"] = np.arange(row, end, dtype=np.int64)
+            block["shard_rows"] = np.arange(rows.start + row, rows.start + end, dtype=np.int64)
             for name, values in block.items():
-                _append(files[name], values, None if number else (manifest.rows, *values.shape[1:]))
-            if end <= manifest.rows:
+                _append(files[name], values, None if number else (len(rows), *values.shape[1:]))
+            if end <= len(rows):
                 hashes[row:end] = _hashes(block["chunk_ids"])
             row = end
-    if row != manifest.rows:
+    if row != len(rows):
         raise InputError(
-            f"the shards of {directory} hold {row} rows, its manifest says {manifest.rows}; run `latent encode` again"
+            f"the shards {paths[0].name} to {paths[-1].name} of {directory} hold {row} rows, its manifest says "
+            f"{len(rows)}; run `latent encode` again"
         )
-    _require_unique(hashes, folder / "chunk_ids.npy", directory)
     return width
 
 
@@ -393,11 +534,16 @@ def _append(file: IO[bytes], values: NDArray[Any], shape: tuple[int, ...] | None
     file.write(np.ascontiguousarray(values).data)
 
 
-def _save(path: Path, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]) -> None:
-    """Write an .npy file of this shape from blocks of rows."""
-    with path.open("wb") as file:
-        for number, block in enumerate(blocks):
-            _append(file, block, None if number else shape)
+def _save(path: Location, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]) -> Shard:
+    """Write an .npy file of this shape from blocks of rows; a file of that name is replaced, and stays readable where
+    it is mapped."""
+    with local_output(path) as local:
+        temporary = temporary_name(local)
+        with temporary.open("wb") as file:
+            for number, block in enumerate(blocks):
+                _append(file, block, None if number else shape)
+        temporary.replace(local)
+        return _listed(local, shape[0])
 
 
 def _listed(path: Path, rows: int) -> Shard:
@@ -406,19 +552,21 @@ def _listed(path: Path, rows: int) -> Shard:
     return Shard(path.name, rows, path.stat().st_size, file_sha256(path))
 
 
-def _blocks(rows: int) -> Iterator[slice]:
-    return (slice(low, low + BLOCK_ROWS) for low in range(0, rows, BLOCK_ROWS))
+def _blocks(rows: range) -> Iterator[slice]:
+    return (slice(low, min(low + BLOCK_ROWS, rows.stop)) for low in rows[::BLOCK_ROWS])
 
 
-def _neighbour_cosines(vectors: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+def _neighbour_cosines(vectors: Any, rows: range) -> Iterator[NDArray[np.float32]]:
+    """Cosines of these rows with the next; of the last row of all, 0."""
+
     def work(rows: slice) -> NDArray[np.float32]:
         block = vectors[rows.start : rows.stop + 1].astype(np.float32)
         block /= np.linalg.norm(block, axis=1, keepdims=True)  # float16 rounding moved them off 1
-        cosines = np.zeros(min(BLOCK_ROWS, len(vectors) - rows.start), np.float32)
+        cosines = np.zeros(rows.stop - rows.start, np.float32)
         cosines[: len(block) - 1] = np.einsum("nd,nd->n", block[:-1], block[1:])
         return cosines
 
-    return _in_threads(work, _blocks(len(vectors)), READERS)
+    return _in_threads(work, _blocks(rows), READERS)
 
 
 def _numbers(table: pa.Table, name: str, dtype: Any, path: Location) -> NDArray[Any]:
@@ -439,15 +587,16 @@ def _hashes(ids: NDArray[np.str_]) -> NDArray[np.uint64]:
     return hashes
 
 
-def _require_unique(hashes: NDArray[np.uint64], path: Path, directory: Location) -> None:
-    """Raise InputError if an id repeats. hashes: (N,) of the ids in file `path`; sorted in place. Ids with equal hashes
-    are compared themselves."""
+def _require_unique(hashes: NDArray[np.uint64], read: Callable[[], Any], directory: Location) -> None:
+    """Raise InputError if an id repeats. hashes: (N,) of the ids, sorted in place. read: returns the ids; those with
+    equal hashes are compared themselves."""
     hashes.sort()
     twice = hashes[1:][hashes[1:] == hashes[:-1]]
     if not len(twice):
         return
-    ids = np.load(path, mmap_mode="r")
-    suspects = [ids[rows][np.isin(_hashes(np.array(ids[rows])), twice)] for rows in _blocks(len(ids))]
+    ids = read()
+    blocks = (np.array(ids[rows]) for rows in _blocks(range(len(ids))))
+    suspects = [block[np.isin(_hashes(block), twice)] for block in blocks]
     names, counts = np.unique(np.concatenate(suspects), return_counts=True)
     if (counts > 1).any():
         again = names[counts > 1]
@@ -465,7 +614,7 @@ def _places(doc_ids: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray
 def _ascending(doc_ids: NDArray[np.int32], positions: NDArray[np.int32]) -> bool:
     """Whether rows are sorted by article and position, without repeats."""
     last = np.empty(0, np.int64)
-    for rows in _blocks(len(doc_ids)):
+    for rows in _blocks(range(len(doc_ids))):
         places = np.concatenate((last, _places(doc_ids[rows], positions[rows])))
         if (np.diff(places) <= 0).any():
             return False

@@ -10,6 +10,7 @@ line is JSON.
 import json
 from dataclasses import dataclass
 
+from lvm.vectors.array import PART_ROWS
 from lvm.vectors.index import IndexSettings
 from lvm.vectors.shards import MOST_IN_JSON
 
@@ -43,7 +44,7 @@ class Rate:
     source: str
     """File in tests/bench/results."""
     cores: int | None = None
-    """Cores that it uses however many there are; None for all."""
+    """Cores that a piece uses; None for all of a node's."""
 
     @property
     def per_core(self) -> float:
@@ -54,7 +55,7 @@ class Rate:
 RATES = {
     "chunk": Rate(505_986, 48, SHARD_ROWS, BACKFILL),
     "encode": Rate(505_986, 154, SHARD_ROWS, BACKFILL),
-    "array": Rate(5_000_000, 51, SHARD_ROWS, SCALE, cores=2),
+    "array": Rate(5_000_000, 51, PART_ROWS, SCALE, cores=2),
     "index": Rate(5_000_000, 132, IndexSettings().part_vectors, SCALE),
     "recall": Rate(1_497_499, 11, IndexSettings().part_vectors, SCALE),
 }
@@ -78,7 +79,8 @@ MANIFEST_BYTES = {True: 190, False: 37}
 
 def hours(size: int, rate: Rate, nodes: int) -> float:
     """Hours of a stage at this many chunks."""
-    cores = rate.cores or CORES_PER_NODE * min(nodes, -(-size // rate.piece))
+    each = rate.cores or CORES_PER_NODE
+    cores = min(CORES_PER_NODE * nodes, each * -(-size // rate.piece))
     return size / (rate.per_core * cores) / 3600
 
 

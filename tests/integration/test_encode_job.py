@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
+from jobs._ray import in_tasks
 from jobs.encode import (
     EncodeResult,
     EncodeSettings,
@@ -31,7 +32,7 @@ from lvm.corpus.records import Article
 from lvm.corpus.tmd import Prototypes, coder_name
 from lvm.errors import IdentityError, InputError, OutputError
 from lvm.storage import temporary_name
-from lvm.vectors.array import array_folder, open_vectors
+from lvm.vectors.array import array_folder, open_vectors, write_array
 from lvm.vectors.shards import (
     Manifest,
     read_footer,
@@ -171,6 +172,31 @@ def test_the_job_writes_the_array_that_readers_map_and_makes_it_for_shards_that_
     assert (made / "array.json").exists()
     assert stamps(folder / "vectors") == before
     assert encode(folder).up_to_date
+
+
+def test_tasks_write_the_parts_of_an_array(ray_cluster: str, folder: Path) -> None:
+    vectors = folder / "vectors"
+    manifest, expected = Manifest.load(vectors), open_vectors(vectors)
+    shutil.rmtree(vectors / "_array")
+    writers = []
+
+    def each(part: Callable[[int], Any], numbers: range) -> Iterable[Any]:
+        writers.append(len(numbers))
+        return in_tasks(None, part, numbers)
+
+    largest = max(s.rows for s in manifest.shards)
+    assert write_array(vectors, manifest, part_rows=largest, each=each)
+    assert writers == [len(manifest.shards)]
+    array = open_vectors(vectors)
+    assert len(array.vectors.parts) == len(manifest.shards) > 1
+    np.testing.assert_array_equal(array.vectors, expected.vectors)
+    np.testing.assert_array_equal(array.neighbour_cosines, expected.neighbour_cosines)
+    assert array.texts(range(len(array))) == expected.texts(range(len(expected)))
+
+    damage(vectors / manifest.shards[1].file, "flipped")
+    shutil.rmtree(vectors / "_array")
+    with pytest.raises(InputError, match=r"part-00001\.parquet"):
+        write_array(vectors, manifest, part_rows=largest, each=each)
 
 
 def damage(path: Path, how: str) -> None:

@@ -226,20 +226,23 @@ def test_two_readers_open_the_same_vectors_and_neither_deletes_anything(
     assert bool(kept) == with_array
 
 
+@pytest.mark.parametrize("part_rows", [1000, 40], ids=["one part", "parts"])
 def test_an_array_written_there_is_read_there_and_one_of_earlier_vectors_goes(
-    bucket: RemotePath, tmp_path: Path, own_cache: Path
+    bucket: RemotePath, tmp_path: Path, own_cache: Path, part_rows: int
 ) -> None:
     for seed in (0, 1):
-        write_vectors(tmp_path / "vectors", fake_articles(12, 8, seed=seed))
+        write_vectors(tmp_path / "vectors", fake_articles(12, 8, seed=seed), articles_per_shard=4)
         local = open_vectors(tmp_path / "vectors")
         shutil.rmtree(tmp_path / "vectors/_array")
         upload_folder(tmp_path / "vectors", bucket / "vectors", last="manifest.json")
         manifest = Manifest.load(bucket / "vectors")
-        assert write_array(bucket / "vectors", manifest)
-        assert not write_array(bucket / "vectors", manifest)
+        assert write_array(bucket / "vectors", manifest, part_rows)
+        assert not write_array(bucket / "vectors", manifest, part_rows)
         assert [p.name for p in (bucket / "vectors/_array").iterdir()] == [f"{manifest.fingerprint}-2"]
         array = open_vectors(bucket / "vectors")
-        assert own_cache in Path(str(array.vectors.filename)).parents
+        files = [array.vectors] if part_rows == 1000 else array.vectors.parts
+        assert all(own_cache in Path(str(f.filename)).parents for f in files)
+        assert len(files) == (1 if part_rows == 1000 else 3)
         np.testing.assert_array_equal(array.vectors, local.vectors)
         assert array.texts(range(96)) == [t for a in fake_articles(12, 8, seed=seed) for t in a]
     # Half an array, as an upload that broke off leaves it, is none.

@@ -18,6 +18,7 @@ import pytest
 import lvm.vectors.array as array_module
 from lvm.errors import IdentityError, InputError, OutputError
 from lvm.vectors.array import VectorArray, open_vectors, write_array
+from lvm.vectors.sequences import WindowSettings, make_windows
 from lvm.vectors.shards import (
     Manifest,
     Shard,
@@ -68,6 +69,71 @@ def test_vectors_stay_on_disk_and_cannot_be_changed(array: VectorArray) -> None:
     assert array.vectors.dtype == np.float16
     with pytest.raises(ValueError, match="read-only"):
         array.vectors[0] = 0
+
+
+@pytest.fixture
+def three_shards(tmp_path: Path) -> Path:
+    write_vectors(tmp_path / "three", fake_articles(12, 8), articles_per_shard=4)
+    return tmp_path / "three"
+
+
+@pytest.fixture(params=["ordered", "reversed"])
+def in_parts(
+    request: pytest.FixtureRequest, three_shards: Path, tmp_path: Path
+) -> tuple[VectorArray, VectorArray]:
+    """An array in one part, and the same of shards in this order in three."""
+    manifest = Manifest.load(three_shards)
+    one = open_vectors(three_shards)
+    other = tmp_path / "parts"
+    shutil.copytree(three_shards, other)
+    shutil.rmtree(other / "_array")
+    shards = manifest.shards if request.param == "ordered" else manifest.shards[::-1]
+    made = dataclasses.replace(manifest, shards=shards, inputs={"parts": 3})
+    assert write_array(other, made, part_rows=40)
+    made.save(other)
+    return one, open_vectors(other)
+
+
+def test_parts_are_read_as_one_array(in_parts: tuple[VectorArray, VectorArray]) -> None:
+    one, parts = in_parts
+    assert len(parts.vectors.parts) == 3
+    for name in array_module._ARRAYS:
+        if name != "shard_rows":
+            np.testing.assert_array_equal(getattr(parts, name), getattr(one, name), err_msg=name)
+    assert parts.texts(range(len(one))) == one.texts(range(len(one)))
+    again = pickle.loads(pickle.dumps(parts))
+    np.testing.assert_array_equal(again.vectors[5:90], one.vectors[5:90])
+
+
+def test_windows_over_parts_are_those_over_one_array(in_parts: tuple[VectorArray, VectorArray]) -> None:
+    one, parts = (make_windows(array, WindowSettings(context=3, min_tokens=1)) for array in in_parts)
+    np.testing.assert_array_equal(parts.starts, one.starts)
+    assert parts.report == one.report
+    for found, wanted in zip(parts.batch(slice(0, 60)), one.batch(slice(0, 60)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    for name, split in one.split().items():
+        np.testing.assert_array_equal(parts.split()[name].doc_ids, split.doc_ids)
+
+
+def test_what_is_wrong_across_parts_is_refused(three_shards: Path) -> None:
+    folder = three_shards
+    manifest = Manifest.load(folder)
+    table = read_table(folder / "part-00002.parquet")
+    elsewhere = read_table(folder / "part-00000.parquet")
+    given = {
+        "comes 2 times": ("chunk_id", [elsewhere.column("chunk_id")[3].as_py()]),
+        "has two chunks at position 0": ("position", [0]),
+    }
+    for reason, (name, values) in given.items():
+        again = column(table, name, [*values, *table.column(name).to_pylist()[1:]])
+        if name == "position":
+            again = column(again, "doc_id", [0, *table.column("doc_id").to_pylist()[1:]])
+        shard = write_table(folder / "part-00002.parquet", again)
+        wrong = dataclasses.replace(manifest, shards=(*manifest.shards[:2], shard), inputs={"wrong": name})
+        with pytest.raises(InputError, match=reason):
+            write_array(folder, wrong, part_rows=40)
+    (left,) = [p for p in (folder / "_array").iterdir()]
+    assert left.name.startswith(manifest.fingerprint)
 
 
 def test_rows_are_sorted_even_when_the_shards_are_not(folder: Path, tmp_path: Path) -> None:
