@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from lvm.codec.zoo import Codec
     from lvm.corpus.records import Article, BrokenRecord
+    from lvm.vectors.array import Part
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -346,6 +347,33 @@ def load_codec_at(
     )
 
 
+def in_tasks(address: str | None, part: "Part", numbers: range, num_cpus: int = 2) -> Iterator[Any]:
+    """`part` of each number, in Ray tasks of this many CPUs, or of all that a node has if none has as many; a single
+    part runs in this process. After an error no task runs on."""
+    if len(numbers) == 1:
+        yield part(numbers[0])
+        return
+    import ray
+
+    connect(address)
+    most = max(int(node.get("CPU", 0)) for node in nodes_with(free=False))
+    task = ray.remote(num_cpus=min(num_cpus, most))(_call)
+    held = ray.put(part)  # once: it may hold a list of all shards
+    running = [task.remote(held, number) for number in numbers]
+    try:
+        while running:
+            yield get(running.pop(0))
+    finally:
+        for left in running:
+            ray.cancel(left)
+        if running:
+            ray.wait(running, num_returns=len(running), timeout=60)
+
+
+def _call(part: "Part", number: int) -> Any:
+    return part(number)
+
+
 # ------------------------------------------------------------------------------------- errors out of workers
 #
 # Exceptions of plain Ray tasks reach the driver, and `get` unwraps them. Ray Data, Train and Tune retry or abort
@@ -353,24 +381,8 @@ def load_codec_at(
 # `refusal_in` and `accepted` on the driver.
 
 
-def in_tasks(address: str | None, part: Callable[[int], Any], numbers: range) -> Iterable[Any]:
-    """`part` of each number, in Ray tasks of two CPUs, or of one where no node has more; one alone runs here."""
-    if len(numbers) == 1:
-        return [part(numbers[0])]
-    import ray
-
-    connect(address)
-    task = ray.remote(num_cpus=min(2, max(int(n.get("CPU", 0)) for n in nodes_with())))(_call)
-    held = ray.put(part)  # once: it may hold a list of all shards
-    return [get(reference) for reference in [task.remote(held, number) for number in numbers]]
-
-
-def _call(part: Callable[[int], Any], number: int) -> Any:
-    return part(number)
-
-
 def get(ref: Any) -> Any:
-    """ray.get that re-raises an LvmError as it was raised, without the worker's traceback."""
+    """ray.get that re-raises an LvmError or OSError as it was raised, without the worker's traceback."""
     import ray
 
     try:
@@ -379,7 +391,7 @@ def get(ref: Any) -> Any:
         cause = err.cause
         while isinstance(cause, ray.exceptions.RayTaskError):  # raised in a nested task
             cause = cause.cause
-        if isinstance(cause, LvmError):
+        if isinstance(cause, LvmError | OSError):
             raise cause from None
         raise
 
@@ -428,13 +440,19 @@ def without_false_alarm() -> Iterator[None]:
     shown, (pipe, given) = os.dup(2), os.pipe()
 
     def forward() -> None:
+        left = b""
         while said := os.read(pipe, 1 << 16):
-            os.write(shown, _FALSE_ALARM.sub(b"", said))
+            lines, newline, left = (left + said).rpartition(b"\n")
+            with suppress(OSError):  # a closed stderr; the pipe is read on, or its writers would wait
+                os.write(shown, _FALSE_ALARM.sub(b"", lines + newline))
+        with suppress(OSError):
+            os.write(shown, left)
 
     forwarder = threading.Thread(target=forward, daemon=True, name="stderr")
     with ExitStack() as stack:
         if _writes_to(sys.stderr, 2):  # Python keeps the terminal, with its width and colours
-            mine = stack.enter_context(open(shown, "w", buffering=1, closefd=False))
+            kind = {"encoding": sys.stderr.encoding, "errors": sys.stderr.errors}
+            mine = stack.enter_context(open(shown, "w", buffering=1, closefd=False, **kind))
             stack.enter_context(redirect_stderr(mine))
         os.dup2(given, 2)
         os.close(given)

@@ -10,7 +10,7 @@ published index was made from these vectors, the job changes nothing.
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -33,9 +33,9 @@ from jobs._ray import (
 )
 from lvm.errors import OutputError, StorageError
 from lvm.storage import Location
-from lvm.vectors.array import open_vectors, write_array
+from lvm.vectors.array import Part, open_vectors, write_array
 from lvm.vectors.artefact import require_folder
-from lvm.vectors.index import IndexSettings, Part, build_index, find_index
+from lvm.vectors.index import IndexSettings, build_index, find_index
 from lvm.vectors.shards import Manifest
 
 
@@ -50,16 +50,12 @@ def with_threads(part: Part, number: int, threads: int) -> Any:
 def build(source: Location, target: Location, settings: IndexSettings, threads: int) -> None:
     """Build and publish the index; several parts are built and searched in Ray tasks."""
     import faiss
-    import ray
 
-    def in_tasks(part: Part, numbers: range) -> Iterable[Any]:
-        if len(numbers) == 1:
-            return [part(0)]
-        task = ray.remote(num_cpus=threads)(with_threads)
-        return ray.get([task.remote(part, number, threads) for number in numbers])
+    def each(part: Part, numbers: range) -> Iterator[Any]:
+        return in_tasks(None, partial(with_threads, part, threads=threads), numbers, threads)
 
     faiss.omp_set_num_threads(threads)
-    build_index(open_vectors(source), target, settings, in_tasks)
+    build_index(open_vectors(source), target, settings, each)
 
 
 def build_with_ray(source: Location, target: Location, settings: IndexSettings, address: str | None) -> None:

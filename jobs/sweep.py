@@ -63,7 +63,7 @@ from lvm.models import ENSEMBLE, MODELS, SPACES, require_known
 from lvm.predict.ensemble import make_ensemble
 from lvm.predict.fitting import TrainingData, check_sequential
 from lvm.predict.losses import LossSettings
-from lvm.predict.record import find_record, load_record, read_aliases, set_alias
+from lvm.predict.record import METRICS, find_record, load_record, read_aliases, read_json, set_alias
 from lvm.predict.runs import Outcome, TrainRun, train_run, windows_of
 from lvm.predict.training import OWN_RECIPES, Progress, Recipe, recipe_named
 from lvm.storage import Location, RemotePath
@@ -299,9 +299,8 @@ def _fit(tuner: Any, hours: float | None) -> Any:
         with redirect_stdout(sys.stderr), _stopped_after(hours):
             return tuner.fit()
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune.tune").setLevel(
-        logging.CRITICAL
-    )  # lists the trials that a stop left unfinished
+    # At the end it lists the trials that a stop left unfinished, as an error.
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), _stopped_after(hours):
         return tuner.fit()
 
@@ -318,10 +317,11 @@ def _stopped_after(hours: float | None) -> Iterator[None]:
     ended = threading.Event()
 
     def stop() -> None:
-        due = 3600.0 * hours
-        while not ended.wait(due):
+        due, heard = 3600.0 * hours, False
+        while not heard and not ended.wait(due):
+            heard = signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN  # Tune's handler is there
             os.kill(os.getpid(), signal.SIGUSR1)
-            due = 1.0  # again, in case Tune was not listening yet
+            due = 1.0
 
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     timer = threading.Thread(target=stop, daemon=True, name="hours")
@@ -410,7 +410,8 @@ def publish_best(
     for best in best_of_each(rows).values():
         this, result = runs[best["number"]], found[best["number"]]
         folder = find_record(models, this.model, run=this.fingerprint)
-        if folder is None:
+        # A trial that ran out of time has a record of what it had learnt then.
+        if folder is None or read_json(folder / METRICS).get("val_cosine") != best["val_cosine"]:
             with result.checkpoint.as_directory() as latest:
                 progress = json.loads(Path(latest, "progress.json").read_text())
             progress["stopped"] = {"finished": f"all {this.recipe.epochs} epochs are done"}.get(
@@ -564,7 +565,10 @@ def main(
     vectors: Annotated[PathOrUrl, path_option("Folder that `latent encode` wrote.")],
     output: Annotated[PathOrUrl, path_option("Folder for the tables, the report and the best models.")],
     trials: Annotated[int, typer.Option(min=1, help="Number of trials.")] = 100,
-    hours: Annotated[float | None, typer.Option(help="Time limit in hours; default: no limit.")] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="Hours to run; the same command goes on later. Default: no limit."),
+    ] = None,
     model: Annotated[
         str, typer.Option(help=f"Architectures, comma-separated, of {', '.join(SEARCHED)}; or all.")
     ] = "all",

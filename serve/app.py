@@ -14,6 +14,7 @@ from typing import Any
 from ray import serve
 
 from lvm.storage import location
+from lvm.vectors.index import published
 from serve.decoder import Decoder
 from serve.encoder import Encoder
 from serve.gateway import Gateway
@@ -74,10 +75,10 @@ def build(args: ServeArgs) -> serve.Application:
             return None
         return scaled(deployment, scale, max_ongoing).options(**options).bind(args, *bound)
 
+    if args.searchers:
+        published(location(args.run) / "index", args.searchers)  # raises if the index has fewer parts
     searchers = [
-        scaled(Searcher, args.searcher, 3 * calls)
-        .options(name=f"Searcher{share + 1}", user_config=release)
-        .bind(args, share)
+        scaled(Searcher, args.searcher, 3 * calls).options(name=f"Searcher{share + 1}").bind(args, share)
         for share in range(args.searchers)
     ]
     return (

@@ -8,7 +8,7 @@ release in every call, so that all stages of a request use the same run during a
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,11 +87,12 @@ def read_models(models: Location) -> dict[str, str]:
 
 
 class Held(Generic[Loaded]):
-    """The two latest releases, loaded in a replica: requests for the previous one may still be in flight."""
+    """The two latest releases, or what else names them, loaded in a replica: requests for the previous one may still
+    be in flight."""
 
-    def __init__(self, load: Callable[[Release], Loaded]) -> None:
+    def __init__(self, load: Callable[[Any], Loaded]) -> None:
         self._load = load
-        self._loads: dict[Release, asyncio.Future[Loaded]] = {}
+        self._loads: dict[Hashable, asyncio.Future[Loaded]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="load")
 
     async def prepare(self, wanted: Mapping[str, Any], args: ServeArgs) -> None:
@@ -102,7 +103,7 @@ class Held(Generic[Loaded]):
         except Exception as err:  # not raised, as Ray would stop the replica
             logging.getLogger("ray.serve").warning("release not loaded: %s", err)
 
-    async def get(self, release: Release) -> Loaded:
+    async def get(self, release: Hashable) -> Loaded:
         """The loaded release. The first call loads it, in a separate thread; after an error the next call retries."""
         loading = self._loads.pop(release, None)
         if loading is None:

@@ -15,7 +15,6 @@ from ray.serve.handle import DeploymentHandle
 from lvm.corpus.tmd import Prototypes, Wanted
 from lvm.predict.extract import Extractor
 from lvm.predict.steer import Context, build_context, snap
-from lvm.storage import location
 from lvm.vectors.array import open_vectors
 from lvm.vectors.index import load_index
 from serve.release import Held, Release
@@ -98,7 +97,7 @@ class _Corpus:
             self._array = open_vectors(folder / "vectors")
             self._index = load_index(folder / "index") if not searchers else None
         if self._index is None:  # not under the lock, which the searchers take
-            self._index = divided_index(location(release.run) / "index", searchers, release, timeout_s)
+            self._index = divided_index(release.run, searchers, timeout_s)
         self._index.require_array(self._array)
         self._extractor = Extractor(self._array, self._index)
         self._codes: NDArray[np.int32] | None = None
@@ -193,7 +192,7 @@ class Retriever:
 
         faiss.omp_set_num_threads(args.retriever.num_threads)
         self._args = args
-        self._held = Held(lambda release: _Corpus(release, searchers, args.limits.max_deadline_s))
+        self._held = Held(lambda release: _Corpus(release, searchers, args.limits.default_deadline_s))
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="search")
 
     async def reconfigure(self, wanted: Mapping[str, Any]) -> None:

@@ -4,7 +4,8 @@ The retriever keeps the vectors and texts, which are memory-mapped, and asks all
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,10 +14,9 @@ from numpy.typing import NDArray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from lvm.errors import InputError
-from lvm.storage import Location
+from lvm.storage import location
 from lvm.vectors.index import DividedIndex, Index, Nearest, load_index, published
-from serve.release import Held, Release
+from serve.release import Held
 from serve.settings import ServeArgs, once_a_node
 
 
@@ -28,52 +28,47 @@ class Searcher:
         import faiss
 
         faiss.omp_set_num_threads(args.searcher.num_threads)
-        self._args = args
 
-        def load(release: Release) -> Index:
-            with once_a_node(release.run) as folder:
-                return load_index(folder / "index", share, args.searchers)
+        def load(named: tuple[str, str]) -> Index:
+            run, version = named
+            with once_a_node(run) as folder:
+                return load_index(folder / "index", share, args.searchers, version)
 
         self._held = Held(load)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="search")
 
-    async def reconfigure(self, wanted: Mapping[str, Any]) -> None:
-        """Load the release of a `user_config`."""
-        await self._held.prepare(wanted, self._args)
-
-    async def describe(self, release: Release) -> dict[str, Any]:
-        """Version of the index, and number of vectors in this share."""
-        index = await self._held.get(release)
-        return {"version": index.directory.name, "vectors": len(index)}
+    async def load(self, run: str, version: str) -> int:
+        """Load a version of a run's index, beside the one before; returns the number of vectors in this share."""
+        return len(await self._held.get((run, version)))
 
     async def search(
-        self, queries: NDArray[np.float32], k: int, probes: int | None, release: Release
+        self, run: str, version: str, queries: NDArray[np.float32], k: int, probes: int | None
     ) -> Nearest:
         """`Index.search` in this share; fewer than k per query if it has fewer vectors."""
-        index = await self._held.get(release)
+        index = await self._held.get((run, version))  # a replica that was restarted loads it now
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, index.search, queries, min(k, len(index)), probes)
 
 
-def divided_index(
-    folder: Location, searchers: Sequence[DeploymentHandle], release: Release, timeout_s: float
-) -> DividedIndex:
-    """The published index of a folder, searched by `searchers`. For threads: each search blocks.
+def divided_index(run: str, searchers: Sequence[DeploymentHandle], timeout_s: float) -> DividedIndex:
+    """A run's published index, once all `searchers` have loaded it. For threads: it blocks, as searches do.
 
-    Raises InputError if the searchers do not hold this version together.
+    timeout_s: of a search; loading may take longer.
     """
-    version, manifest = published(folder, len(searchers))
+    folder, manifest = published(location(run) / "index", len(searchers))
 
-    def ask(method: str, *arguments: Any) -> list[Any]:
-        sent = [getattr(each, method).remote(*arguments, release) for each in searchers]
-        return [reply.result(timeout_s=timeout_s) for reply in sent]
+    def ask(method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        sent = [getattr(each, method).remote(run, folder.name, *arguments) for each in searchers]
+        return [
+            reply.result(timeout_s=None if until is None else max(0.0, until - time.monotonic()))
+            for reply in sent
+        ]
 
-    held = ask("describe")
-    if {h["version"] for h in held} != {version.name} or sum(h["vectors"] for h in held) != manifest.rows:
-        raise InputError(
-            f"the searchers hold {held}, expected {manifest.rows} vectors of version {version.name}; the index was "
-            "published again meanwhile: roll out again with another release"
-        )
+    ask("load")
     return DividedIndex(
-        version, manifest, None, searchers=lambda queries, k, probes: ask("search", queries, k, probes)
+        folder,
+        manifest,
+        None,
+        searchers=lambda queries, k, probes: ask("search", queries, k, probes, timeout_s=timeout_s),
     )

@@ -183,7 +183,7 @@ class ServeArgs(Strict):
     """Deployments that divide the parts of the index among them, Searcher1, Searcher2, …, so that its codes need not
     fit one node; 0: each retriever holds the whole index. The index has a part per 4 million chunks."""
     searcher: Scale = Scale()
-    """Of each of them."""
+    """Size of each searcher deployment."""
     breaker: BreakerArgs = BreakerArgs()
     smoothing: SmoothingArgs = SmoothingArgs()
 

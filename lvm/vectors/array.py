@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -80,6 +80,10 @@ _LAYOUT = 2
 """Version of the file layout; arrays of another version are ignored."""
 
 Rows = Sequence[int] | NDArray[Any]
+Part = Callable[[int], Any]
+"""A picklable function of a part's number."""
+Each = Callable[[Part, range], Iterable[Any]]
+"""Maps a `Part` over numbers, in parallel or not; returns the results in order."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -269,7 +273,12 @@ def _map(directory: Location, manifest: Manifest, files: dict[str, Path]) -> Vec
     parts = len(files) // len(_ARRAYS)
     arrays: dict[str, Any] = {}
     for name in _ARRAYS:
-        arrays[name] = _joined([_mapped_array(files[_file(name, i, parts)]) for i in range(parts)])
+        mapped = [_mapped_array(files[_file(name, i, parts)]) for i in range(parts)]
+        if len({(m.shape[1:], m.dtype.kind) for m in mapped}) > 1:
+            raise _unusable(
+                files[_file(name, 0, parts)], "and the files of other parts differ in shape or type"
+            )
+        arrays[name] = _joined(mapped)
         last = files[_file(name, parts - 1, parts)]
         if len(arrays[name]) != manifest.rows:
             raise _unusable(
@@ -306,12 +315,12 @@ def write_array(
     directory: Location,
     manifest: Manifest,
     part_rows: int = PART_ROWS,
-    each: Callable[[Callable[[int], Any], range], Iterable[Any]] = map,
+    each: Each = map,
 ) -> bool:
     """Write the array beside its shards and delete those of earlier shards; False if it already exists.
 
     Call it before saving the manifest: a folder with a manifest then always has its array. part_rows: maximum rows of
-    a part. each: maps a picklable function over the part numbers, in parallel or not, and returns the results in order.
+    a part. each: runs the writing of the parts.
 
     Raises InputError if a shard is damaged, a chunk id repeats, or a vector is NaN, not of norm 1 or of the wrong
     dimension; IdentityError if shards come from different codecs; OutputError if the folder cannot be written.
@@ -350,8 +359,9 @@ class _Part:
     ascending: bool
     """Whether its rows are sorted by article and position, without repeats."""
     first: int
+    """`_places` of its first row; -1 if it has none."""
     last: int
-    """`_places` of its first and last row; -1 if it has none."""
+    """That of its last row."""
 
 
 def _lay_out(
@@ -359,16 +369,19 @@ def _lay_out(
     manifest: Manifest,
     target: Location,
     part_rows: int,
-    each: Callable[[Callable[[int], Any], range], Iterable[Any]],
+    each: Each,
 ) -> list[Shard]:
     """Write the array's files into `target`, with fsync. Shards are streamed: memory use is 8 bytes per chunk, about
     100 if the shards are not sorted by article and position."""
     if not manifest.shards:
         raise InputError(f"{directory} holds no shard, expected one or more; run `latent chunk` on some text")
     spans = _spans(manifest.shards, part_rows)
-    parts: list[_Part] = list(
-        each(partial(_write_part, directory, manifest, target, spans), range(len(spans)))
-    )
+    parts: list[_Part] = []
+    hashes = np.empty(manifest.rows, np.uint64)
+    for made in each(partial(_write_part, directory, manifest, target, spans), range(len(spans))):
+        start = _rows_of(manifest, spans[len(parts)]).start
+        hashes[start : start + len(made.hashes)] = made.hashes
+        parts.append(replace(made, hashes=made.hashes[:0]))
     files = [f for part in parts for f in part.files]
     if len({part.dtype for part in parts}) > 1:
         kinds = ", ".join(sorted({part.dtype for part in parts}))
@@ -381,7 +394,7 @@ def _lay_out(
         of_parts = [names(name, i) for i in range(len(spans))]
         return _joined([_mapped_array(fetch(target / file, found[file])) for file in of_parts])
 
-    _require_unique(np.concatenate([p.hashes for p in parts]), lambda: column("chunk_ids", files), directory)
+    _require_unique(hashes, lambda: column("chunk_ids", files), directory)
     full = [p for p in parts if p.last >= 0]
     if all(p.ascending for p in parts) and all(a.last < b.first for a, b in pairwise(full)):
         return files
@@ -395,11 +408,11 @@ def _lay_out(
         for number, part in enumerate(rows):
             shape = (len(part), *given.shape[1:])
             blocks = (given[order[block]] for block in _blocks(part))
-            ordered.append(_save(target / names(name, number), shape, blocks))
+            ordered.append(_save(target / names(name, number), shape, given.dtype, blocks))
     vectors = column("vectors", ordered)
     for number, part in enumerate(rows):
         path = target / names("neighbour_cosines", number)
-        ordered.append(_save(path, (len(part),), _neighbour_cosines(vectors, part)))
+        ordered.append(_save(path, (len(part),), np.float32, _neighbour_cosines(vectors, part)))
     return ordered
 
 
@@ -439,7 +452,7 @@ def _write_part(
         following = [s for s in manifest.shards[spans[number].stop :] if s.rows][:1]
         after = [_read_columns(manifest, directory / s.file)["vectors"][:1] for s in following]
         near = _neighbour_cosines(_joined([vectors, *after]), range(len(rows)))
-        _save(paths["neighbour_cosines"], (len(rows),), near)
+        _save(paths["neighbour_cosines"], (len(rows),), np.float32, near)
         files = [_listed(path, len(rows)) for path in paths.values()]
         if not isinstance(target, Path):
             for path in paths.values():
@@ -534,14 +547,15 @@ def _append(file: IO[bytes], values: NDArray[Any], shape: tuple[int, ...] | None
     file.write(np.ascontiguousarray(values).data)
 
 
-def _save(path: Location, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]) -> Shard:
+def _save(path: Location, shape: tuple[int, ...], dtype: Any, blocks: Iterable[NDArray[Any]]) -> Shard:
     """Write an .npy file of this shape from blocks of rows; a file of that name is replaced, and stays readable where
     it is mapped."""
     with local_output(path) as local:
         temporary = temporary_name(local)
         with temporary.open("wb") as file:
-            for number, block in enumerate(blocks):
-                _append(file, block, None if number else shape)
+            _append(file, np.empty((0, *shape[1:]), dtype), shape)
+            for block in blocks:
+                _append(file, block, None)
         temporary.replace(local)
         return _listed(local, shape[0])
 
@@ -580,10 +594,10 @@ def _numbers(table: pa.Table, name: str, dtype: Any, path: Location) -> NDArray[
 
 
 def _hashes(ids: NDArray[np.str_]) -> NDArray[np.uint64]:
-    """(N,) FNV-style hash of each id."""
+    """(N,) FNV-style hash of each id, whatever the width of the array."""
     hashes = np.zeros(len(ids), np.uint64)
-    for column in ids.view(np.uint32).reshape(len(ids), -1).T:
-        hashes = hashes * np.uint64(0x100000001B3) + column  # modulo 2^64
+    for column in ids.view(np.uint32).reshape(len(ids), ids.dtype.itemsize // 4).T:
+        hashes = np.where(column, hashes * np.uint64(0x100000001B3) + column, hashes)  # modulo 2^64
     return hashes
 
 

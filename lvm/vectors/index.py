@@ -10,7 +10,7 @@ bytes a vector), exact vectors stay on disk in pages that processes share. The v
 until the next one is published, so open readers keep working.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import InputError, OutputError
 from lvm.storage import Location, fetch, local_output, location, remove_tree, temporary_name
-from lvm.vectors.array import VectorArray
+from lvm.vectors.array import Each, VectorArray
 from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import (
     Manifest,
@@ -233,20 +233,16 @@ class DividedIndex(Index):
         return np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
 
 
-Part = Callable[[int], Any]
-"""A picklable function of a part's number: builds it, or searches its vectors."""
-
-
 def build_index(
     array: VectorArray,
     directory: Location,
     settings: IndexSettings | None = None,
-    each: Callable[[Part, range], Iterable[Any]] = map,
+    each: Each = map,
 ) -> Index:
     """Index all vectors of `array`, measure recall, publish the index in `directory`, and return it.
 
-    An up-to-date published version is returned unchanged. each: maps a function over the part numbers, in parallel or
-    not, and returns the results in order. Raises InputError if there are no vectors.
+    An up-to-date published version is returned unchanged. each: runs the building of the parts, and the comparison with
+    all vectors that recall needs. Raises InputError if there are no vectors.
     """
     settings = settings or IndexSettings()
     if not len(array):
@@ -296,37 +292,38 @@ def _rows_of(array: VectorArray, parts: int, number: int) -> range:
     return range(len(array) * number // parts, len(array) * (number + 1) // parts)
 
 
-def load_index(directory: Location | str, share: int = 0, shares: int = 1) -> Index:
-    """The published version, memory-mapped: processes on one machine share its pages. From object storage, its files
-    are downloaded into the local cache once.
+def load_index(
+    directory: Location | str, share: int = 0, shares: int = 1, version: str | None = None
+) -> Index:
+    """The published version, or the one of this name, memory-mapped: processes on one machine share its pages. From
+    object storage, its files are downloaded into the local cache once.
 
     share: which of `shares` of its parts to load; rows are those of the array all the same. Raises InputError if none
     is published, it has fewer parts than `shares`, or a file is missing or damaged.
     """
-    version, manifest = published(location(directory), shares)
+    folder, manifest = published(location(directory), shares, version)
     parts = len(manifest.shards)
     mine = range(parts * share // shares, parts * (share + 1) // shares)
     first = sum(shard.rows for shard in manifest.shards[: mine.start])
-    return Index(version, manifest, _map(version, manifest, manifest.shards[mine.start : mine.stop]), first)
+    return Index(folder, manifest, _map(folder, manifest, manifest.shards[mine.start : mine.stop]), first)
 
 
-def published(directory: Location, shares: int = 1) -> tuple[Location, Manifest]:
-    """Folder and manifest of the published version. Raises InputError as `load_index`."""
+def published(directory: Location, shares: int = 1, version: str | None = None) -> tuple[Location, Manifest]:
+    """Folder and manifest of the published version, or of the one of this name. Raises InputError as `load_index`."""
     current = directory / "CURRENT"
     try:
-        name = current.read_text().strip()
+        folder = directory / "versions" / (version or current.read_text().strip())
     except FileNotFoundError as err:
         cure = f"Run `latent index` with --output {directory}."
         raise InputError(f"no {current}; expected a published index. {cure}") from err
-    version = directory / "versions" / name
-    manifest = Manifest.load(version, "index")
-    manifest.verify(version)
+    manifest = Manifest.load(folder, "index")
+    manifest.verify(folder)
     if len(manifest.shards) < shares:
         raise InputError(
-            f"index {version} has {len(manifest.shards)} part{'s'[: len(manifest.shards) != 1]}, expected at least "
+            f"index {folder} has {len(manifest.shards)} part{'s'[: len(manifest.shards) != 1]}, expected at least "
             f"{shares} to divide it by; divide it by fewer"
         )
-    return version, manifest
+    return folder, manifest
 
 
 def _map(version: Location, manifest: Manifest, shards: Sequence[Shard]) -> Any:
@@ -380,7 +377,7 @@ def measure_recall(
     num_queries: int = 256,
     k: int = 16,
     parts: int = 1,
-    each: Callable[[Part, range], Iterable[Any]] = map,
+    each: Each = map,
 ) -> dict[str, Any]:
     """Recall: the share of the true k nearest vectors that a search finds, averaged over a sample of queries.
 

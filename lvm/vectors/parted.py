@@ -27,6 +27,19 @@ class Parted:
             raise ValueError("several parts cannot be one array without a copy")
         return np.concatenate(self.parts, dtype=dtype or self.dtype)
 
+    def searchsorted(self, values: Any, side: Any = "left", sorter: None = None) -> NDArray[np.int64]:
+        """As of an ascending array: where `values` belong. `numpy.searchsorted` calls it."""
+        given = np.asarray(values)
+        full = [number for number, part in enumerate(self.parts) if len(part)]
+        numbers = np.searchsorted([self.parts[number][-1] for number in full], given.reshape(-1), side)
+        places = [
+            self._start(full[i]) + int(np.searchsorted(self.parts[full[i]], value, side))
+            if i < len(full)
+            else len(self)
+            for i, value in zip(numbers, given.reshape(-1), strict=True)
+        ]
+        return np.array(places, np.int64).reshape(given.shape)
+
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
             low, high, step = key.indices(len(self))
@@ -36,6 +49,8 @@ class Parted:
                 return self.parts[number][start : start + high - low]
             return self._gather(np.arange(low, high, step))
         rows = np.asarray(key)
+        if isinstance(key, tuple) or (rows.size and rows.dtype.kind not in "iub"):
+            raise IndexError(f"expected rows (an integer, a slice, integers or a mask), got {key!r}")
         if rows.dtype == bool:
             if rows.shape != self.shape[:1]:
                 raise IndexError(f"a mask of shape {rows.shape} does not fit {len(self)} rows")

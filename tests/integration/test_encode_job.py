@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -577,3 +578,20 @@ def test_a_refusal_of_a_worker_is_one_line_and_an_exit_code(ray_cluster: str, tm
     assert "error: chunk shard" in stderr.splitlines()[-1]
     assert "part-00000.parquet has SHA-256" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
+
+
+def fails_at_one(folder: Path, number: int) -> int:
+    if number == 1:
+        raise OSError(28, "No space left on device")
+    time.sleep(0 if number == 0 else 30)
+    (folder / str(number)).touch()
+    return number
+
+
+def test_after_an_error_no_task_runs_on_and_its_reason_is_kept(ray_cluster: str, tmp_path: Path) -> None:
+    begun = time.perf_counter()
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device$") as caught:
+        list(in_tasks(None, partial(fails_at_one, tmp_path), range(6), num_cpus=1))
+    assert caught.value.errno == 28
+    assert time.perf_counter() - begun < 25
+    assert [p.name for p in tmp_path.iterdir()] == ["0"]

@@ -138,6 +138,9 @@ def run_to_its_end(command: list[str], output: Path) -> None:
     assert summary["rows"] == 4
     assert set(summary["states"]) <= {"finished", "stopped early"}
     assert len(list((output / "tune").glob("*/*-amn"))) == 4
+    # The record is of the best trial as it ended, not as an earlier run left it.
+    record = load_record(output / "models", read_aliases(output / "models")["amn"])
+    assert record.metrics["val_cosine"] == summary["best"]["val_cosine"]
 
 
 def test_out_of_hours_and_run_again_it_does_what_is_missing(vectors: Path, tmp_path: Path) -> None:

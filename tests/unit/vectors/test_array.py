@@ -105,6 +105,23 @@ def test_parts_are_read_as_one_array(in_parts: tuple[VectorArray, VectorArray]) 
     np.testing.assert_array_equal(again.vectors[5:90], one.vectors[5:90])
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_shards_without_rows_are_read_over(three_shards: Path, reverse: bool) -> None:
+    manifest, expected = Manifest.load(three_shards), open_vectors(three_shards)
+    nothing = read_table(three_shards / "part-00000.parquet").slice(0, 0)
+    empty = [write_table(three_shards / f"part-0000{n}.parquet", nothing) for n in (3, 4)]
+    order = manifest.shards[::-1] if reverse else manifest.shards
+    for shards in ((*order, *empty), (*empty, *order)):
+        made = dataclasses.replace(manifest, shards=shards, inputs={"empty": shards[0].file})
+        for part_rows in (1000, 33, 32, 1):
+            shutil.rmtree(three_shards / "_array")
+            assert write_array(three_shards, made, part_rows)
+            made.save(three_shards)
+            array = open_vectors(three_shards)
+            np.testing.assert_array_equal(array.vectors, expected.vectors)
+            np.testing.assert_array_equal(array.neighbour_cosines, expected.neighbour_cosines)
+
+
 def test_windows_over_parts_are_those_over_one_array(in_parts: tuple[VectorArray, VectorArray]) -> None:
     one, parts = (make_windows(array, WindowSettings(context=3, min_tokens=1)) for array in in_parts)
     np.testing.assert_array_equal(parts.starts, one.starts)
@@ -132,6 +149,13 @@ def test_what_is_wrong_across_parts_is_refused(three_shards: Path) -> None:
         wrong = dataclasses.replace(manifest, shards=(*manifest.shards[:2], shard), inputs={"wrong": name})
         with pytest.raises(InputError, match=reason):
             write_array(folder, wrong, part_rows=40)
+    # Ids of another width in the same part change nothing.
+    wide = [elsewhere.column("chunk_id")[3].as_py(), *(f"{i:040d}" for i in range(1, table.num_rows))]
+    shard = write_table(folder / "part-00002.parquet", column(table, "chunk_id", wide))
+    wrong = dataclasses.replace(manifest, shards=(*manifest.shards[:2], shard), inputs={"wrong": "wide"})
+    for part_rows in (1000, 40):
+        with pytest.raises(InputError, match="comes 2 times"):
+            write_array(folder, wrong, part_rows)
     (left,) = [p for p in (folder / "_array").iterdir()]
     assert left.name.startswith(manifest.fingerprint)
 

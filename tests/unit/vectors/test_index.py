@@ -10,12 +10,11 @@ import pytest
 
 from lvm.errors import IdentityError, InputError
 from lvm.vectors import index as index_module
-from lvm.vectors.array import VectorArray, open_vectors
+from lvm.vectors.array import Part, VectorArray, open_vectors
 from lvm.vectors.index import (
     DividedIndex,
     Index,
     IndexSettings,
-    Part,
     build_index,
     find_index,
     load_index,

@@ -46,7 +46,15 @@ def test_it_is_an_array_where_one_is_asked_for() -> None:
     assert (wide.dtype, wide[[0, 2]].tolist()) == (np.dtype("<U4"), ["a", "defg"])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_sorted_one_is_searched_without_a_copy(side: Any) -> None:
+    parts = [np.array(p, np.int32) for p in ([1, 1, 4], [], [4, 4], [4, 9, 9], [12])]
+    for values in (range(14), 4, [[0, 20]]):
+        found = np.searchsorted(Parted(parts), values, side)  # type: ignore[call-overload]
+        np.testing.assert_array_equal(found, np.searchsorted(np.concatenate(parts), values, side))
+
+
 def test_rows_that_are_not_there_are_refused() -> None:
-    for key in (21, -22, [3, 21], np.ones(20, bool)):
+    for key in (21, -22, [3, 21], np.ones(20, bool), (1, 0), 1.5):
         with pytest.raises(IndexError):
             Parted(PARTS)[key]
