@@ -365,7 +365,7 @@ def in_tasks(address: str | None, part: "Part", numbers: range, num_cpus: int = 
             yield get(running.pop(0))
     finally:
         for left in running:
-            ray.cancel(left)
+            ray.cancel(left, force=True)
         if running:
             ray.wait(running, num_returns=len(running), timeout=60)
 
