@@ -192,25 +192,29 @@ def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) ->
 
     this = runs[config["trial"]["number"]]
     torch.set_num_threads(threads)
-    best = -1.0
+    best = start = -1.0
 
     def keep(folder: Path | None, row: dict[str, Any]) -> None:
-        nonlocal best
+        nonlocal best, start
         best = max(best, row["val_cosine"])
+        if row["epoch"] == 0:
+            start = row["val_cosine"]
         shown = {k: row[k] for k in ("epoch", "val_cosine", "val_loss", "seconds")}
         tune.report(
-            {**shown, "best_val_cosine": best}, checkpoint=tune.Checkpoint.from_directory(str(folder))
+            {**shown, "best_val_cosine": best, "gain": best - start},
+            checkpoint=tune.Checkpoint.from_directory(str(folder)),
         )
 
     checkpoint = tune.get_checkpoint()
 
     def work() -> dict[str, Any]:
-        nonlocal best
+        nonlocal best, start
         with ExitStack() as opened:
             folder = None if checkpoint is None else Path(opened.enter_context(checkpoint.as_directory()))
             if folder is not None:
                 progress = json.loads((folder / "progress.json").read_text())
                 best = max(row["val_cosine"] for row in progress["curve"])
+                start = progress["curve"][0]["val_cosine"]
             curves = Path(tune.get_context().get_trial_dir()) / "curves"
             try:
                 train_run(this, folder, keep, lambda _: None, curves)
@@ -499,6 +503,7 @@ def sweep(
     record = {
         "sweep": identity,
         "settings": asdict(settings),
+        "improved": sum((r.metrics or {}).get("gain", 0.0) > 0 for r in results),
         "complete": not any(r["state"] == "out of time" for r in rows),
         "vectors": array.fingerprint,
         "best": {m: {**t, "sizes": json.loads(t["sizes"])} for m, t in best_of_each(rows).items()},
@@ -533,6 +538,9 @@ def write_results(
         "early stopping": f"ASHA, from epoch {GRACE_EPOCHS}, one in {REDUCTION} continues",
         "vectors": f"{manifest.rows:,} of {manifest.source or 'a source not stated'}, {manifest.identity}",
     }
+    lines["trials that training improved"] = (
+        f"{record['improved']} of {len(rows)}, over the model they started from"
+    )
     if record["ensemble"]:
         made = record["ensemble"]
         lines["ensemble"] = (
@@ -610,6 +618,11 @@ def main(
         echo(f"sweep: unfinished trials: {missing} of {len(rows)}; the same command resumes them")
     intervals = {int(n): Interval(**i) for n, i in record["intervals"].items()}
     print(as_text(leaderboard(rows, intervals)))
+    if not record["improved"]:
+        echo(
+            "sweep: no epoch of any trial was better than the closed-form start, so learning rates and objectives were "
+            "not compared; give --windows-per-epoch or --epochs more"
+        )
     best = scored(rows)[0]
     finish(
         "sweep",
@@ -618,6 +631,7 @@ def main(
         paths=[str(output / n) for n in ("trials.parquet", "trials.csv", "sweep.html", "sweep.json")],
         up_to_date=up_to_date,
         complete=record["complete"],
+        improved=record["improved"],
         states={s: sum(r["state"] == s for r in rows) for s in sorted({r["state"] for r in rows})},
         best={"model": best["model"], "val_cosine": best["val_cosine"]},
         ensemble=record["ensemble"],

@@ -118,6 +118,18 @@ def test_a_context_longer_than_the_articles_is_said_before_any_trial(vectors: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_it_counts_the_trials_that_training_improved(
+    swept: tuple[Path, list[Trial], dict[str, Any]],
+) -> None:
+    gained = 0
+    for file in swept[0].glob("tune/*/*/result.json"):
+        curve = [json.loads(line) for line in file.read_text().splitlines()]
+        curve = [row["val_cosine"] for row in curve if "val_loss" in row]
+        gained += max(curve) > curve[0]
+    assert swept[2]["improved"] == gained
+    assert "trials that training improved" in (swept[0] / "sweep.html").read_text()
+
+
 def four_trials(vectors: Path, output: Path) -> list[str]:
     options = ["--trials", "4", "--model", "amn", "--contexts", "2", "--epochs", "3"]
     return [sys.executable, "-m", "jobs.sweep", "--vectors", str(vectors), "--output", str(output), *options]
