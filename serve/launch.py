@@ -195,8 +195,11 @@ def parse(record: dict[str, Any]) -> ServeArgs:
     except ValidationError as err:
         first = err.errors()[0]
         name = ".".join(map(str, first["loc"]))
+        said = first["msg"].removeprefix("Value error, ")
+        if not name:  # of several settings together
+            raise InputError(f"settings: {said}; serve/settings.py lists all") from err
         raise InputError(
-            f"setting {name}: {first['msg']}, got {first['input']!r}; serve/settings.py lists all"
+            f"setting {name}: {said}, got {first['input']!r}; serve/settings.py lists all"
         ) from err
 
 

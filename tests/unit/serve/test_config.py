@@ -135,3 +135,11 @@ def test_a_port_is_kept_for_the_proxy_alone_and_a_taken_one_refused() -> None:
                 proxy.accept()[0].close()
             with pytest.raises(InputError, match=f"port {port} .*choose another --port"):
                 claim("127.0.0.1", port)
+
+
+def test_settings_that_do_not_fit_each_other_are_named_without_all_the_others() -> None:
+    given = {"run": "somewhere", "searchers": 2, "inline": ["retriever"]}
+    with pytest.raises(
+        InputError, match=r"^settings: searchers need a run .* leave retriever out of inline; serve/"
+    ):
+        parse(given)
