@@ -377,10 +377,13 @@ def _lay_out(
         raise InputError(f"{directory} holds no shard, expected one or more; run `latent chunk` on some text")
     spans = _spans(manifest.shards, part_rows)
     parts: list[_Part] = []
-    hashes = np.empty(manifest.rows, np.uint64)
+    hashes = np.empty(manifest.rows if len(spans) > 1 else 0, np.uint64)
     for made in each(partial(_write_part, directory, manifest, target, spans), range(len(spans))):
-        start = _rows_of(manifest, spans[len(parts)]).start
-        hashes[start : start + len(made.hashes)] = made.hashes
+        if len(spans) == 1:
+            hashes = made.hashes  # not a second time in memory
+        else:
+            start = _rows_of(manifest, spans[len(parts)]).start
+            hashes[start : start + len(made.hashes)] = made.hashes
         parts.append(replace(made, hashes=made.hashes[:0]))
     files = [f for part in parts for f in part.files]
     if len({part.dtype for part in parts}) > 1:
