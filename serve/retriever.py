@@ -88,9 +88,7 @@ class CorpusChunk:
 class _Corpus:
     """The corpus of one release."""
 
-    def __init__(
-        self, release: Release, searchers: Sequence[DeploymentHandle] = (), timeout_s: float = 30.0
-    ) -> None:
+    def __init__(self, release: Release, searchers: Sequence[DeploymentHandle], timeout_s: float) -> None:
         """searchers: deployments that search the index; without any, it is searched here."""
         self.identity = require_run(release.run).identity
         with once_a_node(release.run) as folder:

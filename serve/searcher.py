@@ -37,9 +37,9 @@ class Searcher:
         self._held = Held(load)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="search")
 
-    async def load(self, run: str, version: str) -> int:
-        """Load a version of a run's index, beside the one before; returns the number of vectors in this share."""
-        return len(await self._held.get((run, version)))
+    async def load(self, run: str, version: str) -> None:
+        """Load a version of a run's index, beside the one before."""
+        await self._held.get((run, version))
 
     async def search(
         self, run: str, version: str, queries: NDArray[np.float32], k: int, probes: int | None

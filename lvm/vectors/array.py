@@ -41,7 +41,7 @@ from lvm.storage import (
     publish_folder,
     remove_tree,
     temporary_name,
-    upload,
+    upload_folder,
 )
 from lvm.vectors.parted import Parted
 from lvm.vectors.shards import (
@@ -279,11 +279,9 @@ def _map(directory: Location, manifest: Manifest, files: dict[str, Path]) -> Vec
                 files[_file(name, 0, parts)], "and the files of other parts differ in shape or type"
             )
         arrays[name] = _joined(mapped)
-        last = files[_file(name, parts - 1, parts)]
         if len(arrays[name]) != manifest.rows:
-            raise _unusable(
-                last, f"has {len(arrays[name])} rows, expected {manifest.rows} as its manifest says"
-            )
+            last, rows = files[_file(name, parts - 1, parts)], len(arrays[name])
+            raise _unusable(last, f"has {rows} rows, expected {manifest.rows} as its manifest says")
     shape, expected = arrays["vectors"].shape, (manifest.rows, manifest.identity.dim)
     if shape != expected:
         path = files[_file("vectors", 0, parts)]
@@ -332,9 +330,9 @@ def write_array(
         return False
     try:
         with ExitStack() as stack:
-            on_disk = isinstance(folder, Path)
-            # On object storage parts are uploaded where they stay, as other nodes write them.
-            target = stack.enter_context(new_folder(folder)) if on_disk else folder
+            target = folder  # on object storage, where other nodes write parts and files appear whole
+            if isinstance(folder, Path):
+                target = stack.enter_context(new_folder(folder))
             written = _lay_out(directory, manifest, target, part_rows, each)
             write_json(target / "array.json", [asdict(f) for f in written])
             if isinstance(target, Path):
@@ -377,13 +375,13 @@ def _lay_out(
         raise InputError(f"{directory} holds no shard, expected one or more; run `latent chunk` on some text")
     spans = _spans(manifest.shards, part_rows)
     parts: list[_Part] = []
-    hashes = np.empty(manifest.rows if len(spans) > 1 else 0, np.uint64)
+    hashes, row = np.empty(manifest.rows if len(spans) > 1 else 0, np.uint64), 0
     for made in each(partial(_write_part, directory, manifest, target, spans), range(len(spans))):
         if len(spans) == 1:
             hashes = made.hashes  # not a second time in memory
         else:
-            start = _rows_of(manifest, spans[len(parts)]).start
-            hashes[start : start + len(made.hashes)] = made.hashes
+            hashes[row : row + len(made.hashes)] = made.hashes
+        row += len(made.hashes)
         parts.append(replace(made, hashes=made.hashes[:0]))
     files = [f for part in parts for f in part.files]
     if len({part.dtype for part in parts}) > 1:
@@ -452,15 +450,15 @@ def _write_part(
         vectors, doc_ids, positions = (
             _mapped_array(paths[name]) for name in ("vectors", "doc_ids", "positions")
         )
-        following = [s for s in manifest.shards[spans[number].stop :] if s.rows][:1]
-        after = [_read_columns(manifest, directory / s.file)["vectors"][:1] for s in following]
+        following = next((s for s in manifest.shards[spans[number].stop :] if s.rows), None)
+        after = (
+            [] if following is None else [_read_columns(manifest, directory / following.file)["vectors"][:1]]
+        )
         near = _neighbour_cosines(_joined([vectors, *after]), range(len(rows)))
         _save(paths["neighbour_cosines"], (len(rows),), np.float32, near)
         files = [_listed(path, len(rows)) for path in paths.values()]
         if not isinstance(target, Path):
-            for path in paths.values():
-                with path.open("rb") as file:
-                    upload(file, target / path.name)
+            upload_folder(folder, target, last=files[-1].file)
     ends = _places(doc_ids[[0, -1]], positions[[0, -1]]).tolist() if len(rows) else (-1, -1)
     return _Part(files, hashes, str(vectors.dtype), _ascending(doc_ids, positions), *ends)
 

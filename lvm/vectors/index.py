@@ -98,6 +98,10 @@ class IndexSettings:
         return probes * max(1, self.num_lists(num_vectors) // SETTLED_LISTS)
 
 
+Nearest = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Scores (B, k) and rows (B, k), best first."""
+
+
 @dataclass(frozen=True)
 class Index:
     """One published version, ready to search."""
@@ -129,9 +133,7 @@ class Index:
                 f"{array.fingerprint}; run `latent index` again"
             )
 
-    def search(
-        self, queries: NDArray[Any], k: int, probes: int | None = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(self, queries: NDArray[Any], k: int, probes: int | None = None) -> Nearest:
         """Inner products (B, k) float32, best first, and their rows (B, k) int64 in the array.
 
         queries: (B, D) float; for unit vectors the scores are cosines. probes: lists to search; more find more and
@@ -183,9 +185,7 @@ class Index:
     def _coded(self) -> bool:
         return bool(self.manifest.settings.get("candidates"))
 
-    def _search(
-        self, queries: NDArray[np.float32], k: int, probes: int | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: NDArray[np.float32], k: int, probes: int | None) -> Nearest:
         lists = self._num_lists
         scores, rows = self._probe(queries, k, min(probes or int(self.manifest.settings["probes"]), lists))
         short = np.flatnonzero(rows[:, -1] < 0)
@@ -193,9 +193,7 @@ class Index:
             scores[short], rows[short] = self._probe(queries[short], k, lists)
         return scores, np.where(rows < 0, rows, rows + self.first)
 
-    def _probe(
-        self, queries: NDArray[np.float32], k: int, probes: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _probe(self, queries: NDArray[np.float32], k: int, probes: int) -> Nearest:
         # As arguments, not as state of the index: threads share it.
         params: Any = None
         if self._num_lists:
@@ -206,10 +204,6 @@ class Index:
             )
         scores, rows = self.store.search(queries, k, params=params)
         return scores, rows
-
-
-Nearest = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Scores (B, k) and rows (B, k), best first."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +217,7 @@ class DividedIndex(Index):
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def _search(
-        self, queries: NDArray[np.float32], k: int, probes: int | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: NDArray[np.float32], k: int, probes: int | None) -> Nearest:
         scores, rows = (
             np.concatenate(found, axis=1) for found in zip(*self.searchers(queries, k, probes), strict=True)
         )
@@ -406,7 +398,7 @@ def measure_recall(
 
 def _nearest_in_part(
     array: VectorArray, queries: NDArray[np.float32], k: int, parts: int, number: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+) -> Nearest:
     """Cosines and rows, (Q, k) each, of the nearest vectors in a part, by comparing all; -inf and -1 beyond its end."""
     scores = np.full((len(queries), k), -np.inf, np.float32)
     rows = np.full((len(queries), k), -1, np.int64)

@@ -120,9 +120,8 @@ def test_shares_of_the_parts_find_what_the_whole_index_finds(
     queries = large_array.vectors[::250].astype(np.float32)
     for found, wanted in zip(divided.search(queries, 9), three.search(queries, 9), strict=True):
         np.testing.assert_array_equal(found, wanted)
-    scores, rows = divided.search(
-        queries, 2000
-    )  # more than the smaller share has, which then searches all its lists
+    # More than the smaller share has, which then searches all its lists.
+    scores, rows = divided.search(queries, 2000)
     assert (scores >= three.search(queries, 2000)[0] - 1e-6).all()
     assert all(len(set(r)) == 2000 for r in rows.tolist())
     with pytest.raises(InputError, match="k must be between 1 and the 5000"):
