@@ -36,6 +36,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 import typer
+from safetensors.torch import load_file
 
 from jobs._ray import (
     GPUS_HELP,
@@ -55,8 +56,11 @@ from jobs._ray import (
 )
 from jobs._training import for_ray, plan_resources, publish_run, runs_at_once
 from lvm.corpus.coherence import Coherence
+from lvm.devices import pick_device
 from lvm.errors import InputError, OutputError, TrainingError
-from lvm.evaluate.metrics import Interval, clustered_interval, cosines
+from lvm.evaluate.controls import as_written
+from lvm.evaluate.metrics import Float32Array, Interval, clustered_interval, cosines, summarise_ranks
+from lvm.evaluate.scoring import score_in_article
 from lvm.evaluate.sweep import Trial, best_of_each, html_page, leaderboard, scored
 from lvm.evaluate.table import as_text
 from lvm.models import ENSEMBLE, MODELS, SPACES, require_known
@@ -64,12 +68,12 @@ from lvm.predict.ensemble import make_ensemble
 from lvm.predict.fitting import TrainingData, check_sequential
 from lvm.predict.losses import LossSettings
 from lvm.predict.record import METRICS, find_record, load_record, read_aliases, read_json, set_alias
-from lvm.predict.runs import Outcome, TrainRun, train_run, windows_of
+from lvm.predict.runs import BEST, WEIGHTS, Outcome, TrainRun, train_run, windows_of
 from lvm.predict.training import OWN_RECIPES, Progress, Recipe, recipe_named
 from lvm.storage import Location, RemotePath
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.artefact import finished_result
-from lvm.vectors.sequences import WindowSettings
+from lvm.vectors.sequences import Windows, WindowSettings
 from lvm.vectors.shards import Manifest, fingerprint, write_bytes, write_json
 
 SWEEP_VERSION = 1
@@ -100,6 +104,8 @@ SCHEMA = pa.schema(
         ("sizes", pa.string()),
         ("parameters", pa.int64()),
         ("val_cosine", pa.float64()),
+        ("gain", pa.float64()),
+        ("val_mrr", pa.float64()),
         ("epochs", pa.int32()),
         ("seconds", pa.float64()),
         ("state", pa.string()),
@@ -193,28 +199,31 @@ def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) ->
     this = runs[config["trial"]["number"]]
     torch.set_num_threads(threads)
     best = start = -1.0
+    mrr: float | None = None
 
     def keep(folder: Path | None, row: dict[str, Any]) -> None:
-        nonlocal best, start
-        best = max(best, row["val_cosine"])
+        nonlocal best, start, mrr
+        assert folder is not None  # None in all but the first of several workers
         if row["epoch"] == 0:
             start = row["val_cosine"]
+        if row["val_cosine"] > best:
+            best, mrr = row["val_cosine"], mrr_of(this, folder)
         shown = {k: row[k] for k in ("epoch", "val_cosine", "val_loss", "seconds")}
         tune.report(
-            {**shown, "best_val_cosine": best, "gain": best - start},
+            {**shown, "best_val_cosine": best, "gain": best - start, "val_mrr": mrr},
             checkpoint=tune.Checkpoint.from_directory(str(folder)),
         )
 
     checkpoint = tune.get_checkpoint()
 
     def work() -> dict[str, Any]:
-        nonlocal best, start
+        nonlocal best, start, mrr
         with ExitStack() as opened:
             folder = None if checkpoint is None else Path(opened.enter_context(checkpoint.as_directory()))
             if folder is not None:
                 progress = json.loads((folder / "progress.json").read_text())
                 best = max(row["val_cosine"] for row in progress["curve"])
-                start = progress["curve"][0]["val_cosine"]
+                start, mrr = progress["curve"][0]["val_cosine"], mrr_of(this, folder)
             curves = Path(tune.get_context().get_trial_dir()) / "curves"
             try:
                 train_run(this, folder, keep, lambda _: None, curves)
@@ -225,6 +234,27 @@ def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) ->
     outcome = guarded(work, epoch=0, val_cosine=-1.0)
     if outcome["refusal"]:
         tune.report(outcome)
+
+
+def mrr_of(this: TrainRun, checkpoint: Path) -> float | None:
+    """Mean reciprocal rank in its article of a checkpoint's best epoch, on the validation windows."""
+    device, model = pick_device(), this.build()
+    model.load_state_dict(load_file(checkpoint / (BEST if (checkpoint / BEST).exists() else WEIGHTS)))
+    model.to(device).eval()
+
+    def predict(contexts: Float32Array) -> Float32Array:
+        with torch.inference_mode():
+            return model(torch.from_numpy(contexts).to(device)).float().cpu().numpy()  # type: ignore[no-any-return]
+
+    val = val_windows(this)
+    return summarise_ranks(score_in_article(predict, None, val.array, as_written(val)).in_article)["mrr"]
+
+
+def val_windows(this: TrainRun) -> Windows:
+    """The validation windows of a run's epochs."""
+    val = windows_of(this)["val"]
+    rows = np.linspace(0, len(val) - 1, min(this.recipe.max_val_windows, len(val))).astype(np.int64)
+    return val.subset(rows)
 
 
 # ------------------------------------------------------------------------------------------- on the driver
@@ -390,6 +420,8 @@ def rows_of(
                 **{**trial, "sizes": json.dumps(trial["sizes"])},
                 parameters=parameters,
                 val_cosine=None if note else cosine,
+                gain=None if note else metrics.get("gain"),
+                val_mrr=None if note else metrics.get("val_mrr"),
                 epochs=done,
                 seconds=float(metrics.get("seconds", 0.0)),
                 state=state,
@@ -433,9 +465,7 @@ def publish_best(
 
 def interval_of(folder: Location, this: TrainRun) -> Interval:
     """Val cosine of a record on its run's validation windows, with an interval clustered by article."""
-    val = windows_of(this)["val"]
-    rows = np.linspace(0, len(val) - 1, min(this.recipe.max_val_windows, len(val))).astype(np.int64)
-    val = val.subset(rows)
+    val = val_windows(this)
     model = load_record(folder.parent, folder.name).model
     values = []
     with torch.inference_mode():
@@ -503,7 +533,7 @@ def sweep(
     record = {
         "sweep": identity,
         "settings": asdict(settings),
-        "improved": sum((r.metrics or {}).get("gain", 0.0) > 0 for r in results),
+        "improved": sum((r["gain"] or 0.0) > 0 for r in rows),
         "complete": not any(r["state"] == "out of time" for r in rows),
         "vectors": array.fingerprint,
         "best": {m: {**t, "sizes": json.loads(t["sizes"])} for m, t in best_of_each(rows).items()},
@@ -555,8 +585,9 @@ def write_results(
 def read_trials(output: Location) -> list[Trial]:
     """The rows of a sweep's table."""
     with (output / "trials.parquet").open("rb") as file:
-        rows: list[Trial] = pa.parquet.read_table(pa.BufferReader(file.read())).to_pylist()
-    return rows
+        table = pa.parquet.read_table(pa.BufferReader(file.read()))
+    # Older tables lack some columns.
+    return [{name: row.get(name) for name in SCHEMA.names} for row in table.to_pylist()]  # type: ignore[misc]
 
 
 def discard_checkpoints(folder: Location) -> None:

@@ -29,6 +29,10 @@ class Trial(TypedDict):
     parameters: int | None
     val_cosine: float | None
     """Of the best epoch."""
+    gain: float | None
+    """How much higher it is than that of the model it started from."""
+    val_mrr: float | None
+    """Mean reciprocal rank in the article, of the same epoch."""
     epochs: int
     seconds: float
     state: str
@@ -73,6 +77,8 @@ def leaderboard(trials: Sequence[Trial], intervals: Mapping[int, Interval]) -> T
         "architecture": lambda t: t["model"],
         "val cosine": lambda t: f"{t['val_cosine']:.4f}",
         "95 % interval": interval,
+        "gain": lambda t: _known(t["gain"], "+.4f"),
+        "MRR": lambda t: _known(t["val_mrr"], ".4f"),
         "median trial": lambda t: f"{np.median(values[t['model']]):.4f}",
         "trials": lambda t: str(len(values[t["model"]])),
         **_SETTINGS,
@@ -81,36 +87,56 @@ def leaderboard(trials: Sequence[Trial], intervals: Mapping[int, Interval]) -> T
     }
     note = (
         "Val cosine: mean over the same validation targets for every trial, at its best epoch; the interval "
-        "resamples articles. The best of many trials is biased upwards: compare it with the test articles, which no "
-        "trial has seen."
+        "resamples articles. Gain: over the model that the trial started from. MRR: mean reciprocal rank of the next "
+        "chunk in its article, by the predicted vector itself; no trial has a rank head. The best of many trials is "
+        "biased upwards: compare it with the test articles, which no trial has seen."
     )
     every = frozenset(range(len(best)))
     return table_of_columns("Architectures by their best trial", list(best.values()), columns, note, every)
 
 
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
 def compare(trials: Sequence[Trial], key: str, name: str) -> Table:
-    """Effect of one setting: mean difference of the val cosine to the architecture's mean, with its normal 95 %
-    interval over trials."""
-    rows = scored(trials)
-    by_model: dict[str, list[float]] = {}
-    for trial in rows:
-        by_model.setdefault(trial["model"], []).append(trial["val_cosine"] or 0.0)
-    means = {model: float(np.mean(values)) for model, values in by_model.items()}
-    by_value: dict[Any, list[float]] = {}
-    for trial in rows:
-        row: Mapping[str, Any] = trial
-        by_value.setdefault(row[key], []).append((trial["val_cosine"] or 0.0) - means[trial["model"]])
+    """Effect of one setting: mean differences of the val cosine and the MRR to the architecture's means, with normal
+    95 % intervals over trials. Learning rates are compared by thirds of the trials."""
+    rows: Sequence[Mapping[str, Any]] = scored(trials)
+    cuts = np.quantile([row[key] for row in rows], (1 / 3, 2 / 3)) if key == "learning_rate" else ()
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row[key]):
+        groups.setdefault(int(np.searchsorted(cuts, row[key])) if len(cuts) else row[key], []).append(row)
+    columns = [_differences(rows, list(groups.values()), measure) for measure in ("val_cosine", "val_mrr")]
     cells = []
-    for value, differences in sorted(by_value.items()):
-        mean, count = float(np.mean(differences)), len(differences)
-        spread = 1.96 * float(np.std(differences, ddof=1)) / count**0.5 if count > 1 else float("nan")
-        cells.append((f"{value:g}", str(count), f"{mean:+.4f}", f"±{spread:.4f}" if count > 1 else ""))
+    for number, own in enumerate(groups.values()):
+        first, last = (f"{own[at][key]:.2g}" for at in (0, -1))
+        label = first if first == last else f"{first} to {last}"
+        cells.append((label, str(len(own)), *(column[number] for column in columns)))
     return Table(
         f"By {name}",
-        (name, "trials", "difference to the architecture's mean", "95 %"),
+        (name, "trials", "val cosine", "MRR"),
         tuple(cells),
-        "Includes trials stopped early, so a setting that converges slowly looks worse than it is.",
+        "Mean difference to the architecture's mean, ± 95 %. Includes trials stopped early, so a setting that "
+        "converges slowly looks worse than it is; a trial that does not gain has the score of its start.",
     )
+
+
+def _differences(
+    rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Mapping[str, Any]]], measure: str
+) -> list[str]:
+    """For each group, the mean of the measure less the architecture's mean, with its interval; "" if not measured."""
+    by_model: dict[str, list[float]] = {}
+    for row in rows:
+        if row[measure] is not None:
+            by_model.setdefault(row["model"], []).append(row[measure])
+    means = {model: float(np.mean(values)) for model, values in by_model.items()}
+    cells = []
+    for own in groups:
+        found = [row[measure] - means[row["model"]] for row in own if row[measure] is not None]
+        spread = f" ± {1.96 * np.std(found, ddof=1) / len(found) ** 0.5:.4f}" if len(found) > 1 else ""
+        cells.append(f"{np.mean(found):+.4f}{spread}" if found else "")
+    return cells
 
 
 # --------------------------------------------------------------------------------------------------- plots
@@ -155,6 +181,7 @@ def plot_parallel(trials: Sequence[Trial]) -> str:
         ("InfoNCE share", [t["info_nce_share"] for t in rows], []),
         ("log10 parameters", [float(np.log10(t["parameters"] or 1)) for t in rows], []),
         ("val cosine", [float(t["val_cosine"] or 0.0) for t in rows], []),
+        ("MRR", [float(t["val_mrr"] or 0.0) for t in rows], []),
     ]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(9.6, 4.4), layout="constrained")
@@ -243,6 +270,7 @@ def html_page(
             section(table.title, table_of(table))
             for table in (
                 compare(trials, "context", "context"),
+                compare(trials, "learning_rate", "learning rate"),
                 compare(trials, "info_nce_share", "InfoNCE share"),
                 *([_failures(failed)] if failed else []),
                 _all(trials),
@@ -271,6 +299,8 @@ def _all(trials: Sequence[Trial]) -> Table:
         "trial": lambda t: str(t["number"]),
         "architecture": lambda t: t["model"],
         "val cosine": lambda t: f"{t['val_cosine']:.4f}",
+        "gain": lambda t: _known(t["gain"], "+.4f"),
+        "MRR": lambda t: _known(t["val_mrr"], ".4f"),
         **_SETTINGS,
         "parameters": lambda t: f"{t['parameters'] or 0:,}",
         "epochs": lambda t: str(t["epochs"]),

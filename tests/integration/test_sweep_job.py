@@ -13,10 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jobs.sweep import SweepSettings, draw_trials, read_trials, sweep
+from jobs.sweep import SweepSettings, draw_trials, read_trials, run_of, sweep, val_windows
 from lvm.errors import InputError, OutputError
+from lvm.evaluate.controls import as_written
+from lvm.evaluate.metrics import summarise_ranks
+from lvm.evaluate.scoring import score_in_article
 from lvm.evaluate.sweep import Trial
+from lvm.predict.predictor import TrainedPredictor
 from lvm.predict.record import load_record, read_aliases
+from lvm.vectors.array import open_vectors
 from tests.doubles import fake_articles, write_vectors
 from tests.integration.conftest import CHECKOUT
 
@@ -63,7 +68,7 @@ def test_every_trial_has_a_row(swept: tuple[Path, list[Trial], dict[str, Any]]) 
 
 
 def test_the_best_trials_are_records_of_what_was_reported(
-    swept: tuple[Path, list[Trial], dict[str, Any]],
+    swept: tuple[Path, list[Trial], dict[str, Any]], vectors: Path
 ) -> None:
     output, _, record = swept
     aliases = read_aliases(output / "models")
@@ -72,6 +77,12 @@ def test_the_best_trials_are_records_of_what_was_reported(
         made = load_record(output / "models", name)
         assert made.metrics["val_cosine"] == pytest.approx(best["val_cosine"], abs=1e-6)
         assert made.context == best["context"]
+        val = val_windows(run_of(best, SETTINGS, open_vectors(vectors)))
+        scores = score_in_article(TrainedPredictor(made), None, val.array, as_written(val))
+        assert best["val_mrr"] == pytest.approx(summarise_ranks(scores.in_article)["mrr"], abs=0.02)
+        assert best["gain"] == pytest.approx(
+            best["val_cosine"] - made.metrics["curve"][0]["val_cosine"], abs=1e-6
+        )
         assert {k: made.config["sizes"][k] for k in best["sizes"]} == best["sizes"]
         interval = record["intervals"][str(best["number"])]
         # The interval comes from the record's own weights, in float32; the trial may have scored in bfloat16.

@@ -31,6 +31,8 @@ def trial(number: int, model: str, cosine: float | None, **changes: Any) -> Tria
         "sizes": json.dumps({"width": 256}),
         "parameters": 1000 * (number + 1),
         "val_cosine": cosine,
+        "gain": None if cosine is None else 0.01,
+        "val_mrr": None if cosine is None else cosine / 2,
         "epochs": 3,
         "seconds": 10.0 + number,
         "state": "finished" if cosine is not None else "failed",
@@ -120,13 +122,30 @@ def test_the_leaderboard_has_each_architectures_best_trial_first() -> None:
     assert [(m, t["number"]) for m, t in best_of_each(TRIALS).items()] == [("gru", 2), ("s4", 1)]
     board = leaderboard(TRIALS, {2: Interval(0.4, 0.39, 0.41, 7)})
     first, second = board.rows
-    assert first[:7] == ("1", "gru", "0.4000", "[0.3900, 0.4100]", "0.3500", "2", "10")
-    assert second[:7] == ("2", "s4", "0.3500", "", "0.3000", "2", "10")
+    assert first[:9] == ("1", "gru", "0.4000", "[0.3900, 0.4100]", "+0.0100", "0.2000", "0.3500", "2", "10")
+    assert second[:9] == ("2", "s4", "0.3500", "", "+0.0100", "0.1750", "0.3000", "2", "10")
 
 
 def test_a_setting_is_compared_within_its_architecture() -> None:
     table = compare(TRIALS, "context", "context")
-    assert [(row[0], row[1], row[2]) for row in table.rows] == [("5", "2", "-0.0500"), ("10", "2", "+0.0500")]
+    assert table.rows == (
+        ("5", "2", "-0.0500 ± 0.0000", "-0.0250 ± 0.0000"),
+        ("10", "2", "+0.0500 ± 0.0000", "+0.0250 ± 0.0000"),
+    )
+
+
+def test_learning_rates_are_compared_by_thirds() -> None:
+    rates = (1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4)
+    trials = [trial(n, "gru", 0.3 + 0.01 * (n // 2), learning_rate=rate) for n, rate in enumerate(rates)]
+    trials[5]["val_mrr"] = None  # of a sweep before ranks were measured
+    rows = compare(trials, "learning_rate", "learning rate").rows
+    assert [row[:2] for row in rows] == [
+        ("0.0001 to 0.0002", "2"),
+        ("0.0003 to 0.0004", "2"),
+        ("0.0005 to 0.0006", "2"),
+    ]
+    assert [row[2][:7] for row in rows] == ["-0.0100", "+0.0000", "+0.0100"]
+    assert rows[2][3] == "+0.0060"
 
 
 def test_the_page_shows_every_trial_and_asks_nothing_of_a_network() -> None:
