@@ -1,5 +1,7 @@
-"""List a run's model records, or promote one: point an alias to it if its evaluation passed the gate.
+"""List a run's model records or the bundled ones, or promote one: point an alias to it if its evaluation passed the
+gate.
 
+    python -m jobs.models list
     python -m jobs.models list --run out/mine
     python -m jobs.models promote --run out/mine gru --alias best
 
@@ -22,6 +24,7 @@ from jobs._ray import PathOrUrl, echo, finish, path_option, run
 from lvm.errors import InputError
 from lvm.evaluate.evaluation import SCHEMA, gate_word
 from lvm.predict.record import CONFIG, METRICS, load_record, read_aliases, record_folders, resolve, set_alias
+from lvm.predict.predictor import SHIPPED
 from lvm.storage import Location, location
 
 PROMOTIONS = "promotions.jsonl"
@@ -76,10 +79,15 @@ def gate_of(evaluation: Location, folder: str) -> str:
     )
 
 
-def list_models(run_folder: RunFolder) -> None:
-    """List the records of a run, newest first."""
+def list_models(
+    run_folder: Annotated[
+        PathOrUrl | None, path_option("Folder of the run. Default: the models in the package.", "--run")
+    ] = None,
+) -> None:
+    """List the records of a run, or those in the package, newest first."""
     started = time.perf_counter()
-    rows = described(run_folder / "models")
+    models = SHIPPED if run_folder is None else run_folder / "models"
+    rows = described(models)
     table = Table("record", "alias", "parameters", "context", "rank head", "val cosine", "created", box=None)
     for row in rows:
         cosine = row["val_cosine"]
@@ -95,7 +103,7 @@ def list_models(run_folder: RunFolder) -> None:
     if rows:
         Console(stderr=True, width=max(120, Console(stderr=True).width)).print(table)
     else:
-        echo(f"{run_folder}/models has no model yet; run `latent train`")
+        echo(f"{models} has no model yet; run `latent train`")
     seconds = round(time.perf_counter() - started, 3)
     finish("models", rows=len(rows), seconds=seconds, models=rows)
 

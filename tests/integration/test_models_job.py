@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from jobs.evaluate import current_records
-from jobs.models import described, promote
+from jobs.models import described, list_models, promote
 from lvm.errors import InputError
 from lvm.evaluate.evaluation import SCHEMA
 from lvm.models import TOYS, build
+from lvm.predict.predictor import SHIPPED
 from lvm.predict.record import read_aliases, save_record, set_alias
 from lvm.storage import Location
 from tests.doubles import FakeCodec
@@ -107,3 +108,11 @@ def test_what_is_no_record_or_no_alias_is_refused(run: tuple[Path, Location, Loc
     (gru / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="SHA-256"):
         promote("gru", folder, force="x")
+
+
+def test_without_a_run_the_bundled_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    list_models()
+    found = capsys.readouterr()
+    aliases = {alias for row in json.loads(found.out)["models"] for alias in row["aliases"]}
+    assert aliases == set(read_aliases(SHIPPED)) == {"amn", "gru"}
+    assert "amn" in found.err
