@@ -336,7 +336,9 @@ def publish(
 def search(
     dataset: DatasetName,
     text: Annotated[str | None, typer.Argument(help="Text to search for.")] = None,
-    vector: Annotated[PathOrUrl | None, path_option("Or for this vector: a JSON file of numbers.")] = None,
+    vector: Annotated[
+        PathOrUrl | None, path_option("JSON file of numbers to search with instead of a text.")
+    ] = None,
     database_url: DatabaseUrl = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number of rows.")] = 10,
     source: Annotated[str | None, typer.Option(help="Only rows of this source.")] = None,
@@ -348,7 +350,7 @@ def search(
     codec: CodecName = "mini",
     codec_path: CodecPath = None,
 ) -> None:
-    """Search the rows that pass every filter for those nearest to a text or vector; without one, list the first."""
+    """List the rows that pass all filters, nearest to a text or vector first."""
     started = time.perf_counter()
     if text is not None and vector is not None:
         raise InputError("got a text and --vector; expected one of them")

@@ -496,7 +496,8 @@ def main(
         int | None,
         typer.Option(
             min=1,
-            help="Vectors before each target; default: the longest context of any model. Each reads the last ones.",
+            help="Vectors before each target; default: the longest context of any model; each reads the last ones it "
+            "needs.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an evaluation made with other settings.")] = False,

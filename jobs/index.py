@@ -77,7 +77,7 @@ def main(
         int | None,
         typer.Option(
             min=1,
-            help="Lists that a search probes, twice as many in parts of 1,024 lists; default: 16, or 64 with --codes.",
+            help="Lists to probe per search, doubled in parts of 1,024 lists; default: 16, or 64 with codes.",
         ),
     ] = None,
     codes: Annotated[
@@ -90,7 +90,7 @@ def main(
     ] = None,
     part_vectors: Annotated[
         int,
-        typer.Option(min=1, help="Most vectors in a part; building one takes 1.7 KB of memory a vector."),
+        typer.Option(min=1, help="Most vectors in a part; building one takes 1.7 KB of memory per vector."),
     ] = IndexSettings.part_vectors,
     address: Address = None,
 ) -> None:

@@ -166,7 +166,7 @@ def ingest_articles(
 def main(
     dataset: Annotated[str, typer.Option(help="Name of the dataset in the store; created if missing.")],
     input: Annotated[
-        str, typer.Option(help="Dump, JSON lines, Parquet, a folder of these or of .txt files, or sample.")
+        str, typer.Option(help="Dump, JSON, CSV or Parquet, a folder of these or of .txt files, or sample.")
     ] = "sample",
     database_url: DatabaseUrl = None,
     codec: CodecName = "mini",
@@ -181,7 +181,7 @@ def main(
     llm_url: Annotated[
         str, typer.Option(envvar="LATENT_LLM_URL", help="Chat endpoint, http://HOST/v1.")
     ] = "",
-    llm_model: Annotated[str, typer.Option(help="Model there; its key is in LATENT_LLM_API_KEY.")] = "",
+    llm_model: Annotated[str, typer.Option(help="Model at that endpoint; key in LATENT_LLM_API_KEY.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N articles.")] = None,
     language: Annotated[str, typer.Option(help="Language (ISO 639-1), for sentence splitting.")] = "en",
     licence: Annotated[str, typer.Option(help="Licence of the text, stored with a new dataset.")] = "",

@@ -23,8 +23,8 @@ from rich.table import Table
 from jobs._ray import PathOrUrl, echo, finish, path_option, run
 from lvm.errors import InputError
 from lvm.evaluate.evaluation import SCHEMA, gate_word
-from lvm.predict.record import CONFIG, METRICS, load_record, read_aliases, record_folders, resolve, set_alias
 from lvm.predict.predictor import SHIPPED
+from lvm.predict.record import CONFIG, METRICS, load_record, read_aliases, record_folders, resolve, set_alias
 from lvm.storage import Location, location
 
 PROMOTIONS = "promotions.jsonl"
@@ -81,10 +81,10 @@ def gate_of(evaluation: Location, folder: str) -> str:
 
 def list_models(
     run_folder: Annotated[
-        PathOrUrl | None, path_option("Folder of the run. Default: the models in the package.", "--run")
+        PathOrUrl | None, path_option("Folder of the run. Default: the bundled models.", "--run")
     ] = None,
 ) -> None:
-    """List the records of a run, or those in the package, newest first."""
+    """List the records of a run, or the bundled ones, newest first."""
     started = time.perf_counter()
     models = SHIPPED if run_folder is None else run_folder / "models"
     rows = described(models)

@@ -60,7 +60,7 @@ def main(
     input: Annotated[
         str | None,
         typer.Option(
-            help="Wikipedia dump (.xml.bz2), JSON lines, Parquet, a folder of these or of text files, or sample."
+            help="Wikipedia dump (.xml.bz2), JSON, CSV or Parquet, a folder of these or of text files, or sample."
         ),
     ] = None,
     output: Annotated[PathOrUrl | None, path_option("Output folder; created if missing.")] = None,
@@ -72,7 +72,7 @@ def main(
     max_minutes: Annotated[float | None, typer.Option(help="Maximum training time, minutes.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split by article and of training.")] = 0,
     allow_non_sequential: NonSequential = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Run the bundled sample into out/demo.")] = False,
+    demo: Annotated[bool, typer.Option("--demo", hidden=True)] = False,
     address: Address = None,
 ) -> None:
     """Run every stage, then print the leaderboard, examples and the path of the report."""

@@ -4,8 +4,8 @@
     latent submit --address http://127.0.0.1:8265 --no-wait train --vectors s3://corpus/vectors --output s3://corpus/models
     latent submit --cancel raysubmit_1a2b3c
 
-The upload holds the code, the bundled sample and the weights of `mini` (PARTS, 35 MB), but no corpus, output or
-trained model. So paths in the job's options are the cluster's: a shared disk, s3:// or gs://. The job's log is
+The upload holds the code, the bundled sample and the bundled weights (PARTS, 76 MB), but no corpus, output or model of
+yours. So paths in the job's options are the cluster's: a shared disk, s3:// or gs://. The job's log is
 streamed to stdout, ending in its closing line of JSON; this command's own messages go to stderr.
 
 Ctrl-C stops the job, as --cancel does: it gets SIGTERM, and finished work is kept. The same command resumes it. A lost

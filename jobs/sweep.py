@@ -606,7 +606,7 @@ def main(
     trials: Annotated[int, typer.Option(min=1, help="Number of trials.")] = 100,
     hours: Annotated[
         float | None,
-        typer.Option(help="Hours to run; the same command goes on later. Default: no limit."),
+        typer.Option(help="Maximum hours; the same command resumes later. Default: no limit."),
     ] = None,
     model: Annotated[
         str, typer.Option(help=f"Architectures, comma-separated, of {', '.join(SEARCHED)}; or all.")

@@ -598,11 +598,11 @@ def main(
         typer.Option(
             "--fresh",
             help=f"Never start from a bundled model ({', '.join(read_aliases(SHIPPED))}). Below {SMALL_SET:,} windows "
-            "of the bundled codec, a run otherwise does where that gives the better val cosine.",
+            "of the bundled codec, training otherwise starts from one if that gives a better val cosine.",
         ),
     ] = False,
     codec_path: Annotated[
-        PathOrUrl | None, path_option("Folder with the vectors' codec, for --tmd; default: the shipped one.")
+        PathOrUrl | None, path_option("Folder with the vectors' codec, for --tmd; default: the bundled one.")
     ] = None,
     address: Address = None,
 ) -> None:

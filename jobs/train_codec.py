@@ -29,7 +29,7 @@ from lvm.codec.training import TrainingSettings, fit, load_weights, require_same
 from lvm.codec.zoo import CODECS
 from lvm.corpus.chunker import Chunker
 from lvm.errors import InputError
-from lvm.storage import local_folder
+from lvm.storage import local_folder, location
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
@@ -88,8 +88,12 @@ def main(
     input: Annotated[str | None, typer.Option(help="Articles, as for `latent chunk`, or sample.")] = None,
     chunks: Annotated[PathOrUrl | None, path_option("Chunks of `latent chunk` instead of --input.")] = None,
     minutes: Annotated[float, typer.Option(help="Total training time, resumed runs included.")] = 60.0,
-    tokenizer: Annotated[PathOrUrl, path_option("tokenizer.json of the chunks.")] = CODECS["mini"]
-    / "tokenizer.json",
+    tokenizer: Annotated[
+        PathOrUrl,
+        typer.Option(
+            parser=location, metavar="PATH", help="tokenizer.json of the chunks.", show_default="mini's"
+        ),
+    ] = CODECS["mini"] / "tokenizer.json",
     init: Annotated[PathOrUrl | None, path_option("Codec whose weights a new run starts from.")] = None,
     freeze_encoder: Annotated[
         bool, typer.Option("--freeze-encoder", help="Fit only the hypothesizer; needs --init.")

@@ -100,7 +100,7 @@ def _add(command: str, job: str, line: str, to: typer.Typer = app, *extra: str) 
 for _command, (_job, _line) in JOBS.items():
     _add(_command, _job, _line, app, *(["--demo"] if _command == "demo" else []))
 
-_add("models", "models", "List the models of a run, or those in the package.", app, "list")
+_add("models", "models", "List the models of a run, or the bundled ones.", app, "list")
 _add("promote", "models", "Point an alias to a model that passed its evaluation.", app, "promote")
 
 codec_app = typer.Typer(no_args_is_help=True, help="Measure or check a codec.")

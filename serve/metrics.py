@@ -70,7 +70,7 @@ class GatewayMetrics:
             ("model",),
         )
         self.cosine = Histogram(
-            "latent_answer_cosine", "Cosine of an answer's text to the prediction.", COSINES, ("model",)
+            "latent_answer_cosine", "Cosine of an answer's text to the decoded vector.", COSINES, ("model",)
         )
         self.breaker = Gauge("latent_breaker_open", "1 while the breaker is open and the corpus answers.")
         self.deadline = Counter(

@@ -140,7 +140,7 @@ class GenerateRequest(_Request):
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
-        json_schema_extra={"examples": [{"chunks": STORY, "model": "lstm", "length": 2}]},
+        json_schema_extra={"examples": [{"chunks": STORY, "model": "gru", "length": 2}]},
     )
 
     text: OneOrMany | None = Field(
@@ -171,7 +171,10 @@ class GenerateRequest(_Request):
 class ContextReply(_Reply):
     """The predictor's context."""
 
-    mode: Literal["seq", "ann", "mixed", "repeat_pad", "passthrough"]
+    mode: Literal["seq", "ann", "mixed", "repeat_pad", "passthrough"] = Field(
+        description="Origin of the context: the request's chunks, chunks retrieved from the corpus, both, the "
+        "request's repeated until there are enough, or unchanged."
+    )
     texts: list[str]
     origins: list[Literal["text", "retrieved", "repeated"]]
 
@@ -199,14 +202,14 @@ class Generated(_Reply):
     source: Literal["exact", "writer", "corpus"] = SOURCE
     steps: int = Field(description="Corrector steps of an exact text.")
     refusals: list[str] = Field(
-        description="Why the text was refused; not empty if no better text was found."
+        description="Why this text was refused; empty unless no better one was found."
     )
     attempts: list[AttemptReply] = Field(description="Texts refused before this one, in order.")
     log_prob: float | None = Field(
         description="Mean natural log-probability per character under the language model; about -1 for real text."
     )
     emergency: str | None = Field(None, description="Why the decoder was bypassed, if it was.")
-    cosine: float = Field(description="Cosine of the text's vector to the prediction.")
+    cosine: float = Field(description="Cosine of the text's vector to the decoded one.")
     snapped_cosine: float = Field(description="Cosine of the raw prediction to the snapped vector.")
     drifted: bool = Field(description="Whether the snap used its weights for drifted predictions.")
     context: ContextReply

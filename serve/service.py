@@ -56,7 +56,7 @@ class Service:
         self.codec = CodecRecord(**identity.to_dict())
         self.models, self.decoder, self.corpus = models, decoder, corpus
         self.default_model = args.default_model or next(
-            (name for name in ("lstm", "gru") if name in models), next(iter(models))
+            (name for name in ("gru", "lstm") if name in models), next(iter(models))
         )
         self.model(self.default_model)
         self.pipeline, self.metrics, self.concepts = pipeline, metrics, concepts

@@ -37,7 +37,7 @@ class Limits(Strict):
     max_characters: int = Field(20_000, ge=1)
     """Characters of one text."""
     max_chunks: int = Field(256, ge=1)
-    """Chunks of one input; a predictor reads the last five."""
+    """Chunks of one input; a predictor reads the last ones."""
     max_vectors: int = Field(64, ge=1)
     """Vectors, or contexts, in one call."""
     max_context: int = Field(64, ge=1)
@@ -134,7 +134,7 @@ class ServeArgs(Strict):
     """Any string. Ray rebuilds an application only when its configuration changes; change this to make `serve deploy`
     pick up the run's current model aliases and index. Changing `run` has the same effect."""
     default_model: str | None = None
-    """Model of requests that specify none; if unset, lstm, else gru, else the first one there is."""
+    """Model of requests that specify none; if unset, gru, else lstm, else the first one there is."""
     api_keys_sha256: list[str] = []
     """SHA-256 (64 hex digits) of each accepted key. Hashes, since Ray shows an application's arguments."""
     api_keys_file: str | None = None

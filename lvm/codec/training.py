@@ -620,11 +620,9 @@ def fit(
                 on_score(line)
             recent.clear()
             last_score = spent_s
-        # --- save
         if done or spent_s - last_save >= save_every_s:
             save()
             last_save = spent_s
-        # --- stop
         if done:
             break
         # --- step; scoring and saving do not count as training time

@@ -450,7 +450,6 @@ def fit_writer(
                 likely = usual_likelihood(base, texts, device)
             recent, last_score = [], spent_s
             save()
-        # --- stop
         if done:
             break
         # --- step

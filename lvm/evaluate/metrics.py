@@ -1,6 +1,6 @@
 """The measures of the evaluation.
 
-Letters: B windows in a batch, M windows in all, T chunks in a context, D = 768, P rows in a pool.
+Letters: B windows in a batch, M windows in all, T chunks in a context, D vector length, P rows in a pool.
 Vectors are scored batch by batch, so memory does not grow with the number of windows.
 """
 

@@ -3,7 +3,7 @@
 Each function is one task of the evaluate job, or combines the results of tasks. Arguments and results are frozen
 dataclasses of arrays, as they are pickled; vector arrays are pickled as paths and memory-mapped again.
 
-Letters: B windows in a batch, S windows in the text sample, T chunks in a context, D = 768.
+Letters: B windows in a batch, S windows in the text sample, T chunks in a context, D vector length.
 """
 
 from collections.abc import Callable, Iterator, Sequence

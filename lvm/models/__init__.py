@@ -73,7 +73,7 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {name: m.SPACE for name, (m, _, 
 ENSEMBLE = "ensemble"
 
 ORIGINAL = ("amn", "lstm", "gru", "transformer")
-"""The four architectures of the original system; the shipped ones, and the default of training."""
+"""The four architectures of the original system, the default of training."""
 
 
 def build(name: str, sizes: dict[str, Any] | None = None, tmd: bool = False) -> Any:

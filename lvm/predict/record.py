@@ -1,6 +1,6 @@
 """Model records, one folder per trained model, and aliases that point to them.
 
-    models/<name>-<UTC time>-<8 hex>/   model.safetensors, config.json, metrics.json, MODEL_CARD.md
+    models/<name>-<UTC time>-<8 hex>/   model.safetensors, config.json, metrics.json, MODEL_CARD.md; rank.safetensors
     models/aliases.json                 {"lstm": "lstm-20250102T030405Z-1f3a9c2b"}
 
 Folders appear atomically when complete and are never changed. Aliases are changed by replacing their file; earlier
@@ -40,7 +40,7 @@ ALIASES = "aliases.json"
 
 KNOWN_ISSUES = (
     "Trained on squared distance, a predictor drifts towards the mean of what may follow: its vectors are "
-    "blander than real ones, and decoded text shows it. Snap predictions to the corpus before decoding.",
+    "blander than real ones, and decoded text shows it. Without a writer, snap them to the corpus before decoding.",
     "Predictions may be closer to the last context vector than to the true next one; see the margin in the evaluation.",
     "It works only with the codec named above; vectors of another codec are refused.",
 )

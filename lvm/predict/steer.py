@@ -1,6 +1,6 @@
 """Steps before and after prediction: complete short contexts, and snap predictions to the corpus.
 
-Letters: B predictions, K neighbours, T context length, N corpus vectors, D = 768.
+Letters: B predictions, K neighbours, T context length, N corpus vectors, D vector length.
 """
 
 from collections.abc import Callable, Sequence

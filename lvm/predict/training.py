@@ -395,7 +395,6 @@ def fit(
             if save is not None:
                 save(model, optimiser, progress)
 
-        # Stop?
         progress.stopped = _reason_to_stop(progress, recipe)
         if progress.stopped is not None:
             if best:

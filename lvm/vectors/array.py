@@ -7,7 +7,7 @@ nothing. Titles, texts and sources are only in the shards, and are read from the
                                              vectors-00000.npy …, if there are more than PART_ROWS chunks
     _array/<fingerprint>-2/array.json        size and SHA-256 of each; written last
 
-Letters: N chunks, D = 768.
+Letters: N chunks, D vector length.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Import and export of training sequences as NPZ files. Pickles are never loaded; `npz_check` validates a file.
 
-Three layouts, each with float vectors of unit norm; T is the context length, usually 5, D = 768:
+Three layouts, each with float vectors of unit norm; T is the context length, usually 5, D vector length:
 
     sequences   context_vectors (N, T, D), target_vectors (N, D), context_texts (N, T) and target_texts (N,)
                 unicode, sequence_ids (N,), article_ids (N,)

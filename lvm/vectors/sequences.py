@@ -3,7 +3,7 @@
 A window is the row number of its first chunk; contexts and targets are read batch by batch, so no vector is stored
 more than once (the original system's training file holds each six times).
 
-Letters: N chunks, M windows, B batch, T context length, D = 768.
+Letters: N chunks, M windows, B batch, T context length, D vector length.
 """
 
 from collections.abc import Iterator

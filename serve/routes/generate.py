@@ -51,7 +51,7 @@ class GenerateRoute:
 
     async def generate(self, request: Request, body: GenerateRequest) -> Any:
         """Text, or chunks, to the predicted next text; with `length`, a continuation; with `stream`, as
-        server-sent events `chunk`, then `done` (or `error`)."""
+        server-sent events `start`, `chunk`, then `done` (or `error`)."""
         begun = time.perf_counter()
         deadline = self._service.deadline(body.deadline_s)
         record = self._service.model(body.model or self._service.default_model)

@@ -80,7 +80,7 @@ async function showModels() {
   $("length").max = known.limits.max_rollout;
   $("smooth-row").hidden = !known.smoothing;
   $("codec").textContent =
-    `codec ${known.codec.name} (${known.codec.digest}), ${known.codec.max_tokens} tokens a chunk, ` +
+    `codec ${known.codec.name} (${known.codec.digest}), ${known.codec.max_tokens} tokens per chunk, ` +
     (hasCorpus() ? `${corpusChunks.toLocaleString("en")} corpus chunks` : "no corpus");
   $("snap-row").hidden = !hasCorpus();
   $("fill").options[0].hidden = !hasCorpus();
@@ -129,9 +129,9 @@ function showChunks(chunks) {
 }
 
 const SOURCES = {
-  exact: ["read back", "The vector is this text's own: the decoder reads it back exactly."],
+  exact: ["read back", "The vector is this text's own: the decoder reads it back."],
   writer: ["written", "No text has this vector. A language model wrote the text from it."],
-  corpus: ["found in the corpus", "Nothing that reads could be written: this is the nearest corpus chunk."],
+  corpus: ["found in the corpus", "No acceptable text was written: this is the nearest corpus chunk."],
 };
 
 function pathOf(step) {
@@ -141,8 +141,8 @@ function pathOf(step) {
     path.append(element("s", attempt.text || "nothing"), " → ");
   }
   path.append(SOURCES[step.source][1]);
-  if (step.refusals.length) path.append(` For want of a better one: ${step.refusals.join(", ")}.`);
-  if (step.emergency) path.append(` The decoder was not asked: ${step.emergency}.`);
+  if (step.refusals.length) path.append(` Refused, but no better text was found: ${step.refusals.join(", ")}.`);
+  if (step.emergency) path.append(` The decoder was bypassed: ${step.emergency}.`);
   return path;
 }
 

@@ -13,7 +13,7 @@ These are shares and placement, not speeds. A few cores read, write and schedule
 longer than on 24 machines: "machine busy" in the output says how near the limit that was, and --slower 4 lengthens the
 sleeps alone, for a machine that is at it. The time that is slept is that of the whole stage, writing included, so a
 worker's share of writing is somewhat too large. A node of eight CPUs would have eight such workers: shards would take
-an eighth of the time shown; the array at the end, which the driver writes alone, as long as shown. Takes 10 GB of
+an eighth of the time shown; the array at the end, which has one part, as long as shown. Takes 10 GB of
 memory and 3.5 KB of disk a chunk. The last line of stdout is one JSON object.
 """
 

@@ -16,7 +16,7 @@ from lvm.vectors.shards import MOST_IN_JSON
 
 SIZES = {"500 k": 500_000, "50 M": 50_000_000, "350 M": 350_000_000, "5 G": 5_000_000_000}
 NODES = {"500 k": 1, "50 M": 24, "350 M": 24, "5 G": 200}
-"""Worker nodes taken for each size: cluster.yaml's own machine type and, from 50 M, its own limit."""
+"""Worker nodes taken for each size: of cluster.yaml's machine type, which allows 28 of them."""
 
 CORES_PER_NODE = 8
 """vCPUs of cluster.yaml's cpu_spot, an m7i.2xlarge."""
