@@ -124,6 +124,21 @@ def echo_broken(records: Sequence["BrokenRecord"], files: Sequence["BrokenRecord
         echo(f"  broken file: {file.reason}")
 
 
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        help="Alias or folder of a trained model, or passthrough. Default: best, gru, or what there is."
+    ),
+]
+
+
+def model_of(run: "Location | None", model: str | None) -> str:
+    """The model to load, of a run or of the bundled ones."""
+    from lvm.predict.record import default_alias, read_aliases
+
+    return model or default_alias(() if run is None else read_aliases(run / "models"))
+
+
 Engine = Annotated[
     str, typer.Option(help="Decode engine: lvm, or vec2text, the original package, for comparison (gtr-jxe).")
 ]
@@ -497,9 +512,9 @@ class ProgressLines:
         if now - self._printed < PROGRESS_LINE_S:
             return
         self._printed = now
-        left = (self._total - done) * (now - self._begun) / done if done else float("inf")
         share = 100 * done / max(self._total, 1e-9)
-        soon = f", {left:,.0f} s left" if left < float("inf") else ""
+        # Before, starting up is most of the time.
+        soon = f", {(100 - share) / share * (now - self._begun):,.0f} s left" if share >= 10 else ""
         echo(f"{self._stage}: {share:.0f} %, {what}{soon}")
 
 
@@ -608,7 +623,7 @@ def timing(started: float, rows: float) -> dict[str, float]:
 
 
 def finish(stage: str, **fields: Any) -> None:
-    """Leave the cluster and print the closing line of JSON on stdout; a job's last call.
+    """Leave the cluster and print the closing line of JSON on stdout unless that is a terminal; a job's last call.
 
     Ray may print warnings to a driver's stdout at any time, so this leaves the cluster first, unless it was joined by
     the caller and not by `connect`.
@@ -617,7 +632,8 @@ def finish(stage: str, **fields: Any) -> None:
         import ray
 
         ray.shutdown()
-    print(json.dumps({"stage": stage, **fields, "versions": versions()}), flush=True)
+    if not sys.stdout.isatty():
+        print(json.dumps({"stage": stage, **fields, "versions": versions()}), flush=True)
 
 
 def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], pass_on: bool = False) -> None:
@@ -632,9 +648,14 @@ def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], pass_on: 
     for name, command in main.items() if isinstance(main, Mapping) else [(None, main)]:
         app.command(name, context_settings={"allow_interspersed_args": False} if pass_on else {})(command)
     try:
-        app()
+        app(prog_name=os.environ.get("LATENT_COMMAND"))
     except LvmError as error:
         if os.environ.get("LATENT_TRACEBACK") == "1":
             raise
         echo(f"error: {error}")
+        sys.exit(1)
+    except OSError as error:  # a path that is no folder, a disk that is full or read-only
+        if os.environ.get("LATENT_TRACEBACK") == "1":
+            raise
+        echo(f"error: {error}; LATENT_TRACEBACK=1 shows where")
         sys.exit(1)

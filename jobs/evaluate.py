@@ -75,7 +75,7 @@ from lvm.storage import Location
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.artefact import finished_result
 from lvm.vectors.index import load_index
-from lvm.vectors.sequences import WindowSettings, make_windows
+from lvm.vectors.sequences import MAX_CONTEXT, WindowSettings, make_windows
 from lvm.vectors.shards import Manifest, sweep_temporaries, write_bytes, write_json
 
 MAX_THREADS = 8
@@ -496,6 +496,7 @@ def main(
         int | None,
         typer.Option(
             min=1,
+            max=MAX_CONTEXT,
             help="Vectors before each target; default: the longest context of any model; each reads the last ones it "
             "needs.",
         ),

@@ -17,7 +17,7 @@ from lvm.errors import OutputError
 from lvm.storage import local_output
 from lvm.vectors.array import open_vectors
 from lvm.vectors.npz import export_npz
-from lvm.vectors.sequences import WindowSettings, make_windows
+from lvm.vectors.sequences import MAX_SEED, WindowSettings, make_windows
 
 
 def main(
@@ -27,7 +27,9 @@ def main(
         Literal["sequences", "documents", "split"], typer.Option(help="Which arrays the file holds.")
     ] = "sequences",
     context: Annotated[int, typer.Option(min=1, help="Context vectors per sequence.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split by article, for layout split.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the split by article, for layout split.")
+    ] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write training sequences as an NPZ file."""

@@ -31,6 +31,7 @@ from jobs._ray import (
     CodecName,
     CodecPath,
     LanguageModel,
+    ModelName,
     PathOrUrl,
     WriterFolder,
     accepted,
@@ -40,6 +41,7 @@ from jobs._ray import (
     finish,
     guarded,
     load_codec_at,
+    model_of,
     nodes_with,
     path_option,
     ray_data,
@@ -311,6 +313,22 @@ def generate(
     return manifest, made
 
 
+def require_own_file(output: Location) -> None:
+    """Raise OutputError if `output` exists and does not begin with a prediction."""
+    if not output.exists():
+        return
+    with output.open("rb") as file:
+        first = file.readline()
+    try:
+        own = {"source", "refusals", "cosine"} <= json.loads(first or b"{}").keys()
+    except (ValueError, AttributeError):
+        own = False
+    if not own:
+        raise OutputError(
+            f"--output {output} exists and holds no predictions; choose another name, or pass --overwrite to replace it"
+        )
+
+
 def rows_of(target: Location, manifest: Manifest) -> Iterator[dict[str, Any]]:
     """All predictions, in order."""
     for shard in manifest.shards:
@@ -323,10 +341,10 @@ def rows_of(target: Location, manifest: Manifest) -> Iterator[dict[str, Any]]:
 def main(
     input: Annotated[str, typer.Option(help="Articles in any format of `latent chunk`, or sample.")],
     output: Annotated[PathOrUrl, path_option("Folder of shards to write, or one file ending in .jsonl.")],
-    model: Annotated[str, typer.Option(help="Alias or folder of a trained model, or passthrough.")] = "gru",
+    model: ModelName = None,
     run: Annotated[
         PathOrUrl | None,
-        path_option("Folder of `latent run`, for its models and corpus; default: the shipped models."),
+        path_option("Folder of `latent run`, for its models and corpus; default: the bundled models."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of contexts.")] = None,
     per_article: Annotated[int, typer.Option(min=1, help="Contexts per article, evenly spread.")] = 4,
@@ -345,8 +363,10 @@ def main(
     one_file = str(output).endswith(".jsonl")
     if one_file and output.is_dir():
         raise OutputError(f"--output {output} is a folder, expected a file; choose another name")
+    if one_file and not overwrite:
+        require_own_file(output)
     target = output.with_name(f"{output.name}.parts") if one_file else output
-    load = Loader(codec, codec_path, writer, language_model, run, model, ladder)
+    load = Loader(codec, codec_path, writer, language_model, run, model_of(run, model), ladder)
     manifest, made = generate(input, target, load, length, per_article, limit, overwrite, address)
     predictions = list(rows_of(target, manifest))
     if one_file:

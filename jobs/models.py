@@ -1,9 +1,9 @@
 """List a run's model records or the bundled ones, or promote one: point an alias to it if its evaluation passed the
 gate.
 
-    python -m jobs.models list
-    python -m jobs.models list --run out/mine
-    python -m jobs.models promote --run out/mine gru --alias best
+    latent models
+    latent models --run out/mine
+    latent promote --run out/mine gru --alias best
 
 A promotion requires that exactly this record passed the gate in RUN/evaluation/evaluation.json: a lead over every
 baseline in cosine and in both ranks, out-of-domain cosine if measured, and speed. `--force REASON` skips the check.
@@ -24,8 +24,18 @@ from jobs._ray import PathOrUrl, echo, finish, path_option, run
 from lvm.errors import InputError
 from lvm.evaluate.evaluation import SCHEMA, gate_word
 from lvm.predict.predictor import SHIPPED
-from lvm.predict.record import CONFIG, METRICS, load_record, read_aliases, record_folders, resolve, set_alias
-from lvm.storage import Location, location
+from lvm.predict.record import (
+    CONFIG,
+    METRICS,
+    load_record,
+    read_aliases,
+    read_json,
+    record_folders,
+    resolve,
+    set_alias,
+)
+from lvm.storage import Location, location, plain_name
+from lvm.vectors.shards import write_bytes
 
 PROMOTIONS = "promotions.jsonl"
 """Log of promotions, one per line, next to the aliases."""
@@ -36,24 +46,30 @@ RunFolder = Annotated[
 
 
 def described(models: Location) -> list[dict[str, Any]]:
-    """A row per record, newest first: name, aliases, architecture, parameters, context, val cosine, created."""
+    """A row per record, newest first: name, aliases, architecture, parameters, context, val cosine, created. A damaged
+    record's row has `damaged` instead, with the reason."""
     aliases = read_aliases(models)
     rows = []
     for folder in reversed(record_folders(models)):
-        config, metrics = (json.loads((folder / file).read_text()) for file in (CONFIG, METRICS))
-        rows.append(
-            {
-                "record": folder.name,
-                "aliases": sorted(a for a, name in aliases.items() if name == folder.name),
-                "architecture": config["model"],
-                "parameters": config.get("parameters"),
+        row = {
+            "record": folder.name,
+            "aliases": sorted(a for a, name in aliases.items() if name == folder.name),
+        }
+        try:
+            config, metrics = read_json(folder / CONFIG), read_json(folder / METRICS)
+            cosine = metrics.get("val_cosine")
+            row |= {
+                "architecture": str(config["model"]),
+                "parameters": int(config.get("parameters", 0)) or None,
                 "context": config.get("windows", {}).get("context"),
                 "rank_head": "rank" in config,
-                "val_cosine": metrics.get("val_cosine"),
-                "created": config.get("created", ""),
-                "codec": config["codec"]["digest"],
+                "val_cosine": None if cosine is None else float(cosine),
+                "created": str(config.get("created", "")),
+                "codec": str(config["codec"]["digest"]),
             }
-        )
+        except (InputError, ValueError, TypeError, KeyError, AttributeError) as err:
+            row["damaged"] = f"{type(err).__name__}: {err}"
+        rows.append(row)
     return rows
 
 
@@ -65,15 +81,20 @@ def gate_of(evaluation: Location, folder: str) -> str:
         raise InputError(
             f"{path} does not exist; run `latent evaluate` first, or promote with --force REASON"
         )
-    found = json.loads(path.read_text())
-    if found.get("schema") != SCHEMA:
+    try:
+        found = json.loads(path.read_text())
+        if found.get("schema") != SCHEMA:
+            raise InputError(
+                f"{path} has schema {found.get('schema')!r}, expected {SCHEMA!r}; run `latent evaluate` again"
+            )
+        for entry in found["entries"]:
+            if entry["kind"] == "model" and entry["details"].get("folder") == folder:
+                return gate_word(entry["gate"])
+        known = ", ".join(e["details"]["folder"] for e in found["entries"] if e["kind"] == "model")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
         raise InputError(
-            f"{path} has schema {found.get('schema')!r}, expected {SCHEMA!r}; run `latent evaluate` again"
-        )
-    for entry in found["entries"]:
-        if entry["kind"] == "model" and entry["details"].get("folder") == folder:
-            return gate_word(entry["gate"])
-    known = ", ".join(e["details"]["folder"] for e in found["entries"] if e["kind"] == "model")
+            f"{path} is damaged ({type(err).__name__}: {err}); run `latent evaluate` again"
+        ) from err
     raise InputError(
         f"{path} evaluated {known}, not {folder}; run `latent evaluate` again, or promote with --force REASON"
     )
@@ -87,9 +108,14 @@ def list_models(
     """List the records of a run, or the bundled ones, newest first."""
     started = time.perf_counter()
     models = SHIPPED if run_folder is None else run_folder / "models"
+    if run_folder is not None and not run_folder.is_dir():
+        raise InputError(f"--run {run_folder} is no folder; expected the --output of `latent run`")
     rows = described(models)
     table = Table("record", "alias", "parameters", "context", "rank head", "val cosine", "created", box=None)
     for row in rows:
+        if "damaged" in row:
+            echo(f"{row['record']} is damaged ({row['damaged']}); train that model again and delete it")
+            continue
         cosine = row["val_cosine"]
         table.add_row(
             row["record"],
@@ -118,8 +144,7 @@ def promote(
     """Point an alias to a record that passed its evaluation's gate."""
     started = time.perf_counter()
     models = (run_folder / "models").resolve()
-    if not alias or "/" in alias or alias.startswith("."):
-        raise InputError(f"--alias is {alias!r}, expected a plain name such as best")
+    plain_name("--alias", alias)
     folder = resolve(models, model)
     load_record(models, folder.name)  # a damaged record must fail here, not in the service
     before = read_aliases(models).get(alias)
@@ -131,6 +156,11 @@ def promote(
         if not force.strip():
             raise InputError("--force is empty, expected a reason")
         gate = f"forced: {force.strip()}"
+    path = models / PROMOTIONS
+    try:
+        held = path.read_text() if path.exists() else ""
+    except (OSError, ValueError) as err:
+        raise InputError(f"{path} cannot be read ({err}), so nothing was promoted; move it away") from err
     set_alias(models, alias, folder)
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -139,14 +169,13 @@ def promote(
         "before": before,
         "gate": gate,
     }
-    path = models / PROMOTIONS
-    held = path.read_text() if path.exists() else ""
-    path.write_text(held + json.dumps(entry, ensure_ascii=False) + "\n")
+    held += "\n" if held and not held.endswith("\n") else ""
+    write_bytes(path, (held + json.dumps(entry, ensure_ascii=False) + "\n").encode())
     echo(f"{alias} now points to {folder.name} ({gate}); before: {before or 'nothing'}")
     finish("promote", seconds=round(time.perf_counter() - started, 3), **entry)
 
 
-COMMANDS = {"list": list_models, "promote": promote}
+COMMANDS = {"models": list_models, "promote": promote}
 
 if __name__ == "__main__":
     run(COMMANDS)

@@ -31,6 +31,7 @@ from jobs._ray import (
 )
 from lvm.errors import InputError
 from lvm.storage import Location
+from lvm.vectors.sequences import MAX_SEED, MIN_ARTICLES
 
 STAGES = ("chunk", "encode", "index", "train", "evaluate")
 DEMO_OUTPUT = Path("out/demo")
@@ -70,7 +71,9 @@ def main(
     model: Annotated[str, typer.Option(help="Architectures, comma-separated, all or original.")] = "original",
     recipe: Annotated[str, typer.Option(help="Training recipe: fast, classic or long.")] = "fast",
     max_minutes: Annotated[float | None, typer.Option(help="Maximum training time, minutes.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split by article and of training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the split by article and of training.")
+    ] = 0,
     allow_non_sequential: NonSequential = None,
     demo: Annotated[bool, typer.Option("--demo", hidden=True)] = False,
     address: Address = None,
@@ -104,6 +107,11 @@ def main(
         arguments = stage_arguments(stage, source, output, codec_options, limit, training)
         done = runs[stage] = run_stage(stage, [*arguments, "--address", cluster])
         seconds[stage] = round(done.seconds, 1)
+        if stage == "chunk" and done.summary["articles"] < MIN_ARTICLES:
+            raise InputError(
+                f"{source} has {done.summary['articles']} articles; training needs {MIN_ARTICLES} or "
+                "more, better hundreds"
+            )
         state = "up to date" if done.summary.get("up_to_date") else "done"
         echo(
             f"[{number}/{len(STAGES)}] {stage}: {state}, {done.summary.get('rows', 0):,} rows, {done.seconds:.1f} s"
@@ -112,6 +120,11 @@ def main(
         print(line)
     report = output / "evaluation" / "report.html"
     print(f"\nReport: {report}")
+    echo(
+        "Gate: whether a model beats every baseline in cosine and in both ranks; the report explains each measure. "
+        f'Try:\n  latent predict "The steam engine pumped water out of mines." --run {output}\n'
+        f"  latent serve --run {output}"
+    )
     finish(
         "pipeline",
         rows={s: r.summary.get("rows") for s, r in runs.items()},

@@ -3,9 +3,9 @@
     python -m jobs.predict "one" "two" "three" "four" "five"
     python -m jobs.predict --model lstm --run out/mine < article.txt
 
-Each argument is one chunk; standard input is one text, which is cut into chunks. The predictor reads the last chunks,
-as many as it was trained on. Without --run, the predictors shipped with the package are used. The text goes to stdout;
-its source and timings go to stderr.
+Each argument is one chunk, or is cut into chunks if longer than one; standard input is one text, which is cut into
+chunks. The predictor reads the last chunks, as many as it was trained on. Without --run, the bundled predictors are
+used. The text goes to stdout, its source to stderr; --json has timings too.
 """
 
 import json
@@ -16,20 +16,22 @@ from typing import Annotated
 
 import typer
 
+import lvm
 from jobs._ray import (
     CodecName,
     CodecPath,
     LanguageModel,
+    ModelName,
     PathOrUrl,
     WriterFolder,
     echo,
     load_codec_at,
+    model_of,
     path_option,
 )
 from jobs._ray import run as run_main
 from lvm.codec.ladder import LadderSettings
-from lvm.corpus.chunker import chunk_article
-from lvm.corpus.records import Article
+from lvm.codec.tokenizer import require_texts
 from lvm.errors import InputError
 from lvm.predict.generate import Generator, Prediction
 from lvm.predict.steer import PASSTHROUGH
@@ -41,14 +43,22 @@ WORDS = {
 }
 """A text's source in words."""
 
+_CONTEXTS = {
+    "repeat_pad": "; the context was repeated to fill the model's",
+    "ann": "; the context was retrieved from the corpus",
+    "mixed": "; the context was completed from the corpus",
+}
+
 
 def main(
-    texts: Annotated[list[str] | None, typer.Argument(help="Chunks in order, the latest last.")] = None,
-    model: Annotated[str, typer.Option(help="Alias or folder of a trained model, or passthrough.")] = "gru",
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Chunks or texts in order, the latest last.")
+    ] = None,
+    model: ModelName = None,
     run: Annotated[
         PathOrUrl | None,
         path_option(
-            "Folder of `latent run` or `latent demo`; default: the shipped models, without a corpus."
+            "Folder of `latent run` or `latent demo`; default: the bundled models, without a corpus."
         ),
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="Number of chunks to predict.")] = 1,
@@ -66,29 +76,27 @@ def main(
         )
     begun = time.perf_counter()
     loaded = load_codec_at(codec, codec_path, writer, language_model)
-    generator = Generator.load(run, model, loaded, LadderSettings(candidates=candidates))
+    generator = Generator.load(run, model_of(run, model), loaded, LadderSettings(candidates=candidates))
     if texts:
-        chunks = texts
+        require_texts(texts)
+        longest = loaded.tokenizer.max_tokens
+        chunks = []
+        for text, tokens in zip(texts, loaded.tokenizer.count(texts), strict=True):
+            chunks += lvm.chunk(text, loaded) if tokens > longest else [text]
     else:
-        text = _standard_input()
-        chunks = [c.text for c in chunk_article(Article("stdin", "", text, "stdin"), loaded.tokenizer)]
+        chunks = lvm.chunk(_standard_input(), loaded)
     if not any(c.strip() for c in chunks):
         raise InputError("expected texts as arguments or a text on standard input, got only white space")
     if loaded.no_writer is not None:
         echo(f"note: {loaded.no_writer}")
     loaded_ms = (time.perf_counter() - begun) * 1000
-    for number, (prediction,) in enumerate(generator.continue_all([chunks], length)):
-        if prediction.truncated and not number:
-            limit = loaded.tokenizer.max_tokens
-            echo(
-                f"warning: {prediction.truncated} of the texts read were longer than {limit} tokens and were truncated"
-            )
+    for (prediction,) in generator.continue_all([chunks], length):
         if as_json:
             print(
                 json.dumps(record(prediction, loaded.identity.to_dict(), generator.ladder.digest, loaded_ms))
             )
         else:
-            print_prediction(prediction, loaded_ms)
+            print_prediction(prediction)
         loaded_ms = 0.0
 
 
@@ -117,19 +125,16 @@ def record(
     }
 
 
-def print_prediction(prediction: Prediction, loaded_ms: float) -> None:
-    """Print the text to stdout, details to stderr."""
+def print_prediction(prediction: Prediction) -> None:
+    """Print the text to stdout, where it comes from to stderr."""
     answer = prediction.answer
     print(answer.text, flush=True)
-    likely = "" if answer.log_prob is None else f", log-probability {answer.log_prob:.2f} nats per character"
-    echo(f"{WORDS[answer.source]}  (cosine to the prediction {answer.cosine:.3f}{likely})")
-    echo(f"model {prediction.model}  context {prediction.context.mode}")
+    filled = _CONTEXTS.get(prediction.context.mode, "")
+    echo(f"  {WORDS[answer.source]}; cosine to it {answer.cosine:.2f}; model {prediction.model}{filled}")
     for attempt in answer.attempts:
         echo(f"  refused, {attempt.source}: {attempt.text!r} ({'; '.join(attempt.refusals)})")
     for refusal in answer.refusals:
         echo(f"  refused, but returned for lack of a better one: {refusal}")
-    shown = "  ".join(f"{stage} {ms:.1f} ms" for stage, ms in prediction.milliseconds.items())
-    echo(f"load {loaded_ms:.0f} ms  {shown}")
     if prediction.model == PASSTHROUGH:
         echo("passthrough makes no prediction: this is the last chunk, read back")
 

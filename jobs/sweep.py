@@ -73,7 +73,7 @@ from lvm.predict.training import OWN_RECIPES, Progress, Recipe, recipe_named
 from lvm.storage import Location, RemotePath
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.artefact import finished_result
-from lvm.vectors.sequences import Windows, WindowSettings
+from lvm.vectors.sequences import MAX_CONTEXT, MAX_SEED, Windows, WindowSettings
 from lvm.vectors.shards import Manifest, fingerprint, write_bytes, write_json
 
 SWEEP_VERSION = 1
@@ -87,6 +87,9 @@ INFO_NCE_SHARES = (0.0, 0.1, 0.3)
 
 SEARCHED = tuple(name for name in MODELS if name not in OWN_RECIPES)
 """Architectures to search; names that stand for a recipe are excluded."""
+
+MAX_HOURS = 10_000
+"""Longest that --hours may be: more than a year."""
 
 REDUCTION = 3
 """ASHA's reduction factor: a third of each rung continues."""
@@ -627,7 +630,9 @@ def main(
             min=1, help="Training windows per epoch. With far fewer, few trials improve on their start."
         ),
     ] = 40_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, the split and the training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling, the split and the training.")
+    ] = 0,
     allow_non_sequential: NonSequential = None,
     gpus: Annotated[int | None, typer.Option(min=1, help=GPUS_HELP)] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a sweep of other settings or vectors.")] = False,
@@ -635,16 +640,15 @@ def main(
 ) -> None:
     """Search architectures and settings; a second run with the same settings resumes."""
     started = time.perf_counter()
-    if hours is not None and not hours > 0:
-        raise InputError(f"--hours must be above 0, got {hours}")
+    if hours is not None and not 0 < hours <= MAX_HOURS:
+        raise InputError(f"--hours must be above 0 and at most {MAX_HOURS:,}, got {hours}")
     recipe_named(recipe)
-    if model != "all" and (named := [n.strip() for n in model.split(",") if n.strip() in OWN_RECIPES]):
-        raise InputError(
-            f"{named[0]} has a fixed recipe, nothing to search; expected some of {', '.join(SEARCHED)}"
-        )
+    names = SEARCHED if model == "all" else tuple(dict.fromkeys(n.strip() for n in model.split(",")))
+    if unknown := [name for name in names if name not in SEARCHED]:
+        raise InputError(f"--model {unknown[0]!r}: expected all, or some of {', '.join(SEARCHED)}")
     settings = SweepSettings(
         trials,
-        SEARCHED if model == "all" else tuple(dict.fromkeys(n.strip() for n in model.split(","))),
+        names,
         parse_contexts(contexts),
         recipe,
         epochs,
@@ -687,8 +691,8 @@ def parse_contexts(given: str) -> tuple[int, ...]:
         values = tuple(sorted({int(part) for part in given.split(",")}))
     except ValueError as err:
         raise InputError(f"--contexts {given!r}: expected comma-separated integers, such as 5,10,20") from err
-    if values[0] < 1:
-        raise InputError(f"--contexts must be 1 or more, got {values[0]}")
+    if values[0] < 1 or values[-1] > MAX_CONTEXT:
+        raise InputError(f"--contexts must be 1 to {MAX_CONTEXT}, got {given}")
     return values
 
 

@@ -77,7 +77,7 @@ from lvm.predict.training import (
 )
 from lvm.storage import Location, local_folder, local_input, move_tree
 from lvm.vectors.array import open_vectors
-from lvm.vectors.sequences import WindowSettings, make_windows
+from lvm.vectors.sequences import MAX_CONTEXT, MAX_SEED, WindowSettings, make_windows
 from lvm.vectors.shards import Manifest
 
 CHECKPOINTS_KEPT = 3
@@ -89,7 +89,6 @@ RESTARTS = 2
 STARTS = 10
 """How many times, a minute each, Ray Train waits for a run's CPUs and GPUs before the run fails."""
 
-MAX_CONTEXT = 64
 """Maximum --context: articles with more chunks are rare."""
 
 MONITOR_WAIT_S = 5.0
@@ -562,7 +561,9 @@ def main(
     max_minutes: Annotated[
         float | None, typer.Option(help="Maximum training time in minutes, instead of the recipe's.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split by article and of training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the split by article and of training.")
+    ] = 0,
     seeds: Annotated[
         int,
         typer.Option(

@@ -30,6 +30,7 @@ from lvm.codec.zoo import CODECS
 from lvm.corpus.chunker import Chunker
 from lvm.errors import InputError
 from lvm.storage import local_folder, location
+from lvm.vectors.sequences import MAX_SEED
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
@@ -98,7 +99,7 @@ def main(
     freeze_encoder: Annotated[
         bool, typer.Option("--freeze-encoder", help="Fit only the hypothesizer; needs --init.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of weights, batches and noise.")] = 7,
     address: Address = None,
 ) -> None:
     """Fit a codec for the given time, then write its weights."""

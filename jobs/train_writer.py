@@ -20,6 +20,7 @@ from jobs._ray import Address, LanguageModel, PathOrUrl, connect, finish, path_o
 from jobs._training import output_on_disk, train_on_one_worker
 from lvm.errors import InputError
 from lvm.storage import local_folder
+from lvm.vectors.sequences import MAX_SEED
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> None:
@@ -52,7 +53,7 @@ def main(
         int | None, typer.Option(min=1, help="Use only the first shards, up to N chunks.")
     ] = None,
     language_model: LanguageModel = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of weights, batches and noise.")] = 5,
     address: Address = None,
 ) -> None:
     """Fit a writer for the given time."""

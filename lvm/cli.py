@@ -5,7 +5,6 @@ so `latent encode --help` shows the job's help.
 """
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -71,8 +70,9 @@ SERVE_NEEDS = ("fastapi", "starlette", "uvicorn", "pydantic")
 FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
-def run_job(job: str, arguments: list[str], folder: str = "jobs") -> int:
-    """Run `python -m FOLDER.JOB` from the checkout, its output passed through; returns its exit code."""
+def run_job(job: str, arguments: list[str], folder: str = "jobs", name: str = "latent") -> int:
+    """Run `python -m FOLDER.JOB` from the checkout, its output passed through; returns its exit code. name: the command
+    in its help and usage errors."""
     if not (CHECKOUT / folder / f"{job}.py").is_file():
         print(
             f"error: no {folder}/{job}.py next to {CHECKOUT / 'lvm'}; jobs run from a checkout of the repository: "
@@ -81,18 +81,17 @@ def run_job(job: str, arguments: list[str], folder: str = "jobs") -> int:
         )
         return 1
     command = [sys.executable, "-m", f"{folder}.{job}", *arguments]
-    print("+ " + shlex.join(["python", *command[1:]]), file=sys.stderr, flush=True)
     python_path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": python_path})
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": python_path, "LATENT_COMMAND": name})
     # Ctrl-C also reaches the child (same process group); SIGTERM has to be passed on.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     return child.wait()
 
 
-def _add(command: str, job: str, line: str, to: typer.Typer = app, *extra: str) -> None:
+def _add(command: str, job: str, line: str, to: typer.Typer = app, *extra: str, name: str = "") -> None:
     def forward(context: typer.Context) -> None:
-        raise typer.Exit(run_job(job, [*extra, *context.args]))
+        raise typer.Exit(run_job(job, [*extra, *context.args], name=name or f"latent {command}"))
 
     to.command(command, help=line, context_settings=FORWARD)(forward)
 
@@ -100,17 +99,24 @@ def _add(command: str, job: str, line: str, to: typer.Typer = app, *extra: str) 
 for _command, (_job, _line) in JOBS.items():
     _add(_command, _job, _line, app, *(["--demo"] if _command == "demo" else []))
 
-_add("models", "models", "List the models of a run, or the bundled ones.", app, "list")
-_add("promote", "models", "Point an alias to a model that passed its evaluation.", app, "promote")
+_add("models", "models", "List the models of a run, or the bundled ones.", app, "models", name="latent")
+_add(
+    "promote",
+    "models",
+    "Point an alias to a model that passed its evaluation.",
+    app,
+    "promote",
+    name="latent",
+)
 
 codec_app = typer.Typer(no_args_is_help=True, help="Measure or check a codec.")
 for _command, (_job, _line) in CODEC_JOBS.items():
-    _add(_command, _job, _line, codec_app)
+    _add(_command, _job, _line, codec_app, name=f"latent codec {_command}")
 app.add_typer(codec_app, name="codec")
 
 concepts_app = typer.Typer(no_args_is_help=True, help="The concept store in Postgres.")
 for _command, _line in CONCEPT_COMMANDS.items():
-    _add(_command, "concepts", _line, concepts_app, _command)
+    _add(_command, "concepts", _line, concepts_app, _command, name="latent concepts")
 app.add_typer(concepts_app, name="concepts")
 
 
@@ -122,12 +128,12 @@ def _serve(context: typer.Context) -> None:
             file=sys.stderr,
         )
         raise typer.Exit(1)
-    raise typer.Exit(run_job("launch", context.args, folder="serve"))
+    raise typer.Exit(run_job("launch", context.args, folder="serve", name="latent serve"))
 
 
 @app.command("submit", help=SUBMIT, context_settings=FORWARD | {"allow_interspersed_args": False})
 def _submit(context: typer.Context) -> None:
-    raise typer.Exit(run_job("submit", context.args))
+    raise typer.Exit(run_job("submit", context.args, name="latent submit"))
 
 
 def _print_version(value: bool) -> None:

@@ -18,10 +18,27 @@ def pick_device(device: "str | torch.device" = "auto", reserved: bool = True) ->
 
     if str(device) != "auto":
         try:
-            return torch.device(device)
-        except RuntimeError as err:
+            picked = torch.device(device)
+            if picked.type not in ("cpu", "cuda", "mps"):
+                raise TypeError(picked.type)
+        except (RuntimeError, TypeError) as err:
             raise InputError(f"unknown device {device!r}; expected auto, cpu, cuda or mps") from err
+        return picked
     return torch.device(seen_gpu() if reserved and seen_gpu() else "cpu")
+
+
+def usable_device(device: "str | torch.device" = "auto") -> "torch.device":
+    """As `pick_device`. Raises InputError if torch cannot allocate there, too."""
+    import torch
+
+    picked = pick_device(device)
+    if str(device) == "auto":
+        return picked
+    try:
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as err:
+        raise InputError(f"torch cannot use device {str(device)!r} here; auto takes what there is") from err
+    return picked
 
 
 def seen_gpu() -> str:

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -195,6 +196,10 @@ def location(text: str | Location) -> Location:
     """Parse a path or URL. Raises InputError on an unknown scheme, a missing bucket, or credentials in the URL."""
     if isinstance(text, Path | RemotePath):
         return text
+    if not isinstance(text, str) or not text.strip() or "\0" in text or len(text) > 4000:
+        raise InputError(
+            f"got {text!r:.100} as a path; expected a name, such as out/mine (. is the current folder)"
+        )
     if "://" not in text:
         return Path(text)
     if text.startswith("file:///"):
@@ -208,6 +213,15 @@ def location(text: str | Location) -> Location:
             "manifests and logs; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
         )
     return RemotePath(parts.scheme, PurePosixPath(parts.netloc) / parts.path.strip("/"), parts.query)
+
+
+def plain_name(what: str, name: object) -> str:
+    """`name`, if a file or folder can have it in any folder. Raises InputError."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+=@-]{0,199}", name):
+        raise InputError(
+            f"{what} is {name!r:.100}; expected a plain name such as best: letters, digits, . _ -"
+        )
+    return name
 
 
 class _RawObject(io.RawIOBase):

@@ -135,7 +135,10 @@ def main(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # after Ray installed its handlers
         signal.signal(number, lambda n, _: signals.put(n))
     shown = f"[{host}]" if ":" in host else host
-    print(json.dumps({"url": f"http://{shown}:{port}", "pid": os.getpid()}), flush=True)
+    if sys.stdout.isatty():
+        print(f"serving at http://{shown}:{port}; Ctrl-C stops it", flush=True)
+    else:
+        print(json.dumps({"url": f"http://{shown}:{port}", "pid": os.getpid()}), flush=True)
     while signals.get() == signal.SIGUSR1:
         try:
             deploy(args)
@@ -255,6 +258,11 @@ def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
             max_body_bytes=args.limits.max_body_bytes,
         )
         os.environ.update(environment(front), PYTHONPATH=python_path)
+    if os.environ.get("LATENT_RAY_LOGS") != "1":
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(
+            lambda record: "authentication is enabled" not in record.getMessage()
+        )
     ray.init(
         address=address or "local",  # with None Ray would join the last cluster started here, even a dead one
         runtime_env={"env_vars": {"PYTHONPATH": python_path}},
@@ -284,6 +292,10 @@ def shut_down() -> None:
     import ray
     from ray import serve
 
+    if os.environ.get("LATENT_RAY_LOGS") != "1":
+        logging.getLogger("ray").setLevel(
+            logging.CRITICAL
+        )  # it reports the controller's orderly end as a lost task
     serve.shutdown()
     ray.shutdown()
 
@@ -297,7 +309,7 @@ if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:
-        app()
+        app(prog_name=os.environ.get("LATENT_COMMAND"))
     except LvmError as error:
         if os.environ.get("LATENT_TRACEBACK") == "1":
             raise

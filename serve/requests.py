@@ -32,6 +32,13 @@ def ms_since(since: float) -> float:
     return round((time.perf_counter() - since) * 1000, 3)
 
 
+def fields_of_body(request: Request) -> list[str]:
+    """Names of the fields that the route's body may have."""
+    body = getattr(request.scope.get("route"), "body_field", None)
+    model = getattr(getattr(body, "field_info", None), "annotation", None)
+    return list(getattr(model, "model_fields", {}))
+
+
 def add_error_replies(app: FastAPI, service: Service) -> None:
     """Register a handler per exception type, which replies with its status in the common error format."""
 
@@ -44,9 +51,16 @@ def add_error_replies(app: FastAPI, service: Service) -> None:
         first = err.errors()[0]
         # The input is left out: it may be large, secret, or contain a NaN that JSON cannot encode.
         place = [str(p) for p in first["loc"] if p != "body"]
-        message = (
-            f"{'.'.join(place) or 'body'}: {first['msg']} (error 1 of {len(err.errors())}); see /openapi.json"
-        )
+        if first["type"] == "json_invalid":
+            at = f"the body is not valid JSON at character {place[-1]}"
+            return error_reply(request, 422, f"{at}; send an object as described in /openapi.json")
+        if not place and first["type"] in ("model_attributes_type", "dict_type", "missing"):
+            message = "the body is no JSON object; send one, with the header Content-Type: application/json"
+            return error_reply(request, 422, message)
+        why = first["msg"]
+        if first["type"] == "extra_forbidden" and len(place) == 1 and (known := fields_of_body(request)):
+            why = f"no such field; expected {', '.join(known)}"
+        message = f"{'.'.join(place) or 'body'}: {why} (error 1 of {len(err.errors())}); see /openapi.json"
         return error_reply(request, 422, message, param=field_of(place[0]) if place else None)
 
     async def http_error(request: Request, err: Exception) -> Response:

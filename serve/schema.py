@@ -140,7 +140,7 @@ class GenerateRequest(_Request):
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
-        json_schema_extra={"examples": [{"chunks": STORY, "model": "gru", "length": 2}]},
+        json_schema_extra={"examples": [{"chunks": STORY, "length": 2}]},
     )
 
     text: OneOrMany | None = Field(

@@ -16,6 +16,7 @@ from lvm.codec.identity import CodecIdentity
 from lvm.corpus.chunker import Chunk, Chunker
 from lvm.corpus.records import Article
 from lvm.corpus.tmd import Prototypes, phrases
+from lvm.predict.record import default_alias
 from serve.concepts import Concepts
 from serve.health import Seen, Window
 from serve.metrics import GatewayMetrics
@@ -55,9 +56,7 @@ class Service:
         """Message about a newer release that could not be loaded; empty if there is none."""
         self.codec = CodecRecord(**identity.to_dict())
         self.models, self.decoder, self.corpus = models, decoder, corpus
-        self.default_model = args.default_model or next(
-            (name for name in ("gru", "lstm") if name in models), next(iter(models))
-        )
+        self.default_model = args.default_model or default_alias(models)
         self.model(self.default_model)
         self.pipeline, self.metrics, self.concepts = pipeline, metrics, concepts
         self.smoother, self.window = Smoother(args.smoothing), Window()

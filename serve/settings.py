@@ -134,7 +134,7 @@ class ServeArgs(Strict):
     """Any string. Ray rebuilds an application only when its configuration changes; change this to make `serve deploy`
     pick up the run's current model aliases and index. Changing `run` has the same effect."""
     default_model: str | None = None
-    """Model of requests that specify none; if unset, gru, else lstm, else the first one there is."""
+    """Model of requests that specify none; if unset, best, else gru, else the first one there is."""
     api_keys_sha256: list[str] = []
     """SHA-256 (64 hex digits) of each accepted key. Hashes, since Ray shows an application's arguments."""
     api_keys_file: str | None = None

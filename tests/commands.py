@@ -34,7 +34,7 @@ def module_of(words: list[str]) -> tuple[str, list[str]]:
     if words[0] == "concepts":
         return f"jobs.concepts {words[1]}", words[2:]
     if words[0] in ("models", "promote"):
-        return f"jobs.models {words[0].replace('models', 'list')}", words[1:]
+        return f"jobs.models {words[0]}", words[1:]
     if words[0] == "serve":
         return "serve.launch", words[1:]
     if words[0] == "submit":

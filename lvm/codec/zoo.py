@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,11 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
+from lvm.arguments import floats, whole
 from lvm.codec.gtr import GTR_CODECS, hash_tensors, load_gtr, load_gtr_tokenizer
 from lvm.codec.identity import CodecIdentity
 from lvm.codec.tokenizer import ChunkTokenizer, require_texts
-from lvm.devices import device_for_mini, pick_device
+from lvm.devices import device_for_mini, usable_device
 from lvm.errors import InputError
 
 if TYPE_CHECKING:
@@ -132,8 +134,8 @@ class Codec:
         Raises InputError on anything but a str or a sequence of str, and on a batch_size below 1.
         """
         as_list = require_texts(texts)
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(f"batch_size is {batch_size!r}; expected an integer of 1 or more, or None")
+        if batch_size is not None:
+            batch_size = whole("batch_size", batch_size, otherwise=", or None")
         with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
             task = progress.add_task("encode", total=len(as_list))
             encoded = self._encoder.encode(as_list, batch_size, lambda rows: progress.advance(task, rows))
@@ -167,18 +169,13 @@ class Codec:
 
         Raises InputError on a wrong shape, zero, NaN or infinity, on unsupported steps, and without a decoder.
         """
-        try:
-            vectors = np.atleast_2d(np.asarray(vectors, np.float32))
-        except (TypeError, ValueError) as err:
-            raise InputError(
-                f"got {type(vectors).__name__} to decode ({err}); expected numbers (B, {self.identity.dim}), as encode "
-                "gives them"
-            ) from err
+        expected = f"numbers (B, {self.identity.dim}), as encode gives them"
+        vectors = np.atleast_2d(floats("vectors", vectors, expected))
         if vectors.ndim != 2 or vectors.shape[1] != self.identity.dim:
             raise InputError(
                 f"vectors have shape {vectors.shape}, expected (B, {self.identity.dim}) for codec {self.identity}"
             )
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
         bad = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
         if bad.size:
             raise InputError(
@@ -192,13 +189,26 @@ class Codec:
                     f"norms have shape {scales.shape} for {len(vectors)} vectors, or are not all above 0; "
                     "give those the encoder returned"
                 )
-        rescaled = vectors / lengths * scales[:, None]
-        rows = self._require_inverter().invert(rescaled, steps, target_cosine, starts)
+        rescaled = (vectors / lengths).astype(np.float32) * scales[:, None]
+        wanted = self._checked_steps(steps)
+        if target_cosine is not None and not (isinstance(target_cosine, Real) and -1 <= target_cosine <= 1):
+            raise InputError(f"target_cosine is {target_cosine!r}; expected a number from -1 to 1, or None")
+        if starts is not None:
+            if isinstance(starts, str):
+                raise InputError("starts is one str; expected a list with a str or None for each vector")
+            require_texts([text for text in starts if text is not None])
+        rows = self._require_inverter().invert(rescaled, wanted, target_cosine, starts)
         return Decoded(
             [row.text for row in rows],
             np.array([row.cosine for row in rows], np.float32),
             np.array([row.steps_used for row in rows], np.int32),
         )
+
+    def _checked_steps(self, steps: int | Sequence[int]) -> int | list[int]:
+        most = max(self.supported_steps) if self.supported_steps else None
+        if isinstance(steps, list | tuple | np.ndarray):
+            return [whole("steps", each, 0, most) for each in steps]
+        return whole("steps", steps, 0, most, otherwise=", or a list with one for each vector")
 
 
 def codec_folder(name: str, path: str | Path | None = None) -> Path:
@@ -266,7 +276,7 @@ def load_codec(
     from lvm.codec.runner import best_precision, require_precision
     from lvm.codec.unbind import Unbinder, UnbindingInverter
 
-    where = pick_device(device)
+    where = usable_device(device)
     given_precision = None if precision == "auto" else require_precision(precision)
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}")

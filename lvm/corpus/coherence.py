@@ -100,8 +100,8 @@ class Coherence:
         if self.shared_steps > MAX_SHARED_STEPS:
             return (
                 f"{self.shared_steps:.0%} of its steps from chunk to chunk also occur in other articles, "
-                f"expected at most {MAX_SHARED_STEPS:.0%}: these are chains of a taxonomy, or the same "
-                "articles several times"
+                f"expected at most {MAX_SHARED_STEPS:.0%}: these are chains of a taxonomy, the same "
+                "articles several times, or passages that many articles share (a notice, navigation): remove repeats"
             )
         if self.continuity < MIN_CONTINUITY:
             return (
@@ -266,7 +266,8 @@ def require_sequential(
     wrong = "" if override is None else f" (got {override!r})"
     raise InputError(
         f"this text is not sequential: {fault}. Predictors need articles, stories, tutorials or papers whose "
-        f'chunks follow each other. To train anyway, pass --allow-non-sequential "{OVERRIDE}"{wrong}.'
+        f"chunks follow each other. To train anyway, pass --allow-non-sequential (allow_non_sequential in Python) "
+        f'"{OVERRIDE}"{wrong}.'
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lvm.corpus.coherence import Coherence, require_sequential
 from lvm.corpus.tmd import Prototypes, coder_name
-from lvm.devices import pick_device
+from lvm.devices import usable_device
 from lvm.errors import InputError, OutputError
 from lvm.models import Predictor, require_known
 from lvm.predict import training
@@ -99,6 +99,7 @@ def fit(
             "lvm.open_vectors(folder) of a finished `latent encode`"
         )
     require_known(model)
+    where = usable_device(device)
     recipe = recipe if isinstance(recipe, Recipe) else recipe_for(model, recipe)
     models = location(models).resolve()
     require_models_folder(models)
@@ -110,7 +111,7 @@ def fit(
     folder = find_record(models, model, run=run.fingerprint)
     if folder is None:
         torch.manual_seed(seed)
-        network = run.build().to(pick_device(device))
+        network = run.build().to(where)
         progress, _ = start_run(run, network, data.parts)
         progress = training.fit(
             network, model, data.parts["train"], data.parts["val"], recipe, seed, progress=progress, log=log

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lvm.arguments import whole
 from lvm.codec.ladder import Answer, Ladder, LadderSettings, Nearest, Source
 from lvm.codec.tokenizer import require_texts
 from lvm.codec.zoo import Codec
@@ -20,7 +21,7 @@ from lvm.corpus.records import Article
 from lvm.errors import InputError
 from lvm.predict.extract import Extractor
 from lvm.predict.predictor import TrainedPredictor, load_predictor
-from lvm.predict.steer import PASSTHROUGH, Context, Fill, build_context, snap
+from lvm.predict.steer import FILLS, PASSTHROUGH, Context, Fill, build_context, snap
 from lvm.storage import Location
 from lvm.vectors.array import VectorArray, open_vectors
 from lvm.vectors.index import Index, load_index
@@ -142,8 +143,9 @@ class Generator:
         """
         if isinstance(texts, str):
             raise InputError("expected a list of texts, got one str; write generate([text])")
-        if not isinstance(length, int) or length < 1:
-            raise InputError(f"length is {length!r}; expected an integer of 1 or more")
+        length = whole("length", length)
+        if fill not in FILLS:
+            raise InputError(f"fill is {fill!r}; expected one of {', '.join(FILLS)}")
         articles = [Article("", "", text, "") for text in require_texts(texts)]
         contexts = [[c.text for c in chunks] for chunks in self._chunker.chunk(articles)] if articles else []
         for place, context in enumerate(contexts):
@@ -171,6 +173,10 @@ class Generator:
     def next_chunks(self, contexts: Sequence[Sequence[str]], fill: Fill = "retrieve") -> list[Prediction]:
         """A Prediction for each of B contexts of one or more chunks, oldest first; short ones are completed as `fill`
         says."""
+        if isinstance(contexts, str) or any(isinstance(texts, str) for texts in contexts):
+            raise InputError(
+                'contexts hold a str; expected lists of chunks: next_chunks([["chunk", "chunk"]])'
+            )
         if not contexts:
             return []
         contexts = [texts[-self.predictor.context :] for texts in contexts]

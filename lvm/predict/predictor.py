@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lvm.arguments import floats
 from lvm.codec.identity import CodecIdentity, require_same_codec
-from lvm.devices import pick_device
+from lvm.devices import usable_device
 from lvm.errors import InputError
 from lvm.predict.record import ALIASES, CONFIG, Record, load_record, read_aliases
 from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH
@@ -69,12 +70,17 @@ class TrainedPredictor:
         return self._in_batches(lambda part: head(part, features_of(model, part)), given)
 
     def _checked(self, contexts: NDArray[Any]) -> NDArray[np.float32]:
-        given: NDArray[np.float32] = np.ascontiguousarray(contexts, np.float32)
         dim = None if self.record is None else self.record.identity.dim
+        given = floats("contexts", contexts, f"numbers (B, T, {dim or 'D'})")
         if given.ndim != 3 or given.shape[1] < 1 or given.shape[2] != (dim or given.shape[2]):
             raise InputError(
                 f"contexts have shape {given.shape}, expected (B, T, {dim or 'D'}) for model {self.name}: "
                 "a list of contexts, each of one vector or more"
+            )
+        bad = np.flatnonzero(~(np.abs(given).max(axis=(1, 2), initial=0.0) < 1e6))
+        if bad.size:
+            raise InputError(
+                f"context {bad[0]} holds NaN, infinity or huge numbers ({bad.size} do); expected unit vectors"
             )
         return given
 
@@ -112,14 +118,14 @@ def load_predictor(
     if not (folder / CONFIG).is_file() and not (folder.parent / ALIASES).is_file():
         raise InputError(
             f"no model {name!r}; expected a bundled one ({', '.join(shipped)}), passthrough, or the folder of a record "
-            "that `latent train` or `lvm.fit` wrote"
+            "that `latent train` or `lvm.fit` wrote; for an alias of a run give its folder too (--run DIR)"
         )
     return _load(folder.parent, folder.name, device)
 
 
 def _load(models: Location, name: str, device: str) -> TrainedPredictor:
     record = load_record(models, name)
-    target = pick_device(device)
+    target = usable_device(device)
     record.model.to(target)
     if record.ranker is not None:
         record.ranker.to(target)

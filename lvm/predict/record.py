@@ -7,12 +7,13 @@ Folders appear atomically when complete and are never changed. Aliases are chang
 records are kept.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -29,8 +30,8 @@ from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError
 from lvm.models import MODELS, Predictor, build
 from lvm.predict.ranking import RankHead
-from lvm.predict.steer import CONTEXT_CHUNKS
-from lvm.storage import Location, new_folder, publish_folder
+from lvm.predict.steer import CONTEXT_CHUNKS, PASSTHROUGH
+from lvm.storage import Location, new_folder, plain_name, publish_folder
 from lvm.vectors.shards import cannot_write, file_sha256, write_bytes, write_json
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "MODEL_CARD.md"
@@ -66,7 +67,8 @@ class Record:
     @property
     def context(self) -> int:
         """Context length T of its training; CONTEXT_CHUNKS if the config has none."""
-        found = self.config.get("windows", {}).get("context", CONTEXT_CHUNKS)
+        windows = self.config.get("windows", {})
+        found = windows.get("context", CONTEXT_CHUNKS) if isinstance(windows, dict) else windows
         if not isinstance(found, int) or found < 1:
             raise InputError(
                 f"{self.folder / CONFIG} says context {found!r}, expected a whole number of 1 or more; the record was "
@@ -154,14 +156,21 @@ def load_record(models: Location, name_or_folder: str) -> Record:
     for key in ("model", "sizes", "codec"):
         if key not in config:
             raise InputError(f"{folder / CONFIG} has no {key!r}; it was edited or is of another version")
-    identity = CodecIdentity.from_dict(config["codec"])
-    model = build(config["model"], config["sizes"], tmd="tmd" in config)
-    _load_weights(model, folder / WEIGHTS, config.get("weights_sha256"))
-    ranker = None
-    if (rank := config.get("rank")) is not None:
-        ranker = RankHead(**rank["sizes"]).eval()
-        _load_weights(ranker, folder / RANK_WEIGHTS, rank["weights_sha256"])
-    return Record(config["model"], folder, model.eval(), config, metrics, identity, ranker)
+    try:
+        identity = CodecIdentity.from_dict(config["codec"])
+        model = build(config["model"], config["sizes"], tmd="tmd" in config)
+        _load_weights(model, folder / WEIGHTS, config.get("weights_sha256"))
+        ranker = None
+        if (rank := config.get("rank")) is not None:
+            ranker = RankHead(**rank["sizes"]).eval()
+            _load_weights(ranker, folder / RANK_WEIGHTS, rank["weights_sha256"])
+        record = Record(config["model"], folder, model.eval(), config, metrics, identity, ranker)
+        _ = record.context  # raises InputError if it was edited
+    except (TypeError, KeyError, AttributeError) as err:
+        raise InputError(
+            f"{folder / CONFIG} was edited or is damaged ({type(err).__name__}: {err}); train the model again"
+        ) from err
+    return record
 
 
 def resolve(models: Location, name_or_folder: str) -> Location:
@@ -217,11 +226,37 @@ def read_aliases(models: Location) -> dict[str, str]:
     return {str(k): str(v) for k, v in read_json(path).items()} if path.exists() else {}
 
 
+def default_alias(aliases: Iterable[str]) -> str:
+    """The alias meant where no model is named: `best`, which `latent promote` sets, else gru, else the first."""
+    known = list(aliases)
+    return next((name for name in ("best", "gru", *known) if name in known), "gru")
+
+
 def set_alias(models: Location, alias: str, folder: Location) -> None:
-    """Point `alias` to this record, atomically."""
+    """Point `alias` to this record, atomically; other processes on this machine wait. Raises InputError on a name that
+    is no plain name, or means something else: another record, passthrough."""
+    plain_name("an alias", alias)
+    if alias == PASSTHROUGH or (alias != folder.name and (models / alias / CONFIG).is_file()):
+        taken = "a predictor" if alias == PASSTHROUGH else "a record"
+        raise InputError(f"{alias} is the name of {taken} already; choose another alias")
     if folder.parent.resolve() != models.resolve() or not (folder / CONFIG).is_file():
         raise InputError(f"expected a record in {models} for alias {alias!r}, got {folder}")
-    write_json(models / ALIASES, {**read_aliases(models), alias: folder.name})
+    with _alone(models):
+        write_json(models / ALIASES, {**read_aliases(models), alias: folder.name})
+
+
+@contextmanager
+def _alone(models: Location) -> Iterator[None]:
+    """Hold the folder's lock; object storage has none."""
+    if not isinstance(models, Path):
+        yield
+        return
+    lock = os.open(models, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _load_weights(model: nn.Module, source: Location, sha256: str | None) -> None:

@@ -5,7 +5,7 @@ Letters: B predictions, K neighbours, T context length, N corpus vectors, D vect
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,6 +141,7 @@ def allowed_neighbours(
 
 Mode = Literal["seq", "ann", "mixed", "repeat_pad", "passthrough"]
 Fill = Literal["retrieve", "repeat", "none"]
+FILLS: tuple[Fill, ...] = get_args(Fill)
 Origin = Literal["text", "retrieved", "repeated"]
 
 

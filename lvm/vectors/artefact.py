@@ -19,6 +19,7 @@ from lvm.vectors.shards import (
     Manifest,
     Shard,
     as_json,
+    cannot_write,
     read_footer,
     read_table,
     sweep_temporaries,
@@ -170,6 +171,12 @@ def finished_result(
     Raises OutputError if the file is invalid or was made with other `settings`; with `overwrite`, returns None then.
     """
     require_folder(output)
+    if (other := next((n for n in ("manifest.json", "CURRENT") if (output / n).exists()), None)) is not None:
+        raise OutputError(f"{output} holds {other}, another stage's output; choose another --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise cannot_write(output, err) from err
     try:
         found = json.loads((output / file).read_bytes())
         require_same(output, dict(found["settings"]), settings)

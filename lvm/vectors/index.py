@@ -19,9 +19,10 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from lvm.arguments import floats, whole
 from lvm.codec.identity import CodecIdentity, require_same_codec
 from lvm.errors import InputError, OutputError
-from lvm.storage import Location, fetch, local_output, location, remove_tree, temporary_name
+from lvm.storage import Location, fetch, local_output, location, plain_name, remove_tree, temporary_name
 from lvm.vectors.array import Each, VectorArray
 from lvm.vectors.artefact import Artefact
 from lvm.vectors.shards import (
@@ -140,21 +141,24 @@ class Index:
         take longer. Queries whose lists hold fewer than k vectors are searched again in all lists.
         Raises InputError on a wrong shape, NaN, and k outside 1..N.
         """
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
         dim = self.identity.dim
+        queries = floats("queries", queries, f"numbers (B, {dim})")
         if queries.ndim != 2 or queries.shape[1] != dim:
             expected = f"(B, {dim}); encode them with {self.identity}"
             raise InputError(f"queries have shape {queries.shape}, expected {expected}")
         bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
         if len(bad):
             raise InputError(f"query {bad[0]} holds NaN or infinity ({len(bad)} do), expected finite numbers")
-        if not 1 <= k <= len(self):
-            raise InputError(f"k must be between 1 and the {len(self)} vectors of the index, got {k}")
+        k = whole("k", k, 1, len(self))
+        if probes is not None:
+            probes = whole("probes", probes, otherwise=", or None")
         return self._search(queries, k, probes)
 
     def reconstruct(self, rows: Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
         """The stored vectors (B, D) float32 of these rows, counted from `first`."""
-        wanted = np.asarray(rows, np.int64).reshape(-1)
+        if (given := np.asarray(rows)).size and given.dtype.kind not in "iu":
+            raise InputError(f"rows are {given.dtype}, expected integers")
+        wanted = given.astype(np.int64).reshape(-1)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             low, high = wanted.min(), wanted.max()
             raise InputError(f"rows must be between 0 and {len(self) - 1}, got {low} to {high}")
@@ -293,6 +297,8 @@ def load_index(
     share: which of `shares` of its parts to load; rows are those of the array all the same. Raises InputError if none
     is published, it has fewer parts than `shares`, or a file is missing or damaged.
     """
+    shares = whole("shares", shares)
+    share = whole("share", share, 0, shares - 1)
     folder, manifest = published(location(directory), shares, version)
     parts = len(manifest.shards)
     mine = range(parts * share // shares, parts * (share + 1) // shares)
@@ -304,10 +310,13 @@ def published(directory: Location, shares: int = 1, version: str | None = None) 
     """Folder and manifest of the published version, or of the one of this name. Raises InputError as `load_index`."""
     current = directory / "CURRENT"
     try:
-        folder = directory / "versions" / (version or current.read_text().strip())
-    except FileNotFoundError as err:
+        name = current.read_text().strip() if version is None else version
+        folder = directory / "versions" / plain_name("the version of an index", name)
+    except (OSError, ValueError, InputError) as err:
         cure = f"Run `latent index` with --output {directory}."
-        raise InputError(f"no {current}; expected a published index. {cure}") from err
+        if isinstance(err, FileNotFoundError):
+            raise InputError(f"no {current}; expected a published index. {cure}") from err
+        raise InputError(f"{current} cannot be read ({err}); expected a published index. {cure}") from err
     manifest = Manifest.load(folder, "index")
     manifest.verify(folder)
     if len(manifest.shards) < shares:

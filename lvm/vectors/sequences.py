@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lvm.arguments import whole
 from lvm.codec.identity import CodecIdentity
 from lvm.errors import InputError
 from lvm.vectors.array import Rows, VectorArray
@@ -20,6 +21,10 @@ from lvm.vectors.array import Rows, VectorArray
 SPLITS = ("train", "val", "test")
 VAL_SHARE = TEST_SHARE = 0.1
 """Shares of the articles; the rest is for training."""
+MAX_SEED = 2**63 - 1
+"""Largest seed that NumPy and torch both take."""
+MAX_CONTEXT = 64
+"""Longest context, as of `latent train --context`."""
 MIN_ARTICLES = 10
 """So that each share is at least one article."""
 
@@ -47,8 +52,9 @@ class WindowSettings:
     """Whether to keep windows whose text occurs more than once (an article copied under another title)."""
 
     def __post_init__(self) -> None:
-        if self.context < 1:
-            raise InputError(f"context must be at least 1, got {self.context}")
+        whole("context", self.context, 1, MAX_CONTEXT)
+        for name in ("min_tokens", "min_chunks"):
+            whole(name, getattr(self, name), 0)
         if not -1.0 <= self.min_neighbour_cosine < self.max_neighbour_cosine <= 1.01:
             raise InputError(
                 "expected -1 <= min_neighbour_cosine < max_neighbour_cosine <= 1.01, got "
@@ -100,20 +106,21 @@ class Windows:
 
     def batches(self, batch_rows: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """All windows in order, `batch_rows` at a time."""
+        batch_rows = whole("batch_rows", batch_rows)
         for low in range(0, len(self), batch_rows):
             yield self.batch(slice(low, low + batch_rows))
 
     def subset(self, indices: Rows) -> "Windows":
         """These windows only: integers, or a mask of M booleans."""
-        return Windows(self.array, self.starts[np.asarray(indices)], self.context, self.report)
+        chosen = np.asarray(indices, np.int64) if len(indices) == 0 else np.asarray(indices)
+        return Windows(self.array, self.starts[chosen], self.context, self.report)
 
     def last(self, context: int) -> "Windows":
         """Windows with the same targets and only the last `context` context vectors.
 
         Raises InputError if there are fewer.
         """
-        if not 1 <= context <= self.context:
-            raise InputError(f"expected 1 to {self.context} of {self.context} context vectors, got {context}")
+        context = whole("context", context, 1, self.context)
         return Windows(self.array, self.starts + (self.context - context), context, self.report)
 
     def split(self, seed: int = 0) -> dict[str, "Windows"]:
@@ -145,8 +152,7 @@ def split_articles(doc_ids: Rows, seed: int = 0) -> dict[str, NDArray[Any]]:
     Depends only on the set of ids and the seed: not on their order, the machine, or numpy's version. If articles are
     added, few of the others change their split. Raises InputError if there are fewer than MIN_ARTICLES.
     """
-    if seed < 0:
-        raise InputError(f"seed must be 0 or more, got {seed}")
+    seed = whole("seed", seed, 0, MAX_SEED)
     articles = np.unique(np.asarray(doc_ids))
     if len(articles) < MIN_ARTICLES:
         raise InputError(
@@ -173,7 +179,11 @@ def make_windows(array: VectorArray, settings: WindowSettings | None = None) -> 
     `report` has the settings and counts: candidates, windows dropped by each filter (the first that applies), and
     windows kept. Raises InputError if none is left.
     """
+    if not isinstance(array, VectorArray):
+        raise InputError(f"array is a {type(array).__name__}, expected what lvm.open_vectors returns")
     settings = settings or WindowSettings()
+    if not isinstance(settings, WindowSettings):
+        raise InputError(f"settings are a {type(settings).__name__}, expected lvm.WindowSettings(context=5)")
     length = settings.context + 1
     doc_ids = np.asarray(array.doc_ids)
     positions = np.asarray(array.positions)

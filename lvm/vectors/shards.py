@@ -346,6 +346,10 @@ class Manifest:
                 f"no {path}; expected a finished folder of {kind or 'some stage'}. "
                 f"Run {command} with --output {directory} to its end."
             ) from err
+        except NotADirectoryError as err:
+            raise InputError(
+                f"{directory} is a file, expected a folder; name the one that {command} wrote"
+            ) from err
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
             raise InputError(
                 f"{path} is not a manifest of this project ({type(err).__name__}: {err}). "

@@ -517,7 +517,12 @@ REFUSED: list[tuple[str, Any, int, str]] = [
         "available: lstm, amn, passthrough",
     ),
     ("/v1/generate", {"text": "a", "model": "../../etc"}, 404, "available"),
-    ("/v1/generate", {"text": "a", "modle": "lstm"}, 422, "modle"),
+    (
+        "/v1/generate",
+        {"text": "a", "modle": "lstm"},
+        422,
+        "modle: no such field; expected text, chunks, model",
+    ),
     ("/v1/generate", {"text": "a", "length": 1000}, 422, "limit max_rollout is 32"),
     ("/v1/generate", {"text": "a", "length": 0}, 422, "length"),
     ("/v1/generate", {"text": "a", "length": "2"}, 422, "length"),

@@ -111,7 +111,7 @@ def test_contexts_are_numbers_by_comma() -> None:
     assert parse_contexts("20, 5,5") == (5, 20)
     with pytest.raises(InputError, match="'5,x': expected comma-separated integers"):
         parse_contexts("5,x")
-    with pytest.raises(InputError, match="1 or more, got 0"):
+    with pytest.raises(InputError, match="1 to 64, got 0"):
         parse_contexts("0,5")
 
 

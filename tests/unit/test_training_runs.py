@@ -98,7 +98,7 @@ def test_with_a_reach_all_context_lengths_are_judged_on_the_same_targets(run: Tr
 def test_more_of_a_context_than_there_is_is_refused(run: TrainRun) -> None:
     val = windows_of(run)["val"]
     for wrong in (0, 3):
-        with pytest.raises(InputError, match=f"expected 1 to 2 of 2 context vectors, got {wrong}"):
+        with pytest.raises(InputError, match=f"context is {wrong}; expected an integer of 1 to 2"):
             val.last(wrong)
 
 

@@ -110,7 +110,7 @@ def test_one_vector_decodes_as_one_row_does(codec: Codec) -> None:
     assert codec.decode(vector, steps=1).texts == codec.decode(vector[None], steps=1).texts == TEXTS[:1]
     with pytest.raises(InputError, match=re.escape("expected (B, 768)")):
         codec.decode(vector[:100])
-    with pytest.raises(InputError, match="got list to decode"):
+    with pytest.raises(InputError, match="got list as vectors"):
         codec.decode(["text"])  # type: ignore[arg-type]
 
 

@@ -162,7 +162,7 @@ def test_empty_text_and_no_text_are_no_error(codec: Codec) -> None:
         (np.zeros((2, 5), np.float32), 0, r"shape \(2, 5\), expected \(B, 768\)"),
         (np.zeros((1, 768), np.float32), 0, "vector 0 is zero or holds NaN"),
         (np.full((1, 768), np.nan, np.float32), 0, "vector 0 is zero or holds NaN"),
-        (np.ones((1, 768), np.float32), -1, "got -1 steps; expected 0 or more"),
+        (np.ones((1, 768), np.float32), -1, "steps is -1; expected an integer of 0 to 5"),
     ],
 )
 def test_bad_vectors_and_steps_are_refused(

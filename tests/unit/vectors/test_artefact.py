@@ -97,7 +97,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_result_is_found_with_its_settings_alone(tmp_path: Path) -> None:
     output, wanted = tmp_path / "out", {"seed": 0, "contexts": (5, 10)}
     assert finished_result(output, "sweep.json", wanted) is None
-    output.mkdir()
+    assert output.is_dir()  # made at once: what cannot be written is not found out after hours of work
     assert finished_result(output, "sweep.json", wanted) is None
     write_json(output / "sweep.json", {"settings": wanted, "best": 1})
     assert finished_result(output, "sweep.json", wanted) == {
@@ -113,3 +113,8 @@ def test_a_result_is_found_with_its_settings_alone(tmp_path: Path) -> None:
             finished_result(output, "sweep.json", wanted)
     with pytest.raises(OutputError, match="is a file"):
         finished_result(output / "sweep.json", "sweep.json", wanted)
+    with pytest.raises(OutputError, match="cannot be written"):
+        finished_result(Path("/proc/evaluation"), "sweep.json", wanted)
+    (output / "manifest.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"holds manifest\.json, another stage's output"):
+        finished_result(output, "sweep.json", wanted)

@@ -124,7 +124,7 @@ def test_shares_of_the_parts_find_what_the_whole_index_finds(
     scores, rows = divided.search(queries, 2000)
     assert (scores >= three.search(queries, 2000)[0] - 1e-6).all()
     assert all(len(set(r)) == 2000 for r in rows.tolist())
-    with pytest.raises(InputError, match="k must be between 1 and the 5000"):
+    with pytest.raises(InputError, match="expected an integer of 1 to 5000"):
         divided.search(queries, 5001)
     with pytest.raises(InputError, match="has 3 parts, expected at least 4"):
         load_index(folder, 0, 4)
@@ -318,7 +318,7 @@ def test_a_query_with_nan_is_refused_with_its_number(flat: Index) -> None:
 
 @pytest.mark.parametrize("k", [0, 361])
 def test_k_outside_the_index_is_refused(array: VectorArray, flat: Index, k: int) -> None:
-    with pytest.raises(InputError, match=f"between 1 and the 360 vectors of the index, got {k}"):
+    with pytest.raises(InputError, match=f"k is {k}; expected an integer of 1 to 360"):
         flat.search(array.vectors[:1], k)
 
 

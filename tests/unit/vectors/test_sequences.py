@@ -163,7 +163,7 @@ def test_an_array_without_a_single_window_is_refused_with_the_counts(tmp_path: P
 
 @pytest.mark.parametrize("wrong", [{"context": 0}, {"min_neighbour_cosine": 0.96}])
 def test_impossible_window_settings_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(InputError, match="got"):
+    with pytest.raises(InputError, match="expected"):
         WindowSettings(**wrong)
 
 
