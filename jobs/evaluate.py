@@ -13,6 +13,7 @@ computed again.
 import json
 import os
 import platform
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +48,7 @@ from lvm.codec.ladder import decoder_digest
 from lvm.errors import InputError
 from lvm.evaluate.baselines import context_mean, copy_last
 from lvm.evaluate.evaluation import RULES, SCHEMA, Evaluation, gate_word
-from lvm.evaluate.leaderboard import example_text, leaderboard, markdown_page, ranking
+from lvm.evaluate.leaderboard import example_text, headline, leaderboard, markdown_page, ranking
 from lvm.evaluate.metrics import LATENCY_BATCHES, Predict, measure_latency
 from lvm.evaluate.scoring import (
     CodecLoader,
@@ -532,6 +533,8 @@ def main(
 def print_result(evaluation: Evaluation) -> None:
     """The leaderboard and the examples, on stdout."""
     print(as_text(leaderboard(evaluation)))
+    print()
+    print(textwrap.fill(headline(evaluation), 120))
     for number, example in enumerate(evaluation["examples"], 1):
         print()
         print(example_text(example, number))

@@ -438,9 +438,10 @@ def train_models(
                 echo(f"train: {err}")
                 continue
             take(this, made)
+            learnt = "" if made.metrics["best_epoch"] else "; training did not improve on its start"
             echo(
                 f"train: {this.label:<13} done: val cosine {made.metrics['val_cosine']:.4f} at epoch "
-                f"{made.metrics['best_epoch']} ({made.metrics['stopped']}); {made.folder.name}"
+                f"{made.metrics['best_epoch']} ({made.metrics['stopped']}{learnt}); {made.folder.name}"
             )
     result.trained = {r.alias: result.trained[r.alias] for r in runs if r.alias in result.trained}
     result.seeds = {n: result.seeds[n] for n in result.trained}

@@ -100,6 +100,8 @@ class LadderSettings:
     """Weight of the log-probability per character (nats), added to the draft's centred cosine to the vector."""
     novelty: float = 0.3
     """Weight of the maximum centred cosine to a context chunk, subtracted."""
+    opening: float = 0.1
+    """Added if a draft opens a sentence where the context has ended one, or goes on where it has not."""
     max_bigram_share: float = 0.25
     """Maximum share of one bigram among all bigrams."""
     min_entropy_bits: float = 2.8
@@ -216,6 +218,7 @@ def extracted(answer: Answer | None, chunk: Nearest, emergency: str | None = Non
 class _Row:
     vector: Floats
     context: Floats | None
+    opens: bool | None
     steps: tuple[int, ...]
     fixed_steps: bool
     """True if the caller set the number of steps: the decoder's text is then the answer, however bad."""
@@ -269,13 +272,19 @@ class Ladder:
         return len(self._rows) + len(self._cached)
 
     def add(
-        self, vector: Floats, context: Floats | None = None, steps: int | None = None, cache: bool = True
+        self,
+        vector: Floats,
+        context: Floats | None = None,
+        steps: int | None = None,
+        cache: bool = True,
+        opens: bool | None = None,
     ) -> int:
         """Add a unit vector (D,) to the next round; returns its ticket.
 
         context: (T, D) vectors of the preceding chunks, which the text should not repeat. steps: return the decoder's
-        text after this many corrector steps, however bad. cache: look up and store the answer in the cache. Raises
-        InputError on a wrong length or on steps the codec does not support.
+        text after this many corrector steps, however bad. cache: look up and store the answer in the cache. opens: if
+        known, whether the text should open a sentence (`ends_sentence` of the chunk before). Raises InputError on a
+        wrong length or on steps the codec does not support.
         """
         dim = self._codec.identity.dim
         if vector.shape != (dim,):
@@ -285,7 +294,9 @@ class Ladder:
             )
         ticket = self._next
         self._next += 1
-        row = _Row(vector, context, self.steps if steps is None else (steps,), steps is not None, b"", cache)
+        row = _Row(
+            vector, context, opens, self.steps if steps is None else (steps,), steps is not None, b"", cache
+        )
         row.key = self._key(row)
         known = self.cache.find(row.key) if cache else None
         if known is not None:
@@ -334,12 +345,16 @@ class Ladder:
         return answers
 
     def decode(
-        self, vectors: Floats, contexts: Floats | None = None, nearest: NearestText | None = None
+        self,
+        vectors: Floats,
+        contexts: Floats | None = None,
+        nearest: NearestText | None = None,
+        opens: Sequence[bool] | None = None,
     ) -> list[Answer]:
         """One Answer per row of (B, D) unit vectors, in order.
 
         contexts: (B, T, D), as in `add`. nearest: finds the corpus chunks that replace refused texts; None to return
-        those. Raises InputError on mismatched shapes.
+        those. opens: as in `add`. Raises InputError on mismatched shapes.
         """
         dim = self._codec.identity.dim
         if vectors.ndim != 2 or vectors.shape[1] != dim:
@@ -356,9 +371,10 @@ class Ladder:
         tickets: list[int] = []
         for i, vector in enumerate(vectors):
             context = None if contexts is None else contexts[i]
-            key = vector.tobytes() + (b"" if context is None else context.tobytes())
+            opened = None if opens is None else opens[i]
+            key = vector.tobytes() + (b"" if context is None else context.tobytes()) + str(opened).encode()
             if key not in first:
-                first[key] = self.add(vector, context)
+                first[key] = self.add(vector, context, opens=opened)
             tickets.append(first[key])
         done: dict[int, Answer] = {}
         while len(self):
@@ -469,6 +485,10 @@ class Ladder:
             score = score + settings.likeliness * np.array([d.log_prob for d in some], np.float32)
             if row.context is not None:
                 score = score - settings.novelty * (centred @ _unit(row.context - centre).T).max(1)
+            if row.opens is not None:
+                score = score + settings.opening * np.array(
+                    [opens_sentence(d.text) == row.opens for d in some]
+                )
             ranked[ticket] = [
                 Attempt(some[i].text, "writer", 0, float(cosines[i]), tuple(faults(some[i].text, settings)))
                 for i in np.argsort(-score, kind="stable")
@@ -486,7 +506,20 @@ class Ladder:
         options = f"{self.digest}/{row.steps if row.fixed_steps else None}/{self.settings}/".encode()
         if row.context is not None and self.settings.candidates > 1 and not row.fixed_steps:
             rounded += np.rint(row.context * 1000).astype(np.int32).tobytes()
+        if self.settings.candidates > 1 and not row.fixed_steps:
+            rounded += str(row.opens).encode()
         return hashlib.blake2b(options + rounded, digest_size=16).digest()
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether a chunk ends its sentence: with a full stop or the like, and perhaps quotes and brackets after it."""
+    return re.search(r"""[.!?…。！？]["'”’»)\]]*\s*$""", text) is not None
+
+
+def opens_sentence(text: str) -> bool:
+    """Whether a text can begin a sentence: its first letter or digit is no small letter."""
+    first = next((c for c in text if c.isalnum()), "")
+    return first != "" and not first.islower()
 
 
 def decoder_digest(codec: Decoder, writer: TextWriter | None) -> str:

@@ -16,6 +16,10 @@ SEED_MEASURES = {
 """Measures that are taken for each seed, with their column headers."""
 
 
+FEW_ARTICLES = 10
+"""Fewer test articles than these do not say which model is best."""
+
+
 def ranking(evaluation: Evaluation) -> list[Entry]:
     """Entries by test cosine, best first."""
     return sorted(evaluation["entries"], key=lambda e: -e["cosine"]["mean"])
@@ -306,3 +310,30 @@ SOURCES = {"exact": "read back", "writer": "written", "corpus": "found in the co
 
 def _label(decoded: ExampleText) -> str:
     return decoded["name"] if decoded["form"] == "raw" else f"{decoded['name']}, {FORMS[decoded['form']]}"
+
+
+def headline(evaluation: Evaluation) -> str:
+    """The result in two or three sentences."""
+    ranked = ranking(evaluation)
+    models = [e for e in ranked if e["kind"] == "model"]
+    baselines = [e for e in ranked if e["kind"] == "baseline"]
+    if not models:
+        return "No model was evaluated, only baselines."
+    best, rival, articles = models[0], baselines[0], evaluation["split"]["test_articles"]
+    text = (
+        f"The best model is {best['name']}: cosine {best['cosine']['mean']:.4f} with the true next vector on "
+        f"{articles:,} articles it never saw{'' if articles >= FEW_ARTICLES else ', too few to trust the order'}. "
+    )
+    gain = best.get("gain")
+    if gain is not None:
+        side = "ahead of" if gain["mean"] > 0 else "behind"
+        text += (
+            f"It is {side} the best baseline, {rival['name']}, by {abs(gain['mean']):.4f} "
+            f"(95 % interval of the difference {gain['low']:+.4f} to {gain['high']:+.4f}). "
+        )
+    closer = ", ".join(e["name"] for e in models if e["margin"]["mean"] < 0)
+    if closer:
+        last = f"Predictions of {closer} are closer to the last chunk read than to the next one (margin below zero)."
+    else:
+        last = "Predictions are closer to the true next chunk than to the last one read (margin above zero)."
+    return text + last

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from lvm.evaluate.evaluation import Entry, Evaluation, Example, ExampleText, gate_word
-from lvm.evaluate.leaderboard import FORMS, SOURCES, ranking, tables
+from lvm.evaluate.leaderboard import FORMS, SOURCES, headline, ranking, tables
 from lvm.evaluate.metrics import HISTOGRAM_EDGES
 from lvm.evaluate.table import Table
 
@@ -299,33 +299,6 @@ def whole_page(title: str, parts: Sequence[str]) -> str:
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
-
-
-def headline(evaluation: Evaluation) -> str:
-    """The result in two or three sentences."""
-    ranked = ranking(evaluation)
-    models = [e for e in ranked if e["kind"] == "model"]
-    baselines = [e for e in ranked if e["kind"] == "baseline"]
-    if not models:
-        return "No model was evaluated, only baselines."
-    best, rival = models[0], baselines[0]
-    text = (
-        f"The best model is {best['name']}: cosine {best['cosine']['mean']:.4f} with the true next vector on "
-        f"{evaluation['split']['test_articles']:,} articles it never saw. "
-    )
-    gain = best.get("gain")
-    if gain is not None:
-        side = "ahead of" if gain["mean"] > 0 else "behind"
-        text += (
-            f"It is {side} the best baseline, {rival['name']}, by {abs(gain['mean']):.4f} "
-            f"(95 % interval of the difference {gain['low']:+.4f} to {gain['high']:+.4f}). "
-        )
-    closer = ", ".join(e["name"] for e in models if e["margin"]["mean"] < 0)
-    if closer:
-        last = f"Predictions of {closer} are closer to the last chunk read than to the next one (margin below zero)."
-    else:
-        last = "Predictions are closer to the true next chunk than to the last one read (margin above zero)."
-    return text + last
 
 
 def _gate_lines(evaluation: Evaluation) -> str:

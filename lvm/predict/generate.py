@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm.arguments import whole
-from lvm.codec.ladder import Answer, Ladder, LadderSettings, Nearest, Source
+from lvm.codec.ladder import Answer, Ladder, LadderSettings, Nearest, Source, ends_sentence
 from lvm.codec.tokenizer import require_texts
 from lvm.codec.zoo import Codec
 from lvm.corpus.chunker import Chunker
@@ -215,7 +215,8 @@ class Generator:
             extracts = timed("extract", lambda: self._extract(raw, sought, filled))
         nearest = None if extracts is None else (lambda _, rows: [extracts[i] for i in rows])
         stacked = np.stack(given) if same else None
-        answers = timed("decode", lambda: self.ladder.decode(steered, stacked, nearest))
+        opens = [ends_sentence(texts[-1]) for texts in contexts]
+        answers = timed("decode", lambda: self.ladder.decode(steered, stacked, nearest, opens))
         cosines = (raw * steered).sum(axis=1).tolist()
         found: list[Nearest | None] = [None] * len(raw) if extracts is None else [*extracts]
         rows = zip(answers, raw, found, filled, cosines, cut, strict=True)

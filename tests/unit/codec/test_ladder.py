@@ -14,9 +14,11 @@ from lvm.codec.ladder import (
     Nearest,
     bigram_share,
     character_entropy,
+    ends_sentence,
     extracted,
     faults,
     keywords,
+    opens_sentence,
 )
 from lvm.errors import InputError
 
@@ -239,6 +241,36 @@ def test_of_the_drafts_the_likeliest_nearest_and_newest_is_taken() -> None:
         (answer,) = ladder.decode(codec.vectors, context)
         assert answer.text == expected
         assert answer.cosine == pytest.approx(float(known[expected][0]))
+
+
+def test_a_draft_opens_a_sentence_where_the_context_has_ended_one() -> None:
+    opening, going_on = "The river rose again.", "and the river rose again."
+    known = {opening: axis(0, 0.60), going_on: axis(0, 0.61)}
+    codec = ScriptedCodec([BLEND], known)
+    ladder = Ladder(
+        codec, ScriptedWriter({0: [Draft(opening), Draft(going_on)]}), LadderSettings(candidates=2)
+    )
+    for opens, expected in ((True, opening), (False, going_on), (None, going_on)):
+        given = None if opens is None else [opens]
+        for _ in range(2):  # the second from the cache
+            (answer,) = ladder.decode(codec.vectors, opens=given)
+            assert answer.text == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "ends", "opens"),
+    [
+        ("He left.", True, True),
+        ('He said: "Go!"', True, True),
+        ("(it was late.)", True, False),
+        ("who left in May,", False, False),
+        ("1912 was dry", False, True),
+        ("彼は行った。", True, True),
+        ("...", True, False),
+    ],
+)
+def test_where_a_sentence_ends_and_opens(text: str, ends: bool, opens: bool) -> None:
+    assert (ends_sentence(text), opens_sentence(text)) == (ends, opens)
 
 
 def test_a_draft_that_is_no_language_or_repeats_is_refused_and_the_next_one_judged() -> None:

@@ -4,7 +4,8 @@ import re
 from html.parser import HTMLParser
 
 from lvm.evaluate.evaluation import Evaluation
-from lvm.evaluate.report import headline, html_page
+from lvm.evaluate.leaderboard import headline
+from lvm.evaluate.report import html_page
 
 VOID = {"meta", "br", "link", "img", "hr"}
 
