@@ -266,8 +266,8 @@ def require_sequential(
     wrong = "" if override is None else f" (got {override!r})"
     raise InputError(
         f"this text is not sequential: {fault}. Predictors need articles, stories, tutorials or papers whose "
-        f"chunks follow each other. To train anyway, pass --allow-non-sequential (allow_non_sequential in Python) "
-        f'"{OVERRIDE}"{wrong}.'
+        f"chunks follow each other. To train anyway, pass "
+        f'--allow-non-sequential "{OVERRIDE}" (allow_non_sequential in Python){wrong}.'
     )
 
 
