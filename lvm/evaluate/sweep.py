@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lvm.evaluate.metrics import Interval
 from lvm.evaluate.report import STYLE, figure_card, section, svg_of, table_of, whole_page
@@ -233,6 +234,9 @@ def plot_cost(trials: Sequence[Trial], key: str, label: str) -> str:
                 front.append((x_value, y_value))
         axes.plot(*zip(*front, strict=True), color="#202124", linewidth=1.0, drawstyle="steps-post")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         axes.set_ylabel("val cosine")
         axes.legend(fontsize=7, ncols=2)
