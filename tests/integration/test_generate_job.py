@@ -6,6 +6,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.generate import require_own_file
+from lvm.errors import OutputError
 from tests.integration.test_commands import latent
 
 ARGUMENTS = (
@@ -75,3 +77,15 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, arguments: tuple[str, ...], 
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+
+
+def test_only_predictions_are_overwritten_unasked(tmp_path: Path) -> None:
+    output = tmp_path / "keep.jsonl"
+    require_own_file(output)  # there is none
+    output.write_text('{"source": "writer", "refusals": [], "cosine": 0.5}\n')
+    require_own_file(output)
+    for foreign in ('{"id": "1", "text": "An article."}\n', "", "no JSON", "[]"):
+        output.write_text(foreign)
+        with pytest.raises(OutputError, match="exists and holds no predictions"):
+            require_own_file(output)
+        assert output.read_text() == foreign

@@ -116,3 +116,14 @@ def test_without_a_run_the_bundled_models_are_listed(capsys: pytest.CaptureFixtu
     aliases = {alias for row in json.loads(found.out)["models"] for alias in row["aliases"]}
     assert aliases == set(read_aliases(SHIPPED)) == {"amn", "gru"}
     assert "amn" in found.err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"codec": null}', '{"parameters": "many"}'])
+def test_a_damaged_record_does_not_hide_the_others(
+    run: tuple[Path, Location, Location], content: str
+) -> None:
+    folder, amn, gru = run
+    (folder / "models" / gru.name / "config.json").write_text(content)
+    rows = {row["record"]: row for row in described(folder / "models")}
+    assert "damaged" in rows[gru.name]
+    assert rows[amn.name]["val_cosine"] == 0.4
