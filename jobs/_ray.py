@@ -649,13 +649,12 @@ def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], pass_on: 
         app.command(name, context_settings={"allow_interspersed_args": False} if pass_on else {})(command)
     try:
         app(prog_name=os.environ.get("LATENT_COMMAND"))
-    except LvmError as error:
+    except (
+        LvmError,
+        OSError,
+    ) as error:  # OSError: a path that is no folder, a disk that is full or read-only
         if os.environ.get("LATENT_TRACEBACK") == "1":
             raise
-        echo(f"error: {error}")
-        sys.exit(1)
-    except OSError as error:  # a path that is no folder, a disk that is full or read-only
-        if os.environ.get("LATENT_TRACEBACK") == "1":
-            raise
-        echo(f"error: {error}; LATENT_TRACEBACK=1 shows where")
+        where = "; LATENT_TRACEBACK=1 shows where" if isinstance(error, OSError) else ""
+        echo(f"error: {error}{where}")
         sys.exit(1)

@@ -235,10 +235,11 @@ def chunk_corpus(
     Finished blocks are kept in each case.
     """
     inputs, unread = survey(source)
-    for one in unread[:5] if str(source) != "sample" else ():
+    shown = [] if str(source) == "sample" else unread  # its README is not the user's concern
+    for one in shown[:5]:
         echo(f"chunk: not read: {one.name}: {one.reason}")
-    if len(unread) > 5 and str(source) != "sample":
-        echo(f"chunk: not read: {len(unread) - 5} more, listed in the manifest's report")
+    if len(shown) > 5:
+        echo(f"chunk: not read: {len(shown) - 5} more, listed in the manifest's report")
     folder = ChunkFolder(target, lambda line: echo(f"chunk: {line}"))
     folder.require_ours()
     chunks = Artefact(target, "chunks", asdict(settings))

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,6 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 import typer
-from safetensors.torch import load_file
 
 from jobs._ray import (
     GPUS_HELP,
@@ -68,7 +68,7 @@ from lvm.predict.ensemble import make_ensemble
 from lvm.predict.fitting import TrainingData, check_sequential
 from lvm.predict.losses import LossSettings
 from lvm.predict.record import METRICS, find_record, load_record, read_aliases, read_json, set_alias
-from lvm.predict.runs import BEST, WEIGHTS, Outcome, TrainRun, train_run, windows_of
+from lvm.predict.runs import Outcome, TrainRun, best_weights, train_run, windows_of
 from lvm.predict.training import OWN_RECIPES, Progress, Recipe, recipe_named
 from lvm.storage import Location, RemotePath
 from lvm.vectors.array import VectorArray, open_vectors
@@ -210,6 +210,9 @@ def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) ->
     torch.set_num_threads(threads)
     best = start = -1.0
     mrr: float | None = None
+    val = cache(
+        partial(val_windows, this)
+    )  # filtering and splitting take seconds, so once; an error is a trial's
 
     def keep(folder: Path | None, row: dict[str, Any]) -> None:
         nonlocal best, start, mrr
@@ -217,7 +220,7 @@ def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) ->
         if row["epoch"] == 0:
             start = row["val_cosine"]
         if row["val_cosine"] > best:
-            best, mrr = row["val_cosine"], mrr_of(this, folder)
+            best, mrr = row["val_cosine"], mrr_of(this, folder, val())
         shown = {k: row[k] for k in ("epoch", "val_cosine", "val_loss", "seconds")}
         tune.report(
             {**shown, "best_val_cosine": best, "gain": best - start, "val_mrr": mrr},
@@ -233,7 +236,7 @@ def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) ->
             if folder is not None:
                 progress = json.loads((folder / "progress.json").read_text())
                 best = max(row["val_cosine"] for row in progress["curve"])
-                start, mrr = progress["curve"][0]["val_cosine"], mrr_of(this, folder)
+                start, mrr = progress["curve"][0]["val_cosine"], mrr_of(this, folder, val())
             curves = Path(tune.get_context().get_trial_dir()) / "curves"
             try:
                 train_run(this, folder, keep, lambda _: None, curves)
@@ -246,17 +249,16 @@ def run_trial(config: dict[str, Any], runs: Sequence[TrainRun], threads: int) ->
         tune.report(outcome)
 
 
-def mrr_of(this: TrainRun, checkpoint: Path) -> float | None:
-    """Mean reciprocal rank in its article of a checkpoint's best epoch, on the validation windows."""
+def mrr_of(this: TrainRun, checkpoint: Path, val: Windows) -> float | None:
+    """Mean reciprocal rank in its article of a checkpoint's best epoch, on validation windows."""
     device, model = pick_device(), this.build()
-    model.load_state_dict(load_file(checkpoint / (BEST if (checkpoint / BEST).exists() else WEIGHTS)))
+    model.load_state_dict(best_weights(checkpoint))
     model.to(device).eval()
 
     def predict(contexts: Float32Array) -> Float32Array:
         with torch.inference_mode():
             return model(torch.from_numpy(contexts).to(device)).float().cpu().numpy()  # type: ignore[no-any-return]
 
-    val = val_windows(this)
     return summarise_ranks(score_in_article(predict, None, val.array, as_written(val)).in_article)["mrr"]
 
 
@@ -529,7 +531,6 @@ def sweep(
 
     connect(address)
     folder = output / "tune" / identity
-    output.mkdir(parents=True, exist_ok=True)
     results = tune_trials(trials, runs, folder, settings, hours, gpus)
     rows = rows_of(results, trials, runs, settings.epochs)
     if not scored(rows):

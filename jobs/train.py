@@ -89,8 +89,6 @@ RESTARTS = 2
 STARTS = 10
 """How many times, a minute each, Ray Train waits for a run's CPUs and GPUs before the run fails."""
 
-"""Maximum --context: articles with more chunks are rare."""
-
 MONITOR_WAIT_S = 5.0
 """Timeout of a call to the monitor."""
 

@@ -258,7 +258,7 @@ def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
             max_body_bytes=args.limits.max_body_bytes,
         )
         os.environ.update(environment(front), PYTHONPATH=python_path)
-    if os.environ.get("LATENT_RAY_LOGS") != "1":
+    if not shows_ray_logs():
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(
             lambda record: "authentication is enabled" not in record.getMessage()
@@ -267,7 +267,7 @@ def start(args: ServeArgs, host: str, port: int, address: str | None) -> None:
         address=address or "local",  # with None Ray would join the last cluster started here, even a dead one
         runtime_env={"env_vars": {"PYTHONPATH": python_path}},
         logging_level=logging.WARNING,
-        log_to_driver=os.environ.get("LATENT_RAY_LOGS") == "1",
+        log_to_driver=shows_ray_logs(),
         include_dashboard=False if address is None else None,
     )
     options = HTTPOptions(host=host, port=port, keep_alive_timeout_s=75)
@@ -292,12 +292,15 @@ def shut_down() -> None:
     import ray
     from ray import serve
 
-    if os.environ.get("LATENT_RAY_LOGS") != "1":
-        logging.getLogger("ray").setLevel(
-            logging.CRITICAL
-        )  # it reports the controller's orderly end as a lost task
+    if not shows_ray_logs():  # they call the controller's orderly end a lost task
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
     serve.shutdown()
     ray.shutdown()
+
+
+def shows_ray_logs() -> bool:
+    """Whether the user asked for all that Ray logs."""
+    return os.environ.get("LATENT_RAY_LOGS") == "1"
 
 
 def say(line: str) -> None:

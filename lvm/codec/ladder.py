@@ -504,10 +504,10 @@ class Ladder:
         """Cache key: equal for vectors that agree to three decimals, with the same decoder, steps and settings."""
         rounded = np.rint(row.vector * 1000).astype(np.int32).tobytes()
         options = f"{self.digest}/{row.steps if row.fixed_steps else None}/{self.settings}/".encode()
-        if row.context is not None and self.settings.candidates > 1 and not row.fixed_steps:
-            rounded += np.rint(row.context * 1000).astype(np.int32).tobytes()
-        if self.settings.candidates > 1 and not row.fixed_steps:
+        if self.settings.candidates > 1 and not row.fixed_steps:  # else there is nothing to choose by them
             rounded += str(row.opens).encode()
+            if row.context is not None:
+                rounded += np.rint(row.context * 1000).astype(np.int32).tobytes()
         return hashlib.blake2b(options + rounded, digest_size=16).digest()
 
 

@@ -218,7 +218,7 @@ def train_run(
             on_progress({"note": note})
     else:
         model.load_state_dict(load_file(checkpoint / WEIGHTS))
-        best = load_file(checkpoint / (BEST if (checkpoint / BEST).exists() else WEIGHTS))
+        best = best_weights(checkpoint)
         # Deleted once the run has its record: then training is over.
         if (state := checkpoint / "optimiser.pt").exists():
             optimiser_state = torch.load(state, map_location="cpu", weights_only=True)
@@ -318,6 +318,11 @@ def outcome_of(
         start = None if progress.bundled is None else load_record(SHIPPED, progress.bundled).ranker
         ranker = fit_rank_head(model, train, run.recipe.rank, run.seed_of_training, bfloat16, log, start)
     return Outcome(progress, str(device), ranker)
+
+
+def best_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint's best epoch, which are a file of their own unless it is the latest."""
+    return load_file(checkpoint / (BEST if (checkpoint / BEST).exists() else WEIGHTS))
 
 
 def windows_of(run: TrainRun) -> dict[str, Windows]:

@@ -168,7 +168,8 @@ def finished_result(
 ) -> dict[str, Any] | None:
     """Content of the JSON `file` that a job writes into `output` last; None if there is none.
 
-    Raises OutputError if the file is invalid or was made with other `settings`; with `overwrite`, returns None then.
+    Makes the folder, to find out before the work whether it can be written. Raises OutputError if it cannot, if it is
+    another stage's, or if the file is invalid or was made with other `settings`; with `overwrite`, returns None then.
     """
     require_folder(output)
     if (other := next((n for n in ("manifest.json", "CURRENT") if (output / n).exists()), None)) is not None:

@@ -308,14 +308,13 @@ def load_index(
 
 def published(directory: Location, shares: int = 1, version: str | None = None) -> tuple[Location, Manifest]:
     """Folder and manifest of the published version, or of the one of this name. Raises InputError as `load_index`."""
-    current = directory / "CURRENT"
+    current, cure = directory / "CURRENT", f"Run `latent index` with --output {directory}."
     try:
         name = current.read_text().strip() if version is None else version
         folder = directory / "versions" / plain_name("the version of an index", name)
+    except FileNotFoundError as err:
+        raise InputError(f"no {current}; expected a published index. {cure}") from err
     except (OSError, ValueError, InputError) as err:
-        cure = f"Run `latent index` with --output {directory}."
-        if isinstance(err, FileNotFoundError):
-            raise InputError(f"no {current}; expected a published index. {cure}") from err
         raise InputError(f"{current} cannot be read ({err}); expected a published index. {cure}") from err
     manifest = Manifest.load(folder, "index")
     manifest.verify(folder)

@@ -24,7 +24,7 @@ VAL_SHARE = TEST_SHARE = 0.1
 MAX_SEED = 2**63 - 1
 """Largest seed that NumPy and torch both take."""
 MAX_CONTEXT = 64
-"""Longest context, as of `latent train --context`."""
+"""Longest context: articles with more chunks are rare."""
 MIN_ARTICLES = 10
 """So that each share is at least one article."""
 
